@@ -1,0 +1,1 @@
+"""Rows -> token ids with masks -> PackedBatch. Numbers only, no models."""

@@ -1,0 +1,315 @@
+"""Rows of any known format -> Conversation or Completion.
+
+Accepted rows (see `data_templates/formats/` for an example of each):
+
+    messages            {"messages": [{"role", "content"}, ...], "tools": [...]?}
+    sharegpt            {"conversations": [{"from", "value"}, ...], "system"?, "tools"?}
+    alpaca              {"instruction", "input"?, "output", "system"?, "history"?}
+    prompt_completion   {"prompt", "completion"} as text, or both as lists of messages
+    text                {"text"}: trained as a whole
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from alignkit.data.sources import Row
+from alignkit.errors import DataError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn.
+
+    Args:
+        role: one of `ROLES`.
+        content: its text; may be empty only beside tool calls.
+        tool_calls: calls in the OpenAI form, `{"type": "function", "function": {...}}`.
+        trained: False leaves an assistant turn out of the loss.
+    """
+
+    role: str
+    content: str
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns that a chat template renders.
+
+    Args:
+        messages: at least one of them from the assistant.
+        tools: function schemas offered to the assistant.
+        place: `file:line` of the row.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...]
+    place: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Plain text, rendered by no template.
+
+    Args:
+        prompt: text that is read and not trained; empty for plain text.
+        completion: text that is trained.
+        place: `file:line` of the row.
+    """
+
+    prompt: str
+    completion: str
+    place: str
+
+
+Example = Conversation | Completion
+
+
+def detect_format(row: Row) -> str:
+    """Name of the row's format, found from its keys.
+
+    Raises:
+        DataError: the keys fit no format, or are those of preference pairs.
+    """
+    keys = row.values
+    if "chosen" in keys and "rejected" in keys:
+        raise DataError(
+            f"{row.place}: the row is a preference pair (chosen, rejected), "
+            "and supervised fine-tuning trains on single answers",
+            hint="keep the better answer as `completion`, or train a preference stage on the pairs",
+        )
+    if "messages" in keys:
+        return "messages"
+    if "conversations" in keys:
+        return "sharegpt"
+    if "prompt" in keys and "completion" in keys:
+        return "prompt_completion"
+    if "instruction" in keys and "output" in keys:
+        return "alpaca"
+    if "text" in keys:
+        return "text"
+    raise DataError(
+        f"{row.place}: no known row format has the keys {', '.join(map(str, keys))}",
+        hint="rows are messages | conversations | instruction, output | prompt, completion | text; "
+        "rename with columns, as in columns: {prompt: question, completion: answer}",
+    )
+
+
+def parse_rows(rows: list[Row], row_format: str) -> list[Example]:
+    """Every row as a Conversation or Completion.
+
+    Args:
+        rows: of one source.
+        row_format: a key of `PARSERS`, or `auto` to detect it from the first row.
+
+    Returns:
+        One example per row, in order.
+
+    Raises:
+        DataError: a row does not fit the format or has no answer.
+    """
+    name = detect_format(rows[0]) if row_format == "auto" else row_format
+    return [PARSERS[name](row) for row in rows]
+
+
+def _parse_messages(row: Row) -> Example:
+    messages = _messages(row, _need(row, "messages", list))
+    return _conversation(row, messages)
+
+
+def _parse_sharegpt(row: Row) -> Example:
+    turns = _need(row, "conversations", list)
+    if turns and isinstance(turns[0], dict) and "role" in turns[0]:
+        return _conversation(row, _messages(row, turns))
+    messages = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
+            raise DataError(
+                f"{row.place}: conversations[{number}] has no `from` and `value`",
+                hint='as in {"from": "human", "value": "Hello"}',
+            )
+        role = _SHAREGPT_ROLES.get(str(turn["from"]).lower())
+        if role is None:
+            known = ", ".join(_SHAREGPT_ROLES)
+            raise DataError(
+                f"{row.place}: conversations[{number}].from is {turn['from']!r}",
+                hint=f"known speakers: {known}",
+            )
+        if turn["from"] == "function_call":
+            messages.append(Message(role, "", _tool_calls(turn["value"], row, number)))
+        else:
+            messages.append(Message(role, _text(turn["value"], row, f"conversations[{number}]")))
+    return _conversation(row, messages)
+
+
+def _parse_alpaca(row: Row) -> Example:
+    instruction = _text(_need(row, "instruction", str), row, "instruction")
+    extra = row.values.get("input") or ""
+    prompt = f"{instruction}\n\n{_text(extra, row, 'input')}" if extra else instruction
+    messages = []
+    for number, pair in enumerate(row.values.get("history") or []):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise DataError(f"{row.place}: history[{number}] must be [question, answer]")
+        messages += [Message("user", str(pair[0])), Message("assistant", str(pair[1]))]
+    answer = _text(_need(row, "output", str), row, "output")
+    messages += [Message("user", prompt), Message("assistant", answer)]
+    return _conversation(row, messages)
+
+
+def _parse_prompt_completion(row: Row) -> Example:
+    prompt, completion = row.values.get("prompt"), row.values.get("completion")
+    if isinstance(prompt, list) or isinstance(completion, list):
+        context = [
+            Message(message.role, message.content, message.tool_calls, trained=False)
+            for message in _messages(row, _need(row, "prompt", list))
+        ]
+        return _conversation(row, context + _messages(row, _need(row, "completion", list)))
+    text = _text(_need(row, "completion", str), row, "completion")
+    if not text.strip():
+        raise DataError(f"{row.place}: the row has no answer: completion is empty")
+    return Completion(_text(_need(row, "prompt", str), row, "prompt"), text, row.place)
+
+
+def _parse_text(row: Row) -> Example:
+    text = _text(_need(row, "text", str), row, "text")
+    if not text.strip():
+        raise DataError(f"{row.place}: text is empty", hint="remove the row")
+    return Completion("", text, row.place)
+
+
+PARSERS: dict[str, Callable[[Row], Example]] = {
+    "messages": _parse_messages,
+    "sharegpt": _parse_sharegpt,
+    "alpaca": _parse_alpaca,
+    "prompt_completion": _parse_prompt_completion,
+    "text": _parse_text,
+}
+
+
+def _need(row: Row, key: str, kind: type) -> Any:
+    if key not in row.values:
+        found = ", ".join(map(str, row.values))
+        raise DataError(
+            f"{row.place}: the row has no `{key}`",
+            hint=f"its keys are {found}; rename with columns, as in columns: {{{key}: ...}}",
+        )
+    value = row.values[key]
+    if kind is list and isinstance(value, str):
+        value = _json(value, row, key)
+    if not isinstance(value, kind):
+        wanted = "a list" if kind is list else "text"
+        raise DataError(f"{row.place}: `{key}` must be {wanted}, got {type(value).__name__}")
+    return value
+
+
+def _json(value: str, row: Row, key: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{row.place}: `{key}` is no valid JSON: {error.msg}") from None
+
+
+def _text(value: Any, row: Row, key: str) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        parts = []
+        for part in value:
+            kind = part.get("type", "text") if isinstance(part, dict) else "text"
+            text = (part.get("text") or part.get("value")) if isinstance(part, dict) else part
+            if kind != "text" or not isinstance(text, str):
+                raise DataError(
+                    f"{row.place}: {key} holds a part of type {kind!r}",
+                    hint="alignkit trains on text; images and audio are not supported",
+                )
+            parts.append(text)
+        return "".join(parts)
+    raise DataError(f"{row.place}: {key} must be text, got {type(value).__name__}")
+
+
+def _messages(row: Row, turns: list[Any]) -> list[Message]:
+    messages = []
+    for number, turn in enumerate(turns):
+        name = f"messages[{number}]"
+        if not isinstance(turn, dict) or "role" not in turn:
+            raise DataError(
+                f"{row.place}: {name} has no `role`",
+                hint='as in {"role": "user", "content": "Hello"}',
+            )
+        if turn["role"] not in ROLES:
+            raise DataError(
+                f"{row.place}: {name}.role is {turn['role']!r}", hint=f"roles: {', '.join(ROLES)}"
+            )
+        calls = turn.get("tool_calls")
+        content = _text(turn.get("content"), row, f"{name}.content")
+        trained = bool(turn.get("weight", 1))
+        parsed = _tool_calls(calls, row, number) if calls else ()
+        messages.append(Message(turn["role"], content, parsed, trained))
+    return messages
+
+
+def _tool_calls(value: Any, row: Row, number: int) -> tuple[dict[str, Any], ...]:
+    """Calls in the OpenAI form, with arguments as a mapping."""
+    calls = _json(value, row, f"turn {number}") if isinstance(value, str) else value
+    parsed = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or "name" not in function:
+            raise DataError(
+                f"{row.place}: turn {number} calls a tool without a name",
+                hint='as in {"name": "get_weather", "arguments": {"city": "Oslo"}}',
+            )
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _json(arguments, row, f"arguments of {function['name']}")
+        body = {"name": function["name"], "arguments": arguments}
+        parsed.append({"type": "function", "function": body})
+    return tuple(parsed)
+
+
+def _conversation(row: Row, messages: list[Message]) -> Conversation:
+    system = row.values.get("system")
+    if system and messages and messages[0].role != "system":
+        messages = [Message("system", _text(system, row, "system")), *messages]
+    answers = [message for message in messages if message.role == "assistant" and message.trained]
+    if not answers:
+        raise DataError(
+            f"{row.place}: the row has no answer: no assistant turn to train on",
+            hint="remove the row, or add the assistant's turn",
+        )
+    for number, message in enumerate(messages):
+        if message.role == "assistant" and not message.content.strip() and not message.tool_calls:
+            raise DataError(
+                f"{row.place}: the row has no answer: the assistant's turn {number} is empty",
+                hint="remove the row, or write the answer",
+            )
+    tools = row.values.get("tools") or []
+    if isinstance(tools, str):
+        tools = _json(tools, row, "tools") if tools.strip() else []
+    return Conversation(tuple(messages), tuple(_schema(tool) for tool in tools), row.place)
+
+
+def _schema(tool: dict[str, Any]) -> dict[str, Any]:
+    return tool if "function" in tool else {"type": "function", "function": tool}

@@ -1,0 +1,110 @@
+"""What happened to the rows on their way to tokens: every drop and every doubt, counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class DataReport:
+    """Counts of one set of rows.
+
+    Args:
+        rows: rows read from the sources.
+        kept: rows that are used.
+        dropped: reason -> rows left out.
+        truncated: rows cut to max_length.
+        lost_ends: truncated rows whose last trained token was cut off.
+        notes: observation -> rows it was made on.
+        examples: reason or observation -> places of the first few rows.
+        lengths: tokens of every row before truncation, dropped rows included.
+        trained_tokens: tokens that carry loss, over the kept rows.
+        tokens: tokens of the kept rows.
+        stop_tokens: ids that end a trained turn.
+    """
+
+    rows: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    truncated: int = 0
+    lost_ends: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+    trained_tokens: int = 0
+    tokens: int = 0
+    stop_tokens: list[int] = field(default_factory=list)
+
+    def drop(self, reason: str, place: str) -> None:
+        """Count a row that is left out."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        self._example(reason, place)
+
+    def note(self, observation: str, place: str) -> None:
+        """Count a row that is kept, but that the user should know about."""
+        self.notes[observation] = self.notes.get(observation, 0) + 1
+        self._example(observation, place)
+
+    def _example(self, key: str, place: str) -> None:
+        places = self.examples.setdefault(key, [])
+        if len(places) < 3:
+            places.append(place)
+
+    def merge(self, other: DataReport) -> None:
+        """Add another source's counts."""
+        self.rows += other.rows
+        self.kept += other.kept
+        self.truncated += other.truncated
+        self.lost_ends += other.lost_ends
+        self.trained_tokens += other.trained_tokens
+        self.tokens += other.tokens
+        self.lengths += other.lengths
+        for key, count in other.dropped.items():
+            self.dropped[key] = self.dropped.get(key, 0) + count
+        for key, count in other.notes.items():
+            self.notes[key] = self.notes.get(key, 0) + count
+        for key, places in other.examples.items():
+            self.examples[key] = (self.examples.get(key, []) + places)[:3]
+        self.stop_tokens = sorted({*self.stop_tokens, *other.stop_tokens})
+
+    def percentiles(self) -> dict[str, int]:
+        """Length percentiles in tokens, before truncation."""
+        if not self.lengths:
+            return {}
+        points = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
+        values = np.percentile(np.array(self.lengths), list(points.values()), method="higher")
+        return dict(zip(points, (int(value) for value in values), strict=True))
+
+    def lines(self) -> list[str]:
+        """The report in sentences, most important first."""
+        lines = [f"{self.kept:,} of {self.rows:,} rows used"]
+        for reason, count in self.dropped.items():
+            lines.append(f"{count:,} rows dropped: {reason} ({', '.join(self.examples[reason])})")
+        if self.truncated:
+            lines.append(
+                f"{self.truncated:,} rows truncated; {self.lost_ends:,} of them lost the end of "
+                "an answer and do not teach the model to stop"
+            )
+        for note, count in self.notes.items():
+            rows = "row" if count == 1 else "rows"
+            lines.append(f"{count:,} {rows}: {note} ({', '.join(self.examples[note])})")
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values, without the list of lengths."""
+        return {
+            "rows": self.rows,
+            "kept": self.kept,
+            "dropped": self.dropped,
+            "truncated": self.truncated,
+            "lost_ends": self.lost_ends,
+            "notes": self.notes,
+            "examples": self.examples,
+            "lengths": self.percentiles(),
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+            "stop_tokens": self.stop_tokens,
+        }

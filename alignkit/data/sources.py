@@ -1,0 +1,261 @@
+"""Files and hub datasets -> rows that know where they stand.
+
+A row keeps its file and line, so that an error can name them. Weights are sampling weights and
+deterministic: the same seed draws the same rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from alignkit.errors import DataError
+from alignkit.recipe.assets import find_path
+from alignkit.recipe.schema import SourceSpec
+
+SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet", ".csv")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a source.
+
+    Args:
+        values: column -> value.
+        place: `file:line` (or `file row n` where a format has no lines).
+    """
+
+    values: dict[str, Any]
+    place: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """All rows of one source.
+
+    Args:
+        rows: in file order, after `take`.
+        label: the name in messages.
+        fingerprint: hash of the content, whatever the file is called.
+    """
+
+    rows: list[Row]
+    label: str
+    fingerprint: str
+
+
+def load_source(spec: SourceSpec) -> Source:
+    """Read one source.
+
+    Args:
+        spec: where the rows are; `columns` are renamed and `take` is applied here.
+
+    Returns:
+        Its rows, at least one.
+
+    Raises:
+        DataError: no such file, a suffix nobody reads, an empty file, a broken line, or a
+            renamed column that does not exist.
+    """
+    if spec.hub is not None:
+        rows, fingerprint = _read_hub(spec)
+    else:
+        rows, fingerprint = _read_file(spec)
+    if not rows:
+        raise DataError(f"{spec.label}: holds no rows", hint="check the path and the split")
+    if spec.columns:
+        rows = [_rename(row, spec.columns) for row in rows]
+    return Source(rows, spec.label, fingerprint)
+
+
+def _rename(row: Row, columns: dict[str, str]) -> Row:
+    for old in columns.values():
+        if old not in row.values:
+            found = ", ".join(map(str, row.values))
+            raise DataError(
+                f"{row.place}: columns names {old!r}, which the row does not have",
+                hint=f"the row's columns: {found}",
+            )
+    kept = {key: value for key, value in row.values.items() if key not in columns.values()}
+    return Row(kept | {new: row.values[old] for new, old in columns.items()}, row.place)
+
+
+def _read_hub(spec: SourceSpec) -> tuple[list[Row], str]:
+    import datasets  # optional backend: only hub sources pay for its import
+
+    try:
+        table = datasets.load_dataset(spec.hub, spec.name, split=spec.split)
+    except Exception as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"{spec.label}: could not be loaded from the hub: {first_line}",
+            hint="check the name, the split and the network; a downloaded file works as `path`",
+        ) from error
+    if spec.take is not None:
+        table = table.select(range(min(spec.take, len(table))))
+    rows = [Row(dict(values), f"{spec.label} row {n + 1}") for n, values in enumerate(table)]
+    return rows, str(table._fingerprint)
+
+
+def _read_file(spec: SourceSpec) -> tuple[list[Row], str]:
+    found = find_path(spec.path or "", None)
+    if found is None or not found.is_file():
+        raise DataError(f"{spec.path}: no such file", hint="paths are relative to the recipe")
+    name = found.name.lower()
+    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv}
+    suffix = Path(name.removesuffix(".gz")).suffix
+    if suffix not in {*readers, ".parquet"}:
+        raise DataError(
+            f"{spec.path}: a {suffix or 'nameless'} file is none of {', '.join(SUFFIXES)}",
+            hint="convert the file; one JSON object a line (.jsonl) is the simplest",
+        )
+    content = found.read_bytes()
+    fingerprint = hashlib.sha256(content).hexdigest()
+    shown = str(spec.path)
+    if not content.strip():
+        raise DataError(f"{shown}: the file is empty", hint="every source needs at least one row")
+    if suffix == ".parquet":
+        return _read_parquet(found, shown, spec.take), fingerprint
+    rows: list[Row] = []
+    for row in readers[suffix](_decode(content, name, shown), shown):
+        rows.append(row)
+        if len(rows) == spec.take:
+            break
+    return rows, fingerprint
+
+
+def _decode(content: bytes, name: str, shown: str) -> str:
+    if name.endswith(".gz"):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError) as error:
+            raise DataError(
+                f"{shown}: is no intact gzip file ({error})", hint="download it again"
+            ) from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{shown}:{line}: is not UTF-8 text (byte 0x{content[error.start]:02x})",
+            hint="convert it: iconv -f latin1 -t utf-8 old > new",
+        ) from None
+
+
+def _read_jsonl(text: str, shown: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{shown}:{number}: is not valid JSON: {error.msg} at column {error.colno}",
+                hint="a .jsonl file holds one whole JSON object on each line",
+            ) from None
+        yield _object(values, f"{shown}:{number}")
+
+
+def _read_json(text: str, shown: str) -> Iterator[Row]:
+    """Rows of a JSON array, each with the line it starts on."""
+    decoder, position, line = json.JSONDecoder(), 0, 1
+
+    def skip(to_skip: str, position: int, line: int) -> tuple[int, int]:
+        while position < len(text) and text[position] in to_skip:
+            line += text[position] == "\n"
+            position += 1
+        return position, line
+
+    position, line = skip(" \t\r\n", position, line)
+    if text[position] != "[":
+        if "\n{" in text:
+            yield from _read_jsonl(text, shown)
+            return
+        raise DataError(
+            f"{shown}:{line}: a .json file must hold a list of rows, it starts with "
+            f"{text[position]!r}",
+            hint="one object a line belongs into a .jsonl file",
+        )
+    position += 1
+    while True:
+        position, line = skip(" \t\r\n,", position, line)
+        if position < len(text) and text[position] == "]":
+            return
+        try:
+            values, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{shown}:{error.lineno}: is not valid JSON: {error.msg} at column {error.colno}",
+                hint="the list must close with ] and its rows be separated by commas",
+            ) from None
+        yield _object(values, f"{shown}:{line}")
+        line += text.count("\n", position, end)
+        position = end
+
+
+def _read_csv(text: str, shown: str) -> Iterator[Row]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    previous = 1
+    for values in reader:
+        if None in values or None in values.values():
+            wanted = len(reader.fieldnames or [])
+            raise DataError(
+                f"{shown}:{previous + 1}: does not have the header's {wanted} columns",
+                hint='quote a field that holds commas or line breaks: "like, this"',
+            )
+        yield Row(dict(values), f"{shown}:{previous + 1}")
+        previous = reader.line_num
+
+
+def _read_parquet(path: Path, shown: str, take: int | None) -> list[Row]:
+    import pyarrow.parquet  # only parquet sources pay for its import
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except Exception as error:
+        first_line = str(error).split("\n")[0]
+        raise DataError(f"{shown}: is no readable parquet file: {first_line}") from None
+    rows = table.slice(0, take).to_pylist()
+    return [Row(values, f"{shown} row {n + 1}") for n, values in enumerate(rows)]
+
+
+def _object(values: Any, place: str) -> Row:
+    if not isinstance(values, dict):
+        raise DataError(
+            f"{place}: a row must be a JSON object, got {type(values).__name__}",
+            hint='as in {"messages": [...]}; see data_templates/formats for every row format',
+        )
+    return Row(values, place)
+
+
+def mix_rows(num_rows: list[int], weights: list[float], seed: int) -> npt.NDArray[np.int64]:
+    """Rows of one epoch when sources have weights.
+
+    Args:
+        num_rows: rows of each source; their indices run on from source to source.
+        weights: how often each source's rows count, > 0.
+        seed: draws the fractional part.
+
+    Returns:
+        `[n]` indices into the concatenated sources. A weight of 2.5 gives every row twice and
+        half of the rows, drawn without replacement, once more.
+    """
+    picked, offset = [], 0
+    for number, (count, weight) in enumerate(zip(num_rows, weights, strict=True)):
+        rows = np.arange(count)
+        whole = int(weight)
+        part = round((weight - whole) * count)
+        drawn = np.random.default_rng([seed, 7, number]).permutation(count)[:part]
+        picked.append(offset + np.concatenate([np.tile(rows, whole), np.sort(drawn)]))
+        offset += count
+    return np.concatenate(picked).astype(np.int64)

@@ -1,0 +1,212 @@
+"""Chat templates: a conversation as text, and the characters of each assistant turn.
+
+The span of a turn runs from the end of what the model is given (the conversation before, with the
+generation prompt) to the end of what it has to write (its text and the end-of-turn token). It is
+found by rendering prefixes of the conversation, so it holds for any template; where a template
+renders a turn differently once later turns exist, there is no such span and the row is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from alignkit.data.formats import Conversation, Message
+from alignkit.errors import DataError, ModelError
+from alignkit.recipe.assets import assets_root
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters of one assistant turn in the rendered text.
+
+    Args:
+        begin: first character after the generation prompt.
+        end: one past the last character that belongs to the turn.
+        trained: whether the row asks to train this turn.
+    """
+
+    begin: int
+    end: int
+    trained: bool
+
+
+def template_text(name_or_path: str) -> str:
+    """The template source that a recipe names.
+
+    Args:
+        name_or_path: a file, or the name of a shipped template.
+
+    Returns:
+        Jinja source.
+    """
+    shipped = assets_root() / "data_templates" / "chat" / f"{name_or_path}.jinja"
+    path = shipped if shipped.is_file() else name_or_path
+    with open(path, encoding="utf-8") as file:
+        return file.read().rstrip("\n")
+
+
+class ChatTemplate:
+    """The template of one tokenizer.
+
+    Args:
+        tokenizer: a transformers tokenizer that carries the template.
+
+    Raises:
+        ModelError: the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not tokenizer.chat_template:
+            shipped = sorted(
+                p.stem for p in (assets_root() / "data_templates/chat").glob("*.jinja")
+            )
+            raise ModelError(
+                "the model's tokenizer has no chat template, and the rows are conversations",
+                hint=f"set model.chat_template to one of {', '.join(shipped)}",
+            )
+        self.tokenizer = tokenizer
+        self.source: str = tokenizer.get_chat_template()
+        self.has_markers = "{% generation" in self.source or "{%- generation" in self.source
+        self.knows_tool_calls = "tool_calls" in self.source
+        self.knows_tools = "tools" in self.source.replace("tool_calls", "")
+
+    def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
+        """The turns as the template reads them.
+
+        Tool calls and schemas that the template would drop are written into the text in the
+        `<tool_call>` form of Hermes (https://arxiv.org/abs/2408.11857).
+        """
+        turns: list[dict[str, Any]] = []
+        for message in conversation.messages:
+            turn: dict[str, Any] = {"role": message.role, "content": message.content}
+            if message.tool_calls and self.knows_tool_calls:
+                turn["tool_calls"] = list(message.tool_calls)
+            elif message.tool_calls:
+                calls = "\n".join(_tool_call_text(call) for call in message.tool_calls)
+                turn["content"] = f"{message.content}\n{calls}".strip()
+            turns.append(turn)
+        if conversation.tools and not self.knows_tools:
+            schemas = "\n".join(json.dumps(tool) for tool in conversation.tools)
+            offer = f"You may call these tools:\n<tools>\n{schemas}\n</tools>"
+            if turns[0]["role"] == "system":
+                turns[0] = turns[0] | {"content": f"{turns[0]['content']}\n\n{offer}"}
+            else:
+                turns.insert(0, {"role": "system", "content": offer})
+        return turns
+
+    def flattens(self, conversation: Conversation) -> bool:
+        """Whether tool calls or schemas of this row are written as text."""
+        calls = any(message.tool_calls for message in conversation.messages)
+        return (calls and not self.knows_tool_calls) or (
+            bool(conversation.tools) and not self.knows_tools
+        )
+
+    def render(
+        self,
+        turns: list[dict[str, Any]],
+        conversation: Conversation,
+        *,
+        generation_prompt: bool = False,
+    ) -> str:
+        """The turns as text.
+
+        Args:
+            turns: a prefix of `messages(conversation)`.
+            conversation: names the row and offers its tools.
+            generation_prompt: end with the header of an assistant turn.
+
+        Raises:
+            DataError: the template refuses the row.
+        """
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    turns,
+                    tools=list(conversation.tools) or None if self.knows_tools else None,
+                    tokenize=False,
+                    add_generation_prompt=generation_prompt,
+                )
+            )
+        except Exception as error:
+            raise DataError(
+                f"{conversation.place}: the chat template refuses the row: {error}",
+                hint="change the row, or choose another template with model.chat_template",
+            ) from error
+
+    def spans(self, conversation: Conversation, *, last_only: bool) -> tuple[str, list[Span]]:
+        """Rendered text and the span of each assistant turn.
+
+        Args:
+            conversation: the row.
+            last_only: only the last turn is wanted, so earlier ones may be rewritten.
+
+        Returns:
+            The text and the spans in order.
+
+        Raises:
+            DataError: the template refuses the row or rewrites a turn that is wanted.
+        """
+        turns = self.messages(conversation)
+        shift = len(turns) - len(conversation.messages)
+        full = self.render(turns, conversation)
+        answers = [
+            (position + shift, message)
+            for position, message in enumerate(conversation.messages)
+            if message.role == "assistant"
+        ]
+        spans = [
+            self._span(full, turns, position, message, conversation)
+            for position, message in (answers[-1:] if last_only else answers)
+        ]
+        return full, spans
+
+    def _span(
+        self,
+        full: str,
+        turns: list[dict[str, Any]],
+        position: int,
+        message: Message,
+        conversation: Conversation,
+    ) -> Span:
+        before = self._before(full, turns[:position], conversation)
+        after = self.render(turns[: position + 1], conversation)
+        if before is not None and full.startswith(after):
+            return Span(before, len(after), message.trained)
+        content = str(turns[position]["content"]).strip()
+        if before is not None and content:
+            # As the last turn it would look different (an empty thinking block, say), but the
+            # text that stands here is whole: its end is found by what follows it as last turn.
+            lead = len(full) - before - len(full[before:].lstrip())
+            end = before + lead + len(content)
+            tail = after[after.rfind(content) + len(content) :] if content in after else ""
+            if full[before + lead :].startswith(content) and tail and full[end:].startswith(tail):
+                return Span(before, end + len(tail), message.trained)
+        raise DataError(
+            f"{conversation.place}: the chat template rewrites turn {position} once later turns "
+            "follow it, so no mask over that turn can be right",
+            hint="train only the last turn (data.train_on: last_turn), or choose a template that "
+            "keeps earlier turns (model.chat_template)",
+        )
+
+    def _before(
+        self, full: str, turns: list[dict[str, Any]], conversation: Conversation
+    ) -> int | None:
+        """Length of what the model is given before the turn, if the text starts with it."""
+        if not turns:
+            return 0
+        for generation_prompt in (True, False):
+            before = self.render(turns, conversation, generation_prompt=generation_prompt)
+            if full.startswith(before):
+                return len(before)
+        # A generation prompt may say more than the finished turn repeats, a thinking switch say.
+        with_prompt = self.render(turns, conversation, generation_prompt=True)
+        plain = self.render(turns, conversation)
+        common = len(os.path.commonprefix([with_prompt, full]))
+        return common if common > len(plain) else None
+
+
+def _tool_call_text(call: dict[str, Any]) -> str:
+    return f"<tool_call>\n{json.dumps(call['function'])}\n</tool_call>"

@@ -1,0 +1,60 @@
+"""What can go wrong, in the user's words.
+
+An error says where it happened, which rule was broken, which value broke it, and in `hint`
+what to do about it. The command line prints it without a traceback and exits with its code.
+"""
+
+from __future__ import annotations
+
+
+class AlignkitError(Exception):
+    """Something the user can mend.
+
+    Args:
+        message: where, which rule, what value: one sentence.
+        hint: what to do about it; empty if the sentence already says so.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
+
+class RecipeError(AlignkitError):
+    """A recipe breaks one or more rules; `problems` holds every one of them.
+
+    Args:
+        problems: one error per broken rule, in file order.
+    """
+
+    def __init__(self, problems: list[AlignkitError]) -> None:
+        super().__init__("\n".join(str(problem) for problem in problems))
+        self.problems = problems
+
+
+class DataError(AlignkitError):
+    """A row, a file or a data set cannot be used."""
+
+
+class ModelError(AlignkitError):
+    """A model, tokenizer, adapter or template cannot be used."""
+
+
+class RunError(AlignkitError):
+    """A run folder is in use, incomplete, or does not fit the recipe."""
+
+
+class TrainingError(AlignkitError):
+    """Training cannot go on: a loss that is not finite, a full disk."""
+
+
+class Interrupted(AlignkitError):
+    """The user stopped the run; a checkpoint was saved."""
+
+    exit_code = 130

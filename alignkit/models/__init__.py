@@ -1,0 +1,1 @@
+"""Weights: loading, adapters, packed attention, the vocabulary head, merging."""

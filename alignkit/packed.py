@@ -1,0 +1,78 @@
+"""PackedBatch: the one type that crosses rooms. Data makes it, models read it, stages carry it.
+
+Tokens of many documents stand in one row without padding. A *document* is a prompt followed by
+one or more *branches* (completions); a branch sees the prompt and itself, never a sibling. A
+*target* says which hidden row predicts which token of which sequence; a *sequence* is one branch
+together with its prompt.
+
+Shapes: `T` tokens in the row, `K` attention segments, `N` targets, `S` sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens that sees itself causally and all of one earlier run, its prefix.
+
+    Args:
+        start: first token of the run in the packed row.
+        length: tokens in the run, at least 1.
+        prefix_start: first token of the prefix; meaningless when `prefix_length` is 0.
+        prefix_length: tokens of the prefix; 0 for a run that sees only itself.
+    """
+
+    start: int
+    length: int
+    prefix_start: int = 0
+    prefix_length: int = 0
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One forward pass worth of documents.
+
+    Args:
+        input_ids: `[T]` token ids.
+        position_ids: `[T]` position of each token within its own sequence; branches of one
+            document all continue from the end of its prompt.
+        segments: `K` attention runs that cover the row in order, without gap or overlap.
+        target_rows: `[N]` index in `0..T-1` of the hidden state that predicts the target.
+        target_ids: `[N]` token id that is predicted.
+        target_sequences: `[N]` index in `0..S-1` of the sequence the target belongs to.
+        sequence_ends: `[S]` index of the last token of each sequence.
+        sequence_documents: `[S]` index of the document each sequence belongs to.
+        rows: data row of each document, for messages to the user.
+    """
+
+    input_ids: IntArray
+    position_ids: IntArray
+    segments: tuple[Segment, ...]
+    target_rows: IntArray
+    target_ids: IntArray
+    target_sequences: IntArray
+    sequence_ends: IntArray
+    sequence_documents: IntArray
+    rows: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the model reads: `T`."""
+        return len(self.input_ids)
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are scored: `N`."""
+        return len(self.target_ids)
+
+    @property
+    def num_sequences(self) -> int:
+        """Branches in the batch: `S`."""
+        return len(self.sequence_ends)

@@ -1,0 +1,43 @@
+"""Where shipped recipes, templates and examples live, and where alignkit keeps its own files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def assets_root() -> Path:
+    """Folder that holds the shipped `recipes/` and `data_templates/`.
+
+    Returns:
+        `alignkit/_assets` of an installed wheel, or the checkout of an editable install.
+    """
+    package = Path(__file__).resolve().parent.parent
+    bundled = package / "_assets"
+    return bundled if bundled.is_dir() else package.parent
+
+
+def alignkit_home() -> Path:
+    """Folder for fetched models and caches: `$ALIGNKIT_HOME`, else `~/.cache/alignkit`."""
+    return Path(os.environ.get("ALIGNKIT_HOME") or Path.home() / ".cache" / "alignkit").expanduser()
+
+
+def find_path(value: str, recipe_folder: Path | None) -> Path | None:
+    """First existing file or folder named by `value`.
+
+    Args:
+        value: a path as the user wrote it, absolute or relative.
+        recipe_folder: folder of the recipe that names it; None outside a recipe.
+
+    Returns:
+        The match in the recipe's folder, the working folder or the shipped assets, in this
+        order; None if there is none.
+    """
+    path = Path(value).expanduser()
+    if path.is_absolute():
+        return path if path.exists() else None
+    folders = [recipe_folder, Path.cwd(), assets_root()]
+    for folder in folders:
+        if folder is not None and (folder / path).exists():
+            return (folder / path).resolve()
+    return None

@@ -1,0 +1,261 @@
+"""YAML documents that remember where every value stands.
+
+A `Document` is the merged result of a recipe file, the parents it extends and the overrides of
+the command line, with the place of each key for messages to the user.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignkit.errors import AlignkitError, RecipeError
+
+KeyPath = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `2e-4` as a number and leaves dates and yes/no as text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag.rsplit(":", 1)[-1] in ("int", "null")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$"
+    ),
+    list("-+0123456789."),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+@dataclass
+class Document:
+    """Plain values with the place each came from.
+
+    Args:
+        values: nested mappings, lists and scalars.
+        places: key path -> `file:line`, or `command line`.
+        name: the file's name as shown in messages.
+        folder: folder against which relative paths are tried first.
+    """
+
+    values: dict[str, Any]
+    places: dict[KeyPath, str]
+    name: str
+    folder: Path
+    problems: list[AlignkitError] = field(default_factory=list)
+
+    def place(self, path: KeyPath) -> str:
+        """Where the value at `path`, or its nearest parent that was written, stands."""
+        for length in range(len(path), -1, -1):
+            if path[:length] in self.places:
+                return self.places[path[:length]]
+        return self.name
+
+
+def show_path(path: KeyPath) -> str:
+    """`("data", "train", 0, "path")` as `data.train[0].path`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def show_file(path: Path) -> str:
+    """The path as a person would type it: relative to the working folder where that is shorter."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def read_document(path: Path) -> Document:
+    """Read one YAML file and every parent it extends.
+
+    Args:
+        path: an existing file.
+
+    Returns:
+        The merged document; values of the child win, mappings merge key by key, lists and
+        mappings of another `kind` are replaced whole.
+
+    Raises:
+        RecipeError: the file is no YAML mapping, repeats a key, or extends itself.
+    """
+    return _read(path.resolve(), ())
+
+
+def _read(path: Path, children: tuple[Path, ...]) -> Document:
+    name = show_file(path)
+    if path in children:
+        raise RecipeError(
+            [AlignkitError(f"{name}: extends itself through {show_file(children[-1])}")]
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=_Loader)
+    except UnicodeDecodeError as error:
+        raise RecipeError([AlignkitError(f"{name}: is not UTF-8 text ({error.reason})")]) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}:{mark.line + 1}" if mark else name
+        hint = "check the indentation, the quotes and the brackets on that line and the one before"
+        problem = AlignkitError(f"{where}: is not valid YAML: {error.problem}", hint=hint)
+        raise RecipeError([problem]) from None
+    if not isinstance(node, yaml.MappingNode):
+        hint = "start from `alignkit recipes copy quickstart/sft.yaml my.yaml`"
+        found = "nothing" if node is None else "a single value or a list"
+        raise RecipeError(
+            [AlignkitError(f"{name}: must be a mapping of keys to values, got {found}", hint=hint)]
+        )
+    document = Document({}, {(): name}, name, path.parent)
+    document.values = _build(node, (), document)
+    if document.problems:
+        raise RecipeError(document.problems)
+    parent_name = document.values.pop("extends", None)
+    if parent_name is None:
+        return document
+    return _extend(document, parent_name, (*children, path))
+
+
+def _extend(document: Document, parent_name: Any, children: tuple[Path, ...]) -> Document:
+    where = document.place(("extends",))
+    if not isinstance(parent_name, str):
+        problem = AlignkitError(f"{where}: extends must be a file name, got {parent_name!r}")
+        raise RecipeError([problem])
+    parent_path = document.folder / parent_name
+    if not parent_path.is_file():
+        hint = "the name is taken relative to the file that extends it"
+        raise RecipeError(
+            [AlignkitError(f"{where}: extends {parent_name!r}, which does not exist", hint=hint)]
+        )
+    parent = _read(parent_path.resolve(), children)
+    merged = Document(parent.values, dict(parent.places), document.name, document.folder)
+    _merge(merged, document.values, document.places, ())
+    return merged
+
+
+def _build(node: yaml.Node, path: KeyPath, document: Document) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            here = (*path, key)
+            place = f"{document.name}:{key_node.start_mark.line + 1}"
+            if key in mapping:
+                first = document.places[here].rsplit(":", 1)[-1]
+                document.problems.append(
+                    AlignkitError(
+                        f"{place}: {show_path(here)} is written twice, first on line {first}",
+                        hint="keep one of the two; YAML would silently take the last",
+                    )
+                )
+            document.places[here] = place
+            mapping[key] = _build(value_node, here, document)
+        return mapping
+    if isinstance(node, yaml.SequenceNode):
+        items = []
+        for index, child in enumerate(node.value):
+            here = (*path, index)
+            document.places[here] = f"{document.name}:{child.start_mark.line + 1}"
+            items.append(_build(child, here, document))
+        return items
+    return _scalar(node)
+
+
+def _scalar(node: yaml.Node) -> Any:
+    loader = _Loader("")
+    try:
+        return loader.construct_object(node)
+    finally:
+        loader.dispose()
+
+
+def _merge(
+    target: Document, values: dict[str, Any], places: dict[KeyPath, str], path: KeyPath
+) -> None:
+    """Lay `values`, found at `path`, over the target."""
+    here: Any = target.values
+    for part in path:
+        here = here[part]
+    for key, value in values.items():
+        child = (*path, key)
+        old = here.get(key)
+        same_kind = isinstance(value, dict) and isinstance(old, dict)
+        if same_kind and not ("kind" in value and value["kind"] != old.get("kind")):
+            target.places[child] = places.get(child, target.place(child))
+            _merge(target, value, places, child)
+            continue
+        here[key] = value
+        for known in [known for known in target.places if known[: len(child)] == child]:
+            del target.places[known]
+        target.places.update({k: v for k, v in places.items() if k[: len(child)] == child})
+
+
+def apply_overrides(document: Document, overrides: list[str]) -> None:
+    """Lay `key.sub=value` arguments of the command line over the document.
+
+    Args:
+        document: changed in place.
+        overrides: each `path=value`; the value is read as YAML, list items are named by number.
+
+    Raises:
+        RecipeError: an override has no `=`, is no YAML, or names nothing.
+    """
+    problems: list[AlignkitError] = []
+    for text in overrides:
+        key, found, raw = text.partition("=")
+        if not found or not key:
+            hint = "write overrides as key.sub=value, for example training.learning_rate=1e-4"
+            problems.append(AlignkitError(f"command line: {text!r} is no override", hint=hint))
+            continue
+        try:
+            node = yaml.compose(raw, Loader=_Loader)
+        except yaml.YAMLError:
+            hint = "quote the value for the shell, as in 'data.train=[{path: a.jsonl}]'"
+            problems.append(
+                AlignkitError(f"command line: the value of {key} is not YAML: {raw!r}", hint=hint)
+            )
+            continue
+        path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+        value = None if node is None else _build(node, path, Document({}, {}, "", Path()))
+        problem = _set(document, path, value)
+        if problem:
+            problems.append(problem)
+    if problems:
+        raise RecipeError(problems)
+
+
+def _set(document: Document, path: KeyPath, value: Any) -> AlignkitError | None:
+    here: Any = document.values
+    for depth, part in enumerate(path[:-1]):
+        if isinstance(here, dict) and isinstance(part, str):
+            if here.get(part) is None:
+                here[part] = {}
+            here = here[part]
+        elif isinstance(here, list) and isinstance(part, int) and part < len(here):
+            here = here[part]
+        else:
+            broken = show_path(path[: depth + 1])
+            return AlignkitError(f"command line: {show_path(path)}: there is no {broken} to set")
+    last = path[-1]
+    fits = (isinstance(here, dict) and isinstance(last, str)) or (
+        isinstance(here, list) and isinstance(last, int) and last < len(here)
+    )
+    if not fits:
+        return AlignkitError(f"command line: {show_path(path)} names nothing that can be set")
+    here[last] = value
+    for known in [known for known in document.places if known[: len(path)] == path]:
+        del document.places[known]
+    document.places[path] = "command line"
+    return None

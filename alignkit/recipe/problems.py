@@ -1,0 +1,203 @@
+"""pydantic's findings as sentences: where, which rule, which value, what to do."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from alignkit.errors import AlignkitError
+from alignkit.recipe.document import Document, KeyPath, show_path
+
+HINTS = {
+    "training.learning_rate": "LoRA usually takes 1e-4 to 5e-4, full weights 5e-6 to 5e-5",
+    "training.batch_size": "examples per optimizer step over all processes; 8 to 64 is usual",
+    "training.microbatch_tokens": "`auto` fits it to the memory; the result does not depend on it",
+    "training.warmup": "a share of the steps below 1 (0.03), a number of steps from 1",
+    "data.max_length": "in tokens; 1024 to 4096 is usual",
+    "data.train": "a list of sources, as in [{path: data.jsonl}]",
+    "adapter.rank": "8 to 64 is usual",
+    "model.quantization": "only `none` so far",
+    "stage": "this release trains `sft`",
+}
+
+_LIMITS = {
+    "greater_than": ("greater than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+_TYPES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "model_type": "a mapping of keys to values",
+    "model_attributes_type": "a mapping of keys to values",
+    "tuple_type": "a list",
+    "list_type": "a list",
+}
+
+
+def describe_problems(
+    error: ValidationError, document: Document, model: type[BaseModel]
+) -> list[AlignkitError]:
+    """Every broken rule as one error.
+
+    Args:
+        error: what pydantic found.
+        document: the values it looked at, with their places.
+        model: the schema it checked against.
+
+    Returns:
+        One error for each place that breaks a rule; alternatives of a union are joined by "or".
+        In no order: see `file_order`.
+    """
+    by_path: dict[KeyPath, list[ErrorDetails]] = {}
+    for details in error.errors(include_url=False):
+        by_path.setdefault(_user_path(details, document.values), []).append(details)
+    found = []
+    for path, group in by_path.items():
+        where, name = document.place(path), show_path(path)
+        if group[0]["type"] == "extra_forbidden":
+            rule = f"{name} is no key of a recipe"
+            hint = _nearest_key(str(path[-1]), path[:-1], group[0]["loc"][:-1], model)
+        elif group[0]["type"] == "missing":
+            rule, hint = f"{name} is required and missing", HINTS.get(name, "")
+        else:
+            rules = list(dict.fromkeys(_rule(details) for details in group))
+            rule = f"{name} {' or '.join(rules)}, got {_show(group[0]['input'])}".strip()
+            hint = _nearest_value(group) or HINTS.get(name, "")
+        found.append(AlignkitError(f"{where}: {rule}", hint=hint))
+    return found
+
+
+def file_order(message: str) -> tuple[str, int]:
+    """Sort key that puts messages in file order: the file, then the line as a number."""
+    file, _, rest = message.partition(":")
+    number = rest.partition(":")[0]
+    return file, int(number) if number.isdigit() else 0
+
+
+def _user_path(details: ErrorDetails, values: Any) -> KeyPath:
+    """pydantic's location without the union tags it inserts."""
+    path: list[str | int] = []
+    here = values
+    for position, part in enumerate(details["loc"]):
+        last = position == len(details["loc"]) - 1
+        known = (isinstance(here, dict) and part in here) or (
+            isinstance(here, list) and isinstance(part, int) and part < len(here)
+        )
+        if known:
+            path.append(part)
+            here = here[part]
+        elif last and details["type"] == "missing":
+            path.append(part)
+    return tuple(path)
+
+
+def _rule(details: ErrorDetails) -> str:
+    kind, context = details["type"], details.get("ctx", {})
+    if kind in _LIMITS:
+        words, key = _LIMITS[kind]
+        return f"must be {words} {context[key]:g}"
+    if kind in _TYPES:
+        return f"must be {_TYPES[kind]}"
+    if kind == "literal_error":
+        return f"must be {context['expected']}"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tags = context.get("expected_tags", "'lora', 'full'")
+        return f"must have kind {tags.replace(', ', ' or ')}"
+    if kind == "too_short":
+        return "must not be empty"
+    if kind == "string_too_short":
+        return "must not be empty text"
+    if kind == "value_error":
+        return str(context["error"])
+    return details["msg"][0].lower() + details["msg"][1:]
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(str(key) for key in value) + "}"
+    yaml_words = {"None": "null", "True": "true", "False": "false"}
+    text = yaml_words.get(str(value), repr(value)) if not isinstance(value, str) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _nearest_value(group: list[ErrorDetails]) -> str:
+    for details in group:
+        value = details["input"]
+        if details["type"] == "literal_error" and isinstance(value, str):
+            options = [part.strip("' ") for part in _split(details["ctx"]["expected"])]
+            near = difflib.get_close_matches(value, options, n=1)
+            if near:
+                return f"did you mean {near[0]}?"
+    return ""
+
+
+def _split(expected: str) -> list[str]:
+    return [part for chunk in expected.split(",") for part in chunk.split(" or ")]
+
+
+def _nearest_key(
+    key: str, parent: KeyPath, raw_parent: tuple[int | str, ...], model: type[BaseModel]
+) -> str:
+    siblings = list(_model_at(model, raw_parent).model_fields)
+    near = difflib.get_close_matches(key, siblings, n=1)
+    if near:
+        return f"did you mean {show_path((*parent, near[0]))}?"
+    elsewhere = [show_path(path) for path in iter_keys(model) if path[-1] == key]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    names = [str(path[-1]) for path in iter_keys(model)]
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
+    if near:
+        full = next(path for path in iter_keys(model) if path[-1] == near[0])
+        return f"did you mean {show_path(full)}?"
+    return f"keys here: {', '.join(siblings)}"
+
+
+def iter_keys(model: type[BaseModel], parent: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every key path that the schema knows, depth first; list levels are left out."""
+    for name, field in model.model_fields.items():
+        yield (*parent, name)
+        for section in sections_of(field.annotation):
+            yield from iter_keys(section, (*parent, name))
+
+
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The recipe sections that an annotation can hold, through unions, lists and Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in typing.get_args(annotation) for section in sections_of(part)]
+
+
+def _model_at(model: type[BaseModel], raw_path: tuple[int | str, ...]) -> type[BaseModel]:
+    candidates: list[type[BaseModel]] = [model]
+    for part in raw_path:
+        if isinstance(part, int):
+            continue
+        tagged = [section for section in candidates if _tag(section) == part]
+        if tagged and part not in candidates[0].model_fields:
+            candidates = tagged
+            continue
+        for section in candidates:
+            if part in section.model_fields:
+                candidates = sections_of(section.model_fields[part].annotation) or candidates
+                break
+    return candidates[0]
+
+
+def _tag(section: type[BaseModel]) -> str | None:
+    for name in ("kind", "stage"):
+        if name in section.model_fields:
+            values = typing.get_args(section.model_fields[name].annotation)
+            return str(values[0]) if values else None
+    return None

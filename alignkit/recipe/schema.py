@@ -1,0 +1,217 @@
+"""The recipe schema: written once, read as documentation, JSON schema and validation.
+
+Every field's docstring is what `alignkit recipes explain` prints. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+
+class ModelSpec(Section):
+    """The model to start from."""
+
+    base: Annotated[str, Field(min_length=1)]
+    """Hub id, folder, `.gguf` file, run folder (its `merged/`), or a name `alignkit fetch` knows."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Compute precision. Trainable weights and loss arithmetic are float32 in every case."""
+    quantization: Literal["none"] = "none"
+    """Storage of the frozen base weights. 4-bit and 8-bit bases are not available yet."""
+    attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """`auto` packs rows without padding and checks itself against the model's own attention at
+    the start; `packed` insists on it; the others are padded batches through transformers."""
+    chat_template: str | None = None
+    """A template file or a shipped name; null keeps the model's own."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for sources you trust."""
+
+
+class LoraSpec(Section):
+    """Low-rank adapters, W + (alpha / rank) · B A (https://arxiv.org/abs/2106.09685)."""
+
+    kind: Literal["lora"] = "lora"
+    """`lora` trains low-rank adapters over a frozen base."""
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Inner dimension of the update."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout on the adapter's input."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """`all-linear`, a list of module names such as `[q_proj, v_proj]`, or a regular expression."""
+
+
+class FullSpec(Section):
+    """All weights are trained."""
+
+    kind: Literal["full"]
+    """`full` trains every weight: about 16 bytes a parameter instead of 2."""
+
+
+AdapterSpec = Annotated[LoraSpec | FullSpec, Field(discriminator="kind")]
+
+RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+
+
+class SourceSpec(Section):
+    """One data source."""
+
+    path: str | None = None
+    """A .json, .jsonl, .jsonl.gz, .parquet or .csv file."""
+    hub: str | None = None
+    """A dataset on the Hugging Face hub, instead of `path`."""
+    name: str | None = None
+    """Configuration (subset) of the hub dataset."""
+    split: str = "train"
+    """Split of the hub dataset."""
+    format: RowFormat = "auto"
+    """Row format; `auto` finds it from the keys of the first row."""
+    take: PositiveInt | None = None
+    """Use only the first so many rows."""
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """How often the rows count: 2.0 repeats each row twice an epoch, 0.5 draws half of them."""
+    columns: dict[str, str] = {}
+    """Renames: the format's key -> the file's column, as in `{prompt: question}`."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> SourceSpec:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("names either `path` or `hub`, not both and not neither")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The source's name in messages."""
+        return self.path or f"hub:{self.hub}"
+
+
+class DataSpec(Section):
+    """Rows to train on and rows to hold out."""
+
+    train: Annotated[tuple[SourceSpec, ...], Field(min_length=1)]
+    """Sources to train on."""
+    eval: tuple[SourceSpec, ...] = ()
+    """Held-out sources. Rows that also stand in `train` are counted and reported."""
+    eval_fraction: Fraction | None = None
+    """Instead of `eval`: this share of the training rows, drawn with the seed, is held out."""
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Longest row, in tokens."""
+    too_long: Literal["drop", "truncate_left", "truncate_right", "error"] = "drop"
+    """What happens to rows beyond max_length. Always counted and shown."""
+    train_on: Literal["completions", "last_turn", "everything"] = "completions"
+    """Tokens that carry loss: every assistant turn, the last one, or the whole row."""
+
+    @model_validator(mode="after")
+    def _one_eval(self) -> DataSpec:
+        if self.eval and self.eval_fraction is not None:
+            raise ValueError("holds out rows by `eval` or by `eval_fraction`, not both")
+        return self
+
+
+class CrossEntropySpec(Section):
+    """Negative log-likelihood, averaged over all trained tokens of the optimizer step."""
+
+    kind: Literal["cross_entropy"] = "cross_entropy"
+    """`cross_entropy` is the only objective of supervised fine-tuning."""
+
+
+class TrainingSpec(Section):
+    """The optimizer step and the loop around it."""
+
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training rows; a fraction stops early in the last pass."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps; overrides `epochs`."""
+    batch_size: PositiveInt = 16
+    """Examples per optimizer step, over all processes together."""
+    microbatch_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
+    """Tokens of one forward and backward pass; changes speed and memory, never the result."""
+    learning_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Peak learning rate. Unset: 2e-4 for LoRA, 2e-5 for full weights."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after warm-up; cosine and linear end at zero."""
+    warmup: Annotated[float, Field(ge=0.0)] = 0.03
+    """Warm-up: a share of the steps below 1, a number of steps from 1."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay; not applied to biases and norms."""
+    max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    """Gradient norm above which gradients are scaled down; null never clips."""
+    optimizer: Literal["adamw"] = "adamw"
+    """AdamW with betas 0.9 and 0.999 and epsilon 1e-8."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations to save memory; `auto` only when they would not fit."""
+    log_every: PositiveInt = 1
+    """Steps between progress lines. metrics.jsonl gets every step."""
+    eval_every: PositiveInt | None = None
+    """Steps between evaluations; before the first and after the last step in every case."""
+    save_every: PositiveInt = 50
+    """Steps between checkpoints."""
+    keep: PositiveInt = 2
+    """Checkpoints to keep."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Experiment trackers beside metrics.jsonl, through accelerate."""
+
+
+class SftRecipe(Section):
+    """Supervised fine-tuning with prompt-masked loss."""
+
+    stage: Literal["sft"]
+    """The training stage."""
+    output: Annotated[str, Field(min_length=1)]
+    """Run folder: metrics, checkpoints, adapter/ and merged/."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of data order, adapter initialisation and dropout."""
+    model: ModelSpec
+    """The model to start from."""
+    adapter: AdapterSpec = LoraSpec()
+    """What is trained: a LoRA adapter or all weights."""
+    data: DataSpec
+    """Rows to train on and rows to hold out."""
+    objective: CrossEntropySpec = CrossEntropySpec()
+    """The loss."""
+    training: TrainingSpec = TrainingSpec()
+    """The optimizer step and the loop around it."""
+    merge: bool = True
+    """Write `merged/`, a checkpoint that plain transformers loads, and verify it."""
+
+
+Recipe = SftRecipe
+"""Any recipe. One stage so far; further stages join as a union discriminated by `stage`."""
+
+STAGES: dict[str, type[SftRecipe]] = {"sft": SftRecipe}
+
+DEFAULT_LEARNING_RATE = {"lora": 2.0e-4, "full": 2.0e-5}
+
+
+def with_defaults(recipe: Recipe) -> Recipe:
+    """The recipe with every default that depends on another key filled in.
+
+    Args:
+        recipe: a validated recipe.
+
+    Returns:
+        The same recipe with `training.learning_rate` set.
+    """
+    if recipe.training.learning_rate is not None:
+        return recipe
+    rate = DEFAULT_LEARNING_RATE[recipe.adapter.kind]
+    training = recipe.training.model_copy(update={"learning_rate": rate})
+    return recipe.model_copy(update={"training": training})
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, ready for YAML or JSON."""
+    return recipe.model_dump(mode="json")

@@ -1,0 +1,1 @@
+"""Devices, optimizers, checkpoints, metrics, progress."""

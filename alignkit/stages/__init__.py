@@ -1,0 +1,1 @@
+"""Recipe -> plan -> data -> model -> steps -> run folder, one file a stage."""
