@@ -96,6 +96,12 @@ class TokenDataset(Sequence[Document]):
         """`[m]` tokens of each item."""
         return np.diff(self.offsets)[self.order].astype(np.int64)
 
+    @property
+    def num_trained(self) -> IntArray:
+        """`[m]` trained tokens of each item."""
+        before = np.concatenate([[0], np.cumsum(self.trained)])
+        return np.diff(before[self.offsets])[self.order].astype(np.int64)
+
     def subset(self, items: IntArray) -> TokenDataset:
         """The same rows with only these items."""
         return dataclasses.replace(self, order=self.order[items])

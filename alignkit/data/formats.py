@@ -178,7 +178,12 @@ def _parse_alpaca(row: Row) -> Example:
 
 def _parse_prompt_completion(row: Row) -> Example:
     prompt, completion = row.values.get("prompt"), row.values.get("completion")
-    if isinstance(prompt, list) or isinstance(completion, list):
+    if isinstance(prompt, list) != isinstance(completion, list):
+        raise DataError(
+            f"{row.place}: `prompt` and `completion` must both be text or both be messages",
+            hint='as in {"prompt": [{"role": "user", ...}], "completion": [{"role": ...}]}',
+        )
+    if isinstance(prompt, list):
         context = [
             Message(message.role, message.content, message.tool_calls, trained=False)
             for message in _messages(row, _need(row, "prompt", list))
@@ -264,9 +269,14 @@ def _messages(row: Row, turns: list[Any]) -> list[Message]:
             )
         calls = turn.get("tool_calls")
         content = _text(turn.get("content"), row, f"{name}.content")
-        trained = bool(turn.get("weight", 1))
+        weight = turn.get("weight")
+        if weight not in (None, 0, 1):
+            raise DataError(
+                f"{row.place}: {name}.weight is {weight!r}",
+                hint="1 trains the turn, 0 leaves it out of the loss",
+            )
         parsed = _tool_calls(calls, row, number) if calls else ()
-        messages.append(Message(turn["role"], content, parsed, trained))
+        messages.append(Message(turn["role"], content, parsed, trained=weight != 0))
     return messages
 
 
@@ -290,9 +300,15 @@ def _tool_calls(value: Any, row: Row, number: int) -> tuple[dict[str, Any], ...]
 
 
 def _conversation(row: Row, messages: list[Message]) -> Conversation:
-    system = row.values.get("system")
-    if system and messages and messages[0].role != "system":
-        messages = [Message("system", _text(system, row, "system")), *messages]
+    system = _text(row.values.get("system"), row, "system")
+    opened = bool(messages) and messages[0].role in ("system", "developer")
+    if system and opened and messages[0].content != system:
+        raise DataError(
+            f"{row.place}: the row has a system turn and another text under `system`",
+            hint="keep one of the two",
+        )
+    if system and not opened:
+        messages = [Message("system", system), *messages]
     answers = [message for message in messages if message.role == "assistant" and message.trained]
     if not answers:
         raise DataError(
@@ -305,11 +321,21 @@ def _conversation(row: Row, messages: list[Message]) -> Conversation:
                 f"{row.place}: the row has no answer: the assistant's turn {number} is empty",
                 hint="remove the row, or write the answer",
             )
-    tools = row.values.get("tools") or []
-    if isinstance(tools, str):
-        tools = _json(tools, row, "tools") if tools.strip() else []
-    return Conversation(tuple(messages), tuple(_schema(tool) for tool in tools), row.place)
+    return Conversation(tuple(messages), _schemas(row), row.place)
 
 
-def _schema(tool: dict[str, Any]) -> dict[str, Any]:
-    return tool if "function" in tool else {"type": "function", "function": tool}
+def _schemas(row: Row) -> tuple[dict[str, Any], ...]:
+    """Function schemas in the OpenAI form."""
+    tools = row.values.get("tools")
+    if tools is None or (isinstance(tools, str) and not tools.strip()):
+        return ()
+    schemas = []
+    for number, tool in enumerate(_need(row, "tools", list)):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or "name" not in function:
+            raise DataError(
+                f"{row.place}: tools[{number}] describes no function with a name",
+                hint='as in {"name": "get_weather", "parameters": {...}}',
+            )
+        schemas.append(tool if "function" in tool else {"type": "function", "function": tool})
+    return tuple(schemas)

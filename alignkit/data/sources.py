@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,12 +123,13 @@ def _read_file(spec: SourceSpec) -> tuple[list[Row], str]:
     content = found.read_bytes()
     fingerprint = hashlib.sha256(content).hexdigest()
     shown = str(spec.path)
-    if not content.strip():
-        raise DataError(f"{shown}: the file is empty", hint="every source needs at least one row")
     if suffix == ".parquet":
         return _read_parquet(found, shown, spec.take), fingerprint
+    text = _decode(content, name, shown)
+    if not text.strip():
+        raise DataError(f"{shown}: the file is empty", hint="every source needs at least one row")
     rows: list[Row] = []
-    for row in readers[suffix](_decode(content, name, shown), shown):
+    for row in readers[suffix](text, shown):
         rows.append(row)
         if len(rows) == spec.take:
             break
@@ -138,7 +140,7 @@ def _decode(content: bytes, name: str, shown: str) -> str:
     if name.endswith(".gz"):
         try:
             content = gzip.decompress(content)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise DataError(
                 f"{shown}: is no intact gzip file ({error})", hint="download it again"
             ) from None
@@ -190,7 +192,7 @@ def _read_json(text: str, shown: str) -> Iterator[Row]:
     while True:
         position, line = skip(" \t\r\n,", position, line)
         if position < len(text) and text[position] == "]":
-            return
+            break
         try:
             values, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
@@ -201,20 +203,34 @@ def _read_json(text: str, shown: str) -> Iterator[Row]:
         yield _object(values, f"{shown}:{line}")
         line += text.count("\n", position, end)
         position = end
+    position, line = skip(" \t\r\n", position + 1, line)
+    if position < len(text):
+        raise DataError(
+            f"{shown}:{line}: text follows the end of the list",
+            hint="a .json file holds one list; join the lists, or write .jsonl",
+        )
 
 
 def _read_csv(text: str, shown: str) -> Iterator[Row]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    previous = 1
-    for values in reader:
+    while True:
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            raise DataError(
+                f"{shown}:{reader.reader.line_num}: is not valid CSV: {error}",
+                hint="write the rows as .jsonl, which has no such limits",
+            ) from None
+        if values is None:
+            return
+        first_line = reader.line_num - sum(str(value).count("\n") for value in values.values())
         if None in values or None in values.values():
             wanted = len(reader.fieldnames or [])
             raise DataError(
-                f"{shown}:{previous + 1}: does not have the header's {wanted} columns",
+                f"{shown}:{first_line}: does not have the header's {wanted} columns",
                 hint='quote a field that holds commas or line breaks: "like, this"',
             )
-        yield Row(dict(values), f"{shown}:{previous + 1}")
-        previous = reader.line_num
+        yield Row(dict(values), f"{shown}:{first_line}")
 
 
 def _read_parquet(path: Path, shown: str, take: int | None) -> list[Row]:

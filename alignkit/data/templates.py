@@ -9,7 +9,7 @@ renders a turn differently once later turns exist, there is no such span and the
 from __future__ import annotations
 
 import json
-import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +68,10 @@ class ChatTemplate:
                 hint=f"set model.chat_template to one of {', '.join(shipped)}",
             )
         self.tokenizer = tokenizer
-        self.source: str = tokenizer.get_chat_template()
-        self.has_markers = "{% generation" in self.source or "{%- generation" in self.source
-        self.knows_tool_calls = "tool_calls" in self.source
-        self.knows_tools = "tools" in self.source.replace("tool_calls", "")
+        code = re.sub(r"\{#.*?#\}", "", tokenizer.get_chat_template(), flags=re.DOTALL)
+        self.has_markers = re.search(r"\{%[-+]?\s*generation\b", code) is not None
+        self.knows_tool_calls = "tool_calls" in code
+        self.knows_tools = re.search(r"\btools\b", code) is not None
 
     def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
         """The turns as the template reads them.
@@ -89,7 +89,7 @@ class ChatTemplate:
                 turn["content"] = f"{message.content}\n{calls}".strip()
             turns.append(turn)
         if conversation.tools and not self.knows_tools:
-            schemas = "\n".join(json.dumps(tool) for tool in conversation.tools)
+            schemas = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in conversation.tools)
             offer = f"You may call these tools:\n<tools>\n{schemas}\n</tools>"
             if turns[0]["role"] == "system":
                 turns[0] = turns[0] | {"content": f"{turns[0]['content']}\n\n{offer}"}
@@ -197,16 +197,21 @@ class ChatTemplate:
         """Length of what the model is given before the turn, if the text starts with it."""
         if not turns:
             return 0
-        for generation_prompt in (True, False):
-            before = self.render(turns, conversation, generation_prompt=generation_prompt)
-            if full.startswith(before):
-                return len(before)
-        # A generation prompt may say more than the finished turn repeats, a thinking switch say.
         with_prompt = self.render(turns, conversation, generation_prompt=True)
+        if full.startswith(with_prompt):
+            return len(with_prompt)
+        # A generation prompt may say more than the finished turn repeats, a thinking switch say.
         plain = self.render(turns, conversation)
-        common = len(os.path.commonprefix([with_prompt, full]))
-        return common if common > len(plain) else None
+        common = _common_length(with_prompt, full)
+        return common if common > len(plain) or full.startswith(plain) else None
+
+
+def _common_length(first: str, second: str) -> int:
+    """Characters that two texts have in common from the start."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _tool_call_text(call: dict[str, Any]) -> str:
-    return f"<tool_call>\n{json.dumps(call['function'])}\n</tool_call>"
+    function = json.dumps(call["function"], ensure_ascii=False)
+    return f"<tool_call>\n{function}\n</tool_call>"

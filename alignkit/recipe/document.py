@@ -103,14 +103,17 @@ def _read(path: Path, children: tuple[Path, ...]) -> Document:
         )
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=_Loader)
     except UnicodeDecodeError as error:
         raise RecipeError([AlignkitError(f"{name}: is not UTF-8 text ({error.reason})")]) from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{name}:{mark.line + 1}" if mark else name
+    document = Document({}, {(): name}, name, path.parent)
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        if isinstance(node, yaml.MappingNode):
+            document.values = _build(node, (), document)
+    except yaml.YAMLError as error:
+        line, rule = _yaml_problem(error, text)
         hint = "check the indentation, the quotes and the brackets on that line and the one before"
-        problem = AlignkitError(f"{where}: is not valid YAML: {error.problem}", hint=hint)
+        problem = AlignkitError(f"{name}:{line}: is not valid YAML: {rule}", hint=hint)
         raise RecipeError([problem]) from None
     if not isinstance(node, yaml.MappingNode):
         hint = "start from `alignkit recipes copy quickstart/sft.yaml my.yaml`"
@@ -118,14 +121,20 @@ def _read(path: Path, children: tuple[Path, ...]) -> Document:
         raise RecipeError(
             [AlignkitError(f"{name}: must be a mapping of keys to values, got {found}", hint=hint)]
         )
-    document = Document({}, {(): name}, name, path.parent)
-    document.values = _build(node, (), document)
     if document.problems:
         raise RecipeError(document.problems)
     parent_name = document.values.pop("extends", None)
     if parent_name is None:
         return document
     return _extend(document, parent_name, (*children, path))
+
+
+def _yaml_problem(error: yaml.YAMLError, text: str) -> tuple[int, str]:
+    """Line and rule of a YAML error."""
+    if isinstance(error, yaml.reader.ReaderError):
+        return text[: error.position].count("\n") + 1, str(error.reason)
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    return (mark.line + 1 if mark else 1), str(getattr(error, "problem", error))
 
 
 def _extend(document: Document, parent_name: Any, children: tuple[Path, ...]) -> Document:
@@ -219,16 +228,18 @@ def apply_overrides(document: Document, overrides: list[str]) -> None:
             hint = "write overrides as key.sub=value, for example training.learning_rate=1e-4"
             problems.append(AlignkitError(f"command line: {text!r} is no override", hint=hint))
             continue
+        path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+        given = Document({}, {}, "command line", Path())
         try:
             node = yaml.compose(raw, Loader=_Loader)
+            value = None if node is None else _build(node, path, given)
         except yaml.YAMLError:
             hint = "quote the value for the shell, as in 'data.train=[{path: a.jsonl}]'"
             problems.append(
                 AlignkitError(f"command line: the value of {key} is not YAML: {raw!r}", hint=hint)
             )
             continue
-        path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-        value = None if node is None else _build(node, path, Document({}, {}, "", Path()))
+        problems += given.problems
         problem = _set(document, path, value)
         if problem:
             problems.append(problem)

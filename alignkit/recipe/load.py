@@ -109,9 +109,10 @@ def _with_paths(recipe: Recipe, document: Document) -> Recipe:
     data = recipe.data
     sources = {"train": tuple(map(place, data.train)), "eval": tuple(map(place, data.eval))}
     template = recipe.model.chat_template
+    placed = _place_path(template, document, folders=False) if template else None
     model = {
         "base": _place_path(recipe.model.base, document) or recipe.model.base,
-        "chat_template": _place_path(template, document) or template if template else None,
+        "chat_template": placed or template,
     }
     return recipe.model_copy(
         update={
@@ -146,9 +147,9 @@ def _missing_files(document: Document) -> list[AlignkitError]:
     return problems
 
 
-def _place_path(value: str, document: Document) -> str | None:
+def _place_path(value: str, document: Document, *, folders: bool = True) -> str | None:
     found = find_path(value, document.folder)
-    if found is None:
+    if found is None or not (folders or found.is_file()):
         return None
     shipped = found.is_relative_to(assets_root()) and found == (assets_root() / value).resolve()
     return value if shipped and not Path(value).is_absolute() else str(found)

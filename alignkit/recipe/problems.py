@@ -20,6 +20,7 @@ HINTS = {
     "training.warmup": "a share of the steps below 1 (0.03), a number of steps from 1",
     "data.max_length": "in tokens; 1024 to 4096 is usual",
     "data.train": "a list of sources, as in [{path: data.jsonl}]",
+    "adapter": "as in {kind: lora, rank: 16}",
     "adapter.rank": "8 to 64 is usual",
     "model.quantization": "only `none` so far",
     "stage": "this release trains `sft`",
@@ -60,10 +61,13 @@ def describe_problems(
         In no order: see `file_order`.
     """
     by_path: dict[KeyPath, list[ErrorDetails]] = {}
-    for details in error.errors(include_url=False):
+    for details in map(_name_kind, error.errors(include_url=False)):
         by_path.setdefault(_user_path(details, document.values), []).append(details)
     found = []
     for path, group in by_path.items():
+        deeper = any(len(other) > len(path) and other[: len(path)] == path for other in by_path)
+        if deeper and group[0]["type"] in {*_TYPES, "too_short"}:
+            continue  # a list with a broken item also counts as too short, or as no text
         where, name = document.place(path), show_path(path)
         if group[0]["type"] == "extra_forbidden":
             rule = f"{name} is no key of a recipe"
@@ -71,8 +75,9 @@ def describe_problems(
         elif group[0]["type"] == "missing":
             rule, hint = f"{name} is required and missing", HINTS.get(name, "")
         else:
-            rules = list(dict.fromkeys(_rule(details) for details in group))
-            rule = f"{name} {' or '.join(rules)}, got {_show(group[0]['input'])}".strip()
+            first, *others = dict.fromkeys(_rule(details) for details in group)
+            rules = " or ".join([first, *(other.removeprefix("must be ") for other in others)])
+            rule = f"{name} {rules}, got {_show(group[0]['input'])}".strip()
             hint = _nearest_value(group) or HINTS.get(name, "")
         found.append(AlignkitError(f"{where}: {rule}", hint=hint))
     return found
@@ -83,6 +88,21 @@ def file_order(message: str) -> tuple[str, int]:
     file, _, rest = message.partition(":")
     number = rest.partition(":")[0]
     return file, int(number) if number.isdigit() else 0
+
+
+def _name_kind(details: ErrorDetails) -> ErrorDetails:
+    """An unknown kind as an error of the key `kind` itself."""
+    if details["type"] != "union_tag_invalid":
+        return details
+    key = details["ctx"]["discriminator"].strip("'")
+    tags = details["ctx"]["expected_tags"].replace(", ", " or ")
+    return {
+        **details,
+        "type": "literal_error",
+        "loc": (*details["loc"], key),
+        "input": details["input"][key],
+        "ctx": {"expected": tags},
+    }
 
 
 def _user_path(details: ErrorDetails, values: Any) -> KeyPath:
@@ -106,14 +126,14 @@ def _rule(details: ErrorDetails) -> str:
     kind, context = details["type"], details.get("ctx", {})
     if kind in _LIMITS:
         words, key = _LIMITS[kind]
-        return f"must be {words} {context[key]:g}"
+        limit = context[key]
+        return f"must be {words} {limit if isinstance(limit, int) else format(limit, 'g')}"
     if kind in _TYPES:
         return f"must be {_TYPES[kind]}"
     if kind == "literal_error":
         return f"must be {context['expected']}"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tags = context.get("expected_tags", "'lora', 'full'")
-        return f"must have kind {tags.replace(', ', ' or ')}"
+    if kind == "union_tag_not_found":
+        return f"must name its {context['discriminator'].strip(chr(39))}"
     if kind == "too_short":
         return "must not be empty"
     if kind == "string_too_short":
@@ -154,6 +174,8 @@ def _nearest_key(
     if near:
         return f"did you mean {show_path((*parent, near[0]))}?"
     elsewhere = [show_path(path) for path in iter_keys(model) if path[-1] == key]
+    if show_path((*(part for part in parent if isinstance(part, str)), key)) in elsewhere:
+        return f"it belongs to another kind; keys here: {', '.join(siblings)}"
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
     names = [str(path[-1]) for path in iter_keys(model)]

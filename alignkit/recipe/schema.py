@@ -25,7 +25,7 @@ class ModelSpec(Section):
     """The model to start from."""
 
     base: Annotated[str, Field(min_length=1)]
-    """Hub id, folder, `.gguf` file, run folder (its `merged/`), or a name `alignkit fetch` knows."""
+    """Hub id, folder, `.gguf` file, run folder (its `merged/`) or a name `alignkit fetch` knows."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Compute precision. Trainable weights and loss arithmetic are float32 in every case."""
     quantization: Literal["none"] = "none"

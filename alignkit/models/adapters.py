@@ -1,0 +1,188 @@
+"""Adapters over one base: attach, report, save. The files are ordinary PEFT files."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+
+from alignkit.errors import ModelError
+from alignkit.models.loading import quiet_transformers
+from alignkit.recipe.schema import FullSpec, LoraSpec
+
+
+@dataclass(frozen=True)
+class TrainableReport:
+    """What is trained.
+
+    Args:
+        trainable: number of trained weights.
+        total: number of all weights, shared ones once.
+        modules: name of the last part of each adapted module -> how many of them.
+    """
+
+    trainable: int
+    total: int
+    modules: dict[str, int]
+
+
+def linear_names(model: nn.Module) -> dict[str, int]:
+    """Last name part of every linear layer except the output head -> how many there are."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    names: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            last = name.rsplit(".", 1)[-1]
+            names[last] = names.get(last, 0) + 1
+    return names
+
+
+def check_targets(model: nn.Module, spec: LoraSpec) -> None:
+    """Make sure every target names at least one layer that can carry an adapter.
+
+    Raises:
+        ModelError: a target matches nothing; the hint lists near names.
+    """
+    known = linear_names(model)
+    every = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    targets = spec.targets
+    if isinstance(targets, str):
+        if targets == "all-linear":
+            return
+        try:
+            found = any(re.fullmatch(targets, name) for name in every)
+        except re.error as error:
+            raise ModelError(
+                f"adapter.targets is no regular expression: {targets!r} ({error})",
+                hint="use a list of module names, or all-linear",
+            ) from None
+        missing = [] if found else [targets]
+    else:
+        missing = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in every)]
+    if missing:
+        near = [m for t in missing for m in difflib.get_close_matches(t, known, n=2)]
+        hint = f"did you mean {', '.join(dict.fromkeys(near))}? " if near else ""
+        raise ModelError(
+            f"adapter.targets matches no linear layer: {', '.join(map(repr, missing))}",
+            hint=f"{hint}this model has {', '.join(known)}",
+        )
+
+
+def attach_adapter(model: Any, spec: LoraSpec | FullSpec, seed: int) -> Any:
+    """Make the model trainable the way the recipe says.
+
+    Args:
+        model: a frozen or plain causal language model.
+        spec: LoRA, or all weights.
+        seed: of the adapter's random half; the other half starts at zero.
+
+    Returns:
+        A PEFT model whose adapter weights are float32, or the model itself with every weight
+        trainable in float32.
+    """
+    if isinstance(spec, FullSpec):
+        return model.float().requires_grad_(True)
+    check_targets(model, spec)
+    targets = spec.targets if isinstance(spec.targets, str) else list(spec.targets)
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    model.requires_grad_(False)
+    torch.manual_seed(seed)
+    with quiet_transformers():
+        return get_peft_model(model, config)
+
+
+def trainable_report(model: nn.Module) -> TrainableReport:
+    """How many weights are trained, and in which modules."""
+    modules: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and len(module.lora_A):
+            last = name.rsplit(".", 1)[-1]
+            modules[last] = modules.get(last, 0) + 1
+    parameters = list(model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return TrainableReport(trained, sum(p.numel() for p in parameters), modules)
+
+
+def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
+    """Write the adapter as PEFT does.
+
+    Args:
+        model: carries the adapter `default`.
+        folder: gets `adapter_model.safetensors` and `adapter_config.json`.
+        base_name: recorded as the base the adapter belongs to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = get_peft_model_state_dict(model, adapter_name="default")
+    contiguous = {name: w.detach().cpu().contiguous() for name, w in sorted(weights.items())}
+    save_file(contiguous, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = model.peft_config["default"].to_dict()
+    config["base_model_name_or_path"] = base_name
+    config["inference_mode"] = True
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    text = json.dumps(plain, indent=2, sort_keys=True, default=str)
+    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def read_adapter_config(folder: Path) -> Any:
+    """PEFT's configuration of an adapter folder.
+
+    Raises:
+        ModelError: no adapter there, or a kind that is no LoRA.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder} holds no adapter: there is no adapter_config.json",
+            hint="name a run folder, its adapter/, or a folder written by PEFT",
+        )
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        first_line = str(error).split("\n")[0]
+        raise ModelError(f"{folder}/adapter_config.json cannot be read: {first_line}") from error
+    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
+        raise ModelError(
+            f"{folder} is a {config.peft_type} adapter, not a LoRA one",
+            hint="only LoRA adapters can be merged so far",
+        )
+    return config
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """Base with an adapter from disk, for inference.
+
+    Args:
+        model: the base the adapter was trained on.
+        folder: PEFT adapter folder.
+
+    Returns:
+        A PEFT model in evaluation mode.
+
+    Raises:
+        ModelError: the adapter does not fit the model.
+    """
+    read_adapter_config(folder)
+    try:
+        with quiet_transformers():
+            loaded = PeftModel.from_pretrained(model, str(folder))
+    except Exception as error:
+        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+        raise ModelError(
+            f"the adapter in {folder} does not fit the base: {' '.join(lines[:2])[:300]}",
+            hint="name the base it was trained on with --base",
+        ) from error
+    return loaded.eval()

@@ -1,0 +1,138 @@
+"""Attention over packed rows: each segment sees itself causally, and all of its prefix.
+
+Registered with transformers' `AttentionInterface`, so it works under any model that uses it. The
+segments travel as a keyword argument through the model's forward. No padding, no T×T mask: a
+segment without a window or a prefix runs the causal kernel, which skips half of the work.
+
+Shapes: `B` = 1 packed row, `H` query heads, `K` key heads, `T` tokens, `D` head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from alignkit.packed import Segment
+
+PACKED = "alignkit_packed"
+
+Segments = tuple[Segment, ...]
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    segments: Segments | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **options: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention output of every segment.
+
+    Args:
+        module: the attention layer; read for nothing, transformers passes it.
+        query: `[1, H, T, D]`.
+        key: `[1, K, T, D]`, H a multiple of K.
+        value: `[1, K, T, D]`.
+        attention_mask: must be None; the segments say who sees whom.
+        segments: cover `0..T-1` in order.
+        scaling: factor on the scores; None is 1 / sqrt(D).
+        dropout: probability on the attention weights.
+        sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+        options: further arguments of transformers; those that would change the result raise.
+
+    Returns:
+        `([1, T, H, D], None)`.
+
+    Raises:
+        NotImplementedError: the model asks for something that packed rows do not have; the
+            start-up check turns it into the padded path.
+    """
+    if segments is None or attention_mask is not None:
+        raise NotImplementedError("packed attention needs segments and no mask")
+    for name in ("s_aux", "position_bias", "cache"):
+        if options.get(name) is not None:
+            raise NotImplementedError(f"packed attention does not know {name}")
+    lengths = [segment.length for segment in segments]
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    by_start = {segment.start: number for number, segment in enumerate(segments)}
+    outputs = []
+    for number, segment in enumerate(segments):
+        k, v = keys[number], values[number]
+        if segment.prefix_length:
+            prefix = by_start[segment.prefix_start]
+            k = torch.cat([keys[prefix], k], dim=2)
+            v = torch.cat([values[prefix], v], dim=2)
+        mask = segment_mask(segment, sliding_window, query.device)
+        if softcap is None:
+            output = scaled_dot_product_attention(
+                queries[number],
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        else:
+            output = _softcapped(queries[number], k, v, mask, scaling, softcap, dropout)
+        outputs.append(output)
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def segment_mask(
+    segment: Segment, sliding_window: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """Who sees whom within a segment and its prefix.
+
+    Args:
+        segment: `n` own tokens after `p` prefix tokens.
+        sliding_window: see `packed_attention`.
+        device: of the mask.
+
+    Returns:
+        `[n, p + n]`, True where a token is seen; None where the plain causal rule says it all.
+    """
+    n, p = segment.length, segment.prefix_length
+    windowed = sliding_window is not None and p + n > sliding_window
+    if not p and not windowed:
+        return None
+    mask = torch.ones(n, p + n, dtype=torch.bool, device=device).tril(p)
+    if windowed:
+        assert sliding_window is not None
+        mask = mask.triu(p - sliding_window + 1)
+    return mask
+
+
+def _softcapped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float,
+    dropout: float,
+) -> torch.Tensor:
+    """The same in plain operations: no fused kernel on every device caps scores."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf"))
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = torch.nn.functional.dropout(weights, dropout)
+    return weights @ value
+
+
+AttentionInterface.register(PACKED, packed_attention)

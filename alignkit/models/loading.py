@@ -1,0 +1,241 @@
+"""Tokenizers and weights from the hub, a folder, a GGUF file, a run folder or a known name."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging as transformers_logging
+
+from alignkit.errors import ModelError
+from alignkit.models.registry import KNOWN_MODELS, model_folder
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Where a base model is.
+
+    Args:
+        location: folder or hub id.
+        gguf: name of the GGUF file inside the folder; None for safetensors.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    location: str
+    gguf: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments that every `from_pretrained` takes."""
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.gguf:
+            options["gguf_file"] = self.gguf
+        return options
+
+
+def find_base(name: str, *, trust_remote_code: bool = False) -> BaseModel:
+    """Where the model named in a recipe is.
+
+    Args:
+        name: hub id, folder, `.gguf` file, run folder or known name.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        A place whose files exist, or a hub id.
+
+    Raises:
+        ModelError: the name fits none of these.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return BaseModel(str(path.parent), path.name, trust_remote_code)
+    if path.is_dir():
+        return BaseModel(str(_model_in(path)), None, trust_remote_code)
+    if name in KNOWN_MODELS:
+        folder = model_folder(name)
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{name} is not here yet", hint=f"run `alignkit fetch {name}`")
+        return BaseModel(str(folder), None, trust_remote_code)
+    near = difflib.get_close_matches(name, KNOWN_MODELS, n=1)
+    if path.exists() or path.is_absolute() or name.count("/") != 1 or name.startswith("."):
+        hint = f"did you mean {near[0]}?" if near else "name a folder, a .gguf file or a hub id"
+        raise ModelError(f"{name!r} is no model: no such folder, file or known name", hint=hint)
+    return BaseModel(name, None, trust_remote_code)
+
+
+def _model_in(folder: Path) -> Path:
+    """The model folder that a folder is or holds."""
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "merged" / "config.json").is_file():
+        return folder / "merged"
+    if (folder / "adapter_config.json").is_file() or (folder / "adapter").is_dir():
+        raise ModelError(
+            f"{folder} holds an adapter, not a whole model",
+            hint=f"run `alignkit merge-lora {folder}` first",
+        )
+    raise ModelError(
+        f"{folder} is no model folder: it has no config.json",
+        hint="name the folder with config.json and *.safetensors",
+    )
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no warnings of transformers; errors pass."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _reading(base: BaseModel, what: str) -> Iterator[None]:
+    try:
+        with quiet_transformers():
+            yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        hint = "check the name and the files"
+        if os.environ.get("HF_HUB_OFFLINE") and not Path(base.location).exists():
+            hint = "HF_HUB_OFFLINE is set and the model is not in the local cache"
+        elif "gguf" in first_line.lower() and isinstance(error, ImportError):
+            hint = "pip install 'alignkit[gguf]'"
+        raise ModelError(
+            f"{what} of {base.location!r} could not be read: {first_line}", hint=hint
+        ) from error
+
+
+def load_tokenizer(base: BaseModel, template: str | None = None) -> Any:
+    """The model's tokenizer.
+
+    Args:
+        base: from `find_base`.
+        template: Jinja source that replaces the model's chat template; None keeps it.
+
+    Returns:
+        A transformers tokenizer that pads on the right.
+    """
+    with _reading(base, "the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(base.location, **base.options)
+    if template is not None:
+        tokenizer.chat_template = template
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_config(base: BaseModel) -> Any:
+    """The model's configuration."""
+    with _reading(base, "the configuration"):
+        return AutoConfig.from_pretrained(base.location, **base.options)
+
+
+def load_model(base: BaseModel, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """The model's weights.
+
+    Args:
+        base: from `find_base`.
+        dtype: storage of the weights.
+        device: where they go.
+
+    Returns:
+        A transformers causal language model in evaluation mode, not marked as quantized.
+    """
+    options = dict(base.options)
+    if base.gguf:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
+    with _reading(base, "the weights"):
+        model = AutoModelForCausalLM.from_pretrained(base.location, dtype=dtype, **options)
+    if base.gguf:
+        _forget_gguf(model)
+    return model.to(device).eval()
+
+
+def _forget_gguf(model: Any) -> None:
+    """Clear the marks that make transformers refuse to save dequantized weights."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for holder, mark in ((model, "quantization_method"), (model.config, "quantization_config")):
+        if hasattr(holder, mark):
+            delattr(holder, mark)
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write an ordinary model folder from a GGUF file: weights in bf16, tokenizer, template.
+
+    Args:
+        gguf: the file.
+        folder: created.
+    """
+    base = BaseModel(str(gguf.parent), gguf.name)
+    tokenizer = load_tokenizer(base)
+    model = load_model(base, torch.float32).to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    model.config.name_or_path = ""
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def weights_fingerprint(base: BaseModel) -> str:
+    """Hash that tells one set of weights from another.
+
+    Covers the configuration, each weight file's name, size and head, and 64 samples spread over
+    it, so a 70B model costs no more than a small one.
+
+    Returns:
+        Hex sha256; for a hub model the commit, where it is known.
+    """
+    folder = Path(base.location)
+    digest = hashlib.sha256()
+    if not folder.is_dir():
+        config = load_config(base)
+        return f"{base.location}@{getattr(config, '_commit_hash', None) or 'unknown'}"
+    names = [base.gguf] if base.gguf else sorted(p.name for p in folder.glob("*.safetensors"))
+    for name in names:
+        path = folder / str(name)
+        size = path.stat().st_size
+        digest.update(f"{size}".encode())
+        with open(path, "rb") as file:
+            for sample in range(64):
+                file.seek(sample * max(size - 65536, 0) // 63)
+                digest.update(file.read(65536))
+    config_file = folder / "config.json"
+    if config_file.is_file():
+        values = json.loads(config_file.read_text(encoding="utf-8"))
+        values.pop("transformers_version", None)
+        digest.update(json.dumps(values, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def stored_dtype(base: BaseModel) -> torch.dtype:
+    """The dtype the base's weights are stored in; float32 if the configuration does not say."""
+    dtype = getattr(load_config(base), "dtype", None)
+    if isinstance(dtype, str):
+        dtype = DTYPES.get(dtype)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32

@@ -1,0 +1,246 @@
+"""Adapter -> dense checkpoint that plain transformers loads, verified.
+
+The merge runs in float32, W + (alpha / rank) · B A, and is rounded once to the base's dtype. Then
+the written files are read back and compared: every weight with the expected one, bit for bit, and
+the logits with those of base + adapter on real rows. A bf16 weight has 8 bits of precision, so
+an update much smaller than the weight is partly lost; the report says how much survived.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from alignkit.errors import ModelError
+from alignkit.models.adapters import load_adapter
+from alignkit.models.loading import BaseModel, load_model, load_tokenizer, quiet_transformers
+from alignkit.packed import IntArray
+
+CHECK_TOKENS = 256
+"""Positions on which logits are compared."""
+
+MAX_KL = 0.01
+"""Nats per token that rounding may move the merged model away from base + adapter."""
+
+MAX_KL_SHARE = 0.05
+"""The same, as a share of the distance between base + adapter and the base."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What the merge did and how faithful it is.
+
+    Args:
+        output: the merged folder.
+        dtype: of the written weights.
+        modules: adapted layers.
+        survived: projection of the rounded update on the exact one; 1.0 is all of it.
+        rounding_error: norm of what rounding changed, relative to the norm of the update.
+        max_logit_difference: largest |difference| to base + adapter, both in float32 arithmetic.
+        mean_kl: KL(base + adapter ‖ merged) in nats per token.
+        mean_kl_to_base: KL(base + adapter ‖ base): how far training moved the model.
+        same_top_token: share of positions with the same likeliest token.
+        positions: tokens compared.
+    """
+
+    output: str
+    dtype: str
+    modules: int
+    survived: float
+    rounding_error: float
+    max_logit_difference: float
+    mean_kl: float
+    mean_kl_to_base: float
+    same_top_token: float
+    positions: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return dataclasses.asdict(self)
+
+    def lines(self) -> list[str]:
+        """The report in sentences."""
+        return [
+            f"merged {self.modules} layers into {self.output} ({self.dtype})",
+            f"against base + adapter on {self.positions} tokens: largest logit difference "
+            f"{self.max_logit_difference:.3g}, KL {self.mean_kl:.2g} nats/token "
+            f"(training moved it by {self.mean_kl_to_base:.2g}), same top token "
+            f"{self.same_top_token:.1%}",
+            f"{self.survived:.1%} of the update survived rounding to {self.dtype}; what rounding "
+            f"changed is {self.rounding_error:.1%} of the update's size",
+        ]
+
+
+def merge_adapter(
+    base: BaseModel,
+    adapter: Path,
+    output: Path,
+    *,
+    rows: Sequence[IntArray],
+    dtype: torch.dtype,
+    tokenizer: Any = None,
+    stop_tokens: Sequence[int] = (),
+    overwrite: bool = False,
+) -> MergeReport:
+    """Write the merged model and verify it.
+
+    Args:
+        base: the model the adapter was trained on.
+        adapter: PEFT LoRA folder.
+        output: folder to write; stands there only once the merge is verified.
+        rows: token ids of real rows, at least one with two tokens.
+        dtype: of the written weights.
+        tokenizer: saved beside the weights; None takes the base's.
+        stop_tokens: ids that end an answer, added to the generation settings.
+        overwrite: replace an existing output.
+
+    Returns:
+        The measured differences.
+
+    Raises:
+        ModelError: the output exists, the adapter does not fit, or the merge is not faithful.
+    """
+    if output.exists() and not overwrite:
+        raise ModelError(
+            f"{output} already exists", hint="add --overwrite, or name another --output"
+        )
+    model = load_adapter(load_model(base, torch.float32), adapter)
+    samples = _samples(rows)
+    exact = _logits(model, samples)
+    with model.disable_adapter():
+        kl_to_base = _mean_kl(exact, _logits(model, samples))
+    survived, error, modules = _rounding(model, dtype)
+    with quiet_transformers():
+        merged = model.merge_and_unload(safe_merge=True)
+    del model
+    merged = merged.to(dtype)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".merging-") as scratch:
+        written = Path(scratch) / "merged"
+        save_checkpoint_folder(merged, tokenizer or load_tokenizer(base), written, stop_tokens)
+        read_back = _read_back(written, merged, dtype)
+        del merged
+        found = _logits(read_back.float(), samples)
+        report = MergeReport(
+            output=str(output),
+            dtype=str(dtype).removeprefix("torch."),
+            modules=modules,
+            survived=survived,
+            rounding_error=error,
+            max_logit_difference=float((found - exact).abs().max()),
+            mean_kl=_mean_kl(exact, found),
+            mean_kl_to_base=kl_to_base,
+            same_top_token=float((found.argmax(-1) == exact.argmax(-1)).float().mean()),
+            positions=len(exact),
+        )
+        _require_faithful(report)
+        if output.exists():
+            shutil.rmtree(output)
+        os.rename(written, output)
+    return report
+
+
+def save_checkpoint_folder(
+    model: Any, tokenizer: Any, folder: Path, stop_tokens: Sequence[int]
+) -> None:
+    """Write weights, tokenizer, chat template and generation settings as transformers does.
+
+    Args:
+        model: dense weights in the dtype to store.
+        tokenizer: saved with its chat template.
+        folder: created.
+        stop_tokens: added to the model's end-of-sequence tokens.
+    """
+    settings = model.generation_config
+    known = settings.eos_token_id
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    stops = list(dict.fromkeys([*known, *map(int, stop_tokens)]))
+    settings.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _read_back(folder: Path, expected: nn.Module, dtype: torch.dtype) -> Any:
+    """The written model, checked bit for bit against the one in memory."""
+    with quiet_transformers():
+        found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    stored = found.state_dict()
+    for name, weight in expected.state_dict().items():
+        if name not in stored or not torch.equal(stored[name], weight):
+            raise ModelError(
+                f"the merged file does not hold what was written: {name} differs",
+                hint="the disk may be full or failing; nothing was kept",
+            )
+    return found.eval()
+
+
+def _require_faithful(report: MergeReport) -> None:
+    limit = max(1e-6, min(MAX_KL, MAX_KL_SHARE * report.mean_kl_to_base))
+    if report.mean_kl <= limit and report.survived > 0:
+        return
+    raise ModelError(
+        f"the merged model is not faithful to base + adapter: KL {report.mean_kl:.2g} nats/token "
+        f"is more than {limit:.2g}, and {report.survived:.1%} of the update survived rounding "
+        f"to {report.dtype}",
+        hint="merge into wider weights with --dtype float32; nothing was written",
+    )
+
+
+def _samples(rows: Sequence[IntArray]) -> list[torch.Tensor]:
+    """First tokens of the rows, `CHECK_TOKENS` in all, from at most eight rows."""
+    samples, left = [], CHECK_TOKENS
+    each = max(2, CHECK_TOKENS // min(8, len(rows)))
+    for row in rows:
+        ids = torch.as_tensor(row[: min(each, left)], dtype=torch.long)
+        if len(ids):
+            samples.append(ids)
+            left -= len(ids)
+        if left <= 0:
+            break
+    return samples
+
+
+@torch.no_grad()
+def _logits(model: Any, samples: list[torch.Tensor]) -> torch.Tensor:
+    """`[N, V]` float32 logits at every position of the samples."""
+    found = [model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in samples]
+    return torch.cat(found)
+
+
+def _mean_kl(exact: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean over positions of KL(exact ‖ other) in nats."""
+    p, q = torch.log_softmax(exact, -1), torch.log_softmax(other, -1)
+    return float((p.exp() * (p - q)).sum(-1).mean().clamp_min(0.0))
+
+
+@torch.no_grad()
+def _rounding(model: nn.Module, dtype: torch.dtype) -> tuple[float, float, int]:
+    """How much of all updates survives rounding, the relative change, and the number of layers."""
+    kept = squared = lost = 0.0
+    modules = 0
+    for module in model.modules():
+        if not hasattr(module, "get_delta_weight") or not getattr(module, "lora_A", None):
+            continue
+        weight = module.get_base_layer().weight
+        delta = module.get_delta_weight("default").float()
+        if delta.shape != weight.shape:
+            delta = delta.T
+        rounded = (weight + delta).to(dtype).float() - weight
+        kept += float((rounded * delta).sum(dtype=torch.float64))
+        squared += float(delta.square().sum(dtype=torch.float64))
+        lost += float((rounded - delta).square().sum(dtype=torch.float64))
+        modules += 1
+    if squared == 0.0:
+        return 1.0, 0.0, modules
+    return kept / squared, (lost / squared) ** 0.5, modules

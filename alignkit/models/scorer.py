@@ -1,0 +1,125 @@
+"""TokenScorer: the one forward of every stage, PackedBatch -> log-probs at the targets.
+
+It runs the decoder on the packed row, gathers the hidden states that are scored and projects only
+those. `PaddedScorer` computes the same the way transformers does, with padding, masks and full
+logits: slower, and the yardstick of the start-up check and of the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from alignkit.models.attention import PACKED
+from alignkit.models.vocab_head import TokenScores, logit_transform, score_targets
+from alignkit.packed import PackedBatch, Segment
+
+
+def causal_model(model: Any) -> Any:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def compute_context(model: nn.Module, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to `dtype` where weights are stored wider; nothing for float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, dtype=dtype)
+
+
+class TokenScorer(nn.Module):
+    """Scores packed batches; the root module that accelerate wraps.
+
+    Args:
+        model: a transformers causal language model, or PEFT around one.
+        dtype: compute precision; trainable weights may be stored wider.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+        inner = causal_model(model)
+        inner.set_attn_implementation(PACKED)
+        self.transform = logit_transform(inner.config.get_text_config())
+
+    def forward(self, batch: PackedBatch) -> TokenScores:
+        """Log-probs of the batch's targets.
+
+        Args:
+            batch: `T` tokens, `N` targets.
+
+        Returns:
+            `[N]` scores, in the order of the batch's targets.
+        """
+        inner = causal_model(self.model)
+        device = next(inner.parameters()).device
+
+        def tensor(array: Any) -> torch.Tensor:
+            return torch.from_numpy(array).to(device)
+
+        with compute_context(inner, self.dtype):
+            hidden = inner.get_decoder()(
+                input_ids=tensor(batch.input_ids)[None],
+                position_ids=tensor(batch.position_ids)[None],
+                use_cache=False,
+                segments=batch.segments,
+            ).last_hidden_state[0]
+            picked = hidden.index_select(0, tensor(batch.target_rows))
+            head = inner.get_output_embeddings()
+            return score_targets(picked, head, tensor(batch.target_ids), self.transform)
+
+
+class PaddedScorer(nn.Module):
+    """The plain path: one padded row per sequence, transformers' masks, full logits.
+
+    Args:
+        model: as for `TokenScorer`.
+        dtype: compute precision.
+        attention: an implementation of transformers that takes padded batches.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, attention: str = "sdpa") -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+        inner = causal_model(model)
+        with contextlib.suppress(ValueError):
+            inner.set_attn_implementation(attention)
+            return
+        inner.set_attn_implementation("eager")  # Gemma 2 and others have no sdpa
+
+    def forward(self, batch: PackedBatch) -> TokenScores:
+        """Log-probs of the batch's targets; see `TokenScorer.forward`."""
+        inner = causal_model(self.model)
+        device = next(inner.parameters()).device
+        rows = sequence_rows(batch)
+        ids = [torch.from_numpy(batch.input_ids[row]) for row in rows]
+        padded = pad_sequence(ids, batch_first=True).to(device)
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device)
+        with compute_context(inner, self.dtype):
+            logits = inner(input_ids=padded, attention_mask=mask, use_cache=False).logits
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
+        sequences = torch.from_numpy(batch.target_sequences)
+        columns = torch.from_numpy(batch.position_ids[batch.target_rows])
+        targets = torch.from_numpy(batch.target_ids)
+        picked = logprobs[sequences.to(device), columns.to(device)]
+        chosen = picked.gather(1, targets.to(device)[:, None])[:, 0]
+        return TokenScores(chosen, chosen.detach() >= picked.detach().amax(1))
+
+
+def sequence_rows(batch: PackedBatch) -> list[np.ndarray]:
+    """Positions in the packed row of each sequence, its prompt included, in reading order."""
+    rows = []
+    by_end = {segment.start + segment.length - 1: segment for segment in batch.segments}
+    for end in batch.sequence_ends:
+        segment: Segment = by_end[int(end)]
+        prefix = np.arange(segment.prefix_start, segment.prefix_start + segment.prefix_length)
+        rows.append(np.concatenate([prefix, np.arange(segment.start, int(end) + 1)]))
+    return rows

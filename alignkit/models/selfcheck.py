@@ -1,0 +1,114 @@
+"""Choose the scorer: the packed one if it agrees with the model's own forward, else the padded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from alignkit.errors import ModelError
+from alignkit.models.scorer import PaddedScorer, TokenScorer, causal_model
+from alignkit.packed import PackedBatch, Segment
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+"""Largest accepted difference of a log-prob, in nats. In bfloat16 two correct attention kernels
+differ by up to 0.1 on random tokens, whose log-probs are near -15; a wrong mask, scale or cap
+moves them by whole nats."""
+
+MEAN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""The same for the mean absolute difference."""
+
+
+def build_scorer(
+    model: Any, dtype: torch.dtype, attention: str, say: Callable[[str], None]
+) -> nn.Module:
+    """The scorer that the recipe asks for, checked.
+
+    Args:
+        model: causal language model, adapters attached.
+        dtype: compute precision.
+        attention: `auto`, `packed`, or an implementation of transformers for padded batches.
+        say: told in one sentence when the packed path cannot be used.
+
+    Returns:
+        A `TokenScorer`, or a `PaddedScorer` where asked for or necessary.
+
+    Raises:
+        ModelError: `packed` was demanded and does not agree with the model.
+    """
+    if attention not in ("auto", "packed"):
+        return PaddedScorer(model, dtype, attention)
+    fault = packed_fault(model, dtype)
+    if fault is None:
+        return TokenScorer(model, dtype)
+    if attention == "packed":
+        raise ModelError(
+            f"packed rows do not reproduce this model: {fault}",
+            hint="set model.attention to auto to train on padded rows instead",
+        )
+    say(f"packed rows do not reproduce this model ({fault}): training on padded rows, slower")
+    return PaddedScorer(model, dtype)
+
+
+def packed_fault(model: Any, dtype: torch.dtype) -> str | None:
+    """What is wrong with packed rows for this model; None if they agree with its own forward."""
+    inner = causal_model(model)
+    batch = probe_batch(int(inner.config.get_text_config().vocab_size))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            expected = PaddedScorer(model, dtype)(batch).logprobs
+            found = TokenScorer(model, dtype)(batch).logprobs
+    except (NotImplementedError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        return str(error).split("\n")[0][:200]
+    finally:
+        model.train(was_training)
+    difference = (found - expected).abs()
+    worst, mean = float(difference.max()), float(difference.mean())
+    if not worst <= TOLERANCE[dtype] or not mean <= MEAN_TOLERANCE[dtype]:
+        return f"log-probs differ by up to {worst:.3g} nats, {mean:.3g} on average"
+    return None
+
+
+def probe_batch(vocabulary: int) -> PackedBatch:
+    """A small fixed batch with two plain sequences and one document with two branches.
+
+    Args:
+        vocabulary: token ids are drawn below it.
+    """
+    rng = np.random.default_rng(0)
+    lengths, ids, positions = (19, 7, 5, 6, 4), [], []
+    # Two documents of one segment; then a prompt of 5 with branches of 6 and 4 tokens.
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    offsets = (0, 0, 0, 5, 5)
+    for length, offset in zip(lengths, offsets, strict=True):
+        ids.append(rng.integers(0, vocabulary, length))
+        positions.append(offset + np.arange(length))
+    segments = [Segment(int(starts[n]), lengths[n]) for n in range(3)]
+    segments += [Segment(int(starts[n]), lengths[n], int(starts[2]), 5) for n in (3, 4)]
+    rows, targets, sequences = [], [], []
+    flat = np.concatenate(ids).astype(np.int64)
+    for sequence, number in enumerate((0, 1, 3, 4)):
+        begin, end = int(starts[number]), int(starts[number + 1])
+        first = begin + 1 if number < 2 else begin
+        predictors = np.arange(first, end) - 1
+        if number > 2:
+            predictors[0] = int(starts[3]) - 1
+        rows.append(predictors)
+        targets.append(flat[first:end])
+        sequences.append(np.full(end - first, sequence))
+    return PackedBatch(
+        input_ids=flat,
+        position_ids=np.concatenate(positions).astype(np.int64),
+        segments=tuple(segments),
+        target_rows=np.concatenate(rows).astype(np.int64),
+        target_ids=np.concatenate(targets).astype(np.int64),
+        target_sequences=np.concatenate(sequences).astype(np.int64),
+        sequence_ends=np.asarray([int(starts[n + 1]) - 1 for n in (0, 1, 3, 4)], np.int64),
+        sequence_documents=np.asarray([0, 1, 2, 2], np.int64),
+        rows=(0, 1, 2),
+    )

@@ -1,0 +1,162 @@
+"""Checkpoints that are whole or not there: written beside, fsynced, checksummed, renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from alignkit.errors import RunError, TrainingError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk.
+
+    Args:
+        folder: `checkpoints/step-000050`.
+        step: optimizer steps done.
+        state: what the loop stored beside the tensors.
+    """
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write one checkpoint and remove old ones.
+
+    Args:
+        folder: `checkpoints/` of the run.
+        step: optimizer steps done.
+        model: its trainable weights are stored.
+        optimizer: its whole state is stored.
+        state: plain values the loop needs to go on.
+        keep: newest checkpoints that stay.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        TrainingError: the disk refused.
+    """
+    final = folder / f"step-{step:06d}"
+    scratch = folder / f".writing-step-{step:06d}"
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        save_file(trainable_weights(model), scratch / "trainable.safetensors")
+        torch.save(optimizer.state_dict(), scratch / "optimizer.pt")
+        (scratch / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+        manifest = {path.name: _hash_and_sync(path) for path in sorted(scratch.iterdir())}
+        (scratch / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        _hash_and_sync(scratch / "manifest.json")
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(scratch, final)
+        _sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise TrainingError(
+            f"the checkpoint of step {step} could not be written to {folder}: {error.strerror}",
+            hint="free disk space and continue with --resume; earlier checkpoints are whole",
+        ) from error
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint.
+
+    Args:
+        folder: `checkpoints/` of a run; may be missing.
+
+    Returns:
+        The checkpoint, or None, and a sentence for each torn one that was skipped.
+    """
+    skipped = []
+    for candidate in sorted(folder.glob("step-*"), reverse=True):
+        fault = _fault(candidate)
+        if fault is None:
+            state = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
+            return Checkpoint(candidate, int(state["step"]), state), skipped
+        skipped.append(f"{candidate.name} is damaged ({fault}); using the one before")
+    return None, skipped
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Put the stored weights and optimizer state back.
+
+    Raises:
+        RunError: the weights in the checkpoint are not those of the model.
+    """
+    stored = load_file(checkpoint.folder / "trainable.safetensors")
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if stored.keys() != named.keys():
+        odd = sorted(stored.keys() ^ named.keys())
+        raise RunError(
+            f"{checkpoint.folder} holds other weights than the recipe trains, first {odd[0]}",
+            hint="resume with the recipe that started the run",
+        )
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(stored[name])
+    state = torch.load(checkpoint.folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state)
+
+
+def trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> value of every trainable weight, on the processor."""
+    return {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _fault(folder: Path) -> str | None:
+    manifest = folder / "manifest.json"
+    try:
+        expected = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return "no readable manifest.json"
+    for name, digest in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def _hash_and_sync(path: Path) -> str:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

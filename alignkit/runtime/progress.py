@@ -1,0 +1,80 @@
+"""What a person sees while a run goes on: a live line on a terminal, plain lines elsewhere.
+
+Everything goes to stderr; stdout is for data.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+console = Console(stderr=True, highlight=False)
+
+
+def show_duration(seconds: float) -> str:
+    """`75` as `1:15`, `7325` as `2:02:05`."""
+    if not math.isfinite(seconds):
+        return "-"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class StepProgress:
+    """Progress of the training steps.
+
+    Args:
+        steps: of the whole run.
+        first_step: steps already done.
+        log_every: steps between plain lines.
+        quiet: show nothing.
+    """
+
+    def __init__(self, steps: int, first_step: int, log_every: int, quiet: bool) -> None:
+        self.steps, self.first, self.log_every, self.quiet = steps, first_step, log_every, quiet
+        self.started = time.monotonic()
+        self.live: Progress | None = None
+        self.task: TaskID | None = None
+        if console.is_terminal and not quiet:
+            self.live = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}"),
+                console=console,
+            )
+            self.live.start()
+            self.task = self.live.add_task("", total=steps, completed=first_step)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Show one finished step.
+
+        Args:
+            step: steps done, from 1.
+            metrics: must hold loss, tokens_per_second, memory_gb, learning_rate and grad_norm.
+        """
+        if self.quiet:
+            return
+        done = max(1, step - self.first)
+        left = (time.monotonic() - self.started) / done * (self.steps - step)
+        line = (
+            f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
+            f"grad {metrics['grad_norm']:.2f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
+            f"{metrics['memory_gb']:.1f} GB  {show_duration(left)} left"
+        )
+        if self.live is not None and self.task is not None:
+            self.live.update(self.task, completed=step, description=line)
+        elif step % self.log_every == 0 or step == self.steps:
+            console.print(f"step {step}/{self.steps}  {line}")
+
+    def say(self, text: str) -> None:
+        """Print one line above the progress."""
+        if not self.quiet:
+            console.print(text)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self.live is not None:
+            self.live.stop()

@@ -1,0 +1,192 @@
+"""A training session: who may write, what is said at the start, where it continues, how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from alignkit.data.report import DataReport
+from alignkit.errors import Interrupted
+from alignkit.models.adapters import attach_adapter, trainable_report
+from alignkit.models.loading import DTYPES, BaseModel, load_model, weights_fingerprint
+from alignkit.models.selfcheck import build_scorer
+from alignkit.recipe.plan import Plan
+from alignkit.recipe.schema import FullSpec, Recipe
+from alignkit.runtime.checkpoint import find_checkpoint, load_checkpoint
+from alignkit.runtime.devices import build_accelerator, tune_allocator
+from alignkit.runtime.metrics import MetricsFile
+from alignkit.runtime.optim import build_optimizer
+from alignkit.runtime.progress import StepProgress, console
+from alignkit.stages.prepare import Rows, keep_plan, plan_run
+from alignkit.stages.run_folder import RunFolder, check_output, read_plan
+from alignkit.stages.steps import Run, Stage
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line says beside the recipe.
+
+    Args:
+        resume: continue from the newest whole checkpoint.
+        overwrite: replace what the run folder holds.
+        quiet: no progress.
+        command: as typed, for run.json.
+    """
+
+    resume: bool = False
+    overwrite: bool = False
+    quiet: bool = False
+    command: str = ""
+
+
+class Session:
+    """One run of one stage in this process.
+
+    Args:
+        recipe: with its defaults.
+        options: of the command line.
+
+    Raises:
+        RunError: the run folder cannot be used. Nothing has been written then.
+    """
+
+    def __init__(self, recipe: Recipe, options: RunOptions) -> None:
+        tune_allocator()
+        self.recipe, self.options = recipe, options
+        self.output: Path = check_output(recipe, resume=options.resume, overwrite=options.overwrite)
+        trackers = recipe.training.trackers
+        self.accelerator: Accelerator = build_accelerator(recipe.model.dtype, trackers, self.output)
+        self.leads = bool(self.accelerator.is_main_process)
+        self.quiet = options.quiet or not self.leads
+        self.folder: RunFolder | None = None
+
+    def say(self, text: str) -> None:
+        """Print one line for the user."""
+        if not self.quiet:
+            console.print(text)
+
+    def plan(self, rows: Rows) -> Plan:
+        """The plan of this run; a resumed run keeps its micro-batches."""
+        plan = plan_run(self.recipe, rows, self.accelerator.num_processes)
+        if self.options.resume and (self.output / "plan.json").is_file():
+            plan = keep_plan(plan, read_plan(self.output))
+        for line in describe_rows("train", rows.train.report):
+            self.say(line)
+        if rows.held_out is not None:
+            for line in describe_rows("held out", rows.held_out.report):
+                self.say(line)
+        self.say(
+            f"plan: {plan.steps} steps of {plan.batch_size} examples, "
+            f"{plan.model.trainable / 1e6:.1f} of {plan.model.parameters / 1e6:.1f} M weights "
+            f"trained, about {plan.memory.peak / 1e9:.1f} GB"
+        )
+        for warning in plan.warnings:
+            self.say(f"[yellow]warning:[/yellow] {warning}")
+        return plan
+
+    def build_scorer(self, base: BaseModel, plan: Plan) -> nn.Module:
+        """Weights, adapter and checked scorer, in training mode."""
+        spec = self.recipe.model
+        full = isinstance(self.recipe.adapter, FullSpec)
+        stored = torch.float32 if full else DTYPES[spec.dtype]
+        model = load_model(base, stored, self.accelerator.device)
+        model = attach_adapter(model, self.recipe.adapter, self.recipe.seed)
+        scorer = build_scorer(model, DTYPES[spec.dtype], spec.attention, self.say)
+        if plan.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            if hasattr(model, "enable_input_require_grads"):
+                model.enable_input_require_grads()
+        report = trainable_report(model)
+        counts = ", ".join(f"{count}×{name}" for name, count in report.modules.items())
+        share = report.trainable / report.total
+        self.say(f"trains {report.trainable:,} weights ({share:.2%}): {counts or 'all of them'}")
+        return scorer.train()
+
+    @contextlib.contextmanager
+    def running(self, rows: Rows, plan: Plan) -> Iterator[None]:
+        """Own the run folder; record how the run ends."""
+        if self.leads:
+            self.folder = RunFolder(self.output, overwrite=self.options.overwrite)
+            self.folder.describe(self.recipe, plan, _about(rows, self.options))
+        try:
+            yield
+        except BaseException as error:
+            if self.folder is not None:
+                self.folder.finish("interrupted" if isinstance(error, Interrupted) else "failed")
+            raise
+        finally:
+            self.accelerator.end_training()
+            if self.folder is not None:
+                self.folder.close()
+
+    def start(self, rows: Rows, plan: Plan, stage: Stage, scorer: nn.Module) -> tuple[Run, int]:
+        """The loop's state, from scratch or from the newest whole checkpoint.
+
+        Returns:
+            The run and the number of steps already done.
+        """
+        training = self.recipe.training
+        optimizer = build_optimizer(scorer, plan.learning_rate, training.weight_decay)
+        first_step = 0
+        if self.options.resume:
+            checkpoint, skipped = find_checkpoint(self.output / "checkpoints")
+            for sentence in skipped:
+                self.say(f"[yellow]warning:[/yellow] {sentence}")
+            if checkpoint is not None:
+                load_checkpoint(checkpoint, scorer, optimizer)
+                first_step = checkpoint.step
+                self.say(f"resuming after step {first_step}")
+            else:
+                self.say("no checkpoint to resume from: starting at step 1")
+        metrics = None
+        if self.folder is not None:
+            metrics = MetricsFile(
+                self.folder.path / "metrics.jsonl", first_step if self.options.resume else None
+            )
+        if training.trackers:
+            self.accelerator.init_trackers("alignkit", config={"output": str(self.output)})
+        scorer, optimizer = self.accelerator.prepare(scorer, optimizer)
+        progress = StepProgress(plan.steps, first_step, training.log_every, self.quiet)
+        run = Run(
+            plan=plan,
+            training=training,
+            seed=self.recipe.seed,
+            stage=stage,
+            scorer=scorer,
+            optimizer=optimizer,
+            accelerator=self.accelerator,
+            train=rows.train,
+            held_out=rows.held_out,
+            folder=self.folder,
+            metrics=metrics,
+            progress=progress,
+        )
+        return run, first_step
+
+
+def describe_rows(name: str, report: DataReport) -> list[str]:
+    """The rows' report in lines, with their lengths."""
+    lengths = report.percentiles()
+    first, *rest = report.lines()
+    head = (
+        f"{name}: {first}, {report.tokens:,} tokens, {report.trained_tokens:,} of them trained; "
+        f"lengths: median {lengths.get('p50', 0)}, 90% {lengths.get('p90', 0)}, "
+        f"longest {lengths.get('max', 0)}"
+    )
+    return [head, *(f"[yellow]note:[/yellow] {line}" for line in rest)]
+
+
+def _about(rows: Rows, options: RunOptions) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for name, dataset in (("train", rows.train), ("eval", rows.held_out)):
+        if dataset is not None:
+            data[name] = {"fingerprint": dataset.fingerprint, **dataset.report.to_json()}
+    base = {"location": rows.base.location, "fingerprint": weights_fingerprint(rows.base)}
+    return {"command": options.command, "base": base, "data": data}

@@ -1,0 +1,277 @@
+"""run_steps: the loop of every stage.
+
+Losses are summed over micro-batches and processes and divided once by the weight of the whole
+optimizer step, so neither changes the result. Every process knows all rows, so the weight needs
+no communication.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from alignkit.data.dataset import Document, TokenDataset
+from alignkit.data.packing import pack_documents, split_documents, step_items
+from alignkit.errors import Interrupted, TrainingError
+from alignkit.evaluation.heldout import evaluate_heldout
+from alignkit.packed import PackedBatch
+from alignkit.recipe.plan import Plan
+from alignkit.recipe.schema import TrainingSpec
+from alignkit.runtime.checkpoint import save_checkpoint
+from alignkit.runtime.devices import peak_memory
+from alignkit.runtime.metrics import MetricsFile
+from alignkit.runtime.optim import learning_rate_at, set_learning_rate
+from alignkit.runtime.progress import StepProgress
+from alignkit.stages.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """What a stage computes from one micro-batch.
+
+    Args:
+        loss: scalar tensor, the sum of the losses; divided by the step's weight later.
+        metrics: name -> scalar tensor, a sum that is divided by the same weight.
+    """
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage brings to the loop.
+
+    Args:
+        loss: forward pass and objective of one micro-batch.
+        weights: weight of each dataset item, so that a loss is a weighted mean.
+    """
+
+    loss: Callable[[nn.Module, PackedBatch], LossSums]
+    weights: Sequence[int]
+
+
+@dataclass
+class Run:
+    """Everything the loop works with.
+
+    Args:
+        plan: the decisions.
+        training: intervals and clipping of the recipe.
+        seed: of the recipe.
+        stage: loss and weights.
+        scorer: prepared by accelerate.
+        optimizer: prepared by accelerate.
+        accelerator: device and processes.
+        train: rows to train on.
+        held_out: rows to evaluate on, or None.
+        folder: of the run; None on every process but the first.
+        metrics: metrics.jsonl; None on every process but the first.
+        progress: what the user sees.
+    """
+
+    plan: Plan
+    training: TrainingSpec
+    seed: int
+    stage: Stage
+    scorer: Any
+    optimizer: Any
+    accelerator: Accelerator
+    train: TokenDataset
+    held_out: TokenDataset | None
+    folder: RunFolder | None
+    metrics: MetricsFile | None
+    progress: StepProgress
+    last_eval: dict[str, float] = field(default_factory=dict)
+
+
+def run_steps(run: Run, first_step: int) -> None:
+    """Train from `first_step` to the end of the plan.
+
+    Args:
+        run: what to work with; `last_eval` holds the last evaluation afterwards.
+        first_step: optimizer steps already done.
+
+    Raises:
+        Interrupted: the user pressed Ctrl-C; a checkpoint was saved.
+        TrainingError: the loss is not finite or a checkpoint could not be written.
+    """
+    training, steps = run.training, run.plan.steps
+    if first_step == 0:
+        _evaluate(run, 0)
+    with _stop_on_signal() as stop:
+        for step in range(first_step, steps):
+            metrics = _train_step(run, step)
+            done = step + 1
+            if run.metrics is not None:
+                run.metrics.write(done, metrics)
+            run.accelerator.log(metrics, step=done)
+            run.progress.step(done, metrics)
+            stopped = _any_process(run.accelerator, stop)
+            if done == steps or (training.eval_every and done % training.eval_every == 0):
+                _evaluate(run, done)
+            if done % training.save_every == 0 or done == steps or stopped:
+                _save(run, done)
+            if stopped and done < steps:
+                raise Interrupted(
+                    f"stopped after step {done} of {steps}; a checkpoint was saved",
+                    hint="continue with --resume",
+                )
+
+
+def _train_step(run: Run, step: int) -> dict[str, float]:
+    """One optimizer step."""
+    started = time.monotonic()
+    accelerator, plan = run.accelerator, run.plan
+    world, rank = accelerator.num_processes, accelerator.process_index
+    items = step_items(step, len(run.train), plan.batch_size, run.seed)
+    weight = float(sum(int(run.stage.weights[item]) for item in items))
+    batches = _micro_batches(run.train, items.tolist(), plan.microbatch_tokens, rank, world)
+    torch.manual_seed((run.seed * 1_000_003 + step) * world + rank)
+    rate = learning_rate_at(
+        step,
+        peak=plan.learning_rate,
+        steps=plan.steps,
+        warmup_steps=plan.warmup_steps,
+        schedule=run.training.schedule,
+    )
+    set_learning_rate(run.optimizer, rate)
+    sums: dict[str, torch.Tensor] = {}
+    tokens = 0
+    for number, (documents, share) in enumerate(batches):
+        batch = pack_documents(documents)
+        last = number == len(batches) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(run.scorer):
+            result = run.stage.loss(run.scorer, batch)
+            # Gradients are averaged over processes, hence the factor.
+            accelerator.backward(result.loss * (share * world / weight))
+        tokens += batch.num_tokens if share else 0
+        for name, value in {"loss": result.loss, **result.metrics}.items():
+            value = value.detach().double() * share
+            sums[name] = sums[name] + value if name in sums else value
+    names = sorted(sums)
+    packed = torch.stack([sums[name].cpu() for name in names] + [torch.tensor(float(tokens))])
+    packed = accelerator.reduce(packed.to(accelerator.device), "sum").cpu()
+    means = {name: float(packed[i]) / weight for i, name in enumerate(names)}
+    _check_finite(means["loss"], step, items.tolist(), run.train)
+    limit = run.training.max_grad_norm or math.inf
+    norm = accelerator.clip_grad_norm_(_trainable(run.scorer), limit)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    seconds = time.monotonic() - started
+    tokens = int(packed[-1])
+    return {
+        "loss": means.pop("loss"),
+        "learning_rate": rate,
+        "grad_norm": float(norm) if norm is not None else math.nan,
+        **means,
+        "epoch": (step + 1) / plan.steps_per_epoch,
+        "tokens": tokens,
+        "step_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "memory_gb": peak_memory(accelerator.device.type) / 1e9,
+    }
+
+
+def _micro_batches(
+    dataset: TokenDataset, items: list[int], budget: int, rank: int, world: int
+) -> list[tuple[list[Document], float]]:
+    """This process's micro-batches, each with factor 1, or 0 for one that only keeps step.
+
+    Every process runs the same number of forward passes, because sharded models need it.
+    """
+    lengths = dataset.lengths
+    shards = [items[r::world] for r in range(world)]
+    groups = [split_documents([int(lengths[i]) for i in shard], budget) for shard in shards]
+    most = max(len(group) for group in groups)
+    mine = [([dataset[shards[rank][i]] for i in group], 1.0) for group in groups[rank]]
+    filler = ([dataset[items[0]]], 0.0)
+    return [filler] * (most - len(mine)) + mine
+
+
+def _check_finite(loss: float, step: int, items: list[int], dataset: TokenDataset) -> None:
+    if math.isfinite(loss):
+        return
+    places = [dataset.places[int(dataset.order[item])] for item in items[:5]]
+    raise TrainingError(
+        f"the loss of step {step + 1} is {loss}; its rows begin with {', '.join(places)}",
+        hint="lower training.learning_rate, or look at these rows with `alignkit inspect`",
+    )
+
+
+def _trainable(scorer: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in scorer.parameters() if parameter.requires_grad]
+
+
+def _evaluate(run: Run, step: int) -> None:
+    if run.held_out is None:
+        return
+    accelerator = run.accelerator
+    found = evaluate_heldout(
+        run.scorer,
+        run.held_out,
+        run.plan.microbatch_tokens,
+        shard=(accelerator.process_index, accelerator.num_processes),
+        reduce=lambda sums: accelerator.reduce(sums.to(accelerator.device), "sum").cpu(),
+    )
+    run.last_eval = found
+    named = {f"eval/{name}": value for name, value in found.items()}
+    if run.metrics is not None:
+        run.metrics.write(step, named)
+    accelerator.log(named, step=step)
+    when = "before training" if step == 0 else f"after step {step}"
+    run.progress.say(
+        f"held out, {when}: loss {found['loss']:.4f}  perplexity {found['perplexity']:.2f}  "
+        f"token accuracy {found['accuracy']:.1%}"
+    )
+
+
+def _save(run: Run, step: int) -> None:
+    run.accelerator.wait_for_everyone()
+    if run.folder is None:
+        return
+    save_checkpoint(
+        run.folder.checkpoints,
+        step,
+        run.accelerator.unwrap_model(run.scorer),
+        getattr(run.optimizer, "optimizer", run.optimizer),
+        {"processes": run.accelerator.num_processes},
+        run.training.keep,
+    )
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[list[bool]]:
+    """A list that becomes non-empty at the first Ctrl-C; the second one interrupts at once."""
+    stop: list[bool] = []
+    before = {}
+
+    def handle(number: int, frame: Any) -> None:
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            before[number] = signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _any_process(accelerator: Accelerator, stop: list[bool]) -> bool:
+    if accelerator.num_processes == 1:
+        return bool(stop)
+    flag = torch.tensor(float(bool(stop)), device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum") > 0)

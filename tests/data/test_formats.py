@@ -1,0 +1,450 @@
+"""Rows of every format -> examples, and every row that is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignkit.data.formats import (
+    PARSERS,
+    Completion,
+    Conversation,
+    Message,
+    detect_format,
+    parse_rows,
+)
+from alignkit.data.sources import Row, load_source
+from alignkit.errors import DataError
+from alignkit.recipe.assets import assets_root
+from alignkit.recipe.schema import SourceSpec
+
+FORMATS = assets_root() / "data_templates" / "formats"
+
+
+def parse(values: dict[str, Any], row_format: str = "auto") -> Any:
+    (example,) = parse_rows([Row(values, "r.jsonl:5")], row_format)
+    return example
+
+
+def failure(values: dict[str, Any], row_format: str = "auto") -> str:
+    with pytest.raises(DataError) as caught:
+        parse(values, row_format)
+    return str(caught.value)
+
+
+def say(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+ASK, ANSWER = say("user", "Why?"), say("assistant", "Because.")
+TURNS = (Message("user", "Why?"), Message("assistant", "Because."))
+CALL = {"name": "look", "arguments": {"at": "it"}}
+PARSED_CALL = {"type": "function", "function": CALL}
+SCHEMA = {"name": "look", "parameters": {"type": "object", "properties": {}}}
+
+
+# shipped examples ----------------------------------------------------------------------------
+
+SHIPPED = {
+    "alpaca.json": ("alpaca", 6),
+    "prompt_completion.jsonl": ("prompt_completion", 6),
+    "prompt_completion_messages.jsonl": ("prompt_completion", 6),
+    "sharegpt.jsonl": ("sharegpt", 6),
+    "text.jsonl": ("text", 6),
+    "tools.jsonl": ("messages", 6),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_example_is_detected_and_parses(name: str) -> None:
+    row_format, count = SHIPPED[name]
+    rows = load_source(SourceSpec(path=str(FORMATS / name))).rows
+    assert {detect_format(row) for row in rows} == {row_format}
+    examples = parse_rows(rows, "auto")
+    assert len(examples) == count
+    assert examples == parse_rows(rows, row_format)
+    assert [example.place for example in examples] == [row.place for row in rows]
+
+
+def test_every_format_has_a_shipped_example() -> None:
+    shipped = {row_format for row_format, _ in SHIPPED.values()} | {"messages"}
+    assert shipped == set(PARSERS)
+
+
+def test_shipped_tools_keep_calls_results_and_schemas() -> None:
+    (first, *_) = parse_rows(
+        load_source(SourceSpec(path=str(FORMATS / "tools.jsonl"))).rows, "messages"
+    )
+    assert isinstance(first, Conversation)
+    assert [message.role for message in first.messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    (call,) = first.messages[1].tool_calls
+    assert call["function"]["name"] == first.tools[0]["function"]["name"] == "get_weather"
+    assert call["function"]["arguments"] == {"city": "Bergen", "unit": "celsius"}
+
+
+# what rows become ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "example"),
+    [
+        ({"messages": [ASK, ANSWER]}, Conversation(TURNS, (), "r.jsonl:5")),
+        ({"messages": json.dumps([ASK, ANSWER])}, Conversation(TURNS, (), "r.jsonl:5")),
+        (
+            {"messages": [say("developer", "Be kind."), ASK, ANSWER]},
+            Conversation((Message("developer", "Be kind."), *TURNS), (), "r.jsonl:5"),
+        ),
+        (
+            {"messages": [ASK, ANSWER], "system": "Be kind."},
+            Conversation((Message("system", "Be kind."), *TURNS), (), "r.jsonl:5"),
+        ),
+        (
+            {"messages": [say("system", "Be kind."), ASK, ANSWER], "system": "Be kind."},
+            Conversation((Message("system", "Be kind."), *TURNS), (), "r.jsonl:5"),
+        ),
+        (
+            {"messages": [ASK, ANSWER], "system": "", "tools": " "},
+            Conversation(TURNS, (), "r.jsonl:5"),
+        ),
+        (
+            {"messages": [ASK, ANSWER], "system": None, "tools": None},
+            Conversation(TURNS, (), "r.jsonl:5"),
+        ),
+        (
+            {"messages": [ASK, ANSWER], "tools": [SCHEMA]},
+            Conversation(TURNS, ({"type": "function", "function": SCHEMA},), "r.jsonl:5"),
+        ),
+        (
+            {"messages": [ASK, ANSWER], "tools": json.dumps([{"function": SCHEMA}])},
+            Conversation(TURNS, ({"function": SCHEMA},), "r.jsonl:5"),
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "Human", "value": "Why?"},
+                    {"from": "gpt", "value": "Because."},
+                ]
+            },
+            Conversation(TURNS, (), "r.jsonl:5"),
+        ),
+        ({"conversations": [ASK, ANSWER]}, Conversation(TURNS, (), "r.jsonl:5")),
+        (
+            {"instruction": "Why?", "input": "", "output": "Because."},
+            Conversation(TURNS, (), "r.jsonl:5"),
+        ),
+        (
+            {"instruction": "Why?", "output": "Because.", "input": None, "history": None},
+            Conversation(TURNS, (), "r.jsonl:5"),
+        ),
+        (
+            {
+                "instruction": "Add",
+                "input": "1, 2",
+                "output": "3",
+                "system": "Sum.",
+                "history": [["Why?", "Because."]],
+            },
+            Conversation(
+                (
+                    Message("system", "Sum."),
+                    *TURNS,
+                    Message("user", "Add\n\n1, 2"),
+                    Message("assistant", "3"),
+                ),
+                (),
+                "r.jsonl:5",
+            ),
+        ),
+        ({"prompt": "1+1=", "completion": "2"}, Completion("1+1=", "2", "r.jsonl:5")),
+        ({"text": "Once."}, Completion("", "Once.", "r.jsonl:5")),
+        (
+            # The prompt's own answers are context.
+            {"prompt": [ASK, ANSWER, ASK], "completion": [ANSWER]},
+            Conversation(
+                (TURNS[0], Message("assistant", "Because.", trained=False), *TURNS), (), "r.jsonl:5"
+            ),
+        ),
+    ],
+)
+def test_rows_become_examples(values: dict[str, Any], example: Any) -> None:
+    assert _without_untrained_prompts(parse(values)) == example
+
+
+def _without_untrained_prompts(example: Any) -> Any:
+    """`trained` means nothing outside of an assistant's turn; compare it only there."""
+    if isinstance(example, Completion):
+        return example
+    messages = tuple(
+        Message(m.role, m.content, m.tool_calls, m.trained or m.role != "assistant")
+        for m in example.messages
+    )
+    return Conversation(messages, example.tools, example.place)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("plain", "plain"),
+        ([{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}], "in parts"),
+        (["in ", "parts"], "in parts"),
+    ],
+)
+def test_content_in_parts(content: Any, text: str) -> None:
+    assert parse({"messages": [say("user", content), ANSWER]}).messages[0].content == text
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        CALL,
+        {"type": "function", "function": CALL},
+        {"id": "x", "function": {"name": "look", "arguments": '{"at": "it"}'}},
+    ],
+)
+def test_calls_in_any_form(call: dict[str, Any]) -> None:
+    example = parse({"messages": [ASK, say("assistant", None, tool_calls=[call])]})
+    assert example.messages[1] == Message("assistant", "", (PARSED_CALL,))
+
+
+def test_sharegpt_calls_and_results() -> None:
+    turns = [
+        {"from": "human", "value": "Why?"},
+        {"from": "function_call", "value": json.dumps(CALL)},
+        {"from": "observation", "value": "nothing"},
+        {"from": "gpt", "value": "Because."},
+    ]
+    example = parse({"conversations": turns, "tools": json.dumps([SCHEMA])})
+    assert example.messages == (
+        TURNS[0],
+        Message("assistant", "", (PARSED_CALL,)),
+        Message("tool", "nothing"),
+        TURNS[1],
+    )
+
+
+@pytest.mark.parametrize(
+    ("weight", "trained"), [(0, False), (1, True), (0.0, False), (False, False), (None, True)]
+)
+def test_weight_says_whether_a_turn_is_trained(weight: Any, trained: bool) -> None:
+    # Columnar files fill a key that other turns have with null: that is no weight of 0.
+    turns = [ASK, say("assistant", "First.", weight=weight), ASK, ANSWER]
+    assert parse({"messages": turns}).messages[1].trained is trained
+
+
+def test_the_format_is_that_of_the_first_row() -> None:
+    rows = [Row({"text": "a"}, "r:1"), Row({"messages": [ASK, ANSWER]}, "r:2")]
+    with pytest.raises(DataError, match="r:2: the row has no `text`"):
+        parse_rows(rows, "auto")
+
+
+@pytest.mark.parametrize(
+    ("keys", "row_format"),
+    [
+        (("messages", "prompt", "completion"), "messages"),
+        (("conversations", "text"), "sharegpt"),
+        (("prompt", "completion", "text"), "prompt_completion"),
+        (("instruction", "output", "text"), "alpaca"),
+        (("text", "label"), "text"),
+    ],
+)
+def test_detection_order(keys: tuple[str, ...], row_format: str) -> None:
+    assert detect_format(Row(dict.fromkeys(keys, ""), "r:1")) == row_format
+
+
+# what is refused -----------------------------------------------------------------------------
+
+
+def test_unknown_keys() -> None:
+    assert failure({"question": "a", "answer": "b"}) == (
+        "r.jsonl:5: no known row format has the keys question, answer\n"
+        "hint: rows are messages | conversations | instruction, output | prompt, completion | "
+        "text; rename with columns, as in columns: {prompt: question, completion: answer}"
+    )
+
+
+def test_pairs_belong_to_another_stage() -> None:
+    assert failure({"prompt": "a", "chosen": "b", "rejected": "c"}) == (
+        "r.jsonl:5: the row is a preference pair (chosen, rejected), and supervised fine-tuning "
+        "trains on single answers\n"
+        "hint: keep the better answer as `completion`, or train a preference stage on the pairs"
+    )
+
+
+NO_ANSWER = (
+    "r.jsonl:5: the row has no answer: no assistant turn to train on\n"
+    "hint: remove the row, or add the assistant's turn"
+)
+
+
+@pytest.mark.parametrize(
+    ("row_format", "values", "message"),
+    [
+        (
+            "messages",
+            {"message": []},
+            "r.jsonl:5: the row has no `messages`\n"
+            "hint: its keys are message; rename with columns, as in columns: {messages: ...}",
+        ),
+        ("messages", {"messages": 3}, "r.jsonl:5: `messages` must be a list, got int"),
+        (
+            "messages",
+            {"messages": "[{"},
+            "r.jsonl:5: `messages` is no valid JSON: Expecting property name enclosed in double "
+            "quotes",
+        ),
+        ("messages", {"messages": []}, NO_ANSWER),
+        ("messages", {"messages": [ASK]}, NO_ANSWER),
+        ("messages", {"messages": [ASK, say("assistant", "no", weight=0)]}, NO_ANSWER),
+        (
+            "messages",
+            {"messages": [ASK, say("assistant", " \n")]},
+            "r.jsonl:5: the row has no answer: the assistant's turn 1 is empty\n"
+            "hint: remove the row, or write the answer",
+        ),
+        (
+            "messages",
+            {"messages": [ASK, {"content": "x"}]},
+            "r.jsonl:5: messages[1] has no `role`\n"
+            'hint: as in {"role": "user", "content": "Hello"}',
+        ),
+        (
+            "messages",
+            {"messages": [say("bot", "x")]},
+            "r.jsonl:5: messages[0].role is 'bot'\n"
+            "hint: roles: system, developer, user, assistant, tool",
+        ),
+        (
+            "messages",
+            {"messages": [say("user", 3), ANSWER]},
+            "r.jsonl:5: messages[0].content must be text, got int",
+        ),
+        (
+            "messages",
+            {"messages": [say("user", [{"type": "image_url", "image_url": "x"}]), ANSWER]},
+            "r.jsonl:5: messages[0].content holds a part of type 'image_url'\n"
+            "hint: alignkit trains on text; images and audio are not supported",
+        ),
+        (
+            "messages",
+            {"messages": [ASK, say("assistant", "a", weight=0.5)]},
+            "r.jsonl:5: messages[1].weight is 0.5\n"
+            "hint: 1 trains the turn, 0 leaves it out of the loss",
+        ),
+        (
+            "messages",
+            {"messages": [ASK, say("assistant", "", tool_calls=[{"arguments": {}}])]},
+            "r.jsonl:5: turn 1 calls a tool without a name\n"
+            'hint: as in {"name": "get_weather", "arguments": {"city": "Oslo"}}',
+        ),
+        (
+            "messages",
+            {"messages": [ASK, say("assistant", "", tool_calls=[CALL | {"arguments": "{"}])]},
+            "r.jsonl:5: `arguments of look` is no valid JSON: Expecting property name enclosed in "
+            "double quotes",
+        ),
+        (
+            "messages",
+            {"messages": [ASK, ANSWER], "tools": "[{"},
+            "r.jsonl:5: `tools` is no valid JSON: Expecting property name enclosed in double "
+            "quotes",
+        ),
+        (
+            "messages",
+            {"messages": [say("system", "Be kind."), ASK, ANSWER], "system": "Be brief."},
+            "r.jsonl:5: the row has a system turn and another text under `system`\n"
+            "hint: keep one of the two",
+        ),
+        (
+            "messages",
+            {"messages": [ASK, ANSWER], "tools": {"name": "look"}},
+            "r.jsonl:5: `tools` must be a list, got dict",
+        ),
+        (
+            "messages",
+            {"messages": [ASK, ANSWER], "tools": ["look"]},
+            "r.jsonl:5: tools[0] describes no function with a name\n"
+            'hint: as in {"name": "get_weather", "parameters": {...}}',
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "text": "x"}]},
+            "r.jsonl:5: conversations[0] has no `from` and `value`\n"
+            'hint: as in {"from": "human", "value": "Hello"}',
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "alien", "value": "x"}]},
+            "r.jsonl:5: conversations[0].from is 'alien'\n"
+            "hint: known speakers: human, user, gpt, chatgpt, assistant, model, system, "
+            "function_call, observation, function_response, tool",
+        ),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "x"}]}, NO_ANSWER),
+        (
+            "alpaca",
+            {"instruction": "x"},
+            "r.jsonl:5: the row has no `output`\n"
+            "hint: its keys are instruction; rename with columns, as in columns: {output: ...}",
+        ),
+        (
+            "alpaca",
+            {"instruction": "x", "output": 3},
+            "r.jsonl:5: `output` must be text, got int",
+        ),
+        (
+            "alpaca",
+            {"instruction": "x", "output": " "},
+            "r.jsonl:5: the row has no answer: the assistant's turn 1 is empty\n"
+            "hint: remove the row, or write the answer",
+        ),
+        (
+            "alpaca",
+            {"instruction": "x", "output": "y", "history": [["a"]]},
+            "r.jsonl:5: history[0] must be [question, answer]",
+        ),
+        (
+            "prompt_completion",
+            {"prompt": "x", "completion": "\n"},
+            "r.jsonl:5: the row has no answer: completion is empty",
+        ),
+        (
+            "prompt_completion",
+            {"prompt": "x", "completion": None},
+            "r.jsonl:5: `completion` must be text, got NoneType",
+        ),
+        (
+            "prompt_completion",
+            {"prompt": [ASK], "completion": "Because."},
+            "r.jsonl:5: `prompt` and `completion` must both be text or both be messages\n"
+            'hint: as in {"prompt": [{"role": "user", ...}], "completion": [{"role": ...}]}',
+        ),
+        (
+            "prompt_completion",
+            {"prompt": [ASK, ANSWER], "completion": [ASK]},
+            NO_ANSWER,
+        ),
+        ("text", {"text": " "}, "r.jsonl:5: text is empty\nhint: remove the row"),
+        ("text", {"text": ["a"]}, "r.jsonl:5: `text` must be text, got list"),
+    ],
+)
+def test_refused_rows(row_format: str, values: dict[str, Any], message: str) -> None:
+    assert failure(values, row_format) == message
+
+
+def test_parquet_rows_parse_like_json_rows(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    turns = [ASK, say("assistant", "Skip.", weight=0), ASK, ANSWER]
+    path = tmp_path / "r.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns}]), path)
+    (row,) = load_source(SourceSpec(path=str(path))).rows
+    assert row.values["messages"][3]["weight"] is None  # a column has a value in every turn
+    (example,) = parse_rows([row], "auto")
+    assert [m.trained for m in example.messages] == [True, False, True, True]
