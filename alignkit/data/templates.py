@@ -13,24 +13,22 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from alignkit.data.formats import Conversation, Message
+from alignkit.data.formats import Conversation
 from alignkit.errors import DataError, ModelError
 from alignkit.recipe.assets import assets_root
 
 
 @dataclass(frozen=True)
 class Span:
-    """Characters of one assistant turn in the rendered text.
+    """Characters of one trained turn in the rendered text.
 
     Args:
         begin: first character after the generation prompt.
         end: one past the last character that belongs to the turn.
-        trained: whether the row asks to train this turn.
     """
 
     begin: int
     end: int
-    trained: bool
 
 
 def template_text(name_or_path: str) -> str:
@@ -137,14 +135,14 @@ class ChatTemplate:
             ) from error
 
     def spans(self, conversation: Conversation, *, last_only: bool) -> tuple[str, list[Span]]:
-        """Rendered text and the span of each assistant turn.
+        """Rendered text and the span of each assistant turn that the row asks to train.
 
         Args:
             conversation: the row.
-            last_only: only the last turn is wanted, so earlier ones may be rewritten.
+            last_only: only the last assistant turn is wanted.
 
         Returns:
-            The text and the spans in order.
+            The text and the spans in order. Turns that are not wanted may be rewritten.
 
         Raises:
             DataError: the template refuses the row or rewrites a turn that is wanted.
@@ -158,23 +156,19 @@ class ChatTemplate:
             if message.role == "assistant"
         ]
         spans = [
-            self._span(full, turns, position, message, conversation)
+            self._span(full, turns, position, conversation)
             for position, message in (answers[-1:] if last_only else answers)
+            if message.trained
         ]
         return full, spans
 
     def _span(
-        self,
-        full: str,
-        turns: list[dict[str, Any]],
-        position: int,
-        message: Message,
-        conversation: Conversation,
+        self, full: str, turns: list[dict[str, Any]], position: int, conversation: Conversation
     ) -> Span:
         before = self._before(full, turns[:position], conversation)
         after = self.render(turns[: position + 1], conversation)
         if before is not None and full.startswith(after):
-            return Span(before, len(after), message.trained)
+            return Span(before, len(after))
         content = str(turns[position]["content"]).strip()
         if before is not None and content:
             # As the last turn it would look different (an empty thinking block, say), but the
@@ -183,7 +177,7 @@ class ChatTemplate:
             end = before + lead + len(content)
             tail = after[after.rfind(content) + len(content) :] if content in after else ""
             if full[before + lead :].startswith(content) and tail and full[end:].startswith(tail):
-                return Span(before, end + len(tail), message.trained)
+                return Span(before, end + len(tail))
         raise DataError(
             f"{conversation.place}: the chat template rewrites turn {position} once later turns "
             "follow it, so no mask over that turn can be right",
@@ -203,7 +197,9 @@ class ChatTemplate:
         # A generation prompt may say more than the finished turn repeats, a thinking switch say.
         plain = self.render(turns, conversation)
         common = _common_length(with_prompt, full)
-        return common if common > len(plain) or full.startswith(plain) else None
+        if full.startswith(plain):
+            return max(common, len(plain))
+        return common if common > len(plain) else None
 
 
 def _common_length(first: str, second: str) -> int:

@@ -64,6 +64,7 @@ class _Rendered:
     place: str
     is_chat: bool
     mask: list[int] | None = None
+    marked_turns: tuple[bool, ...] = ()  # of a mask: whether each assistant turn is wanted
 
 
 def tokenize_examples(
@@ -138,15 +139,16 @@ def _render(
         eos = tokenizer.eos_token or ""
         end = "" if example.completion.endswith(eos) else eos
         text = example.prompt + example.completion + end
-        return _Rendered(text, [Span(len(example.prompt), len(text), True)], example.place, False)
+        return _Rendered(text, [Span(len(example.prompt), len(text))], example.place, False)
     assert template is not None
+    if settings.train_on == "everything":
+        text = template.render(template.messages(example), example)
+        return _Rendered(text, [Span(0, len(text))], example.place, True)
     last_only = settings.train_on == "last_turn"
     if template.has_markers and not last_only:
         text, mask = _render_markers(example, template)
-        return _Rendered(text, [], example.place, True, mask)
-    if settings.train_on == "everything":
-        text = template.render(template.messages(example), example)
-        return _Rendered(text, [Span(0, len(text), True)], example.place, True)
+        wanted = tuple(turn.trained for turn in example.messages if turn.role == "assistant")
+        return _Rendered(text, [], example.place, True, mask, wanted)
     text, spans = template.spans(example, last_only=last_only)
     return _Rendered(text, spans, example.place, True)
 
@@ -171,31 +173,27 @@ def _encode(
     special_ids: set[int],
     report: DataReport,
 ) -> list[TokenizedRow]:
-    encoded: dict[int, Any] = {}
+    encoded: dict[int, tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]] = {}
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token_id
     for is_chat in (True, False):
         numbers = [n for n, item in enumerate(rendered) if item.is_chat is is_chat]
         if not numbers:
             continue
         texts = [rendered[n].text for n in numbers]
-        if not is_chat and tokenizer.bos_token:
-            texts = [text.removeprefix(tokenizer.bos_token) for text in texts]
+        if not is_chat and bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+            texts = [text.removeprefix(bos) for text in texts]
         output = _call(tokenizer, texts, add_special_tokens=not is_chat)
         for position, number in enumerate(numbers):
             removed = len(rendered[number].text) - len(texts[position])
-            offsets = np.asarray(output["offset_mapping"][position]).reshape(-1, 2) + removed
-            encoded[number] = (output["input_ids"][position], offsets)
+            ids = np.asarray(output["input_ids"][position], np.int32)
+            offsets = np.asarray(output["offset_mapping"][position]).reshape(-1, 2)
+            if not is_chat and len(ids) and ids[-1] == eos and offsets[-1, 0] == offsets[-1, 1]:
+                ids, offsets = ids[:-1], offsets[:-1]  # the tokenizer adds EOS to ours
+            encoded[number] = (ids, offsets + removed)
     stops = _Stops(special_ids, set(report.stop_tokens))
     rows = [
-        _mask(
-            rendered[n],
-            np.asarray(encoded[n][0], np.int32),
-            encoded[n][1],
-            tokenizer,
-            settings,
-            stops,
-            report,
-        )
-        for n in range(len(rendered))
+        _mask(item, *encoded[n], tokenizer, settings, stops, report)
+        for n, item in enumerate(rendered)
     ]
     report.stop_tokens = sorted(stops.seen)
     return rows
@@ -232,38 +230,44 @@ def _mask(
     report: DataReport,
 ) -> TokenizedRow:
     everything = settings.train_on == "everything"
-    if item.mask is not None and not everything:
-        if len(item.mask) != len(ids):
-            raise DataError(
-                f"{item.place}: the template's generation markers do not fit the tokens"
-            )
-        marked = np.asarray(item.mask, bool)
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], marked, [0]])))
-        runs = [(int(a), int(b), True) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    marked = item.mask is not None
+    if marked:
+        runs = _marked_runs(item, len(ids))
     else:
-        runs = [(*_token_run(offsets, span), span.trained) for span in item.spans]
-    trained = np.zeros(len(ids), bool)
+        runs = [_token_run(offsets, span) for span in item.spans]
+    trained = np.full(len(ids), everything)
     stopped = False
-    for begin, end, wanted in runs:
-        end, stopped = _trim(
-            ids, offsets, item.text, begin, end, stops.special, item.mask is not None
-        )
-        if wanted:
-            trained[begin:end] = True
+    for begin, end in runs:
+        end, stopped = _trim(ids, offsets, item.text, begin, end, stops.special, marked)
+        trained[begin:end] = True
         if stopped:
             stops.seen.add(int(ids[end - 1]))
-    if everything:
-        trained[:] = True
     eos = tokenizer.eos_token_id
     if item.is_chat and runs and not stopped and eos is not None and runs[-1][1] >= len(ids):
-        ids, trained = np.append(ids, np.int32(eos)), np.append(trained, runs[-1][2])
+        ids, trained = np.append(ids, np.int32(eos)), np.append(trained, True)
         stops.seen.add(int(eos))
         report.note("the template ends no turn with a stop token; EOS was appended", item.place)
     elif runs and not stopped:
         report.note("no stop token after the last answer: it does not teach to stop", item.place)
-    if trained.any():
-        trained[0] = False
+    trained[:1] = False
     return TokenizedRow(ids, trained, item.place)
+
+
+def _marked_runs(item: _Rendered, length: int) -> list[tuple[int, int]]:
+    """Token runs between the template's generation markers, of the wanted turns."""
+    if len(item.mask or []) != length:
+        raise DataError(f"{item.place}: the template's generation markers do not fit the tokens")
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(item.mask, bool), [0]])))
+    runs = [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    if all(item.marked_turns):
+        return runs
+    if len(runs) != len(item.marked_turns):
+        raise DataError(
+            f"{item.place}: the template marks {len(runs)} runs of generated tokens for "
+            f"{len(item.marked_turns)} assistant turns, so single turns cannot be left out",
+            hint="choose a template without markers (model.chat_template)",
+        )
+    return [run for run, wanted in zip(runs, item.marked_turns, strict=True) if wanted]
 
 
 def _token_run(offsets: npt.NDArray[np.int64], span: Span) -> tuple[int, int]:

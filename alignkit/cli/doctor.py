@@ -1,0 +1,98 @@
+"""`alignkit doctor`: what this machine has, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from alignkit.cli.output import print_json, print_pairs, say
+
+REQUIRED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "pydantic")
+OPTIONAL = {
+    "gguf": "reads GGUF files and fetched models: pip install 'alignkit[gguf]'",
+    "bitsandbytes": "quantized bases: pip install 'alignkit[quantization]'",
+    "trl": "comparison with TRL: pip install 'alignkit[peers]'",
+    "tensorboard": "the tensorboard tracker: pip install 'alignkit[trackers]'",
+}
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Show versions, device, memory and disk, and name what would stop a run."""
+    facts, problems = _examine()
+    if as_json:
+        print_json({**facts, "problems": problems})
+    else:
+        for title, values in facts.items():
+            print_pairs([(name, str(value)) for name, value in values.items()], title)
+        for problem in problems:
+            say(f"problem: {problem}")
+        if not problems:
+            say("no problems found")
+    if problems:
+        raise typer.Exit(2)
+
+
+def _examine() -> tuple[dict[str, dict[str, Any]], list[str]]:
+    problems = []
+    packages = {"alignkit": importlib.metadata.version("alignkit")}
+    for name in REQUIRED:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = "missing"
+            problems.append(f"{name} is not installed: pip install -e .")
+    optional = {
+        name: importlib.metadata.version(name) if importlib.util.find_spec(name) else f"no; {use}"
+        for name, use in OPTIONAL.items()
+    }
+    from alignkit.recipe.assets import alignkit_home
+    from alignkit.runtime.devices import describe_hardware
+
+    hardware = describe_hardware()
+    machine = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "device": hardware.device,
+        "processor": hardware.name,
+        "threads": hardware.cores,
+        "free memory": f"{hardware.memory / 1e9:.1f} GB",
+        "bf16 matmul": _bf16(hardware.device),
+    }
+    home = alignkit_home()
+    known = home / "models"
+    place = home if home.exists() else Path.home()
+    storage = {
+        "alignkit home": str(home),
+        "models": ", ".join(p.name for p in known.glob("[!.]*")) if known.is_dir() else "none yet",
+        "free disk": f"{shutil.disk_usage(place).free / 1e9:.1f} GB",
+        "hub": "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else "online",
+    }
+    if shutil.disk_usage(place).free < 2e9:
+        problems.append(f"less than 2 GB of disk are free at {place}")
+    if hardware.memory < 2e9:
+        problems.append("less than 2 GB of memory are free")
+    facts = {"packages": packages, "optional": optional, "machine": machine, "storage": storage}
+    return facts, problems
+
+
+def _bf16(device: str) -> str:
+    """Whether the device multiplies bf16 matrices in hardware."""
+    if device == "cuda":
+        import torch
+
+        return "yes" if torch.cuda.is_bf16_supported() else "no: use model.dtype float32"
+    flags = Path("/proc/cpuinfo")
+    text = flags.read_text(encoding="utf-8") if flags.is_file() else ""
+    for flag, name in (("amx_bf16", "yes (AMX)"), ("avx512_bf16", "yes (AVX-512)")):
+        if flag in text:
+            return name
+    return "no: float32 may be faster (model.dtype=float32)"

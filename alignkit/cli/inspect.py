@@ -1,0 +1,86 @@
+"""`alignkit inspect`: real rows as tokens, with the ones that are trained marked."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from alignkit.cli.output import print_json, print_pairs, stdout
+from alignkit.cli.train import OverridesArgument, RecipeArgument
+from alignkit.recipe.load import load_recipe
+
+
+def inspect(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    rows: Annotated[int, typer.Option("--rows", "-n", help="Rows to show.", min=0)] = 3,
+    held_out: Annotated[bool, typer.Option("--eval", help="Show held-out rows.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print ids and labels as JSON.")] = False,
+) -> None:
+    """Show rows as the model will read them, and what happened to the others."""
+    loaded = load_recipe(recipe, overrides)
+    from alignkit.errors import DataError
+    from alignkit.stages.prepare import load_rows
+
+    found = load_rows(loaded.recipe)
+    dataset = found.held_out if held_out else found.train
+    if dataset is None:
+        raise DataError(
+            f"{loaded.name}: the recipe holds out no rows",
+            hint="set data.eval or data.eval_fraction",
+        )
+    shown = [_row(dataset, item, found.tokenizer) for item in range(min(rows, len(dataset)))]
+    if as_json:
+        print_json({"report": dataset.report.to_json(), "rows": shown})
+        return
+    for row in shown:
+        stdout.print(
+            Text(f"{row['place']}: {len(row['ids'])} tokens, ", style="bold")
+            + Text(f"{row['trained']} trained", style="bold green")
+        )
+        stdout.print(_paint(row, stdout.is_terminal))
+        stdout.print()
+    report = dataset.report
+    lengths = ", ".join(f"{name} {value}" for name, value in report.percentiles().items())
+    stops = ", ".join(repr(found.tokenizer.decode([token])) for token in report.stop_tokens)
+    pairs = [("rows", line) for line in report.lines()]
+    pairs += [("lengths", lengths), ("tokens", f"{report.tokens:,}")]
+    pairs += [
+        ("trained", f"{report.trained_tokens:,} ({report.trained_tokens / report.tokens:.0%})")
+    ]
+    pairs += [("answers end with", stops or "nothing: the model will not learn to stop")]
+    print_pairs(pairs)
+    if not stdout.is_terminal:
+        stdout.print(Text("  trained tokens stand between « and »"))
+
+
+def _row(dataset: Any, item: int, tokenizer: Any) -> dict[str, Any]:
+    document = dataset[item]
+    branch = document.branches[0]
+    ids = branch.ids.tolist()
+    labels = [i if trained else -100 for i, trained in zip(ids, branch.trained, strict=True)]
+    return {
+        "place": dataset.places[document.row],
+        "trained": int(branch.trained.sum()),
+        "ids": ids,
+        "labels": labels,
+        "tokens": [tokenizer.decode([i]) for i in ids],
+    }
+
+
+def _paint(row: dict[str, Any], colour: bool) -> Text:
+    """Trained tokens bold green and underlined in turn, or between « and » without colour."""
+    text = Text()
+    inside = False
+    for number, (token, label) in enumerate(zip(row["tokens"], row["labels"], strict=True)):
+        trained = label != -100
+        if not colour and trained != inside:
+            text.append("«" if trained else "»")
+        inside = trained
+        shade = "bold green" if trained else "dim"
+        text.append(token, style=f"{shade} underline" if trained and number % 2 else shade)
+    if inside and not colour:
+        text.append("»")
+    return text

@@ -1,0 +1,58 @@
+"""Several training processes on one machine: the same command, once per rank."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+
+def is_worker() -> bool:
+    """Whether this process was started as one of several, by us or by torchrun."""
+    return "LOCAL_RANK" in os.environ
+
+
+def launch_processes(count: int) -> int:
+    """Run this command line in `count` processes and wait for them.
+
+    Args:
+        count: ranks, at least 2.
+
+    Returns:
+        0, or the exit code of the first process that failed; the others are stopped then.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    shared["LOCAL_WORLD_SIZE"] = str(count)
+    if "OMP_NUM_THREADS" not in os.environ:
+        shared["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+    command = [sys.executable, "-m", "alignkit", *sys.argv[1:]]
+    workers = [
+        subprocess.Popen(
+            command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(count)
+    ]
+    try:
+        return _wait(workers)
+    except KeyboardInterrupt:  # the terminal told the workers too; they save and exit with 130
+        return max(worker.wait() for worker in workers)
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.terminate()
+
+
+def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
+    while True:
+        codes = [worker.poll() for worker in workers]
+        failed = [code for code in codes if code not in (None, 0)]
+        if failed:
+            return int(failed[0] or 1)
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.2)

@@ -1,0 +1,79 @@
+"""The `alignkit` command. Nothing here, nor in any module it imports, imports torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import typer
+
+import alignkit
+from alignkit.cli.chat import chat
+from alignkit.cli.doctor import doctor
+from alignkit.cli.evaluate import evaluate
+from alignkit.cli.fetch import fetch
+from alignkit.cli.generate import generate
+from alignkit.cli.inspect import inspect
+from alignkit.cli.merge import merge_lora
+from alignkit.cli.output import print_error, say
+from alignkit.cli.plan import plan
+from alignkit.cli.recipes import recipes
+from alignkit.cli.train import sft
+from alignkit.errors import AlignkitError
+
+app = typer.Typer(
+    name="alignkit",
+    help="Fine-tune and align open language models from a small YAML recipe.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command("sft")(sft)
+app.command("plan")(plan)
+app.command("inspect")(inspect)
+app.command("merge-lora")(merge_lora)
+app.command("generate")(generate)
+app.command("chat")(chat)
+app.command("eval")(evaluate)
+app.add_typer(recipes, name="recipes")
+app.command("fetch")(fetch)
+app.command("doctor")(doctor)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"alignkit {alignkit.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and stop."
+    ),
+) -> None:
+    """Fine-tune and align open language models from a small YAML recipe."""
+
+
+def main() -> None:
+    """Run the command line; a broken rule exits with 2, a bug with 1, an interruption with 130."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app()
+    except AlignkitError as error:
+        print_error(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except Exception:
+        traceback.print_exc()
+        print_error("this is a bug in alignkit\nhint: please report it with the lines above")
+        sys.exit(1)

@@ -1,0 +1,70 @@
+"""`alignkit plan`: everything that a run would decide, without running it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from alignkit.cli.output import print_json, print_pairs, say
+from alignkit.cli.train import OverridesArgument, RecipeArgument
+from alignkit.recipe.load import load_recipe
+
+
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    processes: Annotated[int, typer.Option(help="Training processes.", min=1)] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Show steps, tokens, trained weights, memory and warnings of a recipe."""
+    loaded = load_recipe(recipe, overrides)
+    from alignkit.stages.prepare import load_rows, plan_run
+    from alignkit.stages.session import describe_rows
+
+    rows = load_rows(loaded.recipe)
+    made = plan_run(loaded.recipe, rows, processes)
+    if as_json:
+        print_json(made.to_json())
+        return
+    model, data, memory = made.model, made.data, made.memory
+    gigabytes = {name: value / 1e9 for name, value in vars(memory).items()}
+    terms = ", ".join(f"{n.replace('_', ' ')} {v:.2f}" for n, v in gigabytes.items() if n != "peak")
+    checkpointing = "on" if made.gradient_checkpointing else "off"
+    print_pairs(
+        [
+            ("stage", f"{made.stage} -> {loaded.recipe.output}"),
+            ("model", f"{model.architecture}, {model.parameters / 1e6:,.1f} M weights"),
+            (
+                "trained",
+                f"{model.trainable:,} weights ({model.trainable / model.parameters:.2%}), "
+                f"{loaded.recipe.adapter.kind}",
+            ),
+            (
+                "rows",
+                f"{data.rows:,} rows, {data.tokens:,} tokens ({data.trained_tokens:,} trained), "
+                f"longest {data.longest}; held out {data.eval_rows:,}",
+            ),
+            (
+                "steps",
+                f"{made.steps:,} of {made.batch_size} examples ({made.steps_per_epoch:,} an "
+                f"epoch), {made.warmup_steps} of them warm-up to {made.learning_rate:g}",
+            ),
+            (
+                "passes",
+                f"{made.microbatches} of at most {made.microbatch_tokens:,} tokens a step, "
+                f"gradient checkpointing {checkpointing}",
+            ),
+            ("tokens", f"{made.tokens:,} read, {made.trained_tokens:,} trained"),
+            (
+                "device",
+                f"{made.hardware.device} ({made.hardware.name}), {made.hardware.cores} cores",
+            ),
+            ("memory", f"about {gigabytes['peak']:.1f} GB ({terms})"),
+        ]
+    )
+    for name, dataset in (("train", rows.train), ("held out", rows.held_out)):
+        for line in describe_rows(name, dataset.report)[1:] if dataset is not None else []:
+            say(line)
+    for warning in made.warnings:
+        say(f"warning: {warning}")

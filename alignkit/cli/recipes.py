@@ -1,0 +1,151 @@
+"""`alignkit recipes`: list, copy, explain and describe recipes."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+from rich.text import Text
+
+from alignkit.cli.output import print_json, say, stdout
+from alignkit.errors import AlignkitError
+
+recipes = typer.Typer(help="Shipped recipes and what their keys mean.", no_args_is_help=True)
+
+
+@recipes.command("list")
+def list_recipes(
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Shipped recipes with their first comment line."""
+    from alignkit.recipe.assets import assets_root
+    from alignkit.recipe.load import shipped_recipes
+
+    root = assets_root() / "recipes"
+    found = {}
+    for name in shipped_recipes():
+        first = (root / name).read_text(encoding="utf-8").split("\n")[0]
+        found[name] = first.lstrip("# ") if first.startswith("#") else ""
+    if as_json:
+        print_json(found)
+        return
+    width = max(map(len, found), default=0)
+    for name, about in found.items():
+        stdout.print(Text(f"{name:<{width}}  ", style="bold") + Text(about))
+
+
+@recipes.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="A shipped recipe.")],
+    target: Annotated[Path | None, typer.Argument(help="File to write.")] = None,
+) -> None:
+    """Copy a shipped recipe, to edit it."""
+    from alignkit.recipe.load import find_recipe
+
+    source = find_recipe(name)
+    path = target or Path(source.name)
+    if path.is_dir():
+        path = path / source.name
+    if path.exists():
+        raise AlignkitError(f"{path} already exists", hint="name another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    say(f"wrote {path}")
+
+
+@recipes.command("explain")
+def explain(
+    key: Annotated[str | None, typer.Argument(help="A key such as training.warmup.")] = None,
+    stage: Annotated[str, typer.Option(help="Stage of the recipe.")] = "sft",
+) -> None:
+    """What every key of a recipe means, with its default."""
+    from alignkit.recipe.schema import STAGES
+
+    if stage not in STAGES:
+        raise AlignkitError(f"there is no stage {stage!r}", hint=f"stages: {', '.join(STAGES)}")
+    lines = dict(_explanations(STAGES[stage], ""))
+    wanted = {
+        name: text
+        for name, text in lines.items()
+        if key is None or name == key or name.startswith((f"{key}.", f"{key}["))
+    }
+    if not wanted:
+        near = difflib.get_close_matches(str(key), lines, n=1)
+        last = {name.rsplit(".", 1)[-1]: name for name in lines}
+        near = near or [last[n] for n in difflib.get_close_matches(str(key), last, n=1)]
+        hint = f"did you mean {near[0]}?" if near else "alignkit recipes explain shows all keys"
+        raise AlignkitError(f"there is no key {key!r}", hint=hint)
+    for name, (kind, default, text) in wanted.items():
+        stdout.print(Text(name, style="bold") + Text(f"  {kind}{default}", style="dim"))
+        stdout.print(Text(f"    {text}"))
+
+
+@recipes.command("schema")
+def schema(
+    stage: Annotated[str, typer.Option(help="Stage of the recipe.")] = "sft",
+) -> None:
+    """The JSON schema of a recipe, for editors."""
+    from alignkit.recipe.schema import STAGES
+
+    if stage not in STAGES:
+        raise AlignkitError(f"there is no stage {stage!r}", hint=f"stages: {', '.join(STAGES)}")
+    print_json(STAGES[stage].model_json_schema())
+
+
+def _explanations(
+    model: type[BaseModel], parent: str
+) -> typing.Iterator[tuple[str, tuple[str, str, str]]]:
+    from alignkit.recipe.problems import sections_of
+
+    for name, field in model.model_fields.items():
+        path = f"{parent}.{name}" if parent else name
+        default = field.get_default(call_default_factory=True)
+        sections = sections_of(field.annotation)
+        if field.is_required() or default is PydanticUndefined:
+            shown = "  required"
+        elif isinstance(default, BaseModel) or sections:
+            shown = ""
+        else:
+            shown = f"  default {_plain(default)}"
+        text = inspect.cleandoc(field.description or "").replace("\n", " ")
+        yield path, (_kind(field.annotation, sections), shown, text)
+        seen: set[str] = set()
+        for section in sections:
+            for inner, value in _explanations(section, path):
+                if inner not in seen:
+                    yield inner, value
+                    seen.add(inner)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(str, value)) + "]"
+    return (
+        {None: "null", True: "true", False: "false"}.get(value, str(value))
+        if not (isinstance(value, dict))
+        else "{}"
+    )
+
+
+def _kind(annotation: Any, sections: list[type[BaseModel]]) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if sections:
+        return "list of sections" if origin is tuple else "section"
+    if origin is typing.Literal:
+        return " | ".join(map(str, arguments))
+    if origin is typing.Annotated:
+        return _kind(arguments[0], sections)
+    if origin is tuple:
+        return f"list of {_kind(arguments[0], sections)}"
+    if arguments and origin is not dict:
+        return " | ".join(_kind(part, sections) for part in arguments)
+    if annotation is type(None):
+        return "null"
+    names = {str: "text", int: "whole number", float: "number", bool: "true | false"}
+    return names.get(annotation, "mapping")

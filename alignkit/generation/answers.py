@@ -1,0 +1,131 @@
+"""Answers to conversations through transformers' `generate`, in batches or streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from alignkit.errors import AlignkitError
+from alignkit.generation.sampling import SamplingSettings
+from alignkit.models.loading import quiet_transformers
+from alignkit.models.opening import OpenModel
+
+Turns = list[dict[str, str]]
+
+_BATCH = 16
+
+
+def generate_answers(
+    opened: OpenModel, conversations: list[Turns], settings: SamplingSettings
+) -> list[str]:
+    """One answer to each conversation.
+
+    Args:
+        opened: model and tokenizer.
+        conversations: turns that end with the user's.
+        settings: decoding.
+
+    Returns:
+        Answers in order, without special tokens.
+
+    Raises:
+        AlignkitError: a prompt does not fit the model's context.
+    """
+    answers: list[str] = []
+    torch.manual_seed(settings.seed)
+    for start in range(0, len(conversations), _BATCH):
+        texts = [render_prompt(opened, turns) for turns in conversations[start : start + _BATCH]]
+        inputs = _encode(opened, texts, settings)
+        output = _generate(opened, inputs, settings)
+        width = inputs["input_ids"].shape[1]
+        answers += [
+            text.strip()
+            for text in opened.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        ]
+    return answers
+
+
+def stream_answer(
+    opened: OpenModel, turns: Turns, settings: SamplingSettings, write: Callable[[str], None]
+) -> str:
+    """One answer, handed on piece by piece.
+
+    Args:
+        opened: model and tokenizer.
+        turns: end with the user's.
+        settings: decoding.
+        write: gets each new piece of text.
+
+    Returns:
+        The whole answer.
+    """
+    torch.manual_seed(settings.seed)
+    inputs = _encode(opened, [render_prompt(opened, turns)], settings)
+    streamer = _Streamer(opened.tokenizer, write)
+    _generate(opened, inputs, settings, streamer=streamer)
+    return "".join(streamer.pieces).strip()
+
+
+def render_prompt(opened: OpenModel, turns: Turns) -> str:
+    """The turns as the model reads them; without a chat template, their plain text."""
+    if opened.tokenizer.chat_template:
+        rendered = opened.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True
+        )
+        return str(rendered)
+    return "\n".join(turn["content"] for turn in turns)
+
+
+def _encode(opened: OpenModel, texts: list[str], settings: SamplingSettings) -> Any:
+    tokenizer = opened.tokenizer
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    inputs = tokenizer(
+        texts,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        add_special_tokens=not tokenizer.chat_template,
+        return_token_type_ids=False,
+    )
+    config = opened.model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    longest = int(inputs["attention_mask"].sum(1).max())
+    if context and longest + settings.max_new_tokens > context:
+        raise AlignkitError(
+            f"a prompt of {longest} tokens and {settings.max_new_tokens} new ones do not fit the "
+            f"model's context of {context}",
+            hint="shorten the prompt, or lower --max-new-tokens",
+        )
+    return inputs.to(opened.model.device)
+
+
+@torch.no_grad()
+def _generate(
+    opened: OpenModel, inputs: Any, settings: SamplingSettings, **options: Any
+) -> torch.Tensor:
+    with quiet_transformers():
+        output: torch.Tensor = opened.model.generate(
+            **inputs,
+            **settings.options(),
+            pad_token_id=opened.tokenizer.pad_token_id,
+            **options,
+        )
+    return output
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]
+    """Hands finished words to a function instead of printing them."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write = write
+        self.pieces: list[str] = []
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Take the next piece."""
+        self.pieces.append(text)
+        self.write(text)

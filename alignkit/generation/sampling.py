@@ -1,0 +1,81 @@
+"""Decoding settings, seeded."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from alignkit.errors import AlignkitError
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How the next token is chosen.
+
+    Args:
+        max_new_tokens: tokens of an answer at most, from 1.
+        temperature: 0 takes the likeliest token; above, logits are divided by it.
+        top_p: sample from the smallest set of tokens with this probability, in (0, 1].
+        top_k: sample from so many likeliest tokens; 0 from all.
+        repetition_penalty: above 1 makes repeated tokens less likely.
+        seed: of the draw.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "max_new_tokens": self.max_new_tokens >= 1,
+            "temperature": self.temperature >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "top_k": self.top_k >= 0,
+            "repetition_penalty": self.repetition_penalty > 0,
+        }
+        for name, holds in rules.items():
+            if not holds:
+                value = getattr(self, name)
+                raise AlignkitError(f"{name} cannot be {value}", hint=_RANGES[name])
+
+    def changed(self, name: str, text: str) -> SamplingSettings:
+        """The settings with one value, given as text, replaced.
+
+        Raises:
+            AlignkitError: no such setting, or a value that does not fit it.
+        """
+        kinds = {field.name: type(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        if name not in kinds:
+            raise AlignkitError(
+                f"there is no setting {name!r}", hint=f"settings: {', '.join(kinds)}"
+            )
+        try:
+            value = kinds[name](text)
+        except ValueError:
+            hint = _RANGES.get(name, "a whole number")
+            raise AlignkitError(f"{name} cannot be {text!r}", hint=hint) from None
+        return dataclasses.replace(self, **{name: value})
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of transformers' `generate`."""
+        options: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.temperature > 0,
+            "repetition_penalty": self.repetition_penalty,
+        }
+        if self.temperature > 0:
+            options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return options
+
+
+_RANGES = {
+    "max_new_tokens": "a whole number from 1",
+    "temperature": "0 for the likeliest token; 0.7 to 1 for variety",
+    "top_p": "above 0, at most 1",
+    "top_k": "a whole number from 0",
+    "repetition_penalty": "above 0; 1 is none",
+}

@@ -1,0 +1,87 @@
+"""Open anything that can answer: a model, a run folder, or an adapter over its base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignkit.errors import ModelError
+from alignkit.models.adapters import load_adapter, read_adapter_config
+from alignkit.models.loading import BaseModel, find_base, load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model ready for inference.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: with its chat template.
+        name: as the user gave it.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+
+
+def adapter_in(name: str) -> Path | None:
+    """The adapter folder that `name` is or holds, unless it also holds a whole model."""
+    folder = Path(name).expanduser()
+    for candidate in (folder, folder / "adapter"):
+        if (candidate / "adapter_config.json").is_file():
+            return candidate
+    return None
+
+
+def base_of_adapter(adapter: Path, base: str | None) -> BaseModel:
+    """The base an adapter belongs to.
+
+    Args:
+        adapter: PEFT adapter folder.
+        base: what the user names instead; None takes what the adapter records.
+
+    Raises:
+        ModelError: neither says it, or it does not exist.
+    """
+    recorded = read_adapter_config(adapter).base_model_name_or_path
+    name = base or recorded
+    if not name:
+        raise ModelError(f"{adapter} does not say which base it belongs to", hint="add --base")
+    try:
+        return find_base(name)
+    except ModelError as error:
+        hint = error.hint if base else f"the adapter records {name!r}; name the base with --base"
+        raise ModelError(error.message, hint=hint) from None
+
+
+def open_model(
+    name: str, *, dtype: torch.dtype, device: str = "cpu", base: str | None = None
+) -> OpenModel:
+    """Load a model by any of its names.
+
+    Args:
+        name: known name, hub id, folder, `.gguf` file, run folder or adapter folder.
+        dtype: of the weights.
+        device: where they go.
+        base: for an adapter, the base to put it on.
+
+    Returns:
+        The merged model of a run if there is one, else base + adapter.
+    """
+    folder = Path(name).expanduser()
+    merged = folder.is_dir() and (
+        (folder / "config.json").is_file() or (folder / "merged" / "config.json").is_file()
+    )
+    adapter = None if merged and base is None else adapter_in(name)
+    if adapter is None:
+        source = find_base(name)
+        return OpenModel(load_model(source, dtype, device), load_tokenizer(source), name)
+    source = base_of_adapter(adapter, base)
+    model = load_adapter(load_model(source, dtype, device), adapter)
+    own = (adapter / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(BaseModel(str(adapter)) if own else source)
+    return OpenModel(model, tokenizer, name)

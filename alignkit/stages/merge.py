@@ -1,0 +1,96 @@
+"""Merging on request: a run folder or any PEFT LoRA folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignkit.data.dataset import load_dataset
+from alignkit.data.tokenize import TokenizeSettings
+from alignkit.errors import ModelError
+from alignkit.models.loading import DTYPES, load_tokenizer, stored_dtype
+from alignkit.models.merging import MergeReport, merge_adapter
+from alignkit.models.opening import adapter_in, base_of_adapter
+from alignkit.packed import IntArray
+from alignkit.recipe.assets import alignkit_home
+from alignkit.recipe.load import load_recipe
+from alignkit.recipe.schema import SourceSpec
+from alignkit.stages.outputs import check_rows
+from alignkit.stages.prepare import load_rows
+
+SHIPPED_ROWS = "data_templates/sft/messages_eval.jsonl"
+
+
+def merge_run(
+    source: str,
+    *,
+    base: str | None,
+    output: Path | None,
+    dtype: str | None,
+    data: str | None,
+    overwrite: bool,
+) -> MergeReport:
+    """Merge the adapter of a run, or any PEFT LoRA adapter.
+
+    Args:
+        source: run folder or adapter folder.
+        base: the base to merge into; None takes what the adapter records.
+        output: folder to write; None is `merged/` beside the adapter.
+        dtype: of the written weights; None keeps the base's.
+        data: rows to compare logits on; None takes the run's own, else shipped ones.
+        overwrite: replace an existing output.
+
+    Returns:
+        The measured differences.
+
+    Raises:
+        ModelError: no adapter, no base, an unknown dtype, or a merge that is not faithful.
+    """
+    adapter = adapter_in(source)
+    if adapter is None:
+        raise ModelError(
+            f"{source} holds no adapter: there is no adapter_config.json",
+            hint="name a run folder, its adapter/, or a folder written by PEFT",
+        )
+    if dtype is not None and dtype not in DTYPES:
+        raise ModelError(f"--dtype cannot be {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
+    run = adapter.parent if (adapter.parent / "recipe.yaml").is_file() else None
+    if output is None:
+        output = (run or adapter) / "merged"
+    if output.exists() and not overwrite:
+        raise ModelError(
+            f"{output} already exists", hint="add --overwrite, or name another --output"
+        )
+    model = base_of_adapter(adapter, base)
+    rows, tokenizer, stops = _rows(run, data, model)
+    return merge_adapter(
+        model,
+        adapter,
+        output,
+        rows=rows,
+        dtype=DTYPES[dtype] if dtype else stored_dtype(model),
+        tokenizer=tokenizer,
+        stop_tokens=stops,
+        overwrite=overwrite,
+    )
+
+
+def _rows(
+    run: Path | None, data: str | None, model: Any
+) -> tuple[Sequence[IntArray], Any, list[int]]:
+    """Real rows for the check, the tokenizer to save, and the tokens that end an answer."""
+    if run is not None and data is None:
+        found = load_rows(load_recipe(str(run / "recipe.yaml")).recipe)
+        rows = check_rows(found.held_out or found.train)
+        return rows, found.tokenizer, found.train.report.stop_tokens
+    tokenizer = load_tokenizer(model)
+    spec = SourceSpec(path=data or SHIPPED_ROWS)
+    if tokenizer.chat_template is None and data is None:
+        text = Path(__file__).read_text(encoding="utf-8")
+        return [np.asarray(tokenizer(text)["input_ids"], np.int64)], tokenizer, []
+    settings = TokenizeSettings(1024, "truncate_right", "completions")
+    dataset = load_dataset([spec], tokenizer, settings, 0, alignkit_home() / "cache" / "tokens")
+    return check_rows(dataset), tokenizer, []
