@@ -9,7 +9,6 @@ from rich.text import Text
 
 from alignkit.cli.output import print_json, print_pairs, stdout
 from alignkit.cli.train import OverridesArgument, RecipeArgument
-from alignkit.recipe.load import load_recipe
 
 
 def inspect(
@@ -20,6 +19,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print ids and labels as JSON.")] = False,
 ) -> None:
     """Show rows as the model will read them, and what happened to the others."""
+    from alignkit.recipe.load import load_recipe
+
     loaded = load_recipe(recipe, overrides)
     from alignkit.errors import DataError
     from alignkit.stages.prepare import load_rows

@@ -8,7 +8,6 @@ import typer
 
 from alignkit.cli.output import print_json, print_pairs, say
 from alignkit.cli.train import OverridesArgument, RecipeArgument
-from alignkit.recipe.load import load_recipe
 
 
 def plan(
@@ -18,6 +17,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Show steps, tokens, trained weights, memory and warnings of a recipe."""
+    from alignkit.recipe.load import load_recipe
+
     loaded = load_recipe(recipe, overrides)
     from alignkit.stages.prepare import load_rows, plan_run
     from alignkit.stages.session import describe_rows

@@ -10,7 +10,6 @@ import typer
 
 from alignkit.cli.launch import is_worker, launch_processes
 from alignkit.cli.output import print_json, say
-from alignkit.recipe.load import load_recipe
 
 RecipeArgument = Annotated[
     str, typer.Argument(help="Recipe file, or the name of a shipped one.", show_default=False)
@@ -35,6 +34,8 @@ def sft(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Fine-tune on demonstrations, with prompt-masked loss."""
+    from alignkit.recipe.load import load_recipe
+
     loaded = load_recipe(recipe, overrides, stage="sft")
     if processes > 1 and not is_worker():
         raise typer.Exit(launch_processes(processes))

@@ -70,6 +70,8 @@ class ChatTemplate:
         self.has_markers = re.search(r"\{%[-+]?\s*generation\b", code) is not None
         self.knows_tool_calls = "tool_calls" in code
         self.knows_tools = re.search(r"\btools\b", code) is not None
+        added = tokenizer.added_tokens_decoder.values()
+        self.specials = tuple(token.content for token in added if token.special)
 
     def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
         """The turns as the template reads them.
@@ -166,18 +168,11 @@ class ChatTemplate:
         self, full: str, turns: list[dict[str, Any]], position: int, conversation: Conversation
     ) -> Span:
         before = self._before(full, turns[:position], conversation)
-        after = self.render(turns[: position + 1], conversation)
-        if before is not None and full.startswith(after):
-            return Span(before, len(after))
-        content = str(turns[position]["content"]).strip()
-        if before is not None and content:
-            # As the last turn it would look different (an empty thinking block, say), but the
-            # text that stands here is whole: its end is found by what follows it as last turn.
-            lead = len(full) - before - len(full[before:].lstrip())
-            end = before + lead + len(content)
-            tail = after[after.rfind(content) + len(content) :] if content in after else ""
-            if full[before + lead :].startswith(content) and tail and full[end:].startswith(tail):
-                return Span(before, end + len(tail))
+        if before is not None:
+            after = self.render(turns[: position + 1], conversation)
+            end = self._end(full, after, before, turns[position])
+            if end is not None:
+                return Span(before, end)
         raise DataError(
             f"{conversation.place}: the chat template rewrites turn {position} once later turns "
             "follow it, so no mask over that turn can be right",
@@ -200,6 +195,30 @@ class ChatTemplate:
         if full.startswith(plain):
             return max(common, len(plain))
         return common if common > len(plain) else None
+
+    def _end(self, full: str, after: str, before: int, turn: dict[str, Any]) -> int | None:
+        """End of a turn that begins at `before`, from the text `after` where it is the last one."""
+        if full.startswith(after):
+            return len(after)
+        # As the last turn it may be opened with more, an empty thinking block say,
+        start = after.find(full[before : before + 8], before + 1)
+        while start != -1:
+            if full.startswith(after[start:], before) and is_written(turn, after[start:]):
+                return before + len(after) - start
+            start = after.find(full[before : before + 8], start + 1)
+        # or closed with more, an end of the whole text say; no special token is cut in two.
+        end = _common_length(full, after)
+        for special in self.specials:
+            at = after.rfind(special, 0, end + len(special) - 1)
+            end = at if at < end < at + len(special) else end
+        closed = after[before:end].rstrip().endswith(self.specials)
+        return end if closed and is_written(turn, after[before:end]) else None
+
+
+def is_written(turn: dict[str, Any], text: str) -> bool:
+    """Whether a rendered text holds all that a turn says, and the tools that it calls."""
+    names = [call["function"]["name"] for call in turn.get("tool_calls", ())]
+    return all(part in text for part in (str(turn["content"]).strip(), *names))
 
 
 def _common_length(first: str, second: str) -> int:

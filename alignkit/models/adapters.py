@@ -19,7 +19,6 @@ from alignkit.errors import ModelError
 from alignkit.models.loading import quiet_transformers
 from alignkit.recipe.schema import FullSpec, LoraSpec
 
-
 @dataclass(frozen=True)
 class TrainableReport:
     """What is trained.

@@ -10,8 +10,14 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_line(text: str, label: str = "") -> None:
+    """One line on stderr after a coloured label; brackets in the text stay as they are."""
+    console.print(Text(f"{label}: ", style="yellow") + Text(text) if label else Text(text))
 
 
 def show_duration(seconds: float) -> str:
@@ -67,12 +73,12 @@ class StepProgress:
         if self.live is not None and self.task is not None:
             self.live.update(self.task, completed=step, description=line)
         elif step % self.log_every == 0 or step == self.steps:
-            console.print(f"step {step}/{self.steps}  {line}")
+            print_line(f"step {step}/{self.steps}  {line}")
 
     def say(self, text: str) -> None:
         """Print one line above the progress."""
         if not self.quiet:
-            console.print(text)
+            print_line(text)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -23,7 +23,7 @@ from alignkit.runtime.checkpoint import find_checkpoint, load_checkpoint
 from alignkit.runtime.devices import build_accelerator, tune_allocator
 from alignkit.runtime.metrics import MetricsFile
 from alignkit.runtime.optim import build_optimizer
-from alignkit.runtime.progress import StepProgress, console
+from alignkit.runtime.progress import StepProgress, print_line
 from alignkit.stages.prepare import Rows, keep_plan, plan_run
 from alignkit.stages.run_folder import RunFolder, check_output, read_plan
 from alignkit.stages.steps import Run, Stage
@@ -67,28 +67,29 @@ class Session:
         self.quiet = options.quiet or not self.leads
         self.folder: RunFolder | None = None
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, label: str = "") -> None:
         """Print one line for the user."""
         if not self.quiet:
-            console.print(text)
+            print_line(text, label)
 
     def plan(self, rows: Rows) -> Plan:
         """The plan of this run; a resumed run keeps its micro-batches."""
         plan = plan_run(self.recipe, rows, self.accelerator.num_processes)
         if self.options.resume and (self.output / "plan.json").is_file():
             plan = keep_plan(plan, read_plan(self.output))
-        for line in describe_rows("train", rows.train.report):
-            self.say(line)
-        if rows.held_out is not None:
-            for line in describe_rows("held out", rows.held_out.report):
-                self.say(line)
+        for name, dataset in (("train", rows.train), ("held out", rows.held_out)):
+            if dataset is not None:
+                head, *notes = describe_rows(name, dataset.report)
+                self.say(head)
+                for note in notes:
+                    self.say(note, "note")
         self.say(
             f"plan: {plan.steps} steps of {plan.batch_size} examples, "
             f"{plan.model.trainable / 1e6:.1f} of {plan.model.parameters / 1e6:.1f} M weights "
             f"trained, about {plan.memory.peak / 1e9:.1f} GB"
         )
         for warning in plan.warnings:
-            self.say(f"[yellow]warning:[/yellow] {warning}")
+            self.say(warning, "warning")
         return plan
 
     def build_scorer(self, base: BaseModel, plan: Plan) -> nn.Module:
@@ -138,7 +139,7 @@ class Session:
         if self.options.resume:
             checkpoint, skipped = find_checkpoint(self.output / "checkpoints")
             for sentence in skipped:
-                self.say(f"[yellow]warning:[/yellow] {sentence}")
+                self.say(sentence, "warning")
             if checkpoint is not None:
                 load_checkpoint(checkpoint, scorer, optimizer)
                 first_step = checkpoint.step
@@ -180,7 +181,7 @@ def describe_rows(name: str, report: DataReport) -> list[str]:
         f"lengths: median {lengths.get('p50', 0)}, 90% {lengths.get('p90', 0)}, "
         f"longest {lengths.get('max', 0)}"
     )
-    return [head, *(f"[yellow]note:[/yellow] {line}" for line in rest)]
+    return [head, *rest]
 
 
 def _about(rows: Rows, options: RunOptions) -> dict[str, Any]:

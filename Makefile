@@ -1,0 +1,43 @@
+# make demo   a 135M chat model is fine-tuned, merged, checked and shown talking
+# make test   linters, types and the whole suite, in .venv
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint types check clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone: only the pinned version finds a local CPU build where there is one.
+$(VENV)/.runtime: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) torch
+	$(INSTALL) -e '.[gguf]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.runtime
+	$(INSTALL) -e '.[test]'
+	touch $@
+
+demo: $(VENV)/.runtime
+	$(BIN)/alignkit fetch smollm2-135m-instruct
+	$(BIN)/alignkit sft quickstart/sft.yaml --overwrite
+	$(BIN)/alignkit generate runs/quickstart-sft --against smollm2-135m-instruct \
+		--file data_templates/sft/prompts.txt --max-new-tokens 100
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+check: lint types
+	$(BIN)/python -m pytest -m "not real_model and not slow"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
