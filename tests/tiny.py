@@ -106,7 +106,7 @@ TOKENIZER_OF = {
 """Model family -> the tokenizer its tiny model is saved with."""
 MODELS = tuple(TOKENIZER_OF)
 
-_SLIDING = ["sliding_attention", "full_attention"]
+_SLIDING = ("sliding_attention", "full_attention")
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "qwen2": ("Qwen2Config", {}),
@@ -118,7 +118,6 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 16,
             "query_pre_attn_scalar": 16,
             "sliding_window": 8,
-            "layer_types": _SLIDING,
             "attn_logit_softcapping": 5.0,
             "final_logit_softcapping": 3.0,
         },
@@ -130,7 +129,6 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "query_pre_attn_scalar": 16,
             "sliding_window": 8,
             "num_hidden_layers": 4,
-            "layer_types": [*_SLIDING, *_SLIDING],
         },
     ),
 }
@@ -190,7 +188,11 @@ def tiny_model(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config = getattr(transformers, class_name)(**{**common, **fields, **overrides})
+    values = {**common, **fields, **overrides}
+    if family in ("gemma2", "gemma3"):
+        layers = range(values["num_hidden_layers"])
+        values.setdefault("layer_types", [_SLIDING[layer % 2] for layer in layers])
+    config = getattr(transformers, class_name)(**values)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

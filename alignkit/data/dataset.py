@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +155,12 @@ def load_dataset(
         )
     weights = [spec.weight for spec in specs]
     order = mix_rows(counts, weights, seed)
+    if not len(order):
+        raise DataError(
+            f"{', '.join(spec.label for spec in specs)}: the weights draw no row from "
+            f"{', '.join(map(str, counts))}",
+            hint="raise the weights of the sources",
+        )
     mixture = json.dumps([keys, weights, seed])
     fingerprint = hashlib.sha256(mixture.encode()).hexdigest()
     return _flatten(rows, order, report, fingerprint)
@@ -173,10 +181,11 @@ def split_dataset(
     """
     hashes = dataset.row_hashes()
     groups: dict[bytes, int] = {}
-    group = np.array([groups.setdefault(h, len(groups)) for h in hashes], np.int64)
+    used = np.unique(dataset.order)  # a weight below 1 leaves rows out
+    group = {int(row): groups.setdefault(hashes[row], len(groups)) for row in used}
     drawn = np.random.default_rng([seed, 11]).permutation(len(groups))
     held_groups = drawn[: max(1, round(fraction * len(groups)))]
-    held = np.isin(group[dataset.order], held_groups)
+    held = np.isin([group[int(row)] for row in dataset.order], held_groups)
     if held.all():
         raise DataError(
             f"data.eval_fraction = {fraction} holds out all of the {len(dataset)} rows",
@@ -224,33 +233,32 @@ def _read_cache(path: Path) -> tuple[list[TokenizedRow], DataReport] | None:
         with np.load(path) as stored:
             arrays = {key: stored[key] for key in stored.files}
         meta = json.loads(arrays["meta"].tobytes())
-    except (OSError, ValueError, KeyError, EOFError):
+        offsets = arrays["offsets"]
+        rows = [
+            TokenizedRow(arrays["ids"][a:b], arrays["trained"][a:b], place)
+            for a, b, place in zip(offsets[:-1], offsets[1:], meta["places"], strict=True)
+        ]
+        return rows, DataReport(**meta["report"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None  # written by a broken disk or another release: make it again
-    offsets = arrays["offsets"]
-    rows = [
-        TokenizedRow(arrays["ids"][a:b], arrays["trained"][a:b], place)
-        for a, b, place in zip(offsets[:-1], offsets[1:], meta["places"], strict=True)
-    ]
-    return rows, DataReport(**meta["report"])
 
 
 def _write_cache(path: Path, rows: list[TokenizedRow], report: DataReport) -> None:
     """Store the tokens; a cache that cannot be written is no reason to stop."""
     meta = {"places": [row.place for row in rows], "report": dataclasses.asdict(report)}
     flat = _flatten(rows, np.arange(len(rows)), report, "")
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            written = Path(folder) / path.name
             np.savez(
-                file,
+                written,
                 ids=flat.ids,
                 trained=flat.trained,
                 offsets=flat.offsets,
                 meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
             )
-        os.replace(file.name, path)
-    except OSError:
-        return
+            os.replace(written, path)
 
 
 def _flatten(

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from alignkit.data.formats import Completion, Conversation, Example
 from alignkit.data.report import DataReport
-from alignkit.data.templates import ChatTemplate, Span
+from alignkit.data.templates import ChatTemplate, Span, is_written
 from alignkit.errors import DataError, ModelError
 
 TooLong = Literal["drop", "truncate_left", "truncate_right", "error"]
@@ -92,9 +92,9 @@ def tokenize_examples(
     rows: list[TokenizedRow] = []
     for start in range(0, len(examples), _BATCH):
         batch = examples[start : start + _BATCH]
-        for example in batch:
-            _inspect_text(example, specials, template, report)
         rendered = [_render(example, tokenizer, template, settings) for example in batch]
+        for example, item in zip(batch, rendered, strict=True):
+            _inspect_text(example, item.text, specials, template, report)
         for row in _encode(rendered, tokenizer, settings, set(specials.values()), report):
             fitted = _fit(row, settings, tokenizer, report)
             if fitted is not None:
@@ -114,14 +114,21 @@ def _special_tokens(tokenizer: Any) -> dict[str, int]:
 
 
 def _inspect_text(
-    example: Example, specials: dict[str, int], template: ChatTemplate | None, report: DataReport
+    example: Example,
+    rendered: str,
+    specials: dict[str, int],
+    template: ChatTemplate | None,
+    report: DataReport,
 ) -> None:
     if isinstance(example, Completion):
         texts = [example.prompt, example.completion.rstrip()]
     else:
         texts = [message.content for message in example.messages]
-        if template is not None and template.flattens(example):
+        assert template is not None
+        if template.flattens(example):
             report.note("tool calls written as text: the template has none", example.place)
+        if not all(is_written(turn, rendered) for turn in template.messages(example)):
+            report.note("the template leaves out or changes what a turn says", example.place)
         if example.messages[-1].role != "assistant":
             report.note("the last turn is not the assistant's; it is not trained", example.place)
     text = "\n".join(texts)

@@ -249,6 +249,7 @@ def test_the_format_is_that_of_the_first_row() -> None:
     ("keys", "row_format"),
     [
         (("messages", "prompt", "completion"), "messages"),
+        (("text", "messages"), "messages"),
         (("conversations", "text"), "sharegpt"),
         (("prompt", "completion", "text"), "prompt_completion"),
         (("instruction", "output", "text"), "alpaca"),

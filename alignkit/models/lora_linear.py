@@ -1,0 +1,101 @@
+"""The fast LoRA matmul behind PEFT's own modules: y = x Wᵀ + s · (x Aᵀ) Bᵀ in one function.
+
+PEFT computes the same with several autograd nodes: a float32 copy of the input, a cast back under
+autocast, a scaled product and an addition, each with its own buffers. Here the input is kept once
+and shared by the layers that read it, products are added in place, and the low-rank factors are
+cast to the compute dtype for the product only. Modules, parameter names and files stay PEFT's.
+
+Layers with dropout, DoRA, quantized weights or several active adapters keep PEFT's code.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+
+
+class _LoraProduct(torch.autograd.Function):
+    """y = x Wᵀ + b + s · (x Aᵀ) Bᵀ with W and b frozen.
+
+    Shapes: x `[T, I]`, W `[O, I]`, A `[r, I]`, B `[O, r]`, y `[T, O]`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        narrow_a, narrow_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        y = torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
+        low = torch.mm(x, narrow_a.T)
+        y.addmm_(low, narrow_b.T, alpha=scale)
+        ctx.save_for_backward(x, weight, narrow_a, narrow_b, low)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        x, weight, narrow_a, narrow_b, low = ctx.saved_tensors
+        grad_low = torch.mm(grad, narrow_b).mul_(ctx.scale)
+        grad_a = torch.mm(grad_low.T, x).float()
+        grad_b = torch.mm(grad.T, low).float().mul_(ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.mm(grad, weight).addmm_(grad_low, narrow_a)
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+def use_fast_lora(model: nn.Module) -> int:
+    """Let every eligible LoRA layer of a PEFT model compute with one function.
+
+    Args:
+        model: carries LoRA layers.
+
+    Returns:
+        Number of layers that do.
+    """
+    eligible = [module for module in model.modules() if _is_eligible(module)]
+    for module in eligible:
+        module.forward = functools.partial(_forward, module)
+    return len(eligible)
+
+
+def _is_eligible(module: nn.Module) -> bool:
+    if type(module) is not LoraLinear or type(module.get_base_layer()) is not nn.Linear:
+        return False
+    base = module.get_base_layer()
+    return not (
+        base.weight.requires_grad
+        or module.fan_in_fan_out
+        or any(module.use_dora.values())
+        or any(module.lora_bias.values())
+        or any(not isinstance(dropout, nn.Identity) for dropout in module.lora_dropout.values())
+    )
+
+
+def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The module's output; PEFT's own code where its state asks for more than one plain adapter."""
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if args or kwargs or module.disable_adapters or module.merged or len(names) != 1:
+        output: torch.Tensor = type(module).forward(module, x, *args, **kwargs)
+        return output
+    name, base = names[0], module.get_base_layer()
+    flat = x.to(base.weight.dtype).reshape(-1, x.shape[-1])
+    product = _LoraProduct.apply(
+        flat,
+        base.weight,
+        base.bias,
+        module.lora_A[name].weight,
+        module.lora_B[name].weight,
+        module.scaling[name],
+    )
+    return product.view(*x.shape[:-1], -1)
