@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from alignkit.data.formats import parse_rows
+from alignkit.data.masks import TokenizedRow
 from alignkit.data.report import DataReport
 from alignkit.data.sources import Source, load_source, mix_rows
-from alignkit.data.tokenize import TokenizedRow, TokenizeSettings, tokenize_examples
+from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
 from alignkit.errors import DataError
 from alignkit.packed import IntArray
 from alignkit.recipe.schema import SourceSpec

@@ -11,12 +11,13 @@ Accepted rows (see `data_templates/formats/` for an example of each):
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from alignkit.data.fields import need, plain_text
 from alignkit.data.sources import Row
+from alignkit.data.toolcalls import tool_calls, tool_schemas
 from alignkit.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -133,12 +134,12 @@ def parse_rows(rows: list[Row], row_format: str) -> list[Example]:
 
 
 def _parse_messages(row: Row) -> Example:
-    messages = _messages(row, _need(row, "messages", list))
+    messages = _messages(row, need(row, "messages", list))
     return _conversation(row, messages)
 
 
 def _parse_sharegpt(row: Row) -> Example:
-    turns = _need(row, "conversations", list)
+    turns = need(row, "conversations", list)
     if turns and isinstance(turns[0], dict) and "role" in turns[0]:
         return _conversation(row, _messages(row, turns))
     messages = []
@@ -156,22 +157,24 @@ def _parse_sharegpt(row: Row) -> Example:
                 hint=f"known speakers: {known}",
             )
         if turn["from"] == "function_call":
-            messages.append(Message(role, "", _tool_calls(turn["value"], row, number)))
+            messages.append(Message(role, "", tool_calls(turn["value"], row, number)))
         else:
-            messages.append(Message(role, _text(turn["value"], row, f"conversations[{number}]")))
+            messages.append(
+                Message(role, plain_text(turn["value"], row, f"conversations[{number}]"))
+            )
     return _conversation(row, messages)
 
 
 def _parse_alpaca(row: Row) -> Example:
-    instruction = _text(_need(row, "instruction", str), row, "instruction")
+    instruction = plain_text(need(row, "instruction", str), row, "instruction")
     extra = row.values.get("input") or ""
-    prompt = f"{instruction}\n\n{_text(extra, row, 'input')}" if extra else instruction
+    prompt = f"{instruction}\n\n{plain_text(extra, row, 'input')}" if extra else instruction
     messages = []
     for number, pair in enumerate(row.values.get("history") or []):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise DataError(f"{row.place}: history[{number}] must be [question, answer]")
         messages += [Message("user", str(pair[0])), Message("assistant", str(pair[1]))]
-    answer = _text(_need(row, "output", str), row, "output")
+    answer = plain_text(need(row, "output", str), row, "output")
     messages += [Message("user", prompt), Message("assistant", answer)]
     return _conversation(row, messages)
 
@@ -186,17 +189,17 @@ def _parse_prompt_completion(row: Row) -> Example:
     if isinstance(prompt, list):
         context = [
             Message(message.role, message.content, message.tool_calls, trained=False)
-            for message in _messages(row, _need(row, "prompt", list))
+            for message in _messages(row, need(row, "prompt", list))
         ]
-        return _conversation(row, context + _messages(row, _need(row, "completion", list)))
-    text = _text(_need(row, "completion", str), row, "completion")
+        return _conversation(row, context + _messages(row, need(row, "completion", list)))
+    text = plain_text(need(row, "completion", str), row, "completion")
     if not text.strip():
         raise DataError(f"{row.place}: the row has no answer: completion is empty")
-    return Completion(_text(_need(row, "prompt", str), row, "prompt"), text, row.place)
+    return Completion(plain_text(need(row, "prompt", str), row, "prompt"), text, row.place)
 
 
 def _parse_text(row: Row) -> Example:
-    text = _text(_need(row, "text", str), row, "text")
+    text = plain_text(need(row, "text", str), row, "text")
     if not text.strip():
         raise DataError(f"{row.place}: text is empty", hint="remove the row")
     return Completion("", text, row.place)
@@ -209,49 +212,6 @@ PARSERS: dict[str, Callable[[Row], Example]] = {
     "prompt_completion": _parse_prompt_completion,
     "text": _parse_text,
 }
-
-
-def _need(row: Row, key: str, kind: type) -> Any:
-    if key not in row.values:
-        found = ", ".join(map(str, row.values))
-        raise DataError(
-            f"{row.place}: the row has no `{key}`",
-            hint=f"its keys are {found}; rename with columns, as in columns: {{{key}: ...}}",
-        )
-    value = row.values[key]
-    if kind is list and isinstance(value, str):
-        value = _json(value, row, key)
-    if not isinstance(value, kind):
-        wanted = "a list" if kind is list else "text"
-        raise DataError(f"{row.place}: `{key}` must be {wanted}, got {type(value).__name__}")
-    return value
-
-
-def _json(value: str, row: Row, key: str) -> Any:
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{row.place}: `{key}` is no valid JSON: {error.msg}") from None
-
-
-def _text(value: Any, row: Row, key: str) -> str:
-    if isinstance(value, str):
-        return value
-    if value is None:
-        return ""
-    if isinstance(value, list):
-        parts = []
-        for part in value:
-            kind = part.get("type", "text") if isinstance(part, dict) else "text"
-            text = (part.get("text") or part.get("value")) if isinstance(part, dict) else part
-            if kind != "text" or not isinstance(text, str):
-                raise DataError(
-                    f"{row.place}: {key} holds a part of type {kind!r}",
-                    hint="alignkit trains on text; images and audio are not supported",
-                )
-            parts.append(text)
-        return "".join(parts)
-    raise DataError(f"{row.place}: {key} must be text, got {type(value).__name__}")
 
 
 def _messages(row: Row, turns: list[Any]) -> list[Message]:
@@ -268,39 +228,20 @@ def _messages(row: Row, turns: list[Any]) -> list[Message]:
                 f"{row.place}: {name}.role is {turn['role']!r}", hint=f"roles: {', '.join(ROLES)}"
             )
         calls = turn.get("tool_calls")
-        content = _text(turn.get("content"), row, f"{name}.content")
+        content = plain_text(turn.get("content"), row, f"{name}.content")
         weight = turn.get("weight")
         if weight not in (None, 0, 1):
             raise DataError(
                 f"{row.place}: {name}.weight is {weight!r}",
                 hint="1 trains the turn, 0 leaves it out of the loss",
             )
-        parsed = _tool_calls(calls, row, number) if calls else ()
+        parsed = tool_calls(calls, row, number) if calls else ()
         messages.append(Message(turn["role"], content, parsed, trained=weight != 0))
     return messages
 
 
-def _tool_calls(value: Any, row: Row, number: int) -> tuple[dict[str, Any], ...]:
-    """Calls in the OpenAI form, with arguments as a mapping."""
-    calls = _json(value, row, f"turn {number}") if isinstance(value, str) else value
-    parsed = []
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or "name" not in function:
-            raise DataError(
-                f"{row.place}: turn {number} calls a tool without a name",
-                hint='as in {"name": "get_weather", "arguments": {"city": "Oslo"}}',
-            )
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            arguments = _json(arguments, row, f"arguments of {function['name']}")
-        body = {"name": function["name"], "arguments": arguments}
-        parsed.append({"type": "function", "function": body})
-    return tuple(parsed)
-
-
 def _conversation(row: Row, messages: list[Message]) -> Conversation:
-    system = _text(row.values.get("system"), row, "system")
+    system = plain_text(row.values.get("system"), row, "system")
     opened = bool(messages) and messages[0].role in ("system", "developer")
     if system and opened and messages[0].content != system:
         raise DataError(
@@ -321,21 +262,4 @@ def _conversation(row: Row, messages: list[Message]) -> Conversation:
                 f"{row.place}: the row has no answer: the assistant's turn {number} is empty",
                 hint="remove the row, or write the answer",
             )
-    return Conversation(tuple(messages), _schemas(row), row.place)
-
-
-def _schemas(row: Row) -> tuple[dict[str, Any], ...]:
-    """Function schemas in the OpenAI form."""
-    tools = row.values.get("tools")
-    if tools is None or (isinstance(tools, str) and not tools.strip()):
-        return ()
-    schemas = []
-    for number, tool in enumerate(_need(row, "tools", list)):
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or "name" not in function:
-            raise DataError(
-                f"{row.place}: tools[{number}] describes no function with a name",
-                hint='as in {"name": "get_weather", "parameters": {...}}',
-            )
-        schemas.append(tool if "function" in tool else {"type": "function", "function": tool})
-    return tuple(schemas)
+    return Conversation(tuple(messages), tool_schemas(row), row.place)

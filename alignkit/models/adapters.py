@@ -17,7 +17,9 @@ from torch import nn
 
 from alignkit.errors import ModelError
 from alignkit.models.loading import quiet_transformers
+from alignkit.models.lora_linear import use_fast_lora
 from alignkit.recipe.schema import FullSpec, LoraSpec
+
 
 @dataclass(frozen=True)
 class TrainableReport:
@@ -102,7 +104,9 @@ def attach_adapter(model: Any, spec: LoraSpec | FullSpec, seed: int) -> Any:
     model.requires_grad_(False)
     torch.manual_seed(seed)
     with quiet_transformers():
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    use_fast_lora(adapted)
+    return adapted
 
 
 def trainable_report(model: nn.Module) -> TrainableReport:

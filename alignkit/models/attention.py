@@ -17,6 +17,9 @@ from alignkit.packed import Segment
 
 PACKED = "alignkit_packed"
 
+CPU_ROUNDING = 32
+"""On a processor, segments are computed at lengths that are multiples of this."""
+
 Segments = tuple[Segment, ...]
 
 
@@ -66,15 +69,17 @@ def packed_attention(
     by_start = {segment.start: number for number, segment in enumerate(segments)}
     outputs = []
     for number, segment in enumerate(segments):
-        k, v = keys[number], values[number]
+        # Rows appended to a causal segment change nothing before them.
+        extra = _rounding(segment.length, query.device)
+        q, k, v = (_append(x[number], extra) for x in (queries, keys, values))
         if segment.prefix_length:
             prefix = by_start[segment.prefix_start]
             k = torch.cat([keys[prefix], k], dim=2)
             v = torch.cat([values[prefix], v], dim=2)
-        mask = segment_mask(segment, sliding_window, query.device)
+        mask = segment_mask(segment, sliding_window, query.device, extra)
         if softcap is None:
             output = scaled_dot_product_attention(
-                queries[number],
+                q,
                 k,
                 v,
                 attn_mask=mask,
@@ -84,13 +89,25 @@ def packed_attention(
                 enable_gqa=query.shape[1] != key.shape[1],
             )
         else:
-            output = _softcapped(queries[number], k, v, mask, scaling, softcap, dropout)
-        outputs.append(output)
+            output = _softcapped(q, k, v, mask, scaling, softcap, dropout)
+        outputs.append(output[:, :, : segment.length])
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
+def _rounding(length: int, device: torch.device) -> int:
+    """Rows to append so that few distinct lengths reach the kernels.
+
+    The processor's kernels are generated and kept for each length, at several megabytes apiece.
+    """
+    return -length % CPU_ROUNDING if device.type == "cpu" else 0
+
+
+def _append(x: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, rows)) if rows else x
+
+
 def segment_mask(
-    segment: Segment, sliding_window: int | None, device: torch.device
+    segment: Segment, sliding_window: int | None, device: torch.device, extra: int = 0
 ) -> torch.Tensor | None:
     """Who sees whom within a segment and its prefix.
 
@@ -98,11 +115,12 @@ def segment_mask(
         segment: `n` own tokens after `p` prefix tokens.
         sliding_window: see `packed_attention`.
         device: of the mask.
+        extra: rows appended to the segment, `e`.
 
     Returns:
-        `[n, p + n]`, True where a token is seen; None where the plain causal rule says it all.
+        `[n + e, p + n + e]`, True where a token is seen; None where the causal rule says it all.
     """
-    n, p = segment.length, segment.prefix_length
+    n, p = segment.length + extra, segment.prefix_length
     windowed = sliding_window is not None and p + n > sliding_window
     if not p and not windowed:
         return None

@@ -8,6 +8,7 @@ logits: slower, and the yardstick of the start-up check and of the tests.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,29 @@ def compute_context(model: nn.Module, dtype: torch.dtype) -> contextlib.Abstract
         return contextlib.nullcontext()
     device = next(model.parameters()).device.type
     return torch.autocast(device, dtype=dtype)
+
+
+ROUNDING = 64
+"""Packed rows are filled up to a multiple of this, so that few shapes reach the matrix kernels:
+each shape costs time at its first use and, on a processor, memory for good."""
+
+
+def round_up(batch: PackedBatch, multiple: int) -> PackedBatch:
+    """The batch with unscored tokens appended as a segment of their own.
+
+    Args:
+        batch: `T` tokens.
+        multiple: the new length is the next multiple of it.
+    """
+    extra = -batch.num_tokens % multiple
+    if not extra:
+        return batch
+    return dataclasses.replace(
+        batch,
+        input_ids=np.concatenate([batch.input_ids, np.zeros(extra, np.int64)]),
+        position_ids=np.concatenate([batch.position_ids, np.arange(extra)]),
+        segments=(*batch.segments, Segment(batch.num_tokens, extra)),
+    )
 
 
 class TokenScorer(nn.Module):
@@ -60,6 +84,7 @@ class TokenScorer(nn.Module):
         """
         inner = causal_model(self.model)
         device = next(inner.parameters()).device
+        batch = round_up(batch, ROUNDING)
 
         def tensor(array: Any) -> torch.Tensor:
             return torch.from_numpy(array).to(device)

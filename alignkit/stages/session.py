@@ -24,6 +24,7 @@ from alignkit.runtime.devices import build_accelerator, tune_allocator
 from alignkit.runtime.metrics import MetricsFile
 from alignkit.runtime.optim import build_optimizer
 from alignkit.runtime.progress import StepProgress, print_line
+from alignkit.stages.batches import Batches
 from alignkit.stages.prepare import Rows, keep_plan, plan_run
 from alignkit.stages.run_folder import RunFolder, check_output, read_plan
 from alignkit.stages.steps import Run, Stage
@@ -163,7 +164,14 @@ class Session:
             scorer=scorer,
             optimizer=optimizer,
             accelerator=self.accelerator,
-            train=rows.train,
+            batches=Batches(
+                rows.train,
+                stage.weights,
+                plan,
+                self.recipe.seed,
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+            ),
             held_out=rows.held_out,
             folder=self.folder,
             metrics=metrics,

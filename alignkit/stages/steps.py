@@ -19,8 +19,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from alignkit.data.dataset import Document, TokenDataset
-from alignkit.data.packing import pack_documents, split_documents, step_items
+from alignkit.data.dataset import TokenDataset
+from alignkit.data.packing import pack_documents
 from alignkit.errors import Interrupted, TrainingError
 from alignkit.evaluation.heldout import evaluate_heldout
 from alignkit.packed import PackedBatch
@@ -31,6 +31,7 @@ from alignkit.runtime.devices import peak_memory
 from alignkit.runtime.metrics import MetricsFile
 from alignkit.runtime.optim import learning_rate_at, set_learning_rate
 from alignkit.runtime.progress import StepProgress
+from alignkit.stages.batches import Batches, StepBatches
 from alignkit.stages.run_folder import RunFolder
 
 
@@ -53,7 +54,8 @@ class Stage:
 
     Args:
         loss: forward pass and objective of one micro-batch.
-        weights: weight of each dataset item, so that a loss is a weighted mean.
+        weights: weight of each training item; the step's loss is the sum of its losses over the
+            sum of its weights.
     """
 
     loss: Callable[[nn.Module, PackedBatch], LossSums]
@@ -72,7 +74,7 @@ class Run:
         scorer: prepared by accelerate.
         optimizer: prepared by accelerate.
         accelerator: device and processes.
-        train: rows to train on.
+        batches: what each step reads.
         held_out: rows to evaluate on, or None.
         folder: of the run; None on every process but the first.
         metrics: metrics.jsonl; None on every process but the first.
@@ -86,29 +88,31 @@ class Run:
     scorer: Any
     optimizer: Any
     accelerator: Accelerator
-    train: TokenDataset
+    batches: Batches
     held_out: TokenDataset | None
     folder: RunFolder | None
     metrics: MetricsFile | None
     progress: StepProgress
-    last_eval: dict[str, float] = field(default_factory=dict)
 
 
 def run_steps(run: Run, first_step: int) -> None:
     """Train from `first_step` to the end of the plan.
 
     Args:
-        run: what to work with; `last_eval` holds the last evaluation afterwards.
+        run: what to work with.
         first_step: optimizer steps already done.
 
     Raises:
         Interrupted: the user pressed Ctrl-C; a checkpoint was saved.
-        TrainingError: the loss is not finite or a checkpoint could not be written.
+        TrainingError: the loss is not finite, memory ran out, or a checkpoint could not be
+            written.
     """
     training, steps = run.training, run.plan.steps
-    if first_step == 0:
-        _evaluate(run, 0)
     with _stop_on_signal() as stop:
+        if first_step < steps:
+            _rehearse(run)
+        if first_step == 0:
+            _evaluate(run, 0)
         for step in range(first_step, steps):
             metrics = _train_step(run, step)
             done = step + 1
@@ -128,15 +132,35 @@ def run_steps(run: Run, first_step: int) -> None:
                 )
 
 
+def _rehearse(run: Run) -> None:
+    """Run the largest micro-batch once and forget its gradients.
+
+    Memory that would run out after hours runs out now, and the allocator's blocks fit every
+    later batch.
+    """
+    batch = run.batches.largest()
+    try:
+        result = run.stage.loss(run.scorer, pack_documents(batch.documents))
+        run.accelerator.backward(result.loss * 0.0)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error).lower():
+            raise
+        raise TrainingError(
+            f"a micro-batch of {batch.num_tokens} tokens does not fit the memory",
+            hint="lower training.microbatch_tokens or data.max_length, or set "
+            "training.gradient_checkpointing=true",
+        ) from error
+    run.optimizer.zero_grad(set_to_none=True)
+
+
 def _train_step(run: Run, step: int) -> dict[str, float]:
     """One optimizer step."""
     started = time.monotonic()
     accelerator, plan = run.accelerator, run.plan
-    world, rank = accelerator.num_processes, accelerator.process_index
-    items = step_items(step, len(run.train), plan.batch_size, run.seed)
-    weight = float(sum(int(run.stage.weights[item]) for item in items))
-    batches = _micro_batches(run.train, items.tolist(), plan.microbatch_tokens, rank, world)
-    torch.manual_seed((run.seed * 1_000_003 + step) * world + rank)
+    batches = run.batches.step(step)
+    torch.manual_seed(
+        (run.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index
+    )
     rate = learning_rate_at(
         step,
         peak=plan.learning_rate,
@@ -145,30 +169,18 @@ def _train_step(run: Run, step: int) -> dict[str, float]:
         schedule=run.training.schedule,
     )
     set_learning_rate(run.optimizer, rate)
-    sums: dict[str, torch.Tensor] = {}
-    tokens = 0
-    for number, (documents, share) in enumerate(batches):
-        batch = pack_documents(documents)
-        last = number == len(batches) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(run.scorer):
-            result = run.stage.loss(run.scorer, batch)
-            # Gradients are averaged over processes, hence the factor.
-            accelerator.backward(result.loss * (share * world / weight))
-        tokens += batch.num_tokens if share else 0
-        for name, value in {"loss": result.loss, **result.metrics}.items():
-            value = value.detach().double() * share
-            sums[name] = sums[name] + value if name in sums else value
-    names = sorted(sums)
-    packed = torch.stack([sums[name].cpu() for name in names] + [torch.tensor(float(tokens))])
-    packed = accelerator.reduce(packed.to(accelerator.device), "sum").cpu()
-    means = {name: float(packed[i]) / weight for i, name in enumerate(names)}
-    _check_finite(means["loss"], step, items.tolist(), run.train)
+    means, tokens = _accumulate(run, batches)
+    if not math.isfinite(means["loss"]):
+        places = ", ".join(run.batches.places(batches.items[:5]))
+        raise TrainingError(
+            f"the loss of step {step + 1} is {means['loss']}; its rows begin with {places}",
+            hint="lower training.learning_rate, or look at these rows with `alignkit inspect`",
+        )
     limit = run.training.max_grad_norm or math.inf
     norm = accelerator.clip_grad_norm_(_trainable(run.scorer), limit)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     seconds = time.monotonic() - started
-    tokens = int(packed[-1])
     return {
         "loss": means.pop("loss"),
         "learning_rate": rate,
@@ -182,30 +194,27 @@ def _train_step(run: Run, step: int) -> dict[str, float]:
     }
 
 
-def _micro_batches(
-    dataset: TokenDataset, items: list[int], budget: int, rank: int, world: int
-) -> list[tuple[list[Document], float]]:
-    """This process's micro-batches, each with factor 1, or 0 for one that only keeps step.
-
-    Every process runs the same number of forward passes, because sharded models need it.
-    """
-    lengths = dataset.lengths
-    shards = [items[r::world] for r in range(world)]
-    groups = [split_documents([int(lengths[i]) for i in shard], budget) for shard in shards]
-    most = max(len(group) for group in groups)
-    mine = [([dataset[shards[rank][i]] for i in group], 1.0) for group in groups[rank]]
-    filler = ([dataset[items[0]]], 0.0)
-    return [filler] * (most - len(mine)) + mine
-
-
-def _check_finite(loss: float, step: int, items: list[int], dataset: TokenDataset) -> None:
-    if math.isfinite(loss):
-        return
-    places = [dataset.places[int(dataset.order[item])] for item in items[:5]]
-    raise TrainingError(
-        f"the loss of step {step + 1} is {loss}; its rows begin with {', '.join(places)}",
-        hint="lower training.learning_rate, or look at these rows with `alignkit inspect`",
-    )
+def _accumulate(run: Run, batches: StepBatches) -> tuple[dict[str, float], int]:
+    """Gradients of the whole step, its mean loss and metrics, and the tokens it read."""
+    accelerator = run.accelerator
+    sums: dict[str, torch.Tensor] = {}
+    tokens = 0
+    for number, micro in enumerate(batches.micro_batches):
+        last = number == len(batches.micro_batches) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(run.scorer):
+            result = run.stage.loss(run.scorer, pack_documents(micro.documents))
+            # Gradients are averaged over processes, hence the factor.
+            factor = micro.share * accelerator.num_processes / batches.weight
+            accelerator.backward(result.loss * factor)
+        tokens += round(micro.num_tokens * micro.share)
+        for name, value in {"loss": result.loss, **result.metrics}.items():
+            part = value.detach().double() * micro.share
+            sums[name] = sums[name] + part if name in sums else part
+    names = sorted(sums)
+    packed = torch.stack([sums[name].cpu() for name in names] + [torch.tensor(float(tokens))])
+    packed = accelerator.reduce(packed.to(accelerator.device), "sum").cpu()
+    means = {name: float(packed[i]) / batches.weight for i, name in enumerate(names)}
+    return means, int(packed[-1])
 
 
 def _trainable(scorer: nn.Module) -> list[nn.Parameter]:
@@ -223,7 +232,6 @@ def _evaluate(run: Run, step: int) -> None:
         shard=(accelerator.process_index, accelerator.num_processes),
         reduce=lambda sums: accelerator.reduce(sums.to(accelerator.device), "sum").cpu(),
     )
-    run.last_eval = found
     named = {f"eval/{name}": value for name, value in found.items()}
     if run.metrics is not None:
         run.metrics.write(step, named)

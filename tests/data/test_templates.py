@@ -10,9 +10,10 @@ import pytest
 from tiny import END_OF_TURN, TOKENIZERS, chat_template, tiny_tokenizer
 
 from alignkit.data.formats import Conversation, Message, parse_rows
+from alignkit.data.masks import TokenizedRow
 from alignkit.data.sources import load_source
 from alignkit.data.templates import ChatTemplate, template_text
-from alignkit.data.tokenize import TokenizedRow, TokenizeSettings, tokenize_examples
+from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
 from alignkit.errors import DataError, ModelError
 from alignkit.recipe.assets import assets_root
 from alignkit.recipe.schema import SourceSpec

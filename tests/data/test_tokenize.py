@@ -9,8 +9,9 @@ from tiny import TOKENIZERS, tiny_tokenizer
 from tokenizers import processors
 
 from alignkit.data.formats import Completion, Conversation, Message
+from alignkit.data.masks import TokenizedRow
 from alignkit.data.report import DataReport
-from alignkit.data.tokenize import TokenizedRow, TokenizeSettings, tokenize_examples
+from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
 from alignkit.errors import DataError, ModelError
 
 ADDS_BOS = {"llama3", "mistral", "mistral-sentencepiece", "gemma"}

@@ -1,0 +1,156 @@
+"""Which tokens are trained: from characters, or a template's own markers, to a mask of tokens.
+
+A token that stands across the border of an answer counts as part of it. After the end-of-turn
+token nothing is trained: the line break that many templates put there is never generated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from alignkit.data.report import DataReport
+from alignkit.data.templates import Span
+from alignkit.errors import DataError
+
+
+@dataclass(frozen=True)
+class TokenizedRow:
+    """One row as tokens.
+
+    Args:
+        ids: `[n]` token ids.
+        trained: `[n]` True where the token is a target; never at position 0.
+        place: `file:line`.
+    """
+
+    ids: npt.NDArray[np.int32]
+    trained: npt.NDArray[np.bool_]
+    place: str
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One row as text.
+
+    Args:
+        text: of the whole row.
+        spans: characters of each trained turn.
+        place: `file:line`.
+        is_chat: rendered by a chat template, which writes its special tokens itself.
+        mask: 1 for each token that the template marks as generated; None without markers.
+        marked_turns: of a mask: whether each assistant turn is wanted.
+    """
+
+    text: str
+    spans: list[Span]
+    place: str
+    is_chat: bool
+    mask: list[int] | None = None
+    marked_turns: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of one text.
+
+    Args:
+        ids: `[n]` token ids.
+        offsets: `[n, 2]` first character of each token and one past its last.
+    """
+
+    ids: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+
+
+@dataclass
+class Masker:
+    """Masks the rows of one source.
+
+    Args:
+        special_ids: tokens that can end a turn.
+        eos: appended where a template ends the last turn with no such token; None appends nothing.
+        everything: the whole row is trained.
+        report: told of rows that do not teach the model to stop.
+        stop_tokens: the tokens that have ended a trained turn so far.
+    """
+
+    special_ids: set[int]
+    eos: int | None
+    everything: bool
+    report: DataReport
+    stop_tokens: set[int] = field(default_factory=set)
+
+    def mask(self, item: Rendered, tokens: Encoded) -> TokenizedRow:
+        """The row with its mask.
+
+        Raises:
+            DataError: the template's markers do not fit its tokens or its turns.
+        """
+        ids = tokens.ids
+        if item.mask is not None:
+            runs = _marked_runs(item, item.mask, len(ids))
+        else:
+            runs = [_token_run(tokens.offsets, span) for span in item.spans]
+        trained = np.full(len(ids), self.everything)
+        stopped = False
+        for begin, end in runs:
+            end, stopped = self._trim(item, tokens, begin, end)
+            trained[begin:end] = True
+            if stopped:
+                self.stop_tokens.add(int(ids[end - 1]))
+        open_end = bool(runs) and not stopped
+        if open_end and item.is_chat and self.eos is not None and runs[-1][1] >= len(ids):
+            ids, trained = np.append(ids, np.int32(self.eos)), np.append(trained, True)
+            self.stop_tokens.add(int(self.eos))
+            self.report.note(
+                "the template ends no turn with a stop token; EOS was appended", item.place
+            )
+        elif open_end:
+            self.report.note(
+                "no stop token after the last answer: it does not teach to stop", item.place
+            )
+        trained[:1] = False
+        return TokenizedRow(ids, trained, item.place)
+
+    def _trim(self, item: Rendered, tokens: Encoded, begin: int, end: int) -> tuple[int, bool]:
+        """End of the turn: one past its end-of-turn token, and whether there is one."""
+        ids, offsets = tokens.ids, tokens.offsets
+        last = end
+        while last > begin and int(ids[last - 1]) not in self.special_ids:
+            start, stop = offsets[last - 1]
+            if item.text[start:stop].strip():
+                break
+            last -= 1
+        if last > begin and int(ids[last - 1]) in self.special_ids:
+            return last, True
+        marked = item.mask is not None
+        if marked and begin < end < len(ids) and int(ids[end]) in self.special_ids:
+            return end + 1, True  # markers often close before the end-of-turn token
+        return end, False
+
+
+def _marked_runs(item: Rendered, mask: list[int], length: int) -> list[tuple[int, int]]:
+    """Token runs between the template's generation markers, of the wanted turns."""
+    if len(mask) != length:
+        raise DataError(f"{item.place}: the template's generation markers do not fit the tokens")
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(mask, bool), [0]])))
+    runs = [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    if all(item.marked_turns):
+        return runs
+    if len(runs) != len(item.marked_turns):
+        raise DataError(
+            f"{item.place}: the template marks {len(runs)} runs of generated tokens for "
+            f"{len(item.marked_turns)} assistant turns, so single turns cannot be left out",
+            hint="choose a template without markers (model.chat_template)",
+        )
+    return [run for run, wanted in zip(runs, item.marked_turns, strict=True) if wanted]
+
+
+def _token_run(offsets: npt.NDArray[np.int64], span: Span) -> tuple[int, int]:
+    """First and one past the last token that hold a character of the span."""
+    inside = (offsets[:, 1] > span.begin) & (offsets[:, 0] < span.end)
+    positions = np.flatnonzero(inside)
+    return (int(positions[0]), int(positions[-1]) + 1) if len(positions) else (0, 0)
