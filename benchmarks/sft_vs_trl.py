@@ -7,7 +7,8 @@ before any ratio is printed.
     python benchmarks/sft_vs_trl.py --data alpaca.json --rows 40 --blocks 2 --out result.json
 
 Tracks: `default` is TRL as its documentation starts it (float32 weights under bf16 autocast,
-gradient checkpointing); `tuned` is TRL with bf16 weights, no checkpointing and rows grouped by length.
+gradient checkpointing); `tuned` is TRL with bf16 weights and no checkpointing. Rows are not grouped
+by length in either: the order is part of the comparison.
 """
 
 from __future__ import annotations

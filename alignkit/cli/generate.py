@@ -99,7 +99,7 @@ def _prompts(given: list[str], file: Path | None) -> list[str]:
     if file is not None:
         from alignkit.recipe.assets import find_path
 
-        path = find_path(str(file), None)
+        path = find_path(str(file))
         if path is None or not path.is_file():
             raise AlignkitError(f"{file}: no such file", hint="one prompt a line")
         found += [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]

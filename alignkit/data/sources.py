@@ -109,7 +109,7 @@ def _read_hub(spec: SourceSpec) -> tuple[list[Row], str]:
 
 
 def _read_file(spec: SourceSpec) -> tuple[list[Row], str]:
-    found = find_path(spec.path or "", None)
+    found = find_path(spec.path or "")
     if found is None or not found.is_file():
         raise DataError(f"{spec.path}: no such file", hint="paths are relative to the recipe")
     name = found.name.lower()

@@ -22,22 +22,21 @@ def alignkit_home() -> Path:
     return Path(os.environ.get("ALIGNKIT_HOME") or Path.home() / ".cache" / "alignkit").expanduser()
 
 
-def find_path(value: str, recipe_folder: Path | None) -> Path | None:
+def find_path(value: str, recipe_folders: tuple[Path, ...] = ()) -> Path | None:
     """First existing file or folder named by `value`.
 
     Args:
         value: a path as the user wrote it, absolute or relative.
-        recipe_folder: folder of the recipe that names it; None outside a recipe.
+        recipe_folders: of the recipe that names it and of the recipes that it extends.
 
     Returns:
-        The match in the recipe's folder, the working folder or the shipped assets, in this
+        The match in the recipe's folders, the working folder or the shipped assets, in this
         order; None if there is none.
     """
     path = Path(value).expanduser()
     if path.is_absolute():
         return path if path.exists() else None
-    folders = [recipe_folder, Path.cwd(), assets_root()]
-    for folder in folders:
-        if folder is not None and (folder / path).exists():
+    for folder in (*recipe_folders, Path.cwd(), assets_root()):
+        if (folder / path).exists():
             return (folder / path).resolve()
     return None

@@ -46,13 +46,14 @@ class Document:
         values: nested mappings, lists and scalars.
         places: key path -> `file:line`, or `command line`.
         name: the file's name as shown in messages.
-        folder: folder against which relative paths are tried first.
+        folders: folders against which relative paths are tried first: the file's own, then
+            those of the files that it extends.
     """
 
     values: dict[str, Any]
     places: dict[KeyPath, str]
     name: str
-    folder: Path
+    folders: tuple[Path, ...]
     problems: list[AlignkitError] = field(default_factory=list)
 
     def place(self, path: KeyPath) -> str:
@@ -105,7 +106,7 @@ def _read(path: Path, children: tuple[Path, ...]) -> Document:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError([AlignkitError(f"{name}: is not UTF-8 text ({error.reason})")]) from None
-    document = Document({}, {(): name}, name, path.parent)
+    document = Document({}, {(): name}, name, (path.parent,))
     try:
         node = yaml.compose(text, Loader=_Loader)
         if isinstance(node, yaml.MappingNode):
@@ -142,14 +143,16 @@ def _extend(document: Document, parent_name: Any, children: tuple[Path, ...]) ->
     if not isinstance(parent_name, str):
         problem = AlignkitError(f"{where}: extends must be a file name, got {parent_name!r}")
         raise RecipeError([problem])
-    parent_path = document.folder / parent_name
+    parent_path = document.folders[0] / parent_name
     if not parent_path.is_file():
         hint = "the name is taken relative to the file that extends it"
         raise RecipeError(
             [AlignkitError(f"{where}: extends {parent_name!r}, which does not exist", hint=hint)]
         )
     parent = _read(parent_path.resolve(), children)
-    merged = Document(parent.values, dict(parent.places), document.name, document.folder)
+    merged = Document(
+        parent.values, dict(parent.places), document.name, (*document.folders, *parent.folders)
+    )
     _merge(merged, document.values, document.places, ())
     return merged
 
@@ -229,7 +232,7 @@ def apply_overrides(document: Document, overrides: list[str]) -> None:
             problems.append(AlignkitError(f"command line: {text!r} is no override", hint=hint))
             continue
         path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-        given = Document({}, {}, "command line", Path())
+        given = Document({}, {}, "command line", ())
         try:
             node = yaml.compose(raw, Loader=_Loader)
             value = None if node is None else _build(node, path, given)

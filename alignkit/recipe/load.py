@@ -14,7 +14,7 @@ from alignkit.errors import AlignkitError, RecipeError
 from alignkit.recipe.assets import assets_root, find_path
 from alignkit.recipe.document import Document, apply_overrides, read_document, show_file
 from alignkit.recipe.problems import describe_problems, file_order
-from alignkit.recipe.schema import STAGES, Recipe, SourceSpec, as_dict, with_defaults
+from alignkit.recipe.schema import DEFAULT_KINDS, STAGES, Recipe, SourceSpec, as_dict, with_defaults
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,10 @@ def load_recipe(
     path = find_recipe(name)
     document = read_document(path)
     apply_overrides(document, overrides or [])
+    for key, kind in DEFAULT_KINDS.items():
+        section = document.values.get(key)
+        if isinstance(section, dict):
+            section.setdefault("kind", kind)
     model = STAGES.get(str(document.values.get("stage", "sft")), STAGES["sft"])
     problems = _missing_files(document)
     try:
@@ -130,9 +134,9 @@ def _missing_files(document: Document) -> list[AlignkitError]:
         sources = data.get(key) if isinstance(data, dict) else None
         for index, source in enumerate(sources if isinstance(sources, list) else []):
             path = source.get("path") if isinstance(source, dict) else None
-            if isinstance(path, str) and find_path(path, document.folder) is None:
+            if isinstance(path, str) and find_path(path, document.folders) is None:
                 where = document.place(("data", key, index, "path"))
-                near = _near_file(path, document.folder)
+                near = _near_file(path, document.folders)
                 hint = "looked in the recipe's folder, the working folder and the shipped examples"
                 problems.append(
                     AlignkitError(
@@ -148,16 +152,16 @@ def _missing_files(document: Document) -> list[AlignkitError]:
 
 
 def _place_path(value: str, document: Document, *, folders: bool = True) -> str | None:
-    found = find_path(value, document.folder)
+    found = find_path(value, document.folders)
     if found is None or not (folders or found.is_file()):
         return None
     shipped = found.is_relative_to(assets_root()) and found == (assets_root() / value).resolve()
     return value if shipped and not Path(value).is_absolute() else str(found)
 
 
-def _near_file(value: str, recipe_folder: Path) -> str:
+def _near_file(value: str, recipe_folders: tuple[Path, ...]) -> str:
     path = Path(value)
-    for folder in (recipe_folder, Path.cwd(), assets_root()):
+    for folder in (*recipe_folders, Path.cwd(), assets_root()):
         parent = (folder / path).parent
         if parent.is_dir():
             names = [child.name for child in parent.iterdir() if child.is_file()]
@@ -168,7 +172,7 @@ def _near_file(value: str, recipe_folder: Path) -> str:
 
 
 def _missing_template(value: str, document: Document) -> list[AlignkitError]:
-    found = find_path(value, document.folder)
+    found = find_path(value, document.folders)
     shipped = assets_root() / "data_templates" / "chat"
     if (found is not None and found.is_file()) or (shipped / f"{value}.jinja").is_file():
         return []

@@ -132,8 +132,6 @@ def _rule(details: ErrorDetails) -> str:
         return f"must be {_TYPES[kind]}"
     if kind == "literal_error":
         return f"must be {context['expected']}"
-    if kind == "union_tag_not_found":
-        return f"must name its {context['discriminator'].strip(chr(39))}"
     if kind == "too_short":
         return "must not be empty"
     if kind == "string_too_short":

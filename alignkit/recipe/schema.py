@@ -193,6 +193,9 @@ Recipe = SftRecipe
 
 STAGES: dict[str, type[SftRecipe]] = {"sft": SftRecipe}
 
+DEFAULT_KINDS = {"adapter": "lora", "objective": "cross_entropy"}
+"""Kind of a section that names none."""
+
 DEFAULT_LEARNING_RATE = {"lora": 2.0e-4, "full": 2.0e-5}
 
 

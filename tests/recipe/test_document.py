@@ -181,7 +181,7 @@ def test_extends_is_taken_from_the_files_own_folder_and_goes_on() -> None:
     assert document.values == {"a": 1, "b": 2, "c": 3}
     assert document.place(("a",)) == "shared/root.yaml:1"
     assert document.place(("b",)) == "shared/middle.yaml:2"
-    assert document.folder == Path("mine").resolve()
+    assert document.folders[0] == Path("mine").resolve()
 
 
 @pytest.mark.parametrize(

@@ -240,11 +240,6 @@ def test_a_default_learning_rate_is_filled_in() -> None:
             "kind: lroa",
             "r.yaml:5: adapter.kind must be 'lora' or 'full', got 'lroa'\nhint: did you mean lora?",
         ),
-        (
-            "kind: lora, rank: 8",
-            "rank: 8",
-            "r.yaml:5: adapter must name its kind, got {rank}\nhint: as in {kind: lora, rank: 16}",
-        ),
         # limits
         (
             "2e-4",
@@ -448,7 +443,7 @@ def test_shipped_files_keep_their_short_name() -> None:
     shipped = "data_templates/sft/messages.jsonl"
     recipe = load_recipe(write(changed("rows.jsonl", shipped))).recipe
     assert recipe.data.train[0].path == shipped
-    assert find_path(shipped, None) == (assets_root() / shipped).resolve()
+    assert find_path(shipped) == (assets_root() / shipped).resolve()
 
 
 def test_a_model_folder_is_found_and_a_hub_name_stays() -> None:
@@ -507,3 +502,17 @@ def test_the_rendered_recipe_loads_to_the_same_recipe() -> None:
     assert again == recipe
     written: dict[str, Any] = yaml.safe_load(render_recipe(recipe))
     assert list(written) == list(SftRecipe.model_fields)
+
+
+def test_an_adapter_without_kind_is_lora() -> None:
+    write(changed("kind: lora, rank: 8", "rank: 8"))
+    assert load_recipe("r.yaml").recipe.adapter.kind == "lora"
+    assert load_recipe("r.yaml", ["adapter.rank=4"]).recipe.adapter.rank == 4
+
+
+def test_files_of_an_extended_recipe_are_found_beside_it() -> None:
+    write(changed("rows.jsonl", "own.jsonl"), "base/parent.yaml")
+    Path("base/own.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    write("extends: base/parent.yaml\nseed: 1\n")
+    found = load_recipe("r.yaml").recipe.data.train[0].path
+    assert found == str(Path("base/own.jsonl").resolve())
