@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from alignkit.errors import ModelError
-from alignkit.models.loading import quiet_transformers
+from alignkit.models.loading import quiet_transformers, share_files
 from alignkit.models.lora_linear import use_fast_lora
 from alignkit.recipe.schema import FullSpec, LoraSpec
 
@@ -139,6 +139,7 @@ def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     text = json.dumps(plain, indent=2, sort_keys=True, default=str)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    share_files(folder)
 
 
 def read_adapter_config(folder: Path) -> Any:

@@ -200,6 +200,16 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    share_files(folder)
+
+
+def share_files(folder: Path) -> None:
+    """Give the files the permissions of any new file; safetensors lets only their owner read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def weights_fingerprint(base: BaseModel) -> str:

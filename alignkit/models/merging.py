@@ -8,11 +8,12 @@ an update much smaller than the weight is partly lost; the report says how much 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,13 @@ from transformers import AutoModelForCausalLM
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters import load_adapter
-from alignkit.models.loading import BaseModel, load_model, load_tokenizer, quiet_transformers
+from alignkit.models.loading import (
+    BaseModel,
+    load_model,
+    load_tokenizer,
+    quiet_transformers,
+    share_files,
+)
 from alignkit.packed import IntArray
 
 CHECK_TOKENS = 256
@@ -123,12 +130,9 @@ def merge_adapter(
     with quiet_transformers():
         merged = model.merge_and_unload(safe_merge=True)
     del model
-    merged = merged.to(dtype)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".merging-") as scratch:
-        written = Path(scratch) / "merged"
-        save_checkpoint_folder(merged, tokenizer or load_tokenizer(base), written, stop_tokens)
-        read_back = _read_back(written, merged, dtype)
+    with _beside(output) as written:
+        tokenizer = tokenizer or load_tokenizer(base)
+        read_back = _write_and_read(merged.to(dtype), tokenizer, written, stop_tokens)
         del merged
         found = _logits(read_back.float(), samples)
         report = MergeReport(
@@ -144,23 +148,42 @@ def merge_adapter(
             positions=len(exact),
         )
         _require_faithful(report)
-        if output.exists():
-            shutil.rmtree(output)
-        os.rename(written, output)
     return report
 
 
-def save_checkpoint_folder(
-    model: Any, tokenizer: Any, folder: Path, stop_tokens: Sequence[int]
+def write_dense(
+    model: Any, tokenizer: Any, output: Path, dtype: torch.dtype, stop_tokens: Sequence[int]
 ) -> None:
-    """Write weights, tokenizer, chat template and generation settings as transformers does.
+    """Write a model whose weights were all trained, and read it back bit for bit.
 
     Args:
-        model: dense weights in the dtype to store.
+        model: cast in place.
         tokenizer: saved with its chat template.
-        folder: created.
-        stop_tokens: added to the model's end-of-sequence tokens.
+        output: folder to write, replaced if it exists; stands there only once it is verified.
+        dtype: of the written weights.
+        stop_tokens: ids that end an answer, added to the generation settings.
+
+    Raises:
+        ModelError: the files do not hold what was written.
     """
+    with _beside(output) as written:
+        _write_and_read(model.to(dtype), tokenizer, written, stop_tokens)
+
+
+@contextlib.contextmanager
+def _beside(output: Path) -> Iterator[Path]:
+    """A folder that takes the output's name when the block ends well, and vanishes otherwise."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".merging-") as scratch:
+        written = Path(scratch) / output.name
+        yield written
+        if output.exists():
+            shutil.rmtree(output)
+        os.rename(written, output)
+
+
+def _write_and_read(model: Any, tokenizer: Any, folder: Path, stop_tokens: Sequence[int]) -> Any:
+    """Write weights, tokenizer, chat template and generation settings; return what is on disk."""
     settings = model.generation_config
     known = settings.eos_token_id
     known = known if isinstance(known, list) else [] if known is None else [known]
@@ -169,14 +192,12 @@ def save_checkpoint_folder(
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-def _read_back(folder: Path, expected: nn.Module, dtype: torch.dtype) -> Any:
-    """The written model, checked bit for bit against the one in memory."""
-    with quiet_transformers():
-        found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        share_files(folder)
+        found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=model.dtype, use_safetensors=True
+        )
     stored = found.state_dict()
-    for name, weight in expected.state_dict().items():
+    for name, weight in model.state_dict().items():
         if name not in stored or not torch.equal(stored[name], weight):
             raise ModelError(
                 f"the merged file does not hold what was written: {name} differs",

@@ -177,7 +177,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             delta = _slope_times(weights, total, ids, slope, ctx.scale, torch.float32)
             delta.mul_(grad[rows, None])
             if grad_bias is not None:
-                grad_bias += delta.sum(0) / ctx.scale
+                grad_bias += delta.sum(0)
             narrow = delta.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = narrow @ matrix

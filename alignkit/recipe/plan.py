@@ -189,9 +189,4 @@ def _warnings(
             f"about {memory.peak / 1e9:.1f} GB needed, {hardware.memory / 1e9:.1f} GB free: "
             "lower data.max_length or training.microbatch_tokens, or use LoRA"
         )
-    if recipe.data.max_length > 2 * data.longest:
-        found.append(
-            f"data.max_length = {recipe.data.max_length}, but the longest row has "
-            f"{data.longest} tokens"
-        )
     return found

@@ -13,7 +13,7 @@ import numpy as np
 from alignkit.data.dataset import TokenDataset
 from alignkit.models.adapters import save_adapter
 from alignkit.models.loading import stored_dtype
-from alignkit.models.merging import MergeReport, merge_adapter, save_checkpoint_folder
+from alignkit.models.merging import MergeReport, merge_adapter, write_dense
 from alignkit.models.scorer import causal_model
 from alignkit.packed import IntArray
 from alignkit.recipe.schema import FullSpec
@@ -84,9 +84,7 @@ def _write_models(session: Session, model: Any, run: Run, rows: Rows) -> MergeRe
     if isinstance(recipe.adapter, FullSpec):
         dtype = stored_dtype(rows.base)
         session.say(f"writing all weights to {output / 'merged'}")
-        save_checkpoint_folder(
-            causal_model(model).to(dtype), rows.tokenizer, output / "merged", stops
-        )
+        write_dense(causal_model(model), rows.tokenizer, output / "merged", dtype, stops)
         return None
     save_adapter(model, output / "adapter", rows.base.location)
     del model
