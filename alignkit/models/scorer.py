@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from alignkit.models.attention import PACKED
+from alignkit.models.loading import quiet_transformers
 from alignkit.models.vocab_head import TokenScores, logit_transform, score_targets
 from alignkit.packed import PackedBatch, Segment
 
@@ -70,7 +71,8 @@ class TokenScorer(nn.Module):
         self.model = model
         self.dtype = dtype
         inner = causal_model(model)
-        inner.set_attn_implementation(PACKED)
+        with quiet_transformers():
+            inner.set_attn_implementation(PACKED)
         self.transform = logit_transform(inner.config.get_text_config())
 
     def forward(self, batch: PackedBatch) -> TokenScores:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -62,16 +63,29 @@ def packed_fault(model: Any, dtype: torch.dtype) -> str | None:
     try:
         with torch.no_grad():
             expected = PaddedScorer(model, dtype)(batch).logprobs
-            found = TokenScorer(model, dtype)(batch).logprobs
+            packed = TokenScorer(model, dtype)
+            found = packed(batch).logprobs
+            others = batch.target_sequences > 0
+            apart = packed(_with_other_start(batch)).logprobs[others]
     except (NotImplementedError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         return str(error).split("\n")[0][:200]
     finally:
         model.train(was_training)
+    if not torch.allclose(apart, found[others], rtol=0.0, atol=1e-3):
+        return "tokens of one document reach another"
     difference = (found - expected).abs()
     worst, mean = float(difference.max()), float(difference.mean())
     if not worst <= TOLERANCE[dtype] or not mean <= MEAN_TOLERANCE[dtype]:
         return f"log-probs differ by up to {worst:.3g} nats, {mean:.3g} on average"
     return None
+
+
+def _with_other_start(batch: PackedBatch) -> PackedBatch:
+    """The batch with other tokens in its first document."""
+    ids = batch.input_ids.copy()
+    first = slice(0, batch.segments[0].length)
+    ids[first] = ids[first][::-1]
+    return dataclasses.replace(batch, input_ids=ids)
 
 
 def probe_batch(vocabulary: int) -> PackedBatch:

@@ -256,6 +256,7 @@ def _set(document: Document, path: KeyPath, value: Any) -> AlignkitError | None:
         if isinstance(here, dict) and isinstance(part, str):
             if here.get(part) is None:
                 here[part] = {}
+                document.places[path[: depth + 1]] = "command line"
             here = here[part]
         elif isinstance(here, list) and isinstance(part, int) and part < len(here):
             here = here[part]

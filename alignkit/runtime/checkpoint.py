@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -71,13 +72,15 @@ def save_checkpoint(
             shutil.rmtree(final)
         os.rename(scratch, final)
         _sync_folder(folder)
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # On a full disk safetensors and torch.save raise errors of their own.
         shutil.rmtree(scratch, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise TrainingError(
-            f"the checkpoint of step {step} could not be written to {folder}: {error.strerror}",
+            f"the checkpoint of step {step} could not be written to {folder}: {reason}",
             hint="free disk space and continue with --resume; earlier checkpoints are whole",
         ) from error
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    for old in _by_step(folder)[:-keep]:
         shutil.rmtree(old)
     return final
 
@@ -92,7 +95,7 @@ def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         The checkpoint, or None, and a sentence for each torn one that was skipped.
     """
     skipped = []
-    for candidate in sorted(folder.glob("step-*"), reverse=True):
+    for candidate in reversed(_by_step(folder)):
         fault = _fault(candidate)
         if fault is None:
             state = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
@@ -131,6 +134,11 @@ def trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def _by_step(folder: Path) -> list[Path]:
+    """Checkpoints from the oldest on; the number outgrows its six digits at a million steps."""
+    return sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name))
 
 
 def _fault(folder: Path) -> str | None:

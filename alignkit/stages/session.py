@@ -144,14 +144,14 @@ class Session:
             if checkpoint is not None:
                 load_checkpoint(checkpoint, scorer, optimizer)
                 first_step = checkpoint.step
+                if checkpoint.state.get("processes") != self.accelerator.num_processes:
+                    self.say("other number of processes: sums may differ in the last bits", "note")
                 self.say(f"resuming after step {first_step}")
             else:
                 self.say("no checkpoint to resume from: starting at step 1")
         metrics = None
         if self.folder is not None:
-            metrics = MetricsFile(
-                self.folder.path / "metrics.jsonl", first_step if self.options.resume else None
-            )
+            metrics = MetricsFile(self.folder.path / "metrics.jsonl", first_step or None)
         if training.trackers:
             self.accelerator.init_trackers("alignkit", config={"output": str(self.output)})
         scorer, optimizer = self.accelerator.prepare(scorer, optimizer)

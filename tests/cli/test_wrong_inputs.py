@@ -1,0 +1,379 @@
+"""What a person mistypes: exit code 2, one sentence and a hint, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commandline import CommandLine, Done
+from running import make_recipe, make_rows
+from tiny import tiny_model
+
+from alignkit.models.adapters import attach_adapter, save_adapter
+from alignkit.recipe.schema import LoraSpec
+
+
+def said(done: Done, *parts: str) -> None:
+    """The command failed politely, with all of the parts on stderr."""
+    assert done.code == 2, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert "error: " in done.stderr
+    for part in parts:
+        assert part in done.stderr, done.stderr
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path.resolve()
+
+
+def rows_with(bad: Any, number: int, folder: Path) -> None:
+    """Ten good rows, the `number`-th replaced; text is written as it is."""
+    lines = [json.dumps(row) for row in make_rows(10)]
+    lines[number - 1] = bad if isinstance(bad, str) else json.dumps(bad)
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+NO_ANSWER = {"messages": [{"role": "user", "content": "Hello?"}]}
+EMPTY_ANSWER = {
+    "messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": " "}]
+}
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+ROWS = {
+    "broken JSON": ('{"messages": [', 7, ["rows.jsonl:7: is not valid JSON: ", "hint: a .jsonl"]),
+    "not an object": ("[1, 2]", 3, ["rows.jsonl:3: a row must be a JSON object, got list"]),
+    "no answer": (
+        NO_ANSWER,
+        4,
+        ["rows.jsonl:4: the row has no answer: no assistant turn", "hint: remove the row, or add"],
+    ),
+    "empty answer": (
+        EMPTY_ANSWER,
+        5,
+        ["rows.jsonl:5: the row has no answer: the assistant's turn 1 is empty"],
+    ),
+    "unknown role": (
+        {"messages": [{"role": "robot", "content": "Hi"}]},
+        2,
+        ["rows.jsonl:2: messages[0].role is 'robot'", "hint: roles: system"],
+    ),
+    "preference pair": (PAIR, 1, ["rows.jsonl:1: the row is a preference pair", "hint: keep the"]),
+    "unknown columns": (
+        {"question": "a", "answer": "b"},
+        1,
+        ["rows.jsonl:1: no known row format has the keys question, answer", "rename with columns"],
+    ),
+    "another format": ({"text": "b"}, 6, ["rows.jsonl:6: the row has no `messages`", "hint: its"]),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows(case: str, alignkit: CommandLine, tiny_base: Path, folder: Path) -> None:
+    bad, number, parts = ROWS[case]
+    rows_with(bad, number, folder)
+    recipe = make_recipe(folder, tiny_base)
+    for command in ("sft", "plan", "inspect"):
+        said(alignkit(command, recipe, cwd=folder), *parts)
+    assert sorted(path.name for path in folder.iterdir()) == ["recipe.yaml", "rows.jsonl"]
+
+
+def test_an_empty_file(alignkit: CommandLine, tiny_base: Path, folder: Path) -> None:
+    recipe = make_recipe(folder, tiny_base)
+    for content in ("", "\n  \n"):
+        (folder / "rows.jsonl").write_text(content, encoding="utf-8")
+        said(alignkit("sft", recipe, cwd=folder), "rows.jsonl: the file is empty", "hint: every")
+    assert not (folder / "run").exists()
+
+
+RECIPES: dict[str, tuple[list[str], list[str]]] = {
+    "misspelt key": (
+        ["training.learnin_rate=1e-4"],
+        [
+            "error: command line: training.learnin_rate is no key of a recipe",
+            "hint: did you mean training.learning_rate?",
+        ],
+    ),
+    "misspelt section": (
+        ["trainin.epochs=2"],
+        ["error: command line: trainin is no key of a recipe", "hint: did you mean training?"],
+    ),
+    "wrong type": (
+        ["training.batch_size=many"],
+        ["command line: training.batch_size must be a whole number, got 'many'", "hint: examples"],
+    ),
+    "out of range": (
+        ["training.learning_rate=-1"],
+        ["training.learning_rate must be greater than 0, got -1", "hint: LoRA usually takes 1e-4"],
+    ),
+    "unknown value": (
+        ["training.schedule=cosin"],
+        ["training.schedule must be ", "got 'cosin'", "hint: did you mean cosine?"],
+    ),
+    "missing file": (
+        ["data.train=[{path: no.jsonl}]"],
+        ["data.train[0].path names no file: 'no.jsonl'", "hint: "],
+    ),
+    "misspelt file": (
+        ["data.train=[{path: row.jsonl}]"],
+        ["data.train[0].path names no file: 'row.jsonl'", "hint: did you mean rows.jsonl?"],
+    ),
+    "wrong stage": (
+        ["stage=dpo"],
+        ["command line: stage must be 'sft', got 'dpo'", "hint: this release trains `sft`"],
+    ),
+    "no override": (["epochs"], ["command line: 'epochs' is no override", "hint: write overrides"]),
+    "eval twice": (
+        ["data.eval=[{path: rows.jsonl}]", "data.eval_fraction=0.5"],
+        ["holds out rows by `eval` or by `eval_fraction`, not both"],
+    ),
+    "no model": (
+        ["model.base=nothing-here"],
+        ["'nothing-here' is no model", "hint: name a folder"],
+    ),
+    "known but not fetched": (
+        ["model.base=smollm2-135m-instruct"],
+        ["smollm2-135m-instruct is not here yet", "hint: run `alignkit fetch smollm2-135m-"],
+    ),
+    "target that matches nothing": (
+        ["adapter.targets=[q_prj]"],
+        [
+            "error: adapter.targets matches no linear layer: 'q_prj'",
+            "hint: did you mean q_proj, v_proj? this model has q_proj, k_proj",
+        ],
+    ),
+    "beyond the context": (
+        ["data.max_length=4096"],
+        [
+            "data.max_length = 4096 is longer than the model's context of 2048 tokens",
+            "hint: set data.max_length=2048 or less",
+        ],
+    ),
+    "all rows too long": (
+        ["data.max_length=8"],
+        [
+            "no row is left to train on: 16 rows dropped: longer than max_length = 8 tokens",
+            "hint: raise data.max_length, or choose another data.too_long",
+        ],
+    ),
+    "all prompts too long": (
+        ["data.max_length=8", "data.too_long=truncate_right"],
+        ["no row is left to train on", "the prompt alone fills max_length = 8 tokens", "hint: "],
+    ),
+    "a row too long": (
+        ["data.max_length=100", "data.too_long=error"],
+        ["rows.jsonl:2: the row has 1", "tokens, more than data.max_length = 100", "hint: raise"],
+    ),
+    "unknown template": (
+        ["model.chat_template=chatmll"],
+        ["model.chat_template names no file and no shipped template: 'chatmll'", "did you mean ch"],
+    ),
+    "held out everything": (["data.eval_fraction=0.99"], ["holds out all of the 16 rows", "hint"]),
+    "weights draw nothing": (
+        ["data.train.0.weight=0.001"],
+        ["the weights draw no row from 16", "hint: raise the weights"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_recipes(case: str, alignkit: CommandLine, tiny_base: Path, folder: Path) -> None:
+    overrides, parts = RECIPES[case]
+    recipe = make_recipe(folder, tiny_base)
+    home = {"ALIGNKIT_HOME": str(folder / "home")}
+    said(alignkit("sft", recipe, *overrides, cwd=folder, **home), *parts)
+    assert not (folder / "run").exists()
+
+
+def test_every_problem_of_a_recipe_at_once_with_its_line(
+    alignkit: CommandLine, tiny_base: Path, folder: Path
+) -> None:
+    make_recipe(folder, tiny_base)
+    (folder / "bad.yaml").write_text(
+        "stage: sft\n"
+        "output: run\n"
+        f"model: {{base: {tiny_base}}}\n"
+        "data:\n"
+        "  train: [{path: rows.jsonl}]\n"
+        "  max_lenght: 64\n"
+        "training:\n"
+        "  batch_size: 0\n"
+        "  epochs: fast\n",
+        encoding="utf-8",
+    )
+    done = alignkit("sft", "bad.yaml", cwd=folder)
+    said(
+        done,
+        "error: bad.yaml:6: data.max_lenght is no key of a recipe",
+        "hint: did you mean data.max_length?",
+        "error: bad.yaml:8: training.batch_size must be at least 1, got 0",
+        "error: bad.yaml:9: training.epochs must be a number, got 'fast'",
+    )
+    assert done.stderr.index(":6:") < done.stderr.index(":8:") < done.stderr.index(":9:")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("stage: sft\n  output: x\n", "bad.yaml:2: is not valid YAML"),
+        ("", "bad.yaml: must be a mapping of keys to values, got nothing"),
+        ("- a\n", "bad.yaml: must be a mapping of keys to values, got a single value or a list"),
+        ("stage: sft\nstage: sft\n", "bad.yaml:2: stage is written twice, first on line 1"),
+        ("stage: sft\n", "output is required"),
+    ],
+)
+def test_recipe_files(text: str, part: str, alignkit: CommandLine, folder: Path) -> None:
+    (folder / "bad.yaml").write_text(text, encoding="utf-8")
+    said(alignkit("sft", "bad.yaml", cwd=folder), part)
+
+
+def test_recipes_that_are_not_there(alignkit: CommandLine, folder: Path) -> None:
+    done = alignkit("sft", "quickstart/stf.yaml", cwd=folder)
+    said(done, "quickstart/stf.yaml: no such recipe", "hint: did you mean quickstart/sft.yaml?")
+    said(alignkit("plan", ".", cwd=folder), ".: is a folder, not a recipe", "name the .yaml file")
+
+
+def test_models_that_are_none(alignkit: CommandLine, tiny_base: Path, folder: Path) -> None:
+    recipe = make_recipe(folder, tiny_base)
+    (folder / "empty").mkdir()
+    done = alignkit("sft", recipe, "model.base=empty", cwd=folder)
+    said(done, "empty is no model folder: it has no config.json", "hint: name the folder with")
+    save_adapter(attach_adapter(tiny_model(), LoraSpec(rank=2), 0), folder / "lora", "b")
+    done = alignkit("sft", recipe, "model.base=lora", cwd=folder)
+    said(done, "lora holds an adapter, not a whole model", "hint: run `alignkit merge-lora")
+    (folder / "bert").mkdir()
+    (folder / "bert/config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
+    done = alignkit("sft", recipe, "model.base=bert", cwd=folder)
+    said(done, "error: ", "bert")
+    assert not (folder / "run").exists()
+
+
+def test_an_output_that_holds_something_else(
+    alignkit: CommandLine, tiny_base: Path, folder: Path
+) -> None:
+    recipe = make_recipe(folder, tiny_base)
+    (folder / "run").mkdir()
+    (folder / "run" / "thesis.tex").write_text("mine", encoding="utf-8")
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        done = alignkit("sft", recipe, *flags, cwd=folder)
+        said(done, "run is not empty and is no run folder", "hint: choose another folder: output=")
+        assert [path.name for path in (folder / "run").iterdir()] == ["thesis.tex"]
+    (folder / "file").write_text("mine", encoding="utf-8")
+    said(alignkit("sft", recipe, "output=file", cwd=folder), "file is a file", "hint: choose")
+    assert (folder / "file").read_text(encoding="utf-8") == "mine"
+
+
+def test_an_output_that_another_process_writes(
+    alignkit: CommandLine, tiny_base: Path, folder: Path
+) -> None:
+    recipe = make_recipe(folder, tiny_base)
+    (folder / "run").mkdir()
+    with (folder / "run" / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = alignkit("sft", recipe, cwd=folder)
+        said(done, "run is in use by another process", "hint: wait for it, or choose another")
+        assert [path.name for path in (folder / "run").iterdir()] == [".lock"]
+    assert alignkit("sft", recipe, "merge=false", cwd=folder).code == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_that_cannot_be_written(
+    alignkit: CommandLine, tiny_base: Path, folder: Path
+) -> None:
+    recipe = make_recipe(folder, tiny_base)
+    (folder / "locked").mkdir(mode=0o500)
+    said(alignkit("sft", recipe, "output=locked/run", cwd=folder), "locked/run")
+
+
+def test_more_processes_than_examples(alignkit: CommandLine, tiny_base: Path, folder: Path) -> None:
+    recipe = make_recipe(folder, tiny_base)
+    done = alignkit("plan", recipe, "--processes", "5", cwd=folder)
+    said(done, "training.batch_size = 4 is less than the 5 processes", "hint: each process needs")
+
+
+OTHER_COMMANDS: dict[str, tuple[list[str], list[str]]] = {
+    "generate without a prompt": (["generate", "BASE"], ["there is no prompt", "hint: as in"]),
+    "generate from no file": (["generate", "BASE", "-f", "no.txt"], ["no.txt: no such file"]),
+    "generate from no model": (["generate", "nothing", "Hi"], ["'nothing' is no model", "hint:"]),
+    "generate in no dtype": (
+        ["generate", "BASE", "Hi", "--dtype", "int4"],
+        ["--dtype cannot be 'int4'", "hint: one of bfloat16, float16, float32"],
+    ),
+    "generate too cold": (
+        ["generate", "BASE", "Hi", "--temperature", "-1"],
+        ["temperature cannot be -1", "hint: 0 for the likeliest token"],
+    ),
+    "generate nothing": (
+        ["generate", "BASE", "Hi", "--max-new-tokens", "0"],
+        ["max_new_tokens cannot be 0", "hint: a whole number from 1"],
+    ),
+    "generate beyond the context": (
+        ["generate", "BASE", "Hi", "--max-new-tokens", "4000"],
+        ["do not fit the model's context of 2048", "hint: shorten the prompt, or lower"],
+    ),
+    "merge no adapter": (["merge-lora", "BASE"], ["holds no adapter", "hint: name a run folder"]),
+    "eval on nothing": (["eval", "BASE"], ["there are no rows to evaluate on", "hint: name a"]),
+    "eval on no file": (["eval", "BASE", "--data", "no.jsonl"], ["no.jsonl: no such file"]),
+    "fetch nothing known": (
+        ["fetch", "smollm2-135m"],
+        ["'smollm2-135m' is no model that alignkit fetches", "hint: did you mean smollm2-135m-ins"],
+    ),
+    "explain no key": (
+        ["recipes", "explain", "training.warmupp"],
+        ["there is no key 'training.warmupp'", "hint: did you mean training.warmup?"],
+    ),
+    "explain no stage": (["recipes", "explain", "--stage", "x"], ["there is no stage 'x'"]),
+    "copy no recipe": (["recipes", "copy", "quickstart/sfd.yaml"], ["no such recipe", "did you m"]),
+    "inspect no held-out rows": (["inspect", "RECIPE", "--eval"], ["holds out no rows", "hint: s"]),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_COMMANDS)
+def test_other_commands(case: str, alignkit: CommandLine, tiny_base: Path, folder: Path) -> None:
+    arguments, parts = OTHER_COMMANDS[case]
+    recipe = make_recipe(folder, tiny_base)
+    before = sorted(folder.rglob("*"))
+    names = {"BASE": str(tiny_base), "RECIPE": str(recipe)}
+    said(alignkit(*[names.get(a, a) for a in arguments], cwd=folder), *parts)
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [["sfft"], ["sft"], ["sft", "a.yaml", "--proceses", "2"], ["eval"]]
+)
+def test_the_parser_exits_with_2_as_well(
+    arguments: list[str], alignkit: CommandLine, folder: Path
+) -> None:
+    done = alignkit(*arguments, cwd=folder)
+    assert done.code == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bug_exits_with_1_and_its_traceback(
+    alignkit: CommandLine, tiny_base: Path, folder: Path
+) -> None:
+    recipe = make_recipe(folder, tiny_base)
+    spoil = """
+import alignkit.stages.prepare as prepare
+def broken(recipe):
+    raise AssertionError("never so")
+prepare.load_rows = broken
+"""
+    done = alignkit("plan", recipe, cwd=folder, before=spoil)
+    assert done.code == 1
+    assert "AssertionError: never so" in done.stderr
+    assert "error: this is a bug in alignkit" in done.stderr
+    assert "hint: please report it with the lines above" in done.stderr
+
+
+def test_a_source_with_a_bad_row_after_take_is_fine(
+    alignkit: CommandLine, tiny_base: Path, folder: Path
+) -> None:
+    rows_with("{", 7, folder)
+    recipe = make_recipe(folder, tiny_base)
+    assert alignkit("plan", recipe, "data.train.0.take=6", cwd=folder).code == 0

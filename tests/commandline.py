@@ -1,0 +1,152 @@
+"""The real command line in a process of its own, without paying for its imports each time.
+
+A server process imports everything once and forks for each command. The child has its own working
+folder, environment and files, runs `alignkit.cli.main.main()` and ends with its exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended: its exit code (negative for a signal) and what it printed."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Running:
+    """A command under way; `pid` takes signals."""
+
+    def __init__(self, server: subprocess.Popen[str], folder: Path, pid: int) -> None:
+        self.server, self.folder, self.pid = server, folder, pid
+
+    def wait(self) -> Done:
+        code = json.loads(reply(self.server))["code"]
+        out, err = ((self.folder / n).read_text(encoding="utf-8") for n in ("stdout", "stderr"))
+        return Done(code, out, err)
+
+
+class CommandLine:
+    """Runs commands one after another; call it like `alignkit("plan", "recipe.yaml")`."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, str(Path(__file__))]
+        self.server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.scratch = tempfile.TemporaryDirectory()
+        self.count = 0
+
+    def start(
+        self, *arguments: object, cwd: Path, stdin: str = "", before: str = "", **env: str
+    ) -> Running:
+        """Start a command.
+
+        Args:
+            *arguments: of `alignkit`.
+            cwd: working folder.
+            stdin: what it reads.
+            before: Python that runs in the process first, to spoil something.
+            **env: environment variables.
+        """
+        self.count += 1
+        folder = Path(self.scratch.name) / str(self.count)
+        folder.mkdir()
+        (folder / "stdin").write_text(stdin, encoding="utf-8")
+        job = {
+            "argv": ["alignkit", *map(str, arguments)],
+            "cwd": str(cwd),
+            "folder": str(folder),
+            "before": before,
+            "env": env,
+        }
+        stream: Any = self.server.stdin
+        stream.write(json.dumps(job) + "\n")
+        stream.flush()
+        return Running(self.server, folder, json.loads(reply(self.server))["pid"])
+
+    def __call__(self, *arguments: object, cwd: Path, stdin: str = "", **more: str) -> Done:
+        return self.start(*arguments, cwd=cwd, stdin=stdin, **more).wait()
+
+    def close(self) -> None:
+        self.server.kill()
+        self.server.wait()
+        self.scratch.cleanup()
+
+
+def reply(server: subprocess.Popen[str]) -> str:
+    stream: Any = server.stdout
+    line = stream.readline()
+    assert line, "the server of commands has died"
+    return str(line)
+
+
+def serve(jobs: IO[str], answers: IO[str]) -> None:
+    for line in jobs:
+        job = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            run_job(job)
+        answers.write(json.dumps({"pid": pid}) + "\n")
+        answers.flush()
+        _, status = os.waitpid(pid, 0)
+        answers.write(json.dumps({"code": os.waitstatus_to_exitcode(status)}) + "\n")
+        answers.flush()
+
+
+def run_job(job: dict[str, Any]) -> None:
+    """In the child: take its place, run the command, never return."""
+    code = 1
+    try:
+        folder = Path(job["folder"])
+        os.dup2(os.open(folder / "stdin", os.O_RDONLY), 0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        os.dup2(os.open(folder / "stdout", flags), 1)
+        os.dup2(os.open(folder / "stderr", flags), 2)
+        sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False, buffering=1)
+        os.chdir(job["cwd"])
+        os.environ.update(job["env"])
+        sys.argv = job["argv"]
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        exec(job["before"], {})
+
+        from alignkit.cli.main import main
+
+        main()
+        code = 0
+    except SystemExit as done:
+        code = done.code if isinstance(done.code, int) else int(done.code is not None)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    # No pass forward or backward here: autograd's threads would not survive the fork.
+
+    import alignkit.generation.answers
+    import alignkit.stages.evaluate
+    import alignkit.stages.merge
+    import alignkit.stages.sft  # noqa: F401
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the children and for pytest
+    serve(sys.stdin, channel)

@@ -1,0 +1,198 @@
+"""Attaching adapters: what is trained, what a wrong target says, how it is counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import IA3Config, get_peft_model
+from tiny import MODELS, tiny_model
+
+from alignkit.errors import ModelError
+from alignkit.models.adapters import (
+    attach_adapter,
+    linear_names,
+    load_adapter,
+    read_adapter_config,
+    save_adapter,
+    trainable_report,
+)
+from alignkit.models.facts import build_skeleton, measure_model
+from alignkit.recipe.schema import FullSpec, LoraSpec
+
+SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_all_linear_is_every_layer_but_the_head(family: str) -> None:
+    model = attach_adapter(tiny_model(family), LoraSpec(rank=2), 0)
+    report = trainable_report(model)
+    layers = model.config.num_hidden_layers
+    assert report.modules == dict.fromkeys(report.modules, layers)
+    assert set(report.modules) == SEVEN
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert all("lora_" in name for name in names)
+    assert not any("lm_head" in name for name in names)
+
+
+def test_trained_weights_in_closed_form() -> None:
+    # A layer of i inputs and o outputs gets r (i + o) weights. Here hidden 64, feed-forward 96,
+    # 4 query heads of 16 and 2 key heads of 16: q 128, k 96, v 96, o 128, gate, up, down 160 each.
+    report = trainable_report(attach_adapter(tiny_model(), LoraSpec(rank=3), 0))
+    assert report.trainable == 2 * 3 * (128 + 96 + 96 + 128 + 3 * 160)
+    base = sum(parameter.numel() for parameter in tiny_model().parameters())
+    assert report.total == base + report.trainable
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        LoraSpec(rank=4),
+        LoraSpec(rank=2, targets=("q_proj", "v_proj")),
+        LoraSpec(rank=2, targets=("layers.1.mlp.up_proj",)),
+        LoraSpec(rank=2, targets=r".*layers\.0\..*(q|k)_proj"),
+        LoraSpec(rank=2, targets=("q_proj", "lm_head")),
+        FullSpec(kind="full"),
+    ],
+    ids=["all-linear", "names", "path", "regex", "with head", "full"],
+)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_plan_counts_what_is_trained(family: str, spec: LoraSpec | FullSpec) -> None:
+    if family == "gemma2" and getattr(spec, "targets", ())[-1:] == ("lm_head",):
+        pytest.skip("PEFT cannot adapt a head whose matrix is the embedding's")
+    model = tiny_model(family)
+    facts = measure_model(model.config, spec)
+    report = trainable_report(attach_adapter(model, spec, 0))
+    assert facts.trainable == report.trainable
+    added = 0 if isinstance(spec, FullSpec) else report.trainable
+    assert facts.parameters == report.total - added
+    assert (facts.hidden, facts.layers, facts.intermediate) == (64, 2, 96)
+    assert (facts.attention_width, facts.key_value_width) == (64, 32)
+
+
+def test_the_skeleton_has_no_storage() -> None:
+    model = build_skeleton(tiny_model().config)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("targets", "sentence", "hint"),
+    [
+        (("q_prj",), "matches no linear layer: 'q_prj'", "did you mean q_proj, "),
+        (("q_proj", "wrong"), "matches no linear layer: 'wrong'", "this model has q_proj, k_proj"),
+        (("attn",), "matches no linear layer: 'attn'", "this model has"),
+        (("input_layernorm",), "no linear layer: 'input_layernorm'", "this model has"),
+        (r".*\.query", r"matches no linear layer: '.*\\.query'", "this model has"),
+        ("q_proj", "matches no linear layer: 'q_proj'", "this model has"),  # must match it whole
+        ("(", "adapter.targets is no regular expression: '('", "use a list of module names"),
+    ],
+)
+def test_targets_that_match_nothing(
+    targets: str | tuple[str, ...], sentence: str, hint: str
+) -> None:
+    spec = LoraSpec(targets=targets)
+    for use in (
+        lambda: attach_adapter(tiny_model(), spec, 0),
+        lambda: measure_model(tiny_model().config, spec),
+    ):
+        with pytest.raises(ModelError) as raised:
+            use()
+        assert sentence in raised.value.message
+        assert hint in raised.value.hint
+
+
+def test_the_whole_message() -> None:
+    with pytest.raises(ModelError) as raised:
+        attach_adapter(tiny_model(), LoraSpec(targets=("q_prj", "vproj")), 0)
+    assert str(raised.value) == (
+        "adapter.targets matches no linear layer: 'q_prj', 'vproj'\n"
+        "hint: did you mean q_proj, v_proj? this model has "
+        "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    )
+
+
+def test_a_regular_expression_chooses_layers() -> None:
+    spec = LoraSpec(rank=2, targets=r".*layers\.1\..*(q|v)_proj")
+    model = attach_adapter(tiny_model(), spec, 0)
+    assert trainable_report(model).modules == {"q_proj": 1, "v_proj": 1}
+
+
+def test_linear_names_count_without_the_head() -> None:
+    assert linear_names(tiny_model()) == dict.fromkeys(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], 2
+    )
+
+
+def test_the_seed_draws_the_adapter_and_it_starts_at_nothing() -> None:
+    def weights(seed: int) -> dict[str, torch.Tensor]:
+        model = attach_adapter(tiny_model(), LoraSpec(rank=2), seed)
+        return {name: value for name, value in model.state_dict().items() if "lora_" in name}
+
+    torch.rand(5)  # what was drawn before does not matter
+    one, two, other = weights(1), weights(1), weights(2)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not any(torch.equal(one[n], other[n]) for n in one if "lora_A" in n)
+    assert all((value == 0).all() for name, value in one.items() if "lora_B" in name)
+    assert {value.dtype for value in one.values()} == {torch.float32}
+
+
+def test_adapters_of_a_bfloat16_base_are_float32() -> None:
+    model = attach_adapter(tiny_model(dtype=torch.bfloat16), LoraSpec(rank=2), 0)
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+    assert (trained, frozen) == ({torch.float32}, {torch.bfloat16})
+
+
+def test_full_weights_are_float32_and_all_trained() -> None:
+    model = attach_adapter(tiny_model(dtype=torch.bfloat16), FullSpec(kind="full"), 0)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in model.parameters())
+    report = trainable_report(model)
+    assert report.trainable == report.total
+    assert report.modules == {}
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    model = attach_adapter(tiny_model(), LoraSpec(rank=2, targets=("v_proj", "q_proj")), 0)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn_like(parameter)
+    save_adapter(model, tmp_path / "adapter", "the/base")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == "the/base"
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    assert config["peft_type"] == "LORA"
+    ids = torch.arange(12)[None]
+    loaded = load_adapter(tiny_model(), tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-5
+        )
+    save_adapter(model, tmp_path / "again", "the/base")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        again = (tmp_path / "again" / name).read_bytes()
+        assert again == (tmp_path / "adapter" / name).read_bytes()
+
+
+def test_an_adapter_that_does_not_fit(tmp_path: Path) -> None:
+    model = attach_adapter(tiny_model(), LoraSpec(rank=2), 0)
+    save_adapter(model, tmp_path / "adapter", "the/base")
+    other = tiny_model(hidden_size=32)
+    with pytest.raises(ModelError, match="does not fit the base") as raised:
+        load_adapter(other, tmp_path / "adapter")
+    assert "--base" in raised.value.hint
+
+
+def test_folders_that_hold_no_lora(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="holds no adapter: there is no adapter_config"):
+        read_adapter_config(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ModelError, match="cannot be read"):
+        read_adapter_config(tmp_path)
+    model = get_peft_model(tiny_model(), IA3Config(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "ia3")
+    with pytest.raises(ModelError, match="not a LoRA one"):
+        read_adapter_config(tmp_path / "ia3")

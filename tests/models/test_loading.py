@@ -1,0 +1,207 @@
+"""Finding and reading base models: what each kind of name means and what a wrong one says."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import MODELS, save_tiny, tiny_model
+
+from alignkit.errors import ModelError
+from alignkit.models import loading
+from alignkit.models.adapters import attach_adapter, save_adapter
+from alignkit.models.loading import (
+    BaseModel,
+    find_base,
+    load_config,
+    load_model,
+    load_tokenizer,
+    stored_dtype,
+    weights_fingerprint,
+)
+from alignkit.models.opening import adapter_in, base_of_adapter, open_model
+from alignkit.recipe.schema import LoraSpec
+
+
+@pytest.fixture
+def run(tiny_base: Path, tmp_path: Path) -> Path:
+    """A run folder as a finished run leaves it: adapter/ and merged/."""
+    folder = tmp_path / "run"
+    model = attach_adapter(tiny_model(), LoraSpec(rank=2), 0)
+    save_adapter(model, folder / "adapter", str(tiny_base))
+    shutil.copytree(tiny_base, folder / "merged")
+    return folder
+
+
+def test_kinds_of_names(
+    run: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALIGNKIT_HOME", str(tmp_path / "home"))
+    fetched = tmp_path / "home" / "models" / "smollm2-135m-instruct"
+    shutil.copytree(tiny_base, fetched)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert find_base(str(tiny_base)) == BaseModel(str(tiny_base))
+    assert find_base(str(run)) == BaseModel(str(run / "merged"))
+    assert find_base("smollm2-135m-instruct") == BaseModel(str(fetched))
+    gguf = find_base(str(tmp_path / "model.gguf"))
+    assert gguf == BaseModel(str(tmp_path), "model.gguf")
+    assert gguf.options == {"trust_remote_code": False, "gguf_file": "model.gguf"}
+    assert find_base("owner/name", trust_remote_code=True) == BaseModel("owner/name", None, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence", "hint"),
+    [
+        ("smollm2-135m-instruct", "smollm2-135m-instruct is not here yet", "alignkit fetch smol"),
+        ("smollm2-135m", "'smollm2-135m' is no model: no such folder", "did you mean smollm2-135m"),
+        ("nothing-like-it", "'nothing-like-it' is no model", "name a folder, a .gguf file or a"),
+        ("/no/such/folder", "'/no/such/folder' is no model", "name a folder"),
+        ("./here", "'./here' is no model", "name a folder"),
+        ("a/b/c", "'a/b/c' is no model", "name a folder"),
+        ("text.txt", "'text.txt' is no model", "name a folder"),
+        ("empty", "empty is no model folder: it has no config.json", "config.json and *.safetens"),
+        ("adapted", "adapted holds an adapter, not a whole model", "alignkit merge-lora adapted"),
+        ("unmerged", "unmerged holds an adapter, not a whole", "alignkit merge-lora unmerged"),
+    ],
+)
+def test_names_that_are_no_model(
+    name: str, sentence: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALIGNKIT_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "adapted", "unmerged/adapter"):
+        Path(folder).mkdir(parents=True)
+    Path("adapted/adapter_config.json").write_text("{}", encoding="utf-8")
+    Path("text.txt").write_text("no model", encoding="utf-8")
+    with pytest.raises(ModelError) as raised:
+        find_base(name)
+    assert raised.value.message.startswith(sentence)
+    assert hint in raised.value.hint
+
+
+def test_a_hub_model_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for load in (load_config, load_tokenizer):
+        with pytest.raises(ModelError, match="of 'no-one/nothing' could not be read") as raised:
+            load(BaseModel("no-one/nothing"))
+        assert raised.value.hint == "HF_HUB_OFFLINE is set and the model is not in the local cache"
+
+
+def test_broken_folders(tiny_base: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_base, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=re.escape(f"the weights of '{broken}' could not be")):
+        load_model(BaseModel(str(broken)), torch.float32)
+    weights.unlink()
+    with pytest.raises(ModelError, match="the weights of"):
+        load_model(BaseModel(str(broken)), torch.float32)
+    (broken / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ModelError, match="the configuration of"):
+        load_config(BaseModel(str(broken)))
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_folder_without_a_tokenizer(family: str, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="the tokenizer of"):
+        load_tokenizer(BaseModel(str(tmp_path)))
+
+
+def test_pickled_weights_are_not_read(tiny_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_base, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(tiny_model().state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="the weights of"):
+        load_model(BaseModel(str(folder)), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_come_in_the_dtype_asked_for(tiny_base: Path, dtype: torch.dtype) -> None:
+    model = load_model(find_base(str(tiny_base)), dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert not model.training
+    expected = tiny_model(dtype=dtype).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_the_template_can_be_replaced(tiny_base: Path) -> None:
+    base = find_base(str(tiny_base))
+    own, other = load_tokenizer(base), load_tokenizer(base, "{{ messages[0].content }}")
+    turns = [{"role": "user", "content": "Hi"}]
+    assert "<|im_start|>" in own.apply_chat_template(turns, tokenize=False)
+    assert other.apply_chat_template(turns, tokenize=False) == "Hi"
+    assert own.padding_side == "right"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stored_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_tiny(tmp_path / "m", dtype=dtype)
+    assert stored_dtype(BaseModel(str(tmp_path / "m"))) == dtype
+
+
+def test_the_fingerprint_tells_weights_apart(tiny_base: Path, tmp_path: Path) -> None:
+    first = weights_fingerprint(BaseModel(str(tiny_base)))
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_base, copy)
+    assert weights_fingerprint(BaseModel(str(copy))) == first  # wherever it stands
+    weights = load_file(copy / "model.safetensors")
+    name = sorted(weights)[3]
+    weights[name].view(-1)[7] += 1e-3  # one number
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    changed = weights_fingerprint(BaseModel(str(copy)))
+    assert changed != first
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    config["transformers_version"] = "0.0.1"
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert weights_fingerprint(BaseModel(str(copy))) == changed
+    config["rms_norm_eps"] = 1e-3
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert weights_fingerprint(BaseModel(str(copy))) != changed
+
+
+def test_the_fingerprint_of_a_hub_model_names_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Config:
+        _commit_hash = "abc123"
+
+    monkeypatch.setattr(loading, "load_config", lambda base: Config())
+    assert weights_fingerprint(BaseModel("owner/name")) == "owner/name@abc123"
+
+
+def test_opening_prefers_the_merged_model(run: Path, tiny_base: Path) -> None:
+    def is_adapted(name: Path, base: str | None = None) -> bool:
+        opened = open_model(str(name), dtype=torch.float32, base=base)
+        assert opened.tokenizer.chat_template
+        assert not opened.model.training
+        return hasattr(opened.model, "peft_config")
+
+    assert not is_adapted(tiny_base)
+    assert not is_adapted(run)
+    assert is_adapted(run, str(tiny_base))
+    assert is_adapted(run / "adapter")
+    shutil.rmtree(run / "merged")
+    assert is_adapted(run)
+    assert adapter_in(str(run)) == run / "adapter"
+    assert adapter_in(str(tiny_base)) is None
+
+
+def test_an_adapter_whose_base_has_gone(run: Path) -> None:
+    config_file = run / "adapter" / "adapter_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    for recorded, sentence, hint in (
+        ("/gone/base", "'/gone/base' is no model", "records '/gone/base'; name the base with"),
+        (None, "does not say which base it belongs to", "add --base"),
+    ):
+        config["base_model_name_or_path"] = recorded
+        config_file.write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(ModelError) as raised:
+            base_of_adapter(run / "adapter", None)
+        assert sentence in raised.value.message
+        assert hint in raised.value.hint

@@ -1,0 +1,104 @@
+"""Small runs on the tiny base: their rows, their recipes, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from alignkit.recipe.load import load_recipe
+from alignkit.runtime.metrics import read_metrics
+from alignkit.stages.outputs import RunSummary
+from alignkit.stages.session import RunOptions
+from alignkit.stages.sft import run_sft
+
+WORDS = (
+    *("the", "cat", "sat", "on", "a", "mat", "and", "saw", "how"),
+    *("many", "red", "birds", "fly", "over", "our", "old", "house"),
+)
+
+
+def make_rows(count: int = 16, seed: int = 0, longest: int = 24) -> list[dict[str, Any]]:
+    """Conversations of different lengths, some with a system message or two turns."""
+    rng = random.Random(seed)
+
+    def text() -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(2, longest)))
+
+    rows = []
+    for number in range(count):
+        turns = [("user", text()), ("assistant", text())]
+        if number % 4 == 1:
+            turns = [("system", text()), *turns]
+        if number % 5 == 2:
+            turns += [("user", text()), ("assistant", text())]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        rows.append({"messages": messages})
+    return rows
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_recipe(folder: Path, base: Path, **overrides: Any) -> Path:
+    """A recipe file beside its rows; `overrides` use `__` between the keys."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "rows.jsonl").exists():
+        write_rows(folder / "rows.jsonl", make_rows())
+    recipe: dict[str, Any] = {
+        "stage": "sft",
+        "output": str(folder / "run"),
+        "model": {"base": str(base), "dtype": "float32"},
+        "adapter": {"kind": "lora", "rank": 4, "alpha": 8},
+        "data": {"train": [{"path": str(folder / "rows.jsonl")}], "max_length": 256},
+        "training": {"max_steps": 4, "batch_size": 4, "learning_rate": 2e-3, "warmup": 0},
+    }
+    for key, value in overrides.items():
+        *parents, last = key.split("__")
+        here = recipe
+        for parent in parents:
+            here = here[parent]
+        here[last] = value
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe, indent=2), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+def train(recipe: Path, *overrides: str, resume: bool = False) -> RunSummary:
+    """Run a recipe in this process."""
+    loaded = load_recipe(str(recipe), list(overrides), stage="sft")
+    summary = run_sft(loaded.recipe, RunOptions(resume=resume, quiet=True))
+    assert summary is not None
+    return summary
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    """The training steps in metrics.jsonl."""
+    return [line for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+
+
+def losses(run: Path) -> list[float]:
+    return [step["loss"] for step in steps_of(run)]
+
+
+def adapter_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def furthest(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    """Largest difference of two sets of weights."""
+    assert one.keys() == two.keys()
+    return max(float((one[name].float() - two[name].float()).abs().max()) for name in one)
+
+
+def without_times(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock or the memory decides."""
+    clock = ("step_seconds", "tokens_per_second", "memory_gb")
+    lines = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]

@@ -1,0 +1,313 @@
+"""A run that was stopped, in whatever way, ends as if it never had been: byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commandline import CommandLine
+from running import make_recipe, without_times
+
+from alignkit.runtime.metrics import read_metrics
+
+STEPS = 12
+KILL_AFTER = """
+import os, signal
+from alignkit.runtime.metrics import MetricsFile
+write = MetricsFile.write
+def write_and_die(self, step, values):
+    write(self, step, values)
+    if step == STEP and "loss" in values:
+        os.kill(os.getpid(), signal.SIGKILL)
+MetricsFile.write = write_and_die
+"""
+
+KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "lora": ({}, "adapter/adapter_model.safetensors"),
+    "dropout": (
+        {"adapter": {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.2}},
+        "adapter/adapter_model.safetensors",
+    ),
+    "full": (
+        {"adapter": {"kind": "full"}, "training__learning_rate": 1e-4},
+        "merged/model.safetensors",
+    ),
+    "bfloat16": ({"model__dtype": "bfloat16"}, "adapter/adapter_model.safetensors"),
+    "several epochs": (
+        {"training__batch_size": 7, "data__eval_fraction": 0.2, "training__eval_every": 5},
+        "adapter/adapter_model.safetensors",
+    ),
+}
+
+
+def recipe_for(kind: str, folder: Path, base: Path) -> Path:
+    fields = {
+        "training__max_steps": STEPS,
+        "training__save_every": 4,
+        "training__microbatch_tokens": 128,
+        "merge": False,
+    }
+    return make_recipe(folder, base, **{**fields, **KINDS[kind][0]})
+
+
+@pytest.fixture(scope="module")
+def whole(alignkit: CommandLine, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folder of the uninterrupted run of each kind, made once."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            recipe = recipe_for(kind, folder, tiny_base)
+            done = alignkit("sft", recipe, cwd=folder)
+            assert done.code == 0, done.stderr
+            made[kind] = folder / "run"
+        return made[kind]
+
+    return get
+
+
+def assert_same(run: Path, whole: Path, kind: str) -> None:
+    name = KINDS[kind][1]
+    assert (run / name).read_bytes() == (whole / name).read_bytes()
+    assert without_times(run) == without_times(whole)
+    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kill_after_step_six(
+    kind: str, alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_for(kind, tmp_path, tiny_base)
+    killed = alignkit("sft", recipe, cwd=tmp_path, before=KILL_AFTER.replace("STEP", "6"))
+    assert killed.code == -signal.SIGKILL
+    run = tmp_path / "run"
+    assert read_metrics(run / "metrics.jsonl")[-1]["step"] == 6
+    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["status"] == "running"
+    done = alignkit("sft", recipe, "--resume", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert "resuming after step 4" in done.stderr
+    assert_same(run, whole(kind), kind)
+
+
+def test_different_runs_differ(whole: Any) -> None:
+    # Otherwise "the same bytes" would say nothing.
+    one, two = (whole(kind) / KINDS["lora"][1] for kind in ("lora", "dropout"))
+    assert one.read_bytes() != two.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["lora", "several epochs"])
+def test_kill_before_the_first_checkpoint(
+    kind: str, alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_for(kind, tmp_path, tiny_base)
+    alignkit("sft", recipe, cwd=tmp_path, before=KILL_AFTER.replace("STEP", "2"))
+    done = alignkit("sft", recipe, "--resume", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert "no checkpoint to resume from: starting at step 1" in done.stderr
+    assert_same(tmp_path / "run", whole(kind), kind)
+
+
+def test_killed_twice_and_with_a_torn_line(
+    alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_for("lora", tmp_path, tiny_base)
+    alignkit("sft", recipe, cwd=tmp_path, before=KILL_AFTER.replace("STEP", "5"))
+    with (tmp_path / "run" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 6, "loss": 1.')
+    alignkit("sft", recipe, "--resume", cwd=tmp_path, before=KILL_AFTER.replace("STEP", "10"))
+    done = alignkit("sft", recipe, "--resume", cwd=tmp_path)
+    assert "resuming after step 8" in done.stderr
+    assert_same(tmp_path / "run", whole("lora"), "lora")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
+def test_a_signal_saves_and_exits_130(
+    number: signal.Signals, alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_for("lora", tmp_path, tiny_base)
+    slow = """
+import time
+from alignkit.runtime.metrics import MetricsFile
+write = MetricsFile.write
+MetricsFile.write = lambda self, step, values: (write(self, step, values), time.sleep(0.15))
+"""
+    running = alignkit.start("sft", recipe, cwd=tmp_path, before=slow)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.is_file() and len(read_metrics(metrics)) >= 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(running.pid, number)
+    done = running.wait()
+    assert done.code == 130
+    steps = read_metrics(metrics)[-1]["step"]
+    assert 2 <= steps < STEPS
+    text = done.stderr.replace("\n", " ")
+    assert f"stopped after step {steps} of {STEPS}; a checkpoint was saved" in text
+    assert "hint: continue with --resume" in text
+    run = tmp_path / "run"
+    assert (run / "checkpoints" / f"step-{steps:06d}" / "manifest.json").is_file()
+    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["status"] == "interrupted"
+    assert not (run / ".lock").exists()
+    resumed = alignkit("sft", recipe, "--resume", cwd=tmp_path)
+    assert f"resuming after step {steps}" in resumed.stderr
+    assert_same(run, whole("lora"), "lora")
+
+
+def tear_weights(checkpoint: Path) -> str:
+    path = checkpoint / "trainable.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    return "trainable.safetensors does not match its checksum"
+
+
+def tear_optimizer(checkpoint: Path) -> str:
+    (checkpoint / "optimizer.pt").unlink()
+    return "optimizer.pt is missing"
+
+
+def tear_manifest(checkpoint: Path) -> str:
+    (checkpoint / "manifest.json").write_text('{"state.json": ', encoding="utf-8")
+    return "no readable manifest.json"
+
+
+@pytest.mark.parametrize("tear", [tear_weights, tear_optimizer, tear_manifest])
+def test_a_torn_checkpoint_is_skipped(
+    tear: Any, alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_for("lora", tmp_path, tiny_base)
+    alignkit("sft", recipe, cwd=tmp_path, before=KILL_AFTER.replace("STEP", "9"))
+    reason = tear(tmp_path / "run" / "checkpoints" / "step-000008")
+    done = alignkit("sft", recipe, "--resume", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    text = done.stderr.replace("\n", " ")
+    assert f"warning: step-000008 is damaged ({reason}); using the one before" in text
+    assert "resuming after step 4" in text
+    assert_same(tmp_path / "run", whole("lora"), "lora")
+
+
+def test_all_checkpoints_torn(
+    alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_for("lora", tmp_path, tiny_base)
+    alignkit("sft", recipe, cwd=tmp_path, before=KILL_AFTER.replace("STEP", "5"))
+    tear_weights(tmp_path / "run" / "checkpoints" / "step-000004")
+    done = alignkit("sft", recipe, "--resume", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert "no checkpoint to resume from: starting at step 1" in done.stderr
+    assert_same(tmp_path / "run", whole("lora"), "lora")
+
+
+def test_a_kill_while_a_checkpoint_is_written(
+    alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_for("lora", tmp_path, tiny_base)
+    die_before_the_rename = """
+import os, signal
+rename, count = os.rename, []
+def rename_or_die(a, b):
+    count.append(b)
+    if len(count) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(a, b)
+os.rename = rename_or_die
+"""
+    killed = alignkit("sft", recipe, cwd=tmp_path, before=die_before_the_rename)
+    assert killed.code == -signal.SIGKILL
+    checkpoints = tmp_path / "run" / "checkpoints"
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == [".writing-step-000008", "step-000004"]
+    done = alignkit("sft", recipe, "--resume", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert_same(tmp_path / "run", whole("lora"), "lora")
+    assert not list(checkpoints.glob(".writing-*"))
+
+
+@pytest.mark.parametrize("when", ["adapter", "merged"])
+def test_a_kill_after_the_last_step(
+    when: str, alignkit: CommandLine, tiny_base: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_base, training__max_steps=3)
+    done = alignkit("sft", recipe, cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    run = tmp_path / "run"
+    names = ["adapter/adapter_model.safetensors", "merged/model.safetensors"]
+    whole = [(run / name).read_bytes() for name in names]
+    shutil.rmtree(run)
+    target = {"adapter": "save_adapter", "merged": "merge_adapter"}[when]
+    die = f"""
+import os, signal
+import alignkit.stages.outputs as outputs
+outputs.{target} = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert alignkit("sft", recipe, cwd=tmp_path, before=die).code == -signal.SIGKILL
+    assert not (run / "merged").exists()
+    resumed = alignkit("sft", recipe, "--resume", cwd=tmp_path)
+    assert resumed.code == 0, resumed.stderr
+    assert [(run / name).read_bytes() for name in names] == whole
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_full_disk_stops_with_a_sentence(
+    alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_for("lora", tmp_path, tiny_base)
+    # No file may grow beyond 10 kB: the second checkpoint does not fit, as on a full disk.
+    limit = """
+import resource
+import alignkit.stages.steps as steps
+save, count = steps.save_checkpoint, []
+def save_in_little_room(*args):
+    count.append(1)
+    if len(count) == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    return save(*args)
+steps.save_checkpoint = save_in_little_room
+"""
+    done = alignkit("sft", recipe, cwd=tmp_path, before=limit)
+    assert done.code == 2, done.stderr
+    text = done.stderr.replace("\n", " ")
+    assert "the checkpoint of step 8 could not be written to" in text
+    assert "File too large" in text
+    assert "hint: free disk space and continue with --resume" in text
+    assert "Traceback" not in text
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000004"]
+    resumed = alignkit("sft", recipe, "--resume", cwd=tmp_path)
+    assert resumed.code == 0, resumed.stderr
+    assert_same(tmp_path / "run", whole("lora"), "lora")
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rows(
+    alignkit: CommandLine, tiny_base: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_for("lora", tmp_path, tiny_base)
+    explode = """
+import alignkit.stages.sft as sft
+import alignkit.stages.steps as steps
+right, count = sft.sft_loss, []
+def wrong(scorer, batch):
+    count.append(1)
+    found = right(scorer, batch)
+    return steps.LossSums(found.loss * float("nan"), found.metrics) if len(count) > 20 else found
+sft.sft_loss = wrong
+"""
+    done = alignkit("sft", recipe, cwd=tmp_path, before=explode)
+    assert done.code == 2
+    text = done.stderr.replace("\n", " ")
+    assert "the loss of step " in text
+    assert " is nan; its rows begin with " in text
+    assert f"{tmp_path}/rows.jsonl:" in text
+    assert "Traceback" not in text
+    run = tmp_path / "run"
+    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["status"] == "failed"
+    assert not (run / "adapter").exists()
+    assert not (run / "merged").exists()
+    # Every step on record is a good one.
+    assert all(line["loss"] is not None for line in read_metrics(run / "metrics.jsonl"))
