@@ -45,6 +45,8 @@ def launch_processes(count: int) -> int:
         for worker in workers:
             if worker.poll() is None:
                 worker.terminate()
+        for worker in workers:
+            worker.wait()
 
 
 def _wait(workers: list[subprocess.Popen[bytes]]) -> int:

@@ -40,6 +40,11 @@ class BaseModel:
     trust_remote_code: bool = False
 
     @property
+    def name(self) -> str:
+        """What `find_base` takes to find this model again."""
+        return str(Path(self.location) / self.gguf) if self.gguf else self.location
+
+    @property
     def options(self) -> dict[str, Any]:
         """Arguments that every `from_pretrained` takes."""
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -182,9 +181,15 @@ def _beside(output: Path) -> Iterator[Path]:
         written = Path(scratch) / output.name
         try:
             yield written
+            replaced = Path(scratch) / ".replaced"
             if output.exists():
-                shutil.rmtree(output)
-            os.rename(written, output)
+                os.rename(output, replaced)
+            try:
+                os.rename(written, output)
+            except OSError:
+                if replaced.exists():
+                    os.rename(replaced, output)
+                raise
         except (OSError, SafetensorError) as error:
             raise ModelError(
                 f"{output} could not be written: {error}",
@@ -208,7 +213,7 @@ def _write_and_read(model: Any, tokenizer: Any, folder: Path, stop_tokens: Seque
         )
     stored = found.state_dict()
     for name, weight in model.state_dict().items():
-        if name not in stored or not torch.equal(stored[name], weight):
+        if name not in stored or not torch.equal(stored[name], weight.cpu()):
             raise ModelError(
                 f"the merged file does not hold what was written: {name} differs",
                 hint="the disk may be full or failing; nothing was kept",

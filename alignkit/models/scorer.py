@@ -117,10 +117,12 @@ class PaddedScorer(nn.Module):
         self.model = model
         self.dtype = dtype
         inner = causal_model(model)
-        with contextlib.suppress(ValueError):
+        try:
             inner.set_attn_implementation(attention)
-            return
-        inner.set_attn_implementation("eager")  # Gemma 2 and others have no sdpa
+        except ValueError:
+            if attention != "sdpa":
+                raise
+            inner.set_attn_implementation("eager")  # Gemma 2 and others have no sdpa
 
     def forward(self, batch: PackedBatch) -> TokenScores:
         """Log-probs of the batch's targets; see `TokenScorer.forward`."""

@@ -25,7 +25,7 @@ class MemoryEstimate:
         activations: kept for the backward pass of one micro-batch.
         workspace: logits of a chunk and gradients in flight.
         merging: what verifying the merged model needs beyond `libraries`, after training.
-        peak: the larger of training and merging.
+        peak: on the device; merging always runs on the processor.
     """
 
     libraries: int
@@ -83,7 +83,7 @@ def estimate_memory(
         activations=activations,
         workspace=workspace,
         merging=merging,
-        peak=max(training, libraries + merging),
+        peak=max(training, libraries + merging) if on_cpu else training,
     )
 
 

@@ -80,7 +80,10 @@ def save_checkpoint(
             f"the checkpoint of step {step} could not be written to {folder}: {reason}",
             hint="free disk space and continue with --resume; earlier checkpoints are whole",
         ) from error
-    for old in _by_step(folder)[:-keep]:
+    # Later ones are damaged leftovers of before a resume: they must not crowd out whole ones.
+    found = _by_step(folder)
+    current = found.index(final)
+    for old in [*found[: current + 1][:-keep], *found[current + 1 :]]:
         shutil.rmtree(old)
     return final
 

@@ -51,12 +51,14 @@ def evaluate_models(
     """
     if dtype not in DTYPES:
         raise ModelError(f"--dtype cannot be {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
+    if data is None and take is not None:
+        raise ModelError("--take goes with --data", hint="name the file whose rows to take")
     tune_allocator()
     spec = _data_spec(names, data, max_length, take)
     found = {}
     for name in names:
         opened = open_model(name, dtype=DTYPES[dtype], device=find_device(), base=base)
-        rows = _held_out(opened, spec, names)
+        rows = _held_out(opened, spec)
         for line in describe_rows(name, rows.report):
             say(line)
         scorer = build_scorer(opened.model, DTYPES[dtype], "auto", say)
@@ -82,13 +84,18 @@ def _data_spec(
     )
 
 
-def _held_out(opened: OpenModel, spec: DataSpec | Path, names: list[str]) -> TokenDataset:
+def _held_out(opened: OpenModel, spec: DataSpec | Path) -> TokenDataset:
     """The rows as this model's tokenizer reads them."""
     if isinstance(spec, Path):
         rows = load_rows(load_recipe(str(spec / "recipe.yaml")).recipe)
         if rows.held_out is None:
             raise ModelError(
                 f"the recipe of {spec} holds out no rows", hint="name a file with --data"
+            )
+        if opened.tokenizer.get_vocab() != rows.tokenizer.get_vocab():
+            raise ModelError(
+                f"{opened.name} reads text with another tokenizer than the run in {spec}",
+                hint="name a file with --data; then every model tokenizes it its own way",
             )
         return rows.held_out
     settings = TokenizeSettings(spec.max_length, spec.too_long, spec.train_on)

@@ -60,11 +60,21 @@ def merge_run(
     run = adapter.parent if (adapter.parent / "recipe.yaml").is_file() else None
     if output is None:
         output = (run or adapter) / "merged"
+    output = output.expanduser()
     if output.exists() and not overwrite:
         raise ModelError(
             f"{output} already exists", hint="add --overwrite, or name another --output"
         )
+    if output.exists() and not _is_plain_model(output):
+        raise ModelError(
+            f"{output} is no merged model, so it is not overwritten",
+            hint="name another --output",
+        )
+    if adapter.resolve().is_relative_to(output.resolve()):
+        raise ModelError(f"{output} holds the adapter itself", hint="name another --output")
     model = base_of_adapter(adapter, base)
+    if Path(model.location).resolve().is_relative_to(output.resolve()):
+        raise ModelError(f"{output} holds the base itself", hint="name another --output")
     rows, tokenizer, stops = _rows(run, data, model)
     return merge_adapter(
         model,
@@ -76,6 +86,15 @@ def merge_run(
         stop_tokens=stops,
         overwrite=overwrite,
     )
+
+
+def _is_plain_model(folder: Path) -> bool:
+    """A model folder or an empty one; never a run, a home or a checkout."""
+    if not folder.is_dir():
+        return False
+    held = {child.name for child in folder.iterdir()}
+    folders = any(child.is_dir() for child in folder.iterdir())
+    return not held or ("config.json" in held and "run.json" not in held and not folders)
 
 
 def _rows(

@@ -86,7 +86,8 @@ def _write_models(session: Session, model: Any, run: Run, rows: Rows) -> MergeRe
         session.say(f"writing all weights to {output / 'merged'}")
         write_dense(causal_model(model), rows.tokenizer, output / "merged", dtype, stops)
         return None
-    save_adapter(model, output / "adapter", rows.base.location)
+    save_adapter(model, output / "adapter", rows.base.name)
+    rows.tokenizer.save_pretrained(output / "adapter")
     del model
     run.scorer = run.optimizer = None
     session.accelerator.free_memory()

@@ -33,11 +33,17 @@ def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
         overwrite: replace what is there.
 
     Raises:
-        RunError: the folder holds something else, or there is nothing to resume.
+        RunError: the folder holds something else, another recipe's run, or what the run reads.
     """
     folder = Path(recipe.output)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file", hint="choose another output folder")
+    if resume and overwrite:
+        raise RunError(
+            "--resume continues a run and --overwrite deletes it", hint="give one of the two"
+        )
+    if overwrite:
+        _check_inputs_outside(recipe, folder)
     used = folder.is_dir() and any(child.name != ".lock" for child in folder.iterdir())
     is_run = (folder / "run.json").is_file()
     if used and not is_run:
@@ -56,7 +62,20 @@ def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
     return folder
 
 
+def _check_inputs_outside(recipe: Recipe, folder: Path) -> None:
+    paths = [recipe.model.base]
+    paths += [s.path for s in (*recipe.data.train, *recipe.data.eval) if s.path is not None]
+    for path in paths:
+        if Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
+            raise RunError(
+                f"{folder} holds {path}, which this run reads: --overwrite would delete it",
+                hint="choose another folder: output=runs/another-name",
+            )
+
+
 def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
+    if not (folder / "recipe.yaml").is_file():
+        return  # killed before it was written
     stored = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     changed = _differences(stored, as_dict(recipe), "")
     if changed:
@@ -100,7 +119,7 @@ class RunFolder:
             ) from None
         if overwrite:
             for child in path.iterdir():
-                if child.name != ".lock":
+                if child.name not in (".lock", "run.json"):  # run.json marks it as a run folder
                     shutil.rmtree(child) if child.is_dir() else child.unlink()
         self.about: dict[str, Any] = {}
 
@@ -117,10 +136,10 @@ class RunFolder:
             plan: what is going to be executed.
             about: fingerprints and counts beside the versions that are added here.
         """
-        write_text(self.path / "recipe.yaml", render_recipe(recipe))
-        write_text(self.path / "plan.json", json.dumps(plan.to_json(), indent=2) + "\n")
         self.about = {"status": "running", "started": _now(), **provenance(), **about}
         self._write_about()
+        write_text(self.path / "recipe.yaml", render_recipe(recipe))
+        write_text(self.path / "plan.json", json.dumps(plan.to_json(), indent=2) + "\n")
 
     def finish(self, status: str, **values: Any) -> None:
         """Record how the run ended.
@@ -137,8 +156,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Let other processes use the folder."""
-        self.lock.close()
-        (self.path / ".lock").unlink(missing_ok=True)
+        self.lock.close()  # the file stays: removing it would let two processes lock two files
 
 
 def read_about(folder: Path) -> dict[str, Any]:

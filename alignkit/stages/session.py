@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from alignkit.data.report import DataReport
-from alignkit.errors import Interrupted
+from alignkit.errors import Interrupted, RunError
 from alignkit.models.adapters import attach_adapter, trainable_report
 from alignkit.models.loading import DTYPES, BaseModel, load_model, weights_fingerprint
 from alignkit.models.selfcheck import build_scorer
@@ -26,7 +26,7 @@ from alignkit.runtime.optim import build_optimizer
 from alignkit.runtime.progress import StepProgress, print_line
 from alignkit.stages.batches import Batches
 from alignkit.stages.prepare import Rows, keep_plan, plan_run
-from alignkit.stages.run_folder import RunFolder, check_output, read_plan
+from alignkit.stages.run_folder import RunFolder, check_output, read_about, read_plan
 from alignkit.stages.steps import Run, Stage
 
 
@@ -114,10 +114,14 @@ class Session:
     @contextlib.contextmanager
     def running(self, rows: Rows, plan: Plan) -> Iterator[None]:
         """Own the run folder; record how the run ends."""
+        about = _about(rows, self.options)
+        if self.options.resume and (self.output / "run.json").is_file():
+            _check_same_inputs(about, read_about(self.output))
         if self.leads:
             self.folder = RunFolder(self.output, overwrite=self.options.overwrite)
-            self.folder.describe(self.recipe, plan, _about(rows, self.options))
         try:
+            if self.folder is not None:
+                self.folder.describe(self.recipe, plan, about)
             yield
         except BaseException as error:
             if self.folder is not None:
@@ -190,6 +194,21 @@ def describe_rows(name: str, report: DataReport) -> list[str]:
         f"longest {lengths.get('max', 0)}"
     )
     return [head, *rest]
+
+
+def _check_same_inputs(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Refuse to go on with other weights or rows than those the run was started with."""
+    pairs = [("base", now["base"], before.get("base"))]
+    pairs += [
+        (f"data.{name}", now["data"][name], before.get("data", {}).get(name))
+        for name in now["data"]
+    ]
+    for name, new, old in pairs:
+        if old is not None and new["fingerprint"] != old["fingerprint"]:
+            raise RunError(
+                f"{name} has changed since the run was started",
+                hint="put it back to resume, or start anew with --overwrite",
+            )
 
 
 def _about(rows: Rows, options: RunOptions) -> dict[str, Any]:

@@ -178,6 +178,12 @@ def _train_step(run: Run, step: int) -> dict[str, float]:
         )
     limit = run.training.max_grad_norm or math.inf
     norm = accelerator.clip_grad_norm_(_trainable(run.scorer), limit)
+    scaled = accelerator.scaler is not None  # float16 skips such a step by itself
+    if norm is not None and not scaled and not math.isfinite(float(norm)):
+        raise TrainingError(
+            f"the gradient of step {step + 1} is not finite; its loss is {means['loss']:.4g}",
+            hint="lower training.learning_rate, or set training.max_grad_norm",
+        )
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     seconds = time.monotonic() - started
@@ -208,7 +214,7 @@ def _accumulate(run: Run, batches: StepBatches) -> tuple[dict[str, float], int]:
             accelerator.backward(result.loss * factor)
         tokens += round(micro.num_tokens * micro.share)
         for name, value in {"loss": result.loss, **result.metrics}.items():
-            part = value.detach().double() * micro.share
+            part = value.detach().cpu().double() * micro.share
             sums[name] = sums[name] + part if name in sums else part
     names = sorted(sums)
     packed = torch.stack([sums[name].cpu() for name in names] + [torch.tensor(float(tokens))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -155,7 +156,8 @@ MetricsFile.write = lambda self, step, values: (write(self, step, values), time.
     run = tmp_path / "run"
     assert (run / "checkpoints" / f"step-{steps:06d}" / "manifest.json").is_file()
     assert json.loads((run / "run.json").read_text(encoding="utf-8"))["status"] == "interrupted"
-    assert not (run / ".lock").exists()
+    with (run / ".lock").open("a") as lock:  # released, so the run can be resumed
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     resumed = alignkit("sft", recipe, "--resume", cwd=tmp_path)
     assert f"resuming after step {steps}" in resumed.stderr
     assert_same(run, whole("lora"), "lora")
