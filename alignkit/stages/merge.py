@@ -61,17 +61,7 @@ def merge_run(
     if output is None:
         output = (run or adapter) / "merged"
     output = output.expanduser()
-    if output.exists() and not overwrite:
-        raise ModelError(
-            f"{output} already exists", hint="add --overwrite, or name another --output"
-        )
-    if output.exists() and not _is_plain_model(output):
-        raise ModelError(
-            f"{output} is no merged model, so it is not overwritten",
-            hint="name another --output",
-        )
-    if adapter.resolve().is_relative_to(output.resolve()):
-        raise ModelError(f"{output} holds the adapter itself", hint="name another --output")
+    _check_output(output, adapter, overwrite)
     model = base_of_adapter(adapter, base)
     if Path(model.location).resolve().is_relative_to(output.resolve()):
         raise ModelError(f"{output} holds the base itself", hint="name another --output")
@@ -86,6 +76,21 @@ def merge_run(
         stop_tokens=stops,
         overwrite=overwrite,
     )
+
+
+def _check_output(output: Path, adapter: Path, overwrite: bool) -> None:
+    """Refuse to replace anything but a merged model."""
+    if output.exists() and not overwrite:
+        raise ModelError(
+            f"{output} already exists", hint="add --overwrite, or name another --output"
+        )
+    if output.exists() and not _is_plain_model(output):
+        raise ModelError(
+            f"{output} is no merged model, so it is not overwritten",
+            hint="name another --output",
+        )
+    if adapter.resolve().is_relative_to(output.resolve()):
+        raise ModelError(f"{output} holds the adapter itself", hint="name another --output")
 
 
 def _is_plain_model(folder: Path) -> bool:
