@@ -143,7 +143,7 @@ def _retry(talk: Conversation, rest: str) -> None:
 
 def _undo(talk: Conversation, rest: str) -> None:
     if len(talk.turns) - len(talk.head()) < 2:
-        raise AlignkitError("there is nothing to take back")
+        raise AlignkitError("there is nothing to take back", hint="say something first")
     del talk.turns[-2:]
     say("took back the last message and its answer")
 
@@ -157,7 +157,7 @@ def _save(talk: Conversation, rest: str) -> None:
     if not rest:
         raise AlignkitError("/save needs a file name", hint="/save chats.jsonl")
     if len(talk.turns) == len(talk.head()):
-        raise AlignkitError("there is nothing to save yet")
+        raise AlignkitError("there is nothing to save yet", hint="say something first")
     path = Path(rest).expanduser()
     try:
         with path.open("a", encoding="utf-8") as file:

@@ -17,7 +17,9 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="Rows to evaluate on; default is the first run's own.")
     ] = None,
-    max_length: Annotated[int, typer.Option(help="Longest row, in tokens.", min=8)] = 1024,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest row of --data, in tokens; default 1024.", min=8)
+    ] = None,
     take: Annotated[int | None, typer.Option(help="Only the first so many rows.", min=1)] = None,
     dtype: DtypeOption = "bfloat16",
     base: BaseOption = None,

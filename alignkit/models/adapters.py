@@ -157,7 +157,10 @@ def read_adapter_config(folder: Path) -> Any:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError, OSError) as error:
         first_line = str(error).split("\n")[0]
-        raise ModelError(f"{folder}/adapter_config.json cannot be read: {first_line}") from error
+        raise ModelError(
+            f"{folder}/adapter_config.json cannot be read: {first_line}",
+            hint="the file must be one that PEFT wrote",
+        ) from error
     if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
         raise ModelError(
             f"{folder} is a {config.peft_type} adapter, not a LoRA one",

@@ -29,7 +29,7 @@ class OpenModel:
 
 
 def adapter_in(name: str) -> Path | None:
-    """The adapter folder that `name` is or holds, unless it also holds a whole model."""
+    """The adapter folder that `name` is or holds; None if there is none."""
     folder = Path(name).expanduser()
     for candidate in (folder, folder / "adapter"):
         if (candidate / "adapter_config.json").is_file():

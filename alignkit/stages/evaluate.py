@@ -26,7 +26,7 @@ def evaluate_models(
     names: list[str],
     *,
     data: str | None,
-    max_length: int,
+    max_length: int | None,
     take: int | None,
     dtype: str,
     base: str | None,
@@ -37,7 +37,8 @@ def evaluate_models(
     Args:
         names: run folders, models or adapters.
         data: file of rows; None takes the held-out rows of the first run folder.
-        max_length: longest row in tokens; longer ones are dropped and counted.
+        max_length: longest row of `data` in tokens, None is 1024; longer ones are dropped and
+            counted.
         take: only the first so many rows of `data`.
         dtype: compute precision.
         base: base of adapters that name another.
@@ -51,8 +52,11 @@ def evaluate_models(
     """
     if dtype not in DTYPES:
         raise ModelError(f"--dtype cannot be {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
-    if data is None and take is not None:
-        raise ModelError("--take goes with --data", hint="name the file whose rows to take")
+    if data is None and (take is not None or max_length is not None):
+        raise ModelError(
+            "--take and --max-length go with --data: the run's own rows follow its recipe",
+            hint="name the file with --data",
+        )
     tune_allocator()
     spec = _data_spec(names, data, max_length, take)
     found = {}
@@ -67,12 +71,12 @@ def evaluate_models(
 
 
 def _data_spec(
-    names: list[str], data: str | None, max_length: int, take: int | None
+    names: list[str], data: str | None, max_length: int | None, take: int | None
 ) -> DataSpec | Path:
     """What to evaluate on: a data section, or the run folder whose recipe says it."""
     if data is not None:
         source = SourceSpec(path=data, take=take)
-        return DataSpec(train=(source,), max_length=max_length)
+        return DataSpec(train=(source,), max_length=max_length or 1024)
     for name in names:
         run = Path(name).expanduser()
         for folder in (run, run.parent):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from alignkit.data.dataset import load_dataset
 from alignkit.data.tokenize import TokenizeSettings
 from alignkit.errors import ModelError
-from alignkit.models.loading import DTYPES, load_tokenizer, stored_dtype
+from alignkit.models.loading import DTYPES, BaseModel, load_tokenizer, stored_dtype
 from alignkit.models.merging import MergeReport, merge_adapter
 from alignkit.models.opening import adapter_in, base_of_adapter
 from alignkit.packed import IntArray
@@ -103,18 +104,24 @@ def _is_plain_model(folder: Path) -> bool:
 
 
 def _rows(
-    run: Path | None, data: str | None, model: Any
+    run: Path | None, data: str | None, model: BaseModel
 ) -> tuple[Sequence[IntArray], Any, list[int]]:
     """Real rows for the check, the tokenizer to save, and the tokens that end an answer."""
-    if run is not None and data is None:
-        found = load_rows(load_recipe(str(run / "recipe.yaml")).recipe)
-        rows = check_rows(found.held_out or found.train)
-        return rows, found.tokenizer, found.train.report.stop_tokens
+    cache = alignkit_home() / "cache" / "tokens"
+    settings = TokenizeSettings(1024, "truncate_right", "completions")
+    if run is not None:
+        # The run says template and stop tokens, whatever base and rows are named instead.
+        override = [f"model.base={json.dumps(model.name)}"]
+        found = load_rows(load_recipe(str(run / "recipe.yaml"), override).recipe)
+        dataset = found.held_out or found.train
+        if data is not None:
+            source = SourceSpec(path=data)
+            dataset = load_dataset([source], found.tokenizer, settings, 0, cache)
+        return check_rows(dataset), found.tokenizer, found.train.report.stop_tokens
     tokenizer = load_tokenizer(model)
-    spec = SourceSpec(path=data or SHIPPED_ROWS)
     if tokenizer.chat_template is None and data is None:
         text = Path(__file__).read_text(encoding="utf-8")
         return [np.asarray(tokenizer(text)["input_ids"], np.int64)], tokenizer, []
-    settings = TokenizeSettings(1024, "truncate_right", "completions")
-    dataset = load_dataset([spec], tokenizer, settings, 0, alignkit_home() / "cache" / "tokens")
+    source = SourceSpec(path=data or SHIPPED_ROWS)
+    dataset = load_dataset([source], tokenizer, settings, 0, cache)
     return check_rows(dataset), tokenizer, []

@@ -168,7 +168,10 @@ def read_about(folder: Path) -> dict[str, Any]:
     try:
         about: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise RunError(f"{folder} is no run folder: run.json cannot be read ({error})") from None
+        raise RunError(
+            f"{folder} is no run folder: run.json cannot be read ({error})",
+            hint="start anew with --overwrite, or choose another output",
+        ) from None
     return about
 
 

@@ -24,7 +24,8 @@ def run_sft(recipe: Recipe, options: RunOptions) -> RunSummary | None:
         What a person wants to know at the end; None on every process but the first.
 
     Raises:
-        AlignkitError: anything the user can mend; nothing is left under a final name.
+        AlignkitError: anything the user can mend. A merge that fails leaves the adapter, whole,
+            and no merged/.
     """
     session = Session(recipe, options)
     rows = load_rows(recipe)
