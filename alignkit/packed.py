@@ -5,17 +5,29 @@ one or more *branches* (completions); a branch sees the prompt and itself, never
 *target* says which hidden row predicts which token of which sequence; a *sequence* is one branch
 together with its prompt.
 
-Shapes: `T` tokens in the row, `K` attention segments, `N` targets, `S` sequences.
+Shapes: `T` tokens in the row, `K` attention segments, `N` targets, `S` sequences, `D` documents.
 """
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+
+
+class Role(enum.IntEnum):
+    """What a branch is to its objective."""
+
+    CHOSEN = 0
+    """The better answer of a pair, or an answer labelled as desirable."""
+    REJECTED = 1
+    """The worse answer of a pair, or an answer labelled as undesirable."""
+    MISMATCHED = 2
+    """An answer to another prompt: KTO's baseline."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,10 @@ class PackedBatch:
         target_sequences: `[N]` index in `0..S-1` of the sequence the target belongs to.
         sequence_ends: `[S]` index of the last token of each sequence.
         sequence_documents: `[S]` index of the document each sequence belongs to.
+        sequence_roles: `[S]` the `Role` of each sequence.
+        sequence_references: `[S]` float64, log-prob of each sequence's targets under the reference
+            model where it is known beforehand, else NaN.
+        margins: `[D]` float64, how much better the chosen answer is, 0 where the data do not say.
         rows: data row of each document, for messages to the user.
     """
 
@@ -60,6 +76,9 @@ class PackedBatch:
     target_sequences: IntArray
     sequence_ends: IntArray
     sequence_documents: IntArray
+    sequence_roles: IntArray
+    sequence_references: npt.NDArray[np.float64]
+    margins: npt.NDArray[np.float64]
     rows: tuple[int, ...]
 
     @property

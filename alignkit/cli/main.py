@@ -21,7 +21,7 @@ from alignkit.cli.merge import merge_lora
 from alignkit.cli.output import print_error, say
 from alignkit.cli.plan import plan
 from alignkit.cli.recipes import recipes
-from alignkit.cli.train import sft
+from alignkit.cli.train import STAGE_HELP, train_command
 from alignkit.errors import AlignkitError
 
 app = typer.Typer(
@@ -33,7 +33,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command("sft")(sft)
+for stage in STAGE_HELP:
+    app.command(stage)(train_command(stage))
 app.command("plan")(plan)
 app.command("inspect")(inspect)
 app.command("merge-lora")(merge_lora)

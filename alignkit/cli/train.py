@@ -1,9 +1,10 @@
-"""`alignkit sft`: train."""
+"""`alignkit sft | reward | dpo | kto`: train."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -20,45 +21,57 @@ OverridesArgument = Annotated[
 ]
 
 
-def sft(
-    recipe: RecipeArgument,
-    overrides: OverridesArgument = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the newest checkpoint.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a run in the output folder.")
-    ] = False,
-    processes: Annotated[int, typer.Option(help="Training processes on this machine.", min=1)] = 1,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
-) -> None:
-    """Fine-tune on demonstrations, with prompt-masked loss."""
-    from alignkit.recipe.load import load_recipe
+STAGE_HELP = {
+    "sft": "Fine-tune on demonstrations, with prompt-masked loss.",
+    "reward": "Train a reward model on preference pairs (Bradley-Terry).",
+    "dpo": "Optimize preferences on pairs: DPO, IPO, SimPO, ORPO and relatives.",
+    "kto": "Optimize preferences on single answers labelled good or bad.",
+}
+"""Stage -> what its command says about itself."""
 
-    loaded = load_recipe(recipe, overrides, stage="sft")
-    if processes > 1 and not is_worker():
-        raise typer.Exit(launch_processes(processes))
-    from alignkit.stages.session import RunOptions
-    from alignkit.stages.sft import run_sft
 
-    command = shlex.join(["alignkit", *sys.argv[1:]])
-    summary = run_sft(loaded.recipe, RunOptions(resume, overwrite, quiet, command))
-    if summary is None:
-        return
-    if as_json:
-        print_json(summary.to_json())
-        return
-    if quiet:
-        return
-    if summary.before:
-        before, after = summary.before, summary.after
-        say(
-            f"held-out loss {before['loss']:.4f} -> {after['loss']:.4f}, token accuracy "
-            f"{before['accuracy']:.1%} -> {after['accuracy']:.1%} "
-            f"({after['tokens']:,} tokens)"
-        )
-    if summary.merge is not None:
-        for line in summary.merge.lines():
-            say(line)
-    say(f"next: alignkit chat {summary.output}")
+def train_command(stage: str) -> Callable[..., None]:
+    """The command of one stage."""
+
+    def command(
+        recipe: RecipeArgument,
+        overrides: OverridesArgument = None,
+        resume: Annotated[
+            bool, typer.Option("--resume", help="Continue from the newest checkpoint.")
+        ] = False,
+        overwrite: Annotated[
+            bool, typer.Option("--overwrite", help="Replace a run in the output folder.")
+        ] = False,
+        processes: Annotated[
+            int, typer.Option(help="Training processes on this machine.", min=1)
+        ] = 1,
+        quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    ) -> None:
+        from alignkit.recipe.load import load_recipe
+
+        loaded = load_recipe(recipe, overrides, stage=stage)
+        if processes > 1 and not is_worker():
+            raise typer.Exit(launch_processes(processes))
+        from alignkit.stages.run import run_stage
+        from alignkit.stages.session import RunOptions
+
+        line = shlex.join(["alignkit", *sys.argv[1:]])
+        summary = run_stage(loaded.recipe, RunOptions(resume, overwrite, quiet, line))
+        if summary is None:
+            return
+        if as_json:
+            print_json(summary.to_json())
+            return
+        if quiet:
+            return
+        if summary.held_out:
+            say(f"held out\n{summary.held_out}")
+        if summary.merge is not None:
+            for text in summary.merge.lines():
+                say(text)
+        verb = "eval" if stage == "reward" else "chat"
+        say(f"next: alignkit {verb} {summary.output}")
+
+    command.__doc__ = STAGE_HELP[stage]
+    return command

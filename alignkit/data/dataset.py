@@ -17,93 +17,97 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alignkit.data.formats import parse_rows
-from alignkit.data.masks import TokenizedRow
+from alignkit.data.documents import Branch, Document, TokenizedDocument
 from alignkit.data.report import DataReport
 from alignkit.data.sources import Source, load_source, mix_rows
-from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
+from alignkit.data.tokenize import TokenizeSettings, parse_rows, tokenize_examples
 from alignkit.errors import DataError
-from alignkit.packed import IntArray
+from alignkit.packed import IntArray, Role
 from alignkit.recipe.schema import SourceSpec
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Raised whenever the same rows would be tokenized differently."""
 
 
 @dataclass(frozen=True)
-class Branch:
-    """One completion.
-
-    Args:
-        ids: `[n]` token ids.
-        trained: `[n]` True where the token is a target.
-    """
-
-    ids: npt.NDArray[np.int32]
-    trained: npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Document:
-    """A prompt and the completions that share it.
-
-    Args:
-        prompt: `[p]` token ids; may be empty, then no branch may train its first token.
-        branches: at least one completion.
-        row: index of the data row.
-    """
-
-    prompt: npt.NDArray[np.int32]
-    branches: tuple[Branch, ...]
-    row: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens the model reads for this document."""
-        return len(self.prompt) + sum(len(branch.ids) for branch in self.branches)
-
-
-@dataclass(frozen=True)
 class TokenDataset(Sequence[Document]):
-    """Tokenized rows in one flat array.
+    """Tokenized rows in one flat array. `n` rows of `B` branches, `m` items.
 
     Args:
-        ids: `[T]` ids of all rows, one after another.
+        ids: `[T]` ids of all rows, one after another, each prompt before its branches.
         trained: `[T]` mask of trained tokens.
-        offsets: `[n + 1]` where each row starts.
+        bounds: `[n, B + 2]` where the prompt, each branch and the row end: row `r` has its prompt
+            in `bounds[r, 0]:bounds[r, 1]` and branch `k` in `bounds[r, k + 1]:bounds[r, k + 2]`.
+        roles: `[n, B]` the `Role` of each branch.
+        margins: `[n]` how much better the chosen answer is; 0 where the row does not say.
         order: `[m]` row of each dataset item; rows of a weight above 1 stand here repeatedly.
         places: `file:line` of each row.
         report: what happened on the way.
         fingerprint: hash of everything that determined the tokens.
+        partners: `[n, 2]` of each row another row and how many tokens of its first branch follow
+            this row's prompt as a mismatched branch; None gives no such branch.
+        references: `[n, branches]` log-probs under the reference model, the mismatched branch
+            last; NaN where a row was not scored, None where none was.
     """
 
     ids: npt.NDArray[np.int32]
     trained: npt.NDArray[np.bool_]
-    offsets: IntArray
+    bounds: IntArray
+    roles: npt.NDArray[np.int8]
+    margins: npt.NDArray[np.float64]
     order: IntArray
     places: list[str]
     report: DataReport
     fingerprint: str
+    partners: IntArray | None = None
+    references: npt.NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, item: Any) -> Any:
-        row = int(self.order[item])
-        begin, end = self.offsets[row], self.offsets[row + 1]
-        branch = Branch(self.ids[begin:end], self.trained[begin:end])
-        return Document(np.zeros(0, np.int32), (branch,), row)
+        return self.document(int(self.order[item]))
+
+    def document(self, row: int) -> Document:
+        """The document of a row, whether or not an item uses it."""
+        ends = self.bounds[row]
+        branches = [
+            Branch(self.ids[a:b], self.trained[a:b], Role(role))
+            for a, b, role in zip(ends[1:-1], ends[2:], self.roles[row].tolist(), strict=True)
+        ]
+        if self.partners is not None:
+            other, length = self.partners[row].tolist()
+            begin = self.bounds[other, 1]
+            piece = slice(begin, begin + length)
+            branches.append(Branch(self.ids[piece], self.trained[piece], Role.MISMATCHED))
+        if self.references is not None:
+            known = self.references[row].tolist()
+            branches = [
+                dataclasses.replace(branch, reference=value)
+                for branch, value in zip(branches, known, strict=True)
+            ]
+        prompt = self.ids[ends[0] : ends[1]]
+        return Document(prompt, tuple(branches), row, float(self.margins[row]))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, whether or not an item uses them: `n`."""
+        return len(self.bounds)
 
     @property
     def lengths(self) -> IntArray:
-        """`[m]` tokens of each item."""
-        return np.diff(self.offsets)[self.order].astype(np.int64)
+        """`[m]` tokens of each item, as often as the model reads them."""
+        rows: IntArray = self.bounds[:, -1] - self.bounds[:, 0]
+        if self.partners is not None:
+            rows = rows + self.partners[:, 1]
+        return rows[self.order].astype(np.int64)
 
     @property
     def num_trained(self) -> IntArray:
         """`[m]` trained tokens of each item."""
         before = np.concatenate([[0], np.cumsum(self.trained)])
-        return np.diff(before[self.offsets])[self.order].astype(np.int64)
+        rows: IntArray = before[self.bounds[:, -1]] - before[self.bounds[:, 0]]
+        return rows[self.order].astype(np.int64)
 
     def subset(self, items: IntArray) -> TokenDataset:
         """The same rows with only these items."""
@@ -111,7 +115,12 @@ class TokenDataset(Sequence[Document]):
 
     def row_hashes(self) -> list[bytes]:
         """Hash of each row's tokens; equal rows have equal hashes."""
-        spans = zip(self.offsets[:-1], self.offsets[1:], strict=True)
+        spans = zip(self.bounds[:, 0], self.bounds[:, -1], strict=True)
+        return [hashlib.sha256(self.ids[a:b].tobytes()).digest() for a, b in spans]
+
+    def prompt_hashes(self) -> list[bytes]:
+        """Hash of each row's prompt tokens."""
+        spans = zip(self.bounds[:, 0], self.bounds[:, 1], strict=True)
         return [hashlib.sha256(self.ids[a:b].tobytes()).digest() for a, b in spans]
 
 
@@ -140,7 +149,7 @@ def load_dataset(
         key = _cache_key(source, spec, identity, settings)
         cached = _read_cache(cache / f"{key}.npz")
         if cached is None:
-            examples = parse_rows(source.rows, spec.format)
+            examples = parse_rows(source.rows, spec.format, settings.rows)
             cached = tokenize_examples(examples, tokenizer, settings)
             _write_cache(cache / f"{key}.npz", *cached)
         source_rows, source_report = cached
@@ -227,24 +236,28 @@ def _cache_key(source: Source, spec: SourceSpec, identity: str, settings: Tokeni
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _read_cache(path: Path) -> tuple[list[TokenizedRow], DataReport] | None:
+def _read_cache(path: Path) -> tuple[list[TokenizedDocument], DataReport] | None:
     if not path.is_file():
         return None
     try:
         with np.load(path) as stored:
             arrays = {key: stored[key] for key in stored.files}
-        meta = json.loads(arrays["meta"].tobytes())
-        offsets = arrays["offsets"]
-        rows = [
-            TokenizedRow(arrays["ids"][a:b], arrays["trained"][a:b], place)
-            for a, b, place in zip(offsets[:-1], offsets[1:], meta["places"], strict=True)
-        ]
-        return rows, DataReport(**meta["report"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        meta = json.loads(arrays.pop("meta").tobytes())
+        report, places = DataReport(**meta["report"]), meta["places"]
+        flat = TokenDataset(
+            **arrays, order=np.arange(len(places)), places=places, report=report, fingerprint=""
+        )
+        documents = [flat.document(row) for row in range(len(places))]
+    except (OSError, ValueError, KeyError, TypeError, EOFError, IndexError, zipfile.BadZipFile):
         return None  # written by a broken disk or another release: make it again
+    rows = [
+        TokenizedDocument(found.prompt, found.branches, place, found.margin)
+        for found, place in zip(documents, places, strict=True)
+    ]
+    return rows, report
 
 
-def _write_cache(path: Path, rows: list[TokenizedRow], report: DataReport) -> None:
+def _write_cache(path: Path, rows: list[TokenizedDocument], report: DataReport) -> None:
     """Store the tokens; a cache that cannot be written is no reason to stop."""
     meta = {"places": [row.place for row in rows], "report": dataclasses.asdict(report)}
     flat = _flatten(rows, np.arange(len(rows)), report, "")
@@ -256,19 +269,38 @@ def _write_cache(path: Path, rows: list[TokenizedRow], report: DataReport) -> No
                 written,
                 ids=flat.ids,
                 trained=flat.trained,
-                offsets=flat.offsets,
+                bounds=flat.bounds,
+                roles=flat.roles,
+                margins=flat.margins,
                 meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
             )
             os.replace(written, path)
 
 
 def _flatten(
-    rows: list[TokenizedRow], order: IntArray, report: DataReport, fingerprint: str
+    rows: list[TokenizedDocument], order: IntArray, report: DataReport, fingerprint: str
 ) -> TokenDataset:
-    lengths = [len(row.ids) for row in rows]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    pieces = [(row.prompt, *(branch.ids for branch in row.branches)) for row in rows]
+    width = len(pieces[0]) if pieces else 2
+    lengths = np.asarray([[len(piece) for piece in row] for row in pieces], np.int64)
+    ends = np.cumsum(lengths.reshape(-1)).reshape(-1, width)
+    starts = np.concatenate([[0], ends[:-1, -1]]) if len(ends) else np.zeros(0, np.int64)
     empty_ids, empty_mask = np.zeros(0, np.int32), np.zeros(0, bool)
-    ids = np.concatenate([row.ids for row in rows] or [empty_ids])
-    trained = np.concatenate([row.trained for row in rows] or [empty_mask])
-    places = [row.place for row in rows]
-    return TokenDataset(ids, trained, offsets, order, places, report, fingerprint)
+    masks = [
+        mask
+        for row in rows
+        for mask in (np.zeros(len(row.prompt), bool), *(b.trained for b in row.branches))
+    ]
+    return TokenDataset(
+        ids=np.concatenate([piece for row in pieces for piece in row] or [empty_ids]),
+        trained=np.concatenate(masks or [empty_mask]),
+        bounds=np.concatenate([starts[:, None], ends], axis=1).astype(np.int64),
+        roles=np.asarray(
+            [[branch.role for branch in row.branches] for row in rows], np.int8
+        ).reshape(len(rows), width - 1),
+        margins=np.asarray([row.margin for row in rows], np.float64),
+        order=order,
+        places=[row.place for row in rows],
+        report=report,
+        fingerprint=fingerprint,
+    )

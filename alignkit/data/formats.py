@@ -116,7 +116,7 @@ def detect_format(row: Row) -> str:
     )
 
 
-def parse_rows(rows: list[Row], row_format: str) -> list[Example]:
+def parse_answers(rows: list[Row], row_format: str) -> list[Example]:
     """Every row as a Conversation or Completion.
 
     Args:
@@ -130,18 +130,32 @@ def parse_rows(rows: list[Row], row_format: str) -> list[Example]:
         DataError: a row does not fit the format or has no answer.
     """
     name = detect_format(rows[0]) if row_format == "auto" else row_format
+    if name not in PARSERS:
+        raise DataError(
+            f"{rows[0].place}: format {name} is one of preference pairs, and single answers are "
+            "wanted here",
+            hint=f"formats of single answers: {', '.join(PARSERS)}",
+        )
     return [PARSERS[name](row) for row in rows]
 
 
 def _parse_messages(row: Row) -> Example:
-    messages = _messages(row, need(row, "messages", list))
-    return _conversation(row, messages)
+    messages = read_messages(row, need(row, "messages", list))
+    return make_conversation(row, messages)
 
 
 def _parse_sharegpt(row: Row) -> Example:
-    turns = need(row, "conversations", list)
+    return make_conversation(row, read_turns(row, need(row, "conversations", list)))
+
+
+def read_turns(row: Row, turns: list[Any]) -> list[Message]:
+    """Messages of a `conversations` list, whether it says `from` and `value` or `role`.
+
+    Raises:
+        DataError: a turn without speaker or text, or an unknown speaker.
+    """
     if turns and isinstance(turns[0], dict) and "role" in turns[0]:
-        return _conversation(row, _messages(row, turns))
+        return read_messages(row, turns)
     messages = []
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
@@ -162,10 +176,21 @@ def _parse_sharegpt(row: Row) -> Example:
             messages.append(
                 Message(role, plain_text(turn["value"], row, f"conversations[{number}]"))
             )
-    return _conversation(row, messages)
+    return messages
 
 
 def _parse_alpaca(row: Row) -> Example:
+    messages = alpaca_prompt(row)
+    answer = plain_text(need(row, "output", str), row, "output")
+    return make_conversation(row, [*messages, Message("assistant", answer)])
+
+
+def alpaca_prompt(row: Row) -> list[Message]:
+    """The turns that `history`, `instruction` and `input` make up.
+
+    Raises:
+        DataError: no instruction, or a history that is no list of pairs.
+    """
     instruction = plain_text(need(row, "instruction", str), row, "instruction")
     extra = row.values.get("input") or ""
     prompt = f"{instruction}\n\n{plain_text(extra, row, 'input')}" if extra else instruction
@@ -174,9 +199,7 @@ def _parse_alpaca(row: Row) -> Example:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise DataError(f"{row.place}: history[{number}] must be [question, answer]")
         messages += [Message("user", str(pair[0])), Message("assistant", str(pair[1]))]
-    answer = plain_text(need(row, "output", str), row, "output")
-    messages += [Message("user", prompt), Message("assistant", answer)]
-    return _conversation(row, messages)
+    return [*messages, Message("user", prompt)]
 
 
 def _parse_prompt_completion(row: Row) -> Example:
@@ -189,9 +212,9 @@ def _parse_prompt_completion(row: Row) -> Example:
     if isinstance(prompt, list):
         context = [
             Message(message.role, message.content, message.tool_calls, trained=False)
-            for message in _messages(row, need(row, "prompt", list))
+            for message in read_messages(row, need(row, "prompt", list))
         ]
-        return _conversation(row, context + _messages(row, need(row, "completion", list)))
+        return make_conversation(row, context + read_messages(row, need(row, "completion", list)))
     text = plain_text(need(row, "completion", str), row, "completion")
     if not text.strip():
         raise DataError(f"{row.place}: the row has no answer: completion is empty")
@@ -214,7 +237,12 @@ PARSERS: dict[str, Callable[[Row], Example]] = {
 }
 
 
-def _messages(row: Row, turns: list[Any]) -> list[Message]:
+def read_messages(row: Row, turns: list[Any]) -> list[Message]:
+    """Messages of a list of `{"role", "content"}`.
+
+    Raises:
+        DataError: a turn without role, an unknown role, or content that is no text.
+    """
     messages = []
     for number, turn in enumerate(turns):
         name = f"messages[{number}]"
@@ -240,7 +268,12 @@ def _messages(row: Row, turns: list[Any]) -> list[Message]:
     return messages
 
 
-def _conversation(row: Row, messages: list[Message]) -> Conversation:
+def make_conversation(row: Row, messages: list[Message]) -> Conversation:
+    """The messages with the row's `system` text and tools.
+
+    Raises:
+        DataError: two system texts, or no assistant turn with text to train on.
+    """
     system = plain_text(row.values.get("system"), row, "system")
     opened = bool(messages) and messages[0].role in ("system", "developer")
     if system and opened and messages[0].content != system:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from alignkit.data.dataset import Document
+from alignkit.data.documents import Document
 from alignkit.packed import IntArray, PackedBatch, Segment
 
 
@@ -70,6 +70,7 @@ def pack_documents(documents: Sequence[Document]) -> PackedBatch:
     rows, targets, sequences = [], [], []
     ends: list[int] = []
     owners: list[int] = []
+    branches = [branch for document in documents for branch in document.branches]
     start = 0
     for number, document in enumerate(documents):
         prompt = len(document.prompt)
@@ -109,5 +110,8 @@ def pack_documents(documents: Sequence[Document]) -> PackedBatch:
         target_sequences=np.concatenate(sequences).astype(np.int64),
         sequence_ends=np.asarray(ends, np.int64),
         sequence_documents=np.asarray(owners, np.int64),
+        sequence_roles=np.asarray([branch.role for branch in branches], np.int64),
+        sequence_references=np.asarray([branch.reference for branch in branches], np.float64),
+        margins=np.asarray([document.margin for document in documents], np.float64),
         rows=tuple(document.row for document in documents),
     )

@@ -1,25 +1,32 @@
-"""Examples -> token ids and the mask of trained tokens.
+"""Examples -> documents: token ids and the mask of trained tokens.
 
 One batched pass of the tokenizer over whole texts; `masks.py` carries the mask over from
-characters to tokens. Here is what is dropped, cut and counted.
+characters to tokens, `branches.py` finds where two answers part. Here is what is dropped and
+counted.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from alignkit.data.formats import Completion, Conversation, Example
+from alignkit.data.branches import branch_labelled, branch_pair, fit_branches
+from alignkit.data.documents import Branch, TokenizedDocument
+from alignkit.data.formats import Completion, Conversation, Example, parse_answers
 from alignkit.data.masks import Encoded, Masker, Rendered, TokenizedRow
+from alignkit.data.preferences import Labelled, Pair, Unusable, parse_labelled, parse_pairs
 from alignkit.data.report import DataReport
+from alignkit.data.sources import Row
 from alignkit.data.templates import ChatTemplate, Span, is_written
 from alignkit.errors import DataError, ModelError
 
 TooLong = Literal["drop", "truncate_left", "truncate_right", "error"]
 TrainOn = Literal["completions", "last_turn", "everything"]
+RowKind = Literal["answers", "pairs", "labelled"]
 
 PLACEHOLDER = re.compile(r"\{\{\s*[A-Za-z_][\w .-]{0,40}\s*\}\}")
 _BATCH = 1000
@@ -32,21 +39,44 @@ class TokenizeSettings:
     Args:
         max_length: longest row in tokens.
         too_long: what happens to longer ones.
-        train_on: which tokens carry loss.
+        train_on: which tokens carry loss; pairs and labelled rows train their answers.
+        rows: what a row is: one answer, a pair of answers, or a labelled answer.
     """
 
     max_length: int
     too_long: TooLong
-    train_on: TrainOn
+    train_on: TrainOn = "completions"
+    rows: RowKind = "answers"
+
+
+AnyExample = Example | Pair | Labelled | Unusable
+
+
+def parse_rows(rows: list[Row], row_format: str, kind: RowKind) -> list[AnyExample]:
+    """Every row as an example of the wanted kind.
+
+    Args:
+        rows: of one source, at least one.
+        row_format: a format that has this kind, or `auto`.
+        kind: what the stage trains on.
+
+    Raises:
+        DataError: a row does not fit.
+    """
+    if kind == "pairs":
+        return list(parse_pairs(rows, row_format))
+    if kind == "labelled":
+        return list(parse_labelled(rows, row_format))
+    return list(parse_answers(rows, row_format))
 
 
 def tokenize_examples(
-    examples: list[Example], tokenizer: Any, settings: TokenizeSettings
-) -> tuple[list[TokenizedRow], DataReport]:
+    examples: Sequence[AnyExample], tokenizer: Any, settings: TokenizeSettings
+) -> tuple[list[TokenizedDocument], DataReport]:
     """Tokens and mask of every row that can be trained on.
 
     Args:
-        examples: parsed rows.
+        examples: parsed rows, all of one kind.
         tokenizer: a transformers tokenizer with its chat template set.
         settings: lengths and mask.
 
@@ -58,9 +88,68 @@ def tokenize_examples(
         ModelError: conversations without a chat template, or a tokenizer without offsets.
     """
     report = DataReport(rows=len(examples))
-    template = (
-        ChatTemplate(tokenizer) if any(isinstance(e, Conversation) for e in examples) else None
+    texts = [text for example in examples for text in _texts(example)]
+    masked = iter(_mask_texts(texts, tokenizer, settings, report))
+    documents: list[TokenizedDocument] = []
+    for example in examples:
+        rows = [next(masked) for _ in _texts(example)]
+        document = _document(example, rows, tokenizer, settings, report)
+        if document is not None:
+            documents.append(document)
+    report.kept = len(documents)
+    for document in documents:
+        report.tokens += len(document.prompt) + sum(len(b.ids) for b in document.branches)
+        report.trained_tokens += sum(int(b.trained.sum()) for b in document.branches)
+    return documents, report
+
+
+def _texts(example: AnyExample) -> list[Example]:
+    """The texts that the model would read for one row."""
+    if isinstance(example, Unusable):
+        return []
+    if isinstance(example, Pair):
+        return [example.chosen, example.rejected]
+    return [example.example] if isinstance(example, Labelled) else [example]
+
+
+def _document(
+    example: AnyExample,
+    rows: list[TokenizedRow],
+    tokenizer: Any,
+    settings: TokenizeSettings,
+    report: DataReport,
+) -> TokenizedDocument | None:
+    """The document of one row; None if it is dropped, which is counted."""
+    if isinstance(example, Unusable):
+        report.drop(example.reason, example.place)
+        return None
+    if not isinstance(example, Pair | Labelled):
+        fitted = _fit(rows[0], settings, tokenizer, report)
+        if fitted is None:
+            return None
+        return TokenizedDocument(
+            np.zeros(0, np.int32), (Branch(fitted.ids, fitted.trained),), fitted.place
+        )
+    if not all(row.trained.any() for row in rows):
+        report.drop("nothing to train on", example.place)
+        return None
+    if isinstance(example, Pair):
+        document = branch_pair(rows[0], rows[1], example.margin)
+        if np.array_equal(document.branches[0].ids, document.branches[1].ids):
+            report.drop("the two answers are equal", example.place)
+            return None
+    else:
+        document = branch_labelled(rows[0], desirable=example.desirable)
+    return fit_branches(
+        document, settings.max_length, settings.too_long, tokenizer.bos_token_id, report
     )
+
+
+def _mask_texts(
+    texts: list[Example], tokenizer: Any, settings: TokenizeSettings, report: DataReport
+) -> list[TokenizedRow]:
+    """Every text as tokens with its mask, whatever its length."""
+    template = ChatTemplate(tokenizer) if any(isinstance(t, Conversation) for t in texts) else None
     specials = _special_tokens(tokenizer)
     masker = Masker(
         special_ids=set(specials.values()),
@@ -69,20 +158,15 @@ def tokenize_examples(
         report=report,
     )
     rows: list[TokenizedRow] = []
-    for start in range(0, len(examples), _BATCH):
-        batch = examples[start : start + _BATCH]
-        rendered = [_render(example, tokenizer, template, settings) for example in batch]
-        for example, item in zip(batch, rendered, strict=True):
-            _inspect_text(example, item.text, specials, template, report)
-        for item, tokens in zip(rendered, _encode(rendered, tokenizer), strict=True):
-            fitted = _fit(masker.mask(item, tokens), settings, tokenizer, report)
-            if fitted is not None:
-                rows.append(fitted)
-    report.kept = len(rows)
+    for start in range(0, len(texts), _BATCH):
+        batch = texts[start : start + _BATCH]
+        rendered = [_render(text, tokenizer, template, settings) for text in batch]
+        for text, item in zip(batch, rendered, strict=True):
+            _inspect_text(text, item.text, specials, template, report)
+        encoded = _encode(rendered, tokenizer)
+        rows += [masker.mask(item, tokens) for item, tokens in zip(rendered, encoded, strict=True)]
     report.stop_tokens = sorted(masker.stop_tokens)
-    report.tokens = sum(len(row.ids) for row in rows)
-    report.trained_tokens = sum(int(row.trained.sum()) for row in rows)
-    return rows, report
+    return rows
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, int]:

@@ -3,55 +3,59 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from alignkit.data.dataset import Document
-from alignkit.data.packing import pack_documents, split_documents
+from alignkit.data.documents import Document
+from alignkit.data.packing import pack_documents
+from alignkit.evaluation.columns import WHOLE, Share, score_documents
+from alignkit.models.scorer import sum_by_sequence
 from alignkit.objectives.cross_entropy import cross_entropy_loss
 
 
 def evaluate_heldout(
-    scorer: nn.Module,
-    documents: Sequence[Document],
-    budget: int,
-    *,
-    shard: tuple[int, int] = (0, 1),
-    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+    scorer: nn.Module, documents: Sequence[Document], budget: int, share: Share = WHOLE
 ) -> dict[str, float]:
     """Mean loss over all trained tokens of the documents.
 
     Args:
         scorer: scores packed batches; its training mode is put back afterwards.
-        documents: held-out rows.
+        documents: held-out rows of one answer each.
         budget: tokens of one forward pass.
-        shard: `(rank, processes)`; each process takes its share.
-        reduce: sums a tensor over the processes.
+        share: this process's part.
 
     Returns:
         `loss` in nats per token, `perplexity` = exp(loss), `accuracy` = share of tokens that are
         the likeliest, `tokens` counted.
     """
-    rank, world = shard
-    mine = [documents[i] for i in range(rank, len(documents), world)]
-    sums = torch.zeros(3, dtype=torch.float64)
-    was_training = scorer.training
-    scorer.eval()
-    with torch.no_grad():
-        for group in split_documents([document.num_tokens for document in mine], budget):
-            scores: Any = scorer(pack_documents([mine[i] for i in group]))
-            losses = cross_entropy_loss(scores.logprobs).double().sum().cpu()
-            counts = [losses, scores.correct.sum().cpu(), len(scores.logprobs)]
-            sums += torch.tensor([float(count) for count in counts], dtype=torch.float64)
-    scorer.train(was_training)
-    total, correct, tokens = (float(value) for value in reduce(sums))
-    loss = total / tokens
+    columns = score_documents(_score, scorer, documents, budget, share)
+    tokens = float(columns["tokens"].sum())
+    loss = float(columns["loss"].sum()) / tokens
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
-        "accuracy": correct / tokens,
+        "accuracy": float(columns["correct"].sum()) / tokens,
         "tokens": int(tokens),
     }
+
+
+def _score(scorer: nn.Module, documents: Sequence[Document]) -> dict[str, torch.Tensor]:
+    batch = pack_documents(documents)
+    scores: Any = scorer(batch)
+    losses = cross_entropy_loss(scores.logprobs).double()
+    return {
+        "loss": sum_by_sequence(losses, batch),
+        "correct": sum_by_sequence(scores.correct.double(), batch),
+        "tokens": sum_by_sequence(torch.ones_like(losses), batch),
+    }
+
+
+def say_heldout(values: dict[str, float]) -> str:
+    """Held-out values of answers in one line."""
+    return (
+        f"loss {values['loss']:.4f}  perplexity {values['perplexity']:.2f}  "
+        f"token accuracy {values['accuracy']:.1%}"
+    )

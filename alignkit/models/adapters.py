@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
@@ -19,6 +22,9 @@ from alignkit.errors import ModelError
 from alignkit.models.loading import quiet_transformers, share_files
 from alignkit.models.lora_linear import use_fast_lora
 from alignkit.recipe.schema import FullSpec, LoraSpec
+
+HEAD_KEY = "base_model.model.score.weight"
+"""Where PEFT keeps the trained head of a sequence classifier."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,32 @@ def attach_adapter(model: Any, spec: LoraSpec | FullSpec, seed: int) -> Any:
     return adapted
 
 
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model without its adapters and without gradients, for the length of the block.
+
+    Only a flag of each layer is turned, so which weights are trained does not change. No graph can
+    be made inside: one whose backward pass runs under other adapters would be silently wrong.
+
+    Args:
+        model: carries adapters somewhere inside.
+
+    Raises:
+        ModelError: it has none, so that nothing could be turned off.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers:
+        raise ModelError("there is no adapter to turn off", hint="set reference.kind to cached")
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
 def trainable_report(model: nn.Module) -> TrainableReport:
     """How many weights are trained, and in which modules."""
     modules: dict[str, int] = {}
@@ -121,21 +153,29 @@ def trainable_report(model: nn.Module) -> TrainableReport:
     return TrainableReport(trained, sum(p.numel() for p in parameters), modules)
 
 
-def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
+def save_adapter(
+    model: PeftModel, folder: Path, base_name: str, head: nn.Linear | None = None
+) -> None:
     """Write the adapter as PEFT does.
 
     Args:
         model: carries the adapter `default`.
         folder: gets `adapter_model.safetensors` and `adapter_config.json`.
         base_name: recorded as the base the adapter belongs to.
+        head: scalar head of a reward model; saved where PEFT keeps the `score` layer of a
+            sequence classifier, so that plain PEFT loads both.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(model, adapter_name="default")
+    if head is not None:
+        weights = {**weights, HEAD_KEY: head.weight}
     contiguous = {name: w.detach().cpu().contiguous() for name, w in sorted(weights.items())}
     save_file(contiguous, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = model.peft_config["default"].to_dict()
     config["base_model_name_or_path"] = base_name
     config["inference_mode"] = True
+    if head is not None:
+        config["task_type"], config["modules_to_save"] = "SEQ_CLS", ["score"]
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     text = json.dumps(plain, indent=2, sort_keys=True, default=str)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
@@ -174,7 +214,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
     Args:
         model: the base the adapter was trained on.
-        folder: PEFT adapter folder.
+        folder: PEFT adapter folder. The head of a reward model is not loaded: see `read_head`.
 
     Returns:
         A PEFT model in evaluation mode.
@@ -182,10 +222,12 @@ def load_adapter(model: Any, folder: Path) -> Any:
     Raises:
         ModelError: the adapter does not fit the model.
     """
-    read_adapter_config(folder)
+    config = read_adapter_config(folder)
+    if has_head(folder):
+        config.task_type, config.modules_to_save = "CAUSAL_LM", None
     try:
         with quiet_transformers():
-            loaded = PeftModel.from_pretrained(model, str(folder))
+            loaded = PeftModel.from_pretrained(model, str(folder), config=config)
     except Exception as error:
         lines = [line.strip() for line in str(error).split("\n") if line.strip()]
         raise ModelError(
@@ -193,3 +235,12 @@ def load_adapter(model: Any, folder: Path) -> Any:
             hint="name the base it was trained on with --base",
         ) from error
     return loaded.eval()
+
+
+def has_head(folder: Path) -> bool:
+    """Whether an adapter folder is that of a reward model."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return False
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return values.get("task_type") == "SEQ_CLS"

@@ -37,7 +37,11 @@ def build_skeleton(config: Any, *, trust_remote_code: bool = False) -> nn.Module
 
 
 def measure_model(
-    config: Any, adapter: LoraSpec | FullSpec, *, trust_remote_code: bool = False
+    config: Any,
+    adapter: LoraSpec | FullSpec,
+    *,
+    trust_remote_code: bool = False,
+    scalar_head: bool = False,
 ) -> ModelFacts:
     """Sizes that the planner needs, and a check of the adapter's targets.
 
@@ -45,6 +49,7 @@ def measure_model(
         config: a transformers configuration.
         adapter: what is trained.
         trust_remote_code: build a model whose code is not in transformers.
+        scalar_head: a reward model's head is trained instead of the vocabulary head.
 
     Returns:
         The facts; `trainable` counts weights that the adapter would train.
@@ -60,6 +65,12 @@ def measure_model(
     else:
         trainable = total
     text = config.get_text_config()
+    if scalar_head:
+        head: Any = model.get_output_embeddings()
+        unused = head is not None and head.weight is not model.get_input_embeddings().weight
+        trainable += int(text.hidden_size)
+        if unused and not isinstance(adapter, LoraSpec):
+            trainable -= int(head.weight.numel())
     heads = int(text.num_attention_heads)
     head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     return ModelFacts(

@@ -8,31 +8,21 @@ logits with those of base + adapter on real rows. The report says how much of th
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters import load_adapter
-from alignkit.models.loading import (
-    BaseModel,
-    load_model,
-    load_tokenizer,
-    quiet_transformers,
-    share_files,
-)
+from alignkit.models.loading import BaseModel, load_model, load_tokenizer, quiet_transformers
 from alignkit.models.rounding import round_stochastically
+from alignkit.models.writing import beside, write_language_model
 from alignkit.packed import IntArray
 
 CHECK_TOKENS = 256
@@ -129,13 +119,13 @@ def merge_adapter(
     exact = _logits(model, samples)
     with model.disable_adapter():
         kl_to_base = _mean_kl(exact, _logits(model, samples))
-    survived, error, modules = _merge_layers(model, dtype)
+    survived, error, modules = merge_layers(model, dtype)
     with quiet_transformers():
         merged = model.merge_and_unload()
     del model
-    with _beside(output) as written:
+    with beside(output) as written:
         tokenizer = tokenizer or load_tokenizer(base)
-        read_back = _write_and_read(merged.to(dtype), tokenizer, written, stop_tokens)
+        read_back = write_language_model(merged.to(dtype), tokenizer, written, stop_tokens)
         del merged
         found = _logits(read_back.float(), samples)
         report = MergeReport(
@@ -169,56 +159,8 @@ def write_dense(
     Raises:
         ModelError: the files do not hold what was written.
     """
-    with _beside(output) as written:
-        _write_and_read(model.to(dtype), tokenizer, written, stop_tokens)
-
-
-@contextlib.contextmanager
-def _beside(output: Path) -> Iterator[Path]:
-    """A folder that takes the output's name when the block ends well, and vanishes otherwise."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".merging-") as scratch:
-        written = Path(scratch) / output.name
-        try:
-            yield written
-            replaced = Path(scratch) / ".replaced"
-            if output.exists():
-                os.rename(output, replaced)
-            try:
-                os.rename(written, output)
-            except OSError:
-                if replaced.exists():
-                    os.rename(replaced, output)
-                raise
-        except (OSError, SafetensorError) as error:
-            raise ModelError(
-                f"{output} could not be written: {error}",
-                hint="free disk space; nothing was kept",
-            ) from error
-
-
-def _write_and_read(model: Any, tokenizer: Any, folder: Path, stop_tokens: Sequence[int]) -> Any:
-    """Write weights, tokenizer, chat template and generation settings; return what is on disk."""
-    settings = model.generation_config
-    known = settings.eos_token_id
-    known = known if isinstance(known, list) else [] if known is None else [known]
-    stops = list(dict.fromkeys([*known, *map(int, stop_tokens)]))
-    settings.eos_token_id = stops[0] if len(stops) == 1 else stops or None
-    with quiet_transformers():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        share_files(folder)
-        found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=model.dtype, use_safetensors=True
-        )
-    stored = found.state_dict()
-    for name, weight in model.state_dict().items():
-        if name not in stored or not torch.equal(stored[name], weight.cpu()):
-            raise ModelError(
-                f"the merged file does not hold what was written: {name} differs",
-                hint="the disk may be full or failing; nothing was kept",
-            )
-    return found.eval()
+    with beside(output) as written:
+        write_language_model(model.to(dtype), tokenizer, written, stop_tokens)
 
 
 def _require_faithful(report: MergeReport) -> None:
@@ -262,8 +204,12 @@ def _mean_kl(exact: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def _merge_layers(model: nn.Module, dtype: torch.dtype) -> tuple[float, float, int]:
+def merge_layers(model: nn.Module, dtype: torch.dtype) -> tuple[float, float, int]:
     """Merge and round every adapted layer in place.
+
+    Args:
+        model: base in float32 with its adapter.
+        dtype: that the weights are rounded to; they stay float32.
 
     Returns:
         How much of all updates survived, the size of what rounding changed relative to the

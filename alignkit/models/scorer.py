@@ -1,8 +1,9 @@
 """TokenScorer: the one forward of every stage, PackedBatch -> log-probs at the targets.
 
 It runs the decoder on the packed row, gathers the hidden states that are scored and projects only
-those. `PaddedScorer` computes the same the way transformers does, with padding, masks and full
-logits: slower, and the yardstick of the start-up check and of the tests.
+those: to the vocabulary, or through a scalar head to one reward for each sequence. The padded
+scorers compute the same the way transformers does, with padding, masks and full logits: slower,
+and the yardstick of the start-up check and of the tests.
 """
 
 from __future__ import annotations
@@ -58,82 +59,116 @@ def round_up(batch: PackedBatch, multiple: int) -> PackedBatch:
     )
 
 
-class TokenScorer(nn.Module):
-    """Scores packed batches; the root module that accelerate wraps.
+class Scorer(nn.Module):
+    """What all scorers are: a model, what it scores with, and in which precision.
 
     Args:
         model: a transformers causal language model, or PEFT around one.
         dtype: compute precision; trainable weights may be stored wider.
+        head: `[1, H]` scalar head; without one the scorer gives log-probs.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, head: nn.Linear | None = None) -> None:
         super().__init__()
         self.model = model
         self.dtype = dtype
-        inner = causal_model(model)
+        self.head = head
+
+    @property
+    def causal(self) -> Any:
+        """The transformers model inside."""
+        return causal_model(self.model)
+
+    def tensor(self, array: Any) -> torch.Tensor:
+        """A numpy array on the model's device."""
+        return torch.from_numpy(array).to(next(self.causal.parameters()).device)
+
+    def rewards(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[S]` float32 rewards of `[S, H]` last hidden states."""
+        assert self.head is not None
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden.float())[:, 0]
+
+
+class TokenScorer(Scorer):
+    """Scores packed batches; the root module that accelerate wraps."""
+
+    def __init__(self, model: Any, dtype: torch.dtype, head: nn.Linear | None = None) -> None:
+        super().__init__(model, dtype, head)
+        inner = self.causal
         with quiet_transformers():
             inner.set_attn_implementation(PACKED)
         self.transform = logit_transform(inner.config.get_text_config())
 
-    def forward(self, batch: PackedBatch) -> TokenScores:
-        """Log-probs of the batch's targets.
+    def forward(self, batch: PackedBatch) -> TokenScores | torch.Tensor:
+        """Log-probs of the batch's targets, or rewards of its sequences.
 
         Args:
-            batch: `T` tokens, `N` targets.
+            batch: `T` tokens, `N` targets, `S` sequences.
 
         Returns:
-            `[N]` scores, in the order of the batch's targets.
+            `[N]` scores in the order of the batch's targets; with a head `[S]` float32 rewards,
+            read at the last token of each sequence.
         """
-        inner = causal_model(self.model)
-        device = next(inner.parameters()).device
         batch = round_up(batch, ROUNDING)
-
-        def tensor(array: Any) -> torch.Tensor:
-            return torch.from_numpy(array).to(device)
-
-        with compute_context(inner, self.dtype):
-            hidden = inner.get_decoder()(
-                input_ids=tensor(batch.input_ids)[None],
-                position_ids=tensor(batch.position_ids)[None],
+        with compute_context(self.causal, self.dtype):
+            hidden = self.causal.get_decoder()(
+                input_ids=self.tensor(batch.input_ids)[None],
+                position_ids=self.tensor(batch.position_ids)[None],
                 use_cache=False,
                 segments=batch.segments,
             ).last_hidden_state[0]
-            picked = hidden.index_select(0, tensor(batch.target_rows))
-            head = inner.get_output_embeddings()
-            return score_targets(picked, head, tensor(batch.target_ids), self.transform)
+            if self.head is not None:
+                return self.rewards(hidden.index_select(0, self.tensor(batch.sequence_ends)))
+            picked = hidden.index_select(0, self.tensor(batch.target_rows))
+            head = self.causal.get_output_embeddings()
+            return score_targets(picked, head, self.tensor(batch.target_ids), self.transform)
 
 
-class PaddedScorer(nn.Module):
+class PaddedScorer(Scorer):
     """The plain path: one padded row per sequence, transformers' masks, full logits.
 
     Args:
-        model: as for `TokenScorer`.
+        model: as for `Scorer`.
         dtype: compute precision.
+        head: as for `Scorer`.
         attention: an implementation of transformers that takes padded batches.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype, attention: str = "sdpa") -> None:
-        super().__init__()
-        self.model = model
-        self.dtype = dtype
-        inner = causal_model(model)
+    def __init__(
+        self,
+        model: Any,
+        dtype: torch.dtype,
+        head: nn.Linear | None = None,
+        *,
+        attention: str = "sdpa",
+    ) -> None:
+        super().__init__(model, dtype, head)
         try:
-            inner.set_attn_implementation(attention)
+            self.causal.set_attn_implementation(attention)
         except ValueError:
             if attention != "sdpa":
                 raise
-            inner.set_attn_implementation("eager")  # Gemma 2 and others have no sdpa
+            self.causal.set_attn_implementation("eager")  # Gemma 2 and others have no sdpa
 
-    def forward(self, batch: PackedBatch) -> TokenScores:
-        """Log-probs of the batch's targets; see `TokenScorer.forward`."""
-        inner = causal_model(self.model)
-        device = next(inner.parameters()).device
+    def forward(self, batch: PackedBatch) -> TokenScores | torch.Tensor:
+        """Log-probs of the batch's targets or rewards; see `TokenScorer.forward`."""
         rows = sequence_rows(batch)
         ids = [torch.from_numpy(batch.input_ids[row]) for row in rows]
+        ones = [torch.ones_like(row) for row in ids]
+        device = next(self.causal.parameters()).device
         padded = pad_sequence(ids, batch_first=True).to(device)
-        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device)
-        with compute_context(inner, self.dtype):
-            logits = inner(input_ids=padded, attention_mask=mask, use_cache=False).logits
+        mask = pad_sequence(ones, batch_first=True).to(device)
+        with compute_context(self.causal, self.dtype):
+            if self.head is not None:
+                hidden = (
+                    self.causal.get_decoder()(
+                        input_ids=padded, attention_mask=mask, use_cache=False
+                    )
+                ).last_hidden_state
+                last = torch.tensor([len(row) - 1 for row in rows], device=device)
+                return self.rewards(hidden[torch.arange(len(rows), device=device), last])
+            logits = self.causal(input_ids=padded, attention_mask=mask, use_cache=False).logits
         logprobs = torch.log_softmax(logits.float(), dim=-1)
         sequences = torch.from_numpy(batch.target_sequences)
         columns = torch.from_numpy(batch.position_ids[batch.target_rows])
@@ -141,6 +176,21 @@ class PaddedScorer(nn.Module):
         picked = logprobs[sequences.to(device), columns.to(device)]
         chosen = picked.gather(1, targets.to(device)[:, None])[:, 0]
         return TokenScores(chosen, chosen.detach() >= picked.detach().amax(1))
+
+
+def sum_by_sequence(logprobs: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """Log-prob of each sequence's trained tokens together, log π(y|x) = Σ log π(y_t | x, y_<t).
+
+    Args:
+        logprobs: `[N]` of the batch's targets.
+        batch: says which sequence each target belongs to.
+
+    Returns:
+        `[S]` float32 sums, at most 0.
+    """
+    owners = torch.from_numpy(batch.target_sequences).to(logprobs.device)
+    zeros = torch.zeros(batch.num_sequences, dtype=logprobs.dtype, device=logprobs.device)
+    return zeros.index_add(0, owners, logprobs)
 
 
 def sequence_rows(batch: PackedBatch) -> list[np.ndarray]:

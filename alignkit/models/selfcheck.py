@@ -24,7 +24,11 @@ MEAN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01
 
 
 def build_scorer(
-    model: Any, dtype: torch.dtype, attention: str, say: Callable[[str], None]
+    model: Any,
+    dtype: torch.dtype,
+    attention: str,
+    say: Callable[[str], None],
+    head: nn.Linear | None = None,
 ) -> nn.Module:
     """The scorer that the recipe asks for, checked.
 
@@ -33,6 +37,7 @@ def build_scorer(
         dtype: compute precision.
         attention: `auto`, `packed`, or an implementation of transformers for padded batches.
         say: told in one sentence when the packed path cannot be used.
+        head: scalar head of a reward model; None scores tokens.
 
     Returns:
         A `TokenScorer`, or a `PaddedScorer` where asked for or necessary.
@@ -41,17 +46,17 @@ def build_scorer(
         ModelError: `packed` was demanded and does not agree with the model.
     """
     if attention not in ("auto", "packed"):
-        return PaddedScorer(model, dtype, attention)
+        return PaddedScorer(model, dtype, head, attention=attention)
     fault = packed_fault(model, dtype)
     if fault is None:
-        return TokenScorer(model, dtype)
+        return TokenScorer(model, dtype, head)
     if attention == "packed":
         raise ModelError(
             f"packed rows do not reproduce this model: {fault}",
             hint="set model.attention to auto to train on padded rows instead",
         )
     say(f"packed rows do not reproduce this model ({fault}): training on padded rows, slower")
-    return PaddedScorer(model, dtype)
+    return PaddedScorer(model, dtype, head)
 
 
 def packed_fault(model: Any, dtype: torch.dtype) -> str | None:
@@ -124,5 +129,8 @@ def probe_batch(vocabulary: int) -> PackedBatch:
         target_sequences=np.concatenate(sequences).astype(np.int64),
         sequence_ends=np.asarray([int(starts[n + 1]) - 1 for n in (0, 1, 3, 4)], np.int64),
         sequence_documents=np.asarray([0, 1, 2, 2], np.int64),
+        sequence_roles=np.zeros(4, np.int64),
+        sequence_references=np.full(4, np.nan),
+        margins=np.zeros(3),
         rows=(0, 1, 2),
     )

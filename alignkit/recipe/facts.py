@@ -46,6 +46,8 @@ class DataFacts:
         eval_rows: held-out rows.
         eval_tokens: their tokens.
         overlap: held-out rows that also stand in the training rows.
+        chosen: training items whose first answer is a desirable one.
+        rejected: training items whose first answer is an undesirable one; 0 but for KTO.
     """
 
     rows: int
@@ -55,6 +57,8 @@ class DataFacts:
     eval_rows: int
     eval_tokens: int
     overlap: int
+    chosen: int = 0
+    rejected: int = 0
 
 
 @dataclass(frozen=True)

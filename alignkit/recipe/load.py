@@ -82,11 +82,13 @@ def load_recipe(
     path = find_recipe(name)
     document = read_document(path)
     apply_overrides(document, overrides or [])
-    for key, kind in DEFAULT_KINDS.items():
+    named = str(document.values.get("stage") or stage or "sft")
+    named = named if named in STAGES else stage or "sft"
+    for key, kinds in DEFAULT_KINDS.items():
         section = document.values.get(key)
         if isinstance(section, dict):
-            section.setdefault("kind", kind)
-    model = STAGES.get(str(document.values.get("stage", "sft")), STAGES["sft"])
+            section.setdefault("kind", kinds[named])
+    model = STAGES[named]
     problems = _missing_files(document)
     try:
         recipe = model.model_validate_json(json.dumps(document.values, allow_nan=True))

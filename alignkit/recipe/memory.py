@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from alignkit.recipe.facts import HardwareFacts, ModelFacts
 from alignkit.recipe.schema import LoraSpec, Recipe
 
+ROOM = 0.85
+"""Share of the free memory that a plan may fill."""
+
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -21,6 +24,7 @@ class MemoryEstimate:
     Args:
         libraries: Python, torch and transformers themselves.
         weights: the model's weights.
+        reference: a second model to compare with.
         training_state: gradients and optimizer moments.
         activations: kept for the backward pass of one micro-batch.
         workspace: logits of a chunk and gradients in flight.
@@ -30,6 +34,7 @@ class MemoryEstimate:
 
     libraries: int
     weights: int
+    reference: int
     training_state: int
     activations: int
     workspace: int
@@ -38,7 +43,12 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    recipe: Recipe, model: ModelFacts, hardware: HardwareFacts, tokens: int, checkpointing: bool
+    recipe: Recipe,
+    model: ModelFacts,
+    hardware: HardwareFacts,
+    tokens: int,
+    checkpointing: bool,
+    reference: str | None = None,
 ) -> MemoryEstimate:
     """Peak of a process that reads `tokens` tokens in one pass.
 
@@ -48,6 +58,7 @@ def estimate_memory(
         hardware: the device.
         tokens: tokens of the largest micro-batch.
         checkpointing: activations are recomputed layer by layer.
+        reference: kind of the reference model, if there is one.
 
     Returns:
         The estimate, term by term.
@@ -75,10 +86,12 @@ def estimate_memory(
     merging = 0
     if recipe.merge and lora:
         merging = model.parameters * (4 + 4)
-    training = libraries + weights + state + activations + workspace
+    second = model.parameters * wide if reference == "frozen_copy" else 0
+    training = libraries + weights + second + state + activations + workspace
     return MemoryEstimate(
         libraries=libraries,
         weights=weights,
+        reference=second,
         training_state=state,
         activations=activations,
         workspace=workspace,

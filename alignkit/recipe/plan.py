@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignkit.errors import AlignkitError
+from alignkit.recipe.advice import find_warnings
 from alignkit.recipe.facts import DataFacts, HardwareFacts, ModelFacts
-from alignkit.recipe.memory import MemoryEstimate, estimate_memory
-from alignkit.recipe.schema import LoraSpec, Recipe
+from alignkit.recipe.memory import ROOM, MemoryEstimate, estimate_memory
+from alignkit.recipe.schema import LoraSpec, Recipe, needs_reference
 
 _MICROBATCHES = (16384, 8192, 4096, 2048, 1024, 512)
-_ROOM = 0.85
-"""Share of the free memory that a plan may fill."""
+_SCORE_ONCE = 1.5
+"""Passes over the rows from which on the reference is scored once and kept."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Plan:
         model: sizes of the model.
         hardware: the machine.
         memory: estimated peak of each process.
+        reference: `adapter_off`, `frozen_copy` or `cached`; None without a reference model.
+        reference_reason: why.
         warnings: what a careful practitioner would ask about.
     """
 
@@ -59,6 +62,8 @@ class Plan:
     model: ModelFacts
     hardware: HardwareFacts
     memory: MemoryEstimate
+    reference: str | None
+    reference_reason: str
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -97,7 +102,8 @@ def make_plan(recipe: Recipe, model: ModelFacts, data: DataFacts, hardware: Hard
     steps_per_epoch = -(-data.rows // training.batch_size)
     steps = training.max_steps or max(1, math.ceil(training.epochs * steps_per_epoch))
     warmup = training.warmup * steps if training.warmup < 1 else training.warmup
-    budget, checkpointing, memory = _fit_memory(recipe, model, data, hardware)
+    reference, reason = _choose_reference(recipe, steps / steps_per_epoch)
+    budget, checkpointing, memory = _fit_memory(recipe, model, data, hardware, reference)
     share = steps / steps_per_epoch
     step_tokens = data.tokens / steps_per_epoch
     rate = training.learning_rate
@@ -118,12 +124,38 @@ def make_plan(recipe: Recipe, model: ModelFacts, data: DataFacts, hardware: Hard
         model=model,
         hardware=hardware,
         memory=memory,
-        warnings=tuple(_warnings(recipe, model, data, hardware, steps, memory)),
+        reference=reference,
+        reference_reason=reason,
+        warnings=tuple(find_warnings(recipe, data, hardware, steps, memory)),
     )
 
 
+def _choose_reference(recipe: Recipe, passes: float) -> tuple[str | None, str]:
+    """Where reference log-probs come from, and why."""
+    spec = getattr(recipe, "reference", None)
+    if not needs_reference(recipe) or spec is None:
+        return None, ""
+    lora = isinstance(recipe.adapter, LoraSpec)
+    if spec.kind == "adapter_off" and not lora:
+        raise AlignkitError(
+            "reference.kind = adapter_off, and there is no adapter: all weights are trained",
+            hint="use cached, or frozen_copy",
+        )
+    if spec.kind != "auto":
+        return spec.kind, "as the recipe says"
+    if not lora:
+        return "cached", "all weights are trained: no second model is kept in memory"
+    if passes > _SCORE_ONCE:
+        return "cached", f"each row is read {passes:.1f} times and scored once"
+    return "adapter_off", "the base under the adapter, each row is read about once"
+
+
 def _fit_memory(
-    recipe: Recipe, model: ModelFacts, data: DataFacts, hardware: HardwareFacts
+    recipe: Recipe,
+    model: ModelFacts,
+    data: DataFacts,
+    hardware: HardwareFacts,
+    reference: str | None,
 ) -> tuple[int, bool, MemoryEstimate]:
     """Largest token budget that fits, without recomputation if possible."""
     training = recipe.training
@@ -142,51 +174,9 @@ def _fit_memory(
     for checkpointing in choices:
         for budget in budgets:
             tokens = max(min(budget, round(1.25 * step_tokens)), data.longest)
-            memory = estimate_memory(recipe, model, hardware, tokens, checkpointing)
+            memory = estimate_memory(recipe, model, hardware, tokens, checkpointing, reference)
             last = (budget, checkpointing, memory)
-            if memory.peak <= _ROOM * hardware.memory:
+            if memory.peak <= ROOM * hardware.memory:
                 return last
     assert last is not None
     return last
-
-
-def _warnings(
-    recipe: Recipe,
-    model: ModelFacts,
-    data: DataFacts,
-    hardware: HardwareFacts,
-    steps: int,
-    memory: MemoryEstimate,
-) -> list[str]:
-    training, found = recipe.training, []
-    kind = recipe.adapter.kind
-    low, high = {"lora": (1e-5, 1e-3), "full": (5e-7, 1e-4)}[kind]
-    rate = training.learning_rate or 0.0
-    if not low <= rate <= high:
-        side = "above" if rate > high else "below"
-        found.append(
-            f"training.learning_rate = {rate:g} is {side} the usual {low:g} to {high:g} for "
-            f"SFT with {'LoRA' if kind == 'lora' else 'full weights'}"
-        )
-    if isinstance(recipe.adapter, LoraSpec):
-        ratio = recipe.adapter.alpha / recipe.adapter.rank
-        if not 0.25 <= ratio <= 8:
-            found.append(f"adapter.alpha / rank = {ratio:g} is outside the usual 0.25 to 8")
-    if steps < 10:
-        found.append(f"only {steps} optimizer steps: lower batch_size or raise epochs")
-    epochs = steps * training.batch_size / data.rows
-    if epochs > 10:
-        found.append(f"{epochs:.0f} passes over {data.rows} rows: expect memorised answers")
-    if data.overlap:
-        found.append(
-            f"{data.overlap} of {data.eval_rows} held-out rows also stand in the training rows: "
-            "the held-out loss flatters"
-        )
-    if not data.eval_rows:
-        found.append("no held-out rows: set data.eval or data.eval_fraction to see overfitting")
-    if memory.peak > _ROOM * hardware.memory:
-        found.append(
-            f"about {memory.peak / 1e9:.1f} GB needed, {hardware.memory / 1e9:.1f} GB free: "
-            "lower data.max_length or training.microbatch_tokens, or use LoRA"
-        )
-    return found

@@ -14,7 +14,8 @@ from alignkit.errors import AlignkitError
 from alignkit.recipe.document import Document, KeyPath, show_path
 
 HINTS = {
-    "training.learning_rate": "LoRA usually takes 1e-4 to 5e-4, full weights 5e-6 to 5e-5",
+    "training.learning_rate": "usual for SFT: 1e-4 to 5e-4 with LoRA, 5e-6 to 5e-5 for full "
+    "weights; about a tenth of that for dpo and kto",
     "training.batch_size": "examples per optimizer step over all processes; 8 to 64 is usual",
     "training.microbatch_tokens": "`auto` fits it to the memory; the result does not depend on it",
     "training.warmup": "a share of the steps below 1 (0.03), a number of steps from 1",
@@ -23,7 +24,12 @@ HINTS = {
     "adapter": "as in {kind: lora, rank: 16}",
     "adapter.rank": "8 to 64 is usual",
     "model.quantization": "only `none` so far",
-    "stage": "this release trains `sft`",
+    "stage": "sft, reward, dpo or kto",
+    "objective.beta": "0.1 is the value of the DPO paper; smaller lets the policy move further "
+    "from the reference",
+    "objective.tau": "the margin that is aimed at is 1 / (2 tau) nats; 0.01 to 1 is usual",
+    "objective.label_smoothing": "the share of wrong labels; 0.1 is usual",
+    "reference": "remove the key, or choose an objective with a reference, such as dpo",
 }
 
 _LIMITS = {

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """Base of every part of a recipe: frozen, strict, no unknown keys."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
-    )
+from alignkit.recipe.objectives import (
+    REFERENCE_FREE,
+    BradleyTerrySpec,
+    CrossEntropySpec,
+    DpoSpec,
+    KtoSpec,
+    PreferenceSpec,
+)
+from alignkit.recipe.section import Fraction, PositiveInt, Section
 
 
 class ModelSpec(Section):
@@ -63,7 +62,17 @@ class FullSpec(Section):
 
 AdapterSpec = Annotated[LoraSpec | FullSpec, Field(discriminator="kind")]
 
-RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+RowFormat = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "text",
+    "preference",
+    "sharegpt_preference",
+    "hh",
+]
 
 
 class SourceSpec(Section):
@@ -83,7 +92,7 @@ class SourceSpec(Section):
     """Use only the first so many rows."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     """How often the rows count: 2.0 repeats each row twice an epoch, 0.5 draws half of them."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
     """Renames: the format's key -> the file's column, as in `{prompt: question}`."""
 
     @model_validator(mode="after")
@@ -111,8 +120,6 @@ class DataSpec(Section):
     """Longest row, in tokens."""
     too_long: Literal["drop", "truncate_left", "truncate_right", "error"] = "drop"
     """What happens to rows beyond max_length. Always counted and shown."""
-    train_on: Literal["completions", "last_turn", "everything"] = "completions"
-    """Tokens that carry loss: every assistant turn, the last one, or the whole row."""
 
     @model_validator(mode="after")
     def _one_eval(self) -> DataSpec:
@@ -121,11 +128,20 @@ class DataSpec(Section):
         return self
 
 
-class CrossEntropySpec(Section):
-    """Negative log-likelihood, averaged over all trained tokens of the optimizer step."""
+class SftDataSpec(DataSpec):
+    """Rows to train on and rows to hold out, and which of their tokens carry loss."""
 
-    kind: Literal["cross_entropy"] = "cross_entropy"
-    """`cross_entropy` is the only objective of supervised fine-tuning."""
+    train_on: Literal["completions", "last_turn", "everything"] = "completions"
+    """Tokens that carry loss: every assistant turn, the last one, or the whole row."""
+
+
+class ReferenceSpec(Section):
+    """The model that the policy is compared with: the one that training starts from."""
+
+    kind: Literal["auto", "adapter_off", "frozen_copy", "cached"] = "auto"
+    """`adapter_off` turns a LoRA adapter off for one more pass a step; `cached` scores every row
+    once before training and keeps the log-probs on disk for later runs; `frozen_copy` holds a
+    second model. `auto` chooses, and the plan says what and why."""
 
 
 class TrainingSpec(Section):
@@ -140,7 +156,8 @@ class TrainingSpec(Section):
     microbatch_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
     """Tokens of one forward and backward pass; changes speed and memory, never the result."""
     learning_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Peak learning rate. Unset: 2e-4 for LoRA, 2e-5 for full weights."""
+    """Peak learning rate. Unset: that of the stage, for LoRA and full weights in turn:
+    sft 2e-4 and 2e-5, reward 1e-4 and 1e-5, dpo 2e-5 and 5e-7, kto 2e-5 and 1e-6."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after warm-up; cosine and linear end at zero."""
     warmup: Annotated[float, Field(ge=0.0)] = 0.03
@@ -165,10 +182,10 @@ class TrainingSpec(Section):
     """Experiment trackers beside metrics.jsonl, through accelerate."""
 
 
-class SftRecipe(Section):
-    """Supervised fine-tuning with prompt-masked loss."""
+class BaseRecipe(Section):
+    """What the recipes of all stages have in common."""
 
-    stage: Literal["sft"]
+    stage: str
     """The training stage."""
     output: Annotated[str, Field(min_length=1)]
     """Run folder: metrics, checkpoints, adapter/ and merged/."""
@@ -180,7 +197,7 @@ class SftRecipe(Section):
     """What is trained: a LoRA adapter or all weights."""
     data: DataSpec
     """Rows to train on and rows to hold out."""
-    objective: CrossEntropySpec = CrossEntropySpec()
+    objective: Section
     """The loss."""
     training: TrainingSpec = TrainingSpec()
     """The optimizer step and the loop around it."""
@@ -188,15 +205,87 @@ class SftRecipe(Section):
     """Write `merged/`, a checkpoint that plain transformers loads, and verify it."""
 
 
-Recipe = SftRecipe
-"""Any recipe. One stage so far; further stages join as a union discriminated by `stage`."""
+class SftRecipe(BaseRecipe):
+    """Supervised fine-tuning with prompt-masked loss."""
 
-STAGES: dict[str, type[SftRecipe]] = {"sft": SftRecipe}
+    stage: Literal["sft"]
+    """The training stage."""
+    data: SftDataSpec
+    """Rows to train on and rows to hold out."""
+    objective: CrossEntropySpec = CrossEntropySpec()
+    """The loss."""
 
-DEFAULT_KINDS = {"adapter": "lora", "objective": "cross_entropy"}
-"""Kind of a section that names none."""
 
-DEFAULT_LEARNING_RATE = {"lora": 2.0e-4, "full": 2.0e-5}
+class RewardRecipe(BaseRecipe):
+    """A reward model: one number for each answer, learned from preference pairs."""
+
+    stage: Literal["reward"]
+    """The training stage."""
+    objective: BradleyTerrySpec = BradleyTerrySpec()
+    """The loss."""
+
+
+class DpoRecipe(BaseRecipe):
+    """Preference optimization on pairs: DPO and its relatives."""
+
+    stage: Literal["dpo"]
+    """The training stage."""
+    objective: PreferenceSpec = DpoSpec(kind="dpo")
+    """The loss; each kind has its own fields."""
+    reference: ReferenceSpec | None = None
+    """The model to compare with; none for `simpo`, `orpo` and `cpo`."""
+
+    @field_validator("reference")
+    @classmethod
+    def _no_reference_without_use(
+        cls, value: ReferenceSpec | None, info: ValidationInfo
+    ) -> ReferenceSpec | None:
+        objective = info.data.get("objective")
+        if value is not None and objective is not None and objective.kind in REFERENCE_FREE:
+            raise ValueError(f"has no use: `{objective.kind}` compares with no reference model")
+        return value
+
+
+class KtoRecipe(BaseRecipe):
+    """Preference optimization on single answers labelled good or bad."""
+
+    stage: Literal["kto"]
+    """The training stage."""
+    objective: KtoSpec = KtoSpec()
+    """The loss."""
+    reference: ReferenceSpec = ReferenceSpec()
+    """The model to compare with."""
+
+
+Recipe = SftRecipe | RewardRecipe | DpoRecipe | KtoRecipe
+"""Any recipe; `stage` says which."""
+
+STAGES: dict[str, type[Recipe]] = {
+    "sft": SftRecipe,
+    "reward": RewardRecipe,
+    "dpo": DpoRecipe,
+    "kto": KtoRecipe,
+}
+
+DEFAULT_KINDS = {
+    "adapter": dict.fromkeys(STAGES, "lora"),
+    "objective": {
+        "sft": "cross_entropy",
+        "reward": "bradley_terry",
+        "dpo": "dpo",
+        "kto": "kto",
+    },
+}
+"""Section -> stage -> kind of a section that names none."""
+
+DEFAULT_LEARNING_RATE = {
+    "sft": {"lora": 2.0e-4, "full": 2.0e-5},
+    "reward": {"lora": 1.0e-4, "full": 1.0e-5},
+    "dpo": {"lora": 2.0e-5, "full": 5.0e-7},
+    "kto": {"lora": 2.0e-5, "full": 1.0e-6},
+}
+"""Stage -> adapter -> peak learning rate. Preference losses move all answers of a kind at once, so
+they take far smaller steps than imitation."""
 
 
 def with_defaults(recipe: Recipe) -> Recipe:
@@ -206,13 +295,22 @@ def with_defaults(recipe: Recipe) -> Recipe:
         recipe: a validated recipe.
 
     Returns:
-        The same recipe with `training.learning_rate` set.
+        The same recipe with `training.learning_rate` set, and `reference` where there is one.
     """
-    if recipe.training.learning_rate is not None:
-        return recipe
-    rate = DEFAULT_LEARNING_RATE[recipe.adapter.kind]
-    training = recipe.training.model_copy(update={"learning_rate": rate})
-    return recipe.model_copy(update={"training": training})
+    changes: dict[str, Any] = {}
+    if recipe.training.learning_rate is None:
+        rate = DEFAULT_LEARNING_RATE[recipe.stage][recipe.adapter.kind]
+        changes["training"] = recipe.training.model_copy(update={"learning_rate": rate})
+    if needs_reference(recipe) and getattr(recipe, "reference", None) is None:
+        changes["reference"] = ReferenceSpec()
+    return recipe.model_copy(update=changes)
+
+
+def needs_reference(recipe: Recipe) -> bool:
+    """Whether the recipe's objective compares with a reference model."""
+    if isinstance(recipe, DpoRecipe):
+        return recipe.objective.kind not in REFERENCE_FREE
+    return isinstance(recipe, KtoRecipe)
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:

@@ -12,8 +12,10 @@ import numpy as np
 
 from alignkit.data.dataset import TokenDataset
 from alignkit.models.adapters import save_adapter
+from alignkit.models.classifier import ClassifierReport, merge_reward, write_reward
 from alignkit.models.loading import stored_dtype
 from alignkit.models.merging import MergeReport, merge_adapter, write_dense
+from alignkit.models.reward_head import RewardStatistics
 from alignkit.models.scorer import causal_model
 from alignkit.packed import IntArray
 from alignkit.recipe.schema import FullSpec
@@ -34,7 +36,8 @@ class RunSummary:
         loss: of the last step.
         before: held-out values before training; empty without held-out rows.
         after: held-out values at the end.
-        merge: of the merged model; None for full weights or `merge: false`.
+        merge: of the merged model; None for a language model's full weights or `merge: false`.
+        held_out: before and after in one line; empty without held-out rows.
     """
 
     output: str
@@ -42,20 +45,24 @@ class RunSummary:
     loss: float
     before: dict[str, float]
     after: dict[str, float]
-    merge: MergeReport | None
+    merge: MergeReport | ClassifierReport | None
+    held_out: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The summary as plain values."""
         return dataclasses.asdict(self)
 
 
-def finish_run(session: Session, run: Run, rows: Rows) -> RunSummary | None:
+def finish_run(
+    session: Session, run: Run, rows: Rows, statistics: RewardStatistics | None = None
+) -> RunSummary | None:
     """Write adapter and merged model, verify them, and record the end.
 
     Args:
         session: of the run.
         run: after its last step; its weights are let go here.
         rows: the tokenizer, and real rows for the check.
+        statistics: of a reward model, stored with it.
 
     Returns:
         The summary; None on every process but the first.
@@ -66,54 +73,79 @@ def finish_run(session: Session, run: Run, rows: Rows) -> RunSummary | None:
     folder = session.folder
     merge = None
     if folder is not None:
-        model = accelerator.unwrap_model(run.scorer).model
-        merge = _write_models(session, model, run, rows)
+        merge = _write_models(session, run, rows, statistics)
     accelerator.wait_for_everyone()
     if folder is None:
         return None
     if run.metrics is not None:
         run.metrics.close()
-    summary = _summarise(folder.path, run.plan.steps, merge)
+    summary = _summarise(folder.path, run, merge)
     folder.finish("finished", summary=summary.to_json())
     return summary
 
 
-def _write_models(session: Session, model: Any, run: Run, rows: Rows) -> MergeReport | None:
+def _write_models(
+    session: Session, run: Run, rows: Rows, statistics: RewardStatistics | None
+) -> MergeReport | ClassifierReport | None:
     recipe, output = session.recipe, session.output
-    stops = rows.train.report.stop_tokens
+    scorer = session.accelerator.unwrap_model(run.scorer)
+    model, head = scorer.model, scorer.head
+    settings: dict[str, Any] = {
+        "rows": check_rows(rows.held_out or rows.train),
+        "dtype": stored_dtype(rows.base),
+        "stop_tokens": rows.train.report.stop_tokens,
+    }
     if isinstance(recipe.adapter, FullSpec):
-        dtype = stored_dtype(rows.base)
         session.say(f"writing all weights to {output / 'merged'}")
-        write_dense(causal_model(model), rows.tokenizer, output / "merged", dtype, stops)
-        return None
-    save_adapter(model, output / "adapter", rows.base.name)
+        return _write_full(model, head, rows, output / "merged", settings, statistics)
+    save_adapter(model, output / "adapter", rows.base.name, head)
     rows.tokenizer.save_pretrained(output / "adapter")
-    del model
+    if statistics is not None:
+        statistics.save(output / "adapter")
+    del scorer, model
     run.scorer = run.optimizer = None
     session.accelerator.free_memory()
     release_memory()
     if not recipe.merge:
         return None
     session.say("merging and checking against base + adapter")
-    return merge_adapter(
+    merge = merge_adapter if head is None else merge_reward
+    return merge(
         rows.base,
         output / "adapter",
         output / "merged",
-        rows=check_rows(rows.held_out or rows.train),
-        dtype=stored_dtype(rows.base),
         tokenizer=rows.tokenizer,
-        stop_tokens=stops,
         overwrite=True,
+        **settings,
     )
 
 
+def _write_full(
+    model: Any,
+    head: Any,
+    rows: Rows,
+    folder: Path,
+    settings: dict[str, Any],
+    statistics: RewardStatistics | None,
+) -> ClassifierReport | None:
+    if head is None:
+        stops = settings["stop_tokens"]
+        write_dense(causal_model(model), rows.tokenizer, folder, settings["dtype"], stops)
+        return None
+    report = write_reward(model, head, rows.tokenizer, folder, **settings)
+    if statistics is not None:
+        statistics.save(folder)
+    return report
+
+
 def check_rows(dataset: TokenDataset) -> Sequence[IntArray]:
-    """Token ids of the first eight rows of a dataset."""
-    picked = [dataset[item].branches[0].ids for item in range(min(8, len(dataset)))]
-    return [np.asarray(ids, np.int64) for ids in picked]
+    """Token ids of the first eight rows of a dataset, each with its first answer."""
+    documents = [dataset[item] for item in range(min(8, len(dataset)))]
+    pieces = [(document.prompt, document.branches[0].ids) for document in documents]
+    return [np.concatenate(piece).astype(np.int64) for piece in pieces]
 
 
-def _summarise(output: Path, steps: int, merge: MergeReport | None) -> RunSummary:
+def _summarise(output: Path, run: Run, merge: MergeReport | ClassifierReport | None) -> RunSummary:
     metrics = read_metrics(output / "metrics.jsonl")
     evaluations = [m for m in metrics if "eval/loss" in m]
     losses = [m["loss"] for m in metrics if "loss" in m]
@@ -121,11 +153,15 @@ def _summarise(output: Path, steps: int, merge: MergeReport | None) -> RunSummar
     def values(found: dict[str, Any]) -> dict[str, float]:
         return {k.removeprefix("eval/"): v for k, v in found.items() if k.startswith("eval/")}
 
+    before = values(evaluations[0]) if evaluations else {}
+    after = values(evaluations[-1]) if evaluations else {}
+    say = run.stage.say
     return RunSummary(
         output=str(output),
-        steps=steps,
+        steps=run.plan.steps,
         loss=losses[-1] if losses else float("nan"),
-        before=values(evaluations[0]) if evaluations else {},
-        after=values(evaluations[-1]) if evaluations else {},
+        before=before,
+        after=after,
         merge=merge,
+        held_out=f"before: {say(before)}\nafter:  {say(after)}" if evaluations else "",
     )

@@ -10,14 +10,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignkit.data.dataset import TokenDataset, count_overlap, load_dataset, split_dataset
+from alignkit.data.mismatch import with_mismatched
 from alignkit.data.templates import template_text
-from alignkit.data.tokenize import TokenizeSettings
+from alignkit.data.tokenize import RowKind, TokenizeSettings
 from alignkit.models.facts import measure_model
-from alignkit.models.loading import BaseModel, find_base, load_config, load_tokenizer
+from alignkit.models.loading import (
+    BaseModel,
+    find_base,
+    load_config,
+    load_tokenizer,
+    require_language_model,
+)
+from alignkit.packed import Role
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.facts import DataFacts
 from alignkit.recipe.plan import Plan, make_plan
-from alignkit.recipe.schema import Recipe
+from alignkit.recipe.schema import KtoRecipe, Recipe, SftDataSpec
 from alignkit.runtime.devices import describe_hardware
 
 
@@ -38,13 +46,23 @@ class Rows:
     held_out: TokenDataset | None
 
 
+ROW_KINDS: dict[str, RowKind] = {
+    "sft": "answers",
+    "reward": "pairs",
+    "dpo": "pairs",
+    "kto": "labelled",
+}
+"""Stage -> what a row of its data is."""
+
+
 def load_rows(recipe: Recipe) -> Rows:
     """Tokenize the recipe's rows; needs the tokenizer, not the weights."""
     spec, data = recipe.model, recipe.data
     base = find_base(spec.base, trust_remote_code=spec.trust_remote_code)
+    require_language_model(base)
     template = template_text(spec.chat_template) if spec.chat_template else None
     tokenizer = load_tokenizer(base, template)
-    settings = TokenizeSettings(data.max_length, data.too_long, data.train_on)
+    settings = row_settings(recipe)
     cache = alignkit_home() / "cache" / "tokens"
     train = load_dataset(data.train, tokenizer, settings, recipe.seed, cache)
     held_out = None
@@ -52,7 +70,18 @@ def load_rows(recipe: Recipe) -> Rows:
         held_out = load_dataset(data.eval, tokenizer, settings, recipe.seed, cache)
     elif data.eval_fraction is not None:
         train, held_out = split_dataset(train, data.eval_fraction, recipe.seed)
+    if isinstance(recipe, KtoRecipe):
+        train = with_mismatched(train, data.max_length, recipe.seed)
+        if held_out is not None:
+            held_out = with_mismatched(held_out, data.max_length, recipe.seed)
     return Rows(base, tokenizer, train, held_out)
+
+
+def row_settings(recipe: Recipe) -> TokenizeSettings:
+    """How the recipe's rows become tokens."""
+    data = recipe.data
+    train_on = data.train_on if isinstance(data, SftDataSpec) else "completions"
+    return TokenizeSettings(data.max_length, data.too_long, train_on, ROW_KINDS[recipe.stage])
 
 
 def plan_run(recipe: Recipe, rows: Rows, processes: int) -> Plan:
@@ -67,6 +96,7 @@ def plan_run(recipe: Recipe, rows: Rows, processes: int) -> Plan:
         load_config(rows.base),
         recipe.adapter,
         trust_remote_code=recipe.model.trust_remote_code,
+        scalar_head=recipe.stage == "reward",
     )
     return make_plan(recipe, model, data_facts(rows), describe_hardware(processes))
 
@@ -74,6 +104,7 @@ def plan_run(recipe: Recipe, rows: Rows, processes: int) -> Plan:
 def data_facts(rows: Rows) -> DataFacts:
     """Sizes of the rows."""
     train, held_out = rows.train, rows.held_out
+    labels = train.roles[train.order, 0]
     return DataFacts(
         rows=len(train),
         tokens=int(train.lengths.sum()),
@@ -82,6 +113,8 @@ def data_facts(rows: Rows) -> DataFacts:
         eval_rows=0 if held_out is None else len(held_out),
         eval_tokens=0 if held_out is None else int(held_out.lengths.sum()),
         overlap=0 if held_out is None else count_overlap(train, held_out),
+        chosen=int((labels == Role.CHOSEN).sum()),
+        rejected=int((labels == Role.REJECTED).sum()),
     )
 
 

@@ -16,6 +16,7 @@ from alignkit.data.report import DataReport
 from alignkit.errors import Interrupted, RunError
 from alignkit.models.adapters import attach_adapter, trainable_report
 from alignkit.models.loading import DTYPES, BaseModel, load_model, weights_fingerprint
+from alignkit.models.reward_head import freeze_unused_head, new_head
 from alignkit.models.selfcheck import build_scorer
 from alignkit.recipe.plan import Plan
 from alignkit.recipe.schema import FullSpec, Recipe
@@ -27,7 +28,8 @@ from alignkit.runtime.progress import StepProgress, print_line
 from alignkit.stages.batches import Batches
 from alignkit.stages.prepare import Rows, keep_plan, plan_run
 from alignkit.stages.run_folder import RunFolder, check_output, read_about, read_plan
-from alignkit.stages.steps import Run, Stage
+from alignkit.stages.stage import Stage
+from alignkit.stages.steps import Run
 
 
 @dataclass(frozen=True)
@@ -89,23 +91,34 @@ class Session:
             f"{plan.model.trainable / 1e6:.1f} of {plan.model.parameters / 1e6:.1f} M weights "
             f"trained, about {plan.memory.peak / 1e9:.1f} GB"
         )
+        if plan.reference is not None:
+            self.say(f"reference: {plan.reference.replace('_', ' ')}, {plan.reference_reason}")
         for warning in plan.warnings:
             self.say(warning, "warning")
         return plan
 
-    def build_scorer(self, base: BaseModel, plan: Plan) -> nn.Module:
-        """Weights, adapter and checked scorer, in training mode."""
+    def build_scorer(self, base: BaseModel, plan: Plan, *, scalar_head: bool = False) -> nn.Module:
+        """Weights, adapter and checked scorer, in training mode.
+
+        Args:
+            base: where the weights are.
+            plan: whether activations are recomputed.
+            scalar_head: put a fresh head of a reward model on it.
+        """
         spec = self.recipe.model
         full = isinstance(self.recipe.adapter, FullSpec)
         stored = torch.float32 if full else DTYPES[spec.dtype]
         model = load_model(base, stored, self.accelerator.device)
         model = attach_adapter(model, self.recipe.adapter, self.recipe.seed)
-        scorer = build_scorer(model, DTYPES[spec.dtype], spec.attention, self.say)
+        head = new_head(model, self.recipe.seed) if scalar_head else None
+        if scalar_head:
+            freeze_unused_head(model)
+        scorer = build_scorer(model, DTYPES[spec.dtype], spec.attention, self.say, head)
         if plan.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             if hasattr(model, "enable_input_require_grads"):
                 model.enable_input_require_grads()
-        report = trainable_report(model)
+        report = trainable_report(scorer)
         counts = ", ".join(f"{count}×{name}" for name, count in report.modules.items())
         share = report.trainable / report.total
         self.say(f"trains {report.trainable:,} weights ({share:.2%}): {counts or 'all of them'}")

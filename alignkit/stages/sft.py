@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import nn
 
+from alignkit.data.documents import Document
+from alignkit.data.packing import pack_documents
+from alignkit.evaluation.heldout import evaluate_heldout, say_heldout
 from alignkit.objectives.cross_entropy import cross_entropy_loss
-from alignkit.packed import PackedBatch
-from alignkit.recipe.schema import Recipe
+from alignkit.recipe.schema import SftRecipe
 from alignkit.stages.outputs import RunSummary, finish_run
 from alignkit.stages.prepare import load_rows
 from alignkit.stages.session import RunOptions, Session
-from alignkit.stages.steps import LossSums, Stage, run_steps
+from alignkit.stages.stage import LossSums, Measured, Stage
+from alignkit.stages.steps import run_steps
 
 
-def run_sft(recipe: Recipe, options: RunOptions) -> RunSummary | None:
+def run_sft(recipe: SftRecipe, options: RunOptions) -> RunSummary | None:
     """Run the stage from recipe to merged checkpoint.
 
     Args:
-        recipe: an SFT recipe with its defaults.
+        recipe: with its defaults.
         options: of the command line.
 
     Returns:
@@ -30,7 +36,7 @@ def run_sft(recipe: Recipe, options: RunOptions) -> RunSummary | None:
     session = Session(recipe, options)
     rows = load_rows(recipe)
     plan = session.plan(rows)
-    stage = Stage(sft_loss, rows.train.num_trained.tolist())
+    stage = Stage(sft_loss, rows.train.num_trained.tolist(), evaluate_heldout, say_heldout)
     scorer = session.build_scorer(rows.base, plan)
     with session.running(rows, plan):
         run, first_step = session.start(rows, plan, stage, scorer)
@@ -39,17 +45,18 @@ def run_sft(recipe: Recipe, options: RunOptions) -> RunSummary | None:
         return finish_run(session, run, rows)
 
 
-def sft_loss(scorer: nn.Module, batch: PackedBatch) -> LossSums:
+def sft_loss(scorer: nn.Module, documents: Sequence[Document], measured: Measured) -> LossSums:
     """Summed negative log-likelihood of a micro-batch.
 
     Args:
         scorer: maps a batch to log-probs.
-        batch: with `N` targets.
+        documents: rows of one answer each, `N` trained tokens.
+        measured: nothing.
 
     Returns:
-        The sum over its targets, and `accuracy`: how many were the likeliest token. The weight of
-        an item is its number of targets.
+        The sum over the trained tokens, and `accuracy`: how many were the likeliest token. The
+        weight of an item is its number of trained tokens.
     """
-    scores = scorer(batch)
+    scores: Any = scorer(pack_documents(documents))
     losses = cross_entropy_loss(scores.logprobs)
     return LossSums(losses.sum(), {"accuracy": scores.correct.sum()})

@@ -11,8 +11,8 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +20,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from alignkit.data.dataset import TokenDataset
-from alignkit.data.packing import pack_documents
 from alignkit.errors import Interrupted, TrainingError
-from alignkit.evaluation.heldout import evaluate_heldout
-from alignkit.packed import PackedBatch
+from alignkit.evaluation.columns import WHOLE, Share
 from alignkit.recipe.plan import Plan
 from alignkit.recipe.schema import TrainingSpec
 from alignkit.runtime.checkpoint import save_checkpoint
@@ -31,35 +29,9 @@ from alignkit.runtime.devices import peak_memory
 from alignkit.runtime.metrics import MetricsFile
 from alignkit.runtime.optim import learning_rate_at, set_learning_rate
 from alignkit.runtime.progress import StepProgress
-from alignkit.stages.batches import Batches, StepBatches
+from alignkit.stages.batches import Batches, MicroBatch, StepBatches
 from alignkit.stages.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class LossSums:
-    """What a stage computes from one micro-batch.
-
-    Args:
-        loss: scalar tensor, the sum of the losses; divided by the step's weight later.
-        metrics: name -> scalar tensor, a sum that is divided by the same weight.
-    """
-
-    loss: torch.Tensor
-    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What one stage brings to the loop.
-
-    Args:
-        loss: forward pass and objective of one micro-batch.
-        weights: weight of each training item; the step's loss is the sum of its losses over the
-            sum of its weights.
-    """
-
-    loss: Callable[[nn.Module, PackedBatch], LossSums]
-    weights: Sequence[int]
+from alignkit.stages.stage import Measured, Stage
 
 
 @dataclass
@@ -140,7 +112,8 @@ def _rehearse(run: Run) -> None:
     """
     batch = run.batches.largest()
     try:
-        result = run.stage.loss(run.scorer, pack_documents(batch.documents))
+        measured = _measure(run, [batch])
+        result = run.stage.loss(run.scorer, batch.documents, measured)
         run.accelerator.backward(result.loss * 0.0)
     except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error).lower():
@@ -203,24 +176,48 @@ def _train_step(run: Run, step: int) -> dict[str, float]:
 def _accumulate(run: Run, batches: StepBatches) -> tuple[dict[str, float], int]:
     """Gradients of the whole step, its mean loss and metrics, and the tokens it read."""
     accelerator = run.accelerator
+    measured = _measure(run, batches.micro_batches)
     sums: dict[str, torch.Tensor] = {}
     tokens = 0
     for number, micro in enumerate(batches.micro_batches):
         last = number == len(batches.micro_batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(run.scorer):
-            result = run.stage.loss(run.scorer, pack_documents(micro.documents))
+            result = run.stage.loss(run.scorer, micro.documents, measured)
             # Gradients are averaged over processes, hence the factor.
             factor = micro.share * accelerator.num_processes / batches.weight
             accelerator.backward(result.loss * factor)
         tokens += round(micro.num_tokens * micro.share)
-        for name, value in {"loss": result.loss, **result.metrics}.items():
-            part = value.detach().cpu().double() * micro.share
-            sums[name] = sums[name] + part if name in sums else part
+        _add(sums, {"loss": result.loss, **result.metrics}, micro.share)
+    totals = _over_processes(run, {**sums, "tokens": torch.tensor(float(tokens)).double()})
+    read = int(totals.pop("tokens"))
+    means = {name: total / batches.weight for name, total in totals.items()}
+    if run.stage.finish is not None:
+        means = run.stage.finish(means, measured)
+    return means, read
+
+
+def _measure(run: Run, micro_batches: Sequence[MicroBatch]) -> Measured:
+    """What the stage measures of a whole step before its losses."""
+    if run.stage.measure is None:
+        return {}
+    sums: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for micro in micro_batches:
+            _add(sums, run.stage.measure(run.scorer, micro.documents), micro.share)
+    return _over_processes(run, sums)
+
+
+def _add(sums: dict[str, torch.Tensor], values: dict[str, torch.Tensor], share: float) -> None:
+    for name, value in values.items():
+        part = value.detach().cpu().double() * share
+        sums[name] = sums[name] + part if name in sums else part
+
+
+def _over_processes(run: Run, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The sums of all processes; each has the same names."""
     names = sorted(sums)
-    packed = torch.stack([sums[name].cpu() for name in names] + [torch.tensor(float(tokens))])
-    packed = accelerator.reduce(packed.to(accelerator.device), "sum").cpu()
-    means = {name: float(packed[i]) / batches.weight for i, name in enumerate(names)}
-    return means, int(packed[-1])
+    packed = share_of(run.accelerator).reduce(torch.stack([sums[name] for name in names]))
+    return dict(zip(names, packed.tolist(), strict=True))
 
 
 def _trainable(scorer: nn.Module) -> list[nn.Parameter]:
@@ -231,21 +228,25 @@ def _evaluate(run: Run, step: int) -> None:
     if run.held_out is None:
         return
     accelerator = run.accelerator
-    found = evaluate_heldout(
-        run.scorer,
-        run.held_out,
-        run.plan.microbatch_tokens,
-        shard=(accelerator.process_index, accelerator.num_processes),
-        reduce=lambda sums: accelerator.reduce(sums.to(accelerator.device), "sum").cpu(),
+    found = run.stage.evaluate(
+        run.scorer, run.held_out, run.plan.microbatch_tokens, share_of(accelerator)
     )
     named = {f"eval/{name}": value for name, value in found.items()}
     if run.metrics is not None:
         run.metrics.write(step, named)
     accelerator.log(named, step=step)
     when = "before training" if step == 0 else f"after step {step}"
-    run.progress.say(
-        f"held out, {when}: loss {found['loss']:.4f}  perplexity {found['perplexity']:.2f}  "
-        f"token accuracy {found['accuracy']:.1%}"
+    run.progress.say(f"held out, {when}: {run.stage.say(found)}")
+
+
+def share_of(accelerator: Accelerator) -> Share:
+    """This process's part of an evaluation."""
+    if accelerator.num_processes == 1:
+        return WHOLE
+    return Share(
+        accelerator.process_index,
+        accelerator.num_processes,
+        lambda sums: accelerator.reduce(sums.to(accelerator.device), "sum").cpu(),
     )
 
 

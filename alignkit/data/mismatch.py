@@ -1,0 +1,66 @@
+"""KTO's mismatched answers: each prompt with the answer of another row."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import numpy as np
+
+from alignkit.data.dataset import TokenDataset
+from alignkit.packed import IntArray
+
+
+def with_mismatched(dataset: TokenDataset, max_length: int, seed: int) -> TokenDataset:
+    """The dataset with one mismatched branch for every row.
+
+    Args:
+        dataset: rows of one answer each.
+        max_length: longest sequence in tokens; a mismatched answer is cut there.
+        seed: draws the partners.
+
+    Returns:
+        The same items; the report counts the answers that were cut and the rows that found no
+        partner with another prompt.
+    """
+    partners = draw_partners(dataset, seed)
+    prompts = dataset.bounds[:, 1] - dataset.bounds[:, 0]
+    answers = (dataset.bounds[:, 2] - dataset.bounds[:, 1])[partners]
+    room = np.maximum(max_length - prompts, 1)
+    report = dataclasses.replace(dataset.report, notes=dict(dataset.report.notes))
+    hashes = dataset.prompt_hashes()
+    for row in range(dataset.num_rows):
+        if answers[row] > room[row]:
+            report.note("its mismatched answer is cut to max_length", dataset.places[row])
+        if hashes[row] == hashes[int(partners[row])]:
+            report.note("no other prompt to take a mismatched answer from", dataset.places[row])
+    lengths = np.minimum(answers, room)
+    digest = hashlib.sha256(f"{dataset.fingerprint}:{max_length}:{seed}".encode())
+    return dataclasses.replace(
+        dataset,
+        partners=np.stack([partners, lengths], axis=1).astype(np.int64),
+        report=report,
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def draw_partners(dataset: TokenDataset, seed: int) -> IntArray:
+    """A row for each row, of another prompt wherever there is one.
+
+    Args:
+        dataset: `n` rows.
+        seed: draws them.
+
+    Returns:
+        `[n]` rows.
+    """
+    count = dataset.num_rows
+    drawn = np.random.default_rng([seed, 13]).permutation(count)
+    hashes = dataset.prompt_hashes()
+    if len(set(hashes)) == 1:
+        return np.roll(drawn, 1)[np.argsort(drawn)].astype(np.int64)
+    partners = np.empty(count, np.int64)
+    for position, row in enumerate(drawn.tolist()):
+        others = (int(drawn[(position + step) % count]) for step in range(1, count))
+        partners[row] = next((o for o in others if hashes[o] != hashes[row]), row)
+    return partners

@@ -1,0 +1,73 @@
+"""One value for each held-out document, whatever the process that computed it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from alignkit.data.documents import Document
+from alignkit.data.packing import split_documents
+
+Columns = dict[str, npt.NDArray[np.float64]]
+
+
+def _keep(sums: torch.Tensor) -> torch.Tensor:
+    return sums
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process's part of an evaluation.
+
+    Args:
+        rank: of this process.
+        world: number of processes.
+        reduce: sums a tensor over the processes.
+    """
+
+    rank: int = 0
+    world: int = 1
+    reduce: Callable[[torch.Tensor], torch.Tensor] = _keep
+
+
+WHOLE = Share()
+"""A single process."""
+
+
+def score_documents(
+    score: Callable[[nn.Module, Sequence[Document]], dict[str, torch.Tensor]],
+    scorer: nn.Module,
+    documents: Sequence[Document],
+    budget: int,
+    share: Share = WHOLE,
+) -> Columns:
+    """Score every document without gradients.
+
+    Args:
+        score: forward pass of a few documents -> name -> one value for each of them.
+        scorer: its training mode is put back afterwards.
+        documents: `n` rows.
+        budget: tokens of one forward pass.
+        share: this process's part.
+
+    Returns:
+        Name -> `[n]` values, the same on every process.
+    """
+    mine = list(range(share.rank, len(documents), share.world))
+    lengths = [documents[item].num_tokens for item in mine]
+    found: dict[str, torch.Tensor] = {}
+    was_training = scorer.training
+    scorer.eval()
+    with torch.no_grad():
+        for group in split_documents(lengths, budget):
+            items = [mine[position] for position in group]
+            for name, values in score(scorer, [documents[item] for item in items]).items():
+                column = found.setdefault(name, torch.zeros(len(documents), dtype=torch.float64))
+                column[items] = values.detach().cpu().double()
+    scorer.train(was_training)
+    return {name: share.reduce(found[name]).cpu().numpy() for name in sorted(found)}

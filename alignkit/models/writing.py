@@ -1,0 +1,103 @@
+"""Models on disk: written beside their final place, read back bit for bit, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+
+from alignkit.errors import ModelError
+from alignkit.models.loading import quiet_transformers, share_files
+
+
+@contextlib.contextmanager
+def beside(output: Path) -> Iterator[Path]:
+    """A folder that takes the output's name when the block ends well, and vanishes otherwise.
+
+    Args:
+        output: replaced if it exists.
+
+    Raises:
+        ModelError: the disk refuses.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".merging-") as scratch:
+        written = Path(scratch) / output.name
+        try:
+            yield written
+            replaced = Path(scratch) / ".replaced"
+            if output.exists():
+                os.rename(output, replaced)
+            try:
+                os.rename(written, output)
+            except OSError:
+                if replaced.exists():
+                    os.rename(replaced, output)
+                raise
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"{output} could not be written: {error}",
+                hint="free disk space; nothing was kept",
+            ) from error
+
+
+def write_language_model(
+    model: Any, tokenizer: Any, folder: Path, stop_tokens: Sequence[int]
+) -> Any:
+    """Write weights, tokenizer, chat template and generation settings.
+
+    Args:
+        model: causal language model in the dtype to write.
+        tokenizer: saved with its chat template.
+        folder: to write.
+        stop_tokens: ids that end an answer, added to the generation settings.
+
+    Returns:
+        The model that is on disk.
+
+    Raises:
+        ModelError: the files do not hold what was written.
+    """
+    settings = model.generation_config
+    known = settings.eos_token_id
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    stops = list(dict.fromkeys([*known, *map(int, stop_tokens)]))
+    settings.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+    return write_and_read(model, tokenizer, folder, AutoModelForCausalLM)
+
+
+def write_and_read(model: Any, tokenizer: Any, folder: Path, kind: Any) -> Any:
+    """Write a model and its tokenizer, and read the model back.
+
+    Args:
+        model: a transformers model in the dtype to write.
+        tokenizer: saved beside it.
+        folder: to write.
+        kind: the transformers class that a user would load it with.
+
+    Returns:
+        What is on disk, in evaluation mode.
+
+    Raises:
+        ModelError: the files do not hold what was written.
+    """
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        share_files(folder)
+        found = kind.from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+    stored = found.state_dict()
+    for name, weight in model.state_dict().items():
+        if name not in stored or not torch.equal(stored[name], weight.cpu()):
+            raise ModelError(
+                f"the merged file does not hold what was written: {name} differs",
+                hint="the disk may be full or failing; nothing was kept",
+            )
+    return found.eval()

@@ -1,0 +1,84 @@
+"""What a careful practitioner would ask about a plan. Warnings, never silent changes."""
+
+from __future__ import annotations
+
+from alignkit.recipe.facts import DataFacts, HardwareFacts
+from alignkit.recipe.memory import ROOM, MemoryEstimate
+from alignkit.recipe.schema import KtoRecipe, LoraSpec, Recipe
+
+_USUAL_RATES = {
+    "sft": {"lora": (1e-5, 1e-3), "full": (5e-7, 1e-4)},
+    "reward": {"lora": (1e-5, 1e-3), "full": (1e-6, 1e-4)},
+    "dpo": {"lora": (1e-6, 5e-4), "full": (5e-8, 1e-5)},
+    "kto": {"lora": (1e-6, 5e-4), "full": (5e-8, 1e-5)},
+}
+"""Stage -> adapter -> usual range of the learning rate."""
+
+_KTO_BALANCE = (1.0, 4.0 / 3.0)
+"""Range of weight × count of desirable over undesirable rows, section 4 of the KTO paper."""
+
+
+def find_warnings(
+    recipe: Recipe, data: DataFacts, hardware: HardwareFacts, steps: int, memory: MemoryEstimate
+) -> list[str]:
+    """Everything unusual about a run, one sentence each.
+
+    Args:
+        recipe: with its defaults.
+        data: sizes of the rows.
+        hardware: the machine.
+        steps: optimizer steps.
+        memory: the estimate.
+    """
+    training, found = recipe.training, []
+    kind = recipe.adapter.kind
+    low, high = _USUAL_RATES[recipe.stage][kind]
+    rate = training.learning_rate or 0.0
+    if not low <= rate <= high:
+        side = "above" if rate > high else "below"
+        found.append(
+            f"training.learning_rate = {rate:g} is {side} the usual {low:g} to {high:g} for "
+            f"{recipe.stage} with {'LoRA' if kind == 'lora' else 'full weights'}"
+        )
+    if isinstance(recipe.adapter, LoraSpec):
+        ratio = recipe.adapter.alpha / recipe.adapter.rank
+        if not 0.25 <= ratio <= 8:
+            found.append(f"adapter.alpha / rank = {ratio:g} is outside the usual 0.25 to 8")
+    if steps < 10:
+        found.append(f"only {steps} optimizer steps: lower batch_size or raise epochs")
+    epochs = steps * training.batch_size / data.rows
+    if epochs > 10:
+        found.append(f"{epochs:.0f} passes over {data.rows} rows: expect memorised answers")
+    if data.overlap:
+        found.append(
+            f"{data.overlap} of {data.eval_rows} held-out rows also stand in the training rows: "
+            "the held-out loss flatters"
+        )
+    if not data.eval_rows:
+        found.append("no held-out rows: set data.eval or data.eval_fraction to see overfitting")
+    if memory.peak > ROOM * hardware.memory:
+        found.append(
+            f"about {memory.peak / 1e9:.1f} GB needed, {hardware.memory / 1e9:.1f} GB free: "
+            "lower data.max_length or training.microbatch_tokens, or use LoRA"
+        )
+    if isinstance(recipe, KtoRecipe):
+        found += _kto_warnings(recipe, data)
+    return found
+
+
+def _kto_warnings(recipe: KtoRecipe, data: DataFacts) -> list[str]:
+    if not data.chosen or not data.rejected:
+        side = "desirable" if data.chosen else "undesirable"
+        return [f"all {data.rows} rows are {side}: there is nothing to tell apart"]
+    objective = recipe.objective
+    good = objective.desirable_weight * data.chosen
+    bad = objective.undesirable_weight * data.rejected
+    low, high = _KTO_BALANCE
+    if low * 0.999 <= good / bad <= high * 1.001:
+        return []
+    wanted = objective.undesirable_weight * data.rejected / data.chosen
+    return [
+        f"desirable_weight × {data.chosen} desirable rows is {good / bad:.2f} times "
+        f"undesirable_weight × {data.rejected} undesirable rows; the paper keeps this between 1 "
+        f"and 4/3: objective.desirable_weight between {wanted:.2f} and {wanted * 4 / 3:.2f} does"
+    ]

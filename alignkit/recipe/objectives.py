@@ -1,0 +1,179 @@
+"""Objectives as recipes name them: each kind has its own fields and only those."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from alignkit.recipe.section import Positive, Section
+
+Smoothing = Annotated[float, Field(ge=0.0, lt=0.5)]
+
+
+class CrossEntropySpec(Section):
+    """Negative log-likelihood, averaged over all trained tokens of the optimizer step."""
+
+    kind: Literal["cross_entropy"] = "cross_entropy"
+    """`cross_entropy` is the only objective of supervised fine-tuning."""
+
+
+class BradleyTerrySpec(Section):
+    """-log σ(r_chosen - r_rejected - margin), plus centring."""
+
+    kind: Literal["bradley_terry"] = "bradley_terry"
+    """`bradley_terry` is the only objective of reward models."""
+    center: Annotated[float, Field(ge=0.0)] = 0.01
+    """Weight of (r_chosen + r_rejected)², which keeps the mean reward near zero; 0 turns it off."""
+
+
+class DpoSpec(Section):
+    """Direct preference optimization (https://arxiv.org/abs/2305.18290)."""
+
+    kind: Literal["dpo"]
+    """`dpo`: -log σ(β · difference of the log-ratios)."""
+    beta: Positive = 0.1
+    """Pull towards the reference; smaller lets the policy move further away."""
+
+
+class IpoSpec(Section):
+    """Identity preference optimization (https://arxiv.org/abs/2310.12036)."""
+
+    kind: Literal["ipo"]
+    """`ipo`: squared distance of the log-ratio difference from 1 / (2 τ)."""
+    tau: Positive = 0.1
+    """Regularisation: the margin that is aimed at is 1 / (2 τ) nats."""
+    per_token: bool = False
+    """Average the log-ratios over tokens, as TRL does; the paper sums them."""
+
+
+class CdpoSpec(Section):
+    """Conservative DPO (https://ericmitchell.ai/cdpo.pdf): labels may be wrong."""
+
+    kind: Literal["cdpo"]
+    """`cdpo`: DPO with smoothed labels."""
+    beta: Positive = 0.1
+    """As for `dpo`."""
+    label_smoothing: Smoothing = 0.1
+    """Share of pairs whose labels are taken to be swapped."""
+
+
+class RobustSpec(Section):
+    """Robust DPO (https://arxiv.org/abs/2403.00409): unbiased under swapped labels."""
+
+    kind: Literal["robust"]
+    """`robust`: DPO corrected for a known rate of swapped labels."""
+    beta: Positive = 0.1
+    """As for `dpo`."""
+    label_smoothing: Smoothing = 0.1
+    """Rate of swapped labels."""
+
+
+class HingeSpec(Section):
+    """Hinge on the log-ratio difference (https://arxiv.org/abs/2309.06657)."""
+
+    kind: Literal["hinge"]
+    """`hinge`: max(0, 1 - β · difference)."""
+    beta: Positive = 0.1
+    """Inverse of the margin in nats."""
+
+
+class SimpoSpec(Section):
+    """SimPO (https://arxiv.org/abs/2405.14734): length-averaged, without a reference."""
+
+    kind: Literal["simpo"]
+    """`simpo`: -log σ(β · difference of mean log-probs - γ)."""
+    beta: Positive = 2.0
+    """Scale of the mean log-probs."""
+    gamma: Annotated[float, Field(ge=0.0)] = 1.0
+    """Margin that is aimed at; about half of beta is usual."""
+
+
+class OrpoSpec(Section):
+    """ORPO (https://arxiv.org/abs/2403.07691): likelihood and odds ratio, without a reference."""
+
+    kind: Literal["orpo"]
+    """`orpo`: negative log-likelihood of the chosen answer plus β · odds ratio loss."""
+    beta: Positive = 0.1
+    """Weight of the odds ratio; λ in the paper."""
+
+
+class CpoSpec(Section):
+    """CPO (https://arxiv.org/abs/2401.08417): DPO without a reference, plus likelihood."""
+
+    kind: Literal["cpo"]
+    """`cpo`: -log σ(β · difference of log-probs) plus the likelihood of the chosen answer."""
+    beta: Positive = 0.1
+    """Scale of the log-probs."""
+    nll_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the chosen answer's mean negative log-likelihood."""
+
+
+class ApoZeroSpec(Section):
+    """APO-zero (https://arxiv.org/abs/2408.06266), for answers better than the model's own."""
+
+    kind: Literal["apo_zero"]
+    """`apo_zero`: chosen answers up, rejected ones down."""
+    beta: Positive = 0.1
+    """As for `dpo`."""
+
+
+class ApoDownSpec(Section):
+    """APO-down (https://arxiv.org/abs/2408.06266), for answers worse than the model's own."""
+
+    kind: Literal["apo_down"]
+    """`apo_down`: both answers down, the rejected one more."""
+    beta: Positive = 0.1
+    """As for `dpo`."""
+
+
+class SppoSpec(Section):
+    """Self-play preference optimization (https://arxiv.org/abs/2405.00675), hard wins."""
+
+    kind: Literal["sppo"]
+    """`sppo`: squared distance of the log-ratios from ±1 / (2 β)."""
+    beta: Positive = 0.001
+    """Inverse of the paper's η = 1000; the ratios that are aimed at are ±1 / (2 β) nats."""
+
+
+class NcaSpec(Section):
+    """Noise contrastive alignment (https://arxiv.org/abs/2402.05369)."""
+
+    kind: Literal["nca"]
+    """`nca`: like DPO, but keeps the chosen answer from becoming less likely."""
+    beta: Positive = 0.1
+    """As for `dpo`."""
+
+
+PreferenceSpec = Annotated[
+    DpoSpec
+    | IpoSpec
+    | CdpoSpec
+    | RobustSpec
+    | HingeSpec
+    | SimpoSpec
+    | OrpoSpec
+    | CpoSpec
+    | ApoZeroSpec
+    | ApoDownSpec
+    | SppoSpec
+    | NcaSpec,
+    Field(discriminator="kind"),
+]
+
+REFERENCE_FREE = ("simpo", "orpo", "cpo")
+"""Kinds that compare with no reference model."""
+
+
+class KtoSpec(Section):
+    """Kahneman-Tversky optimization (https://arxiv.org/abs/2402.01306)."""
+
+    kind: Literal["kto"] = "kto"
+    """`kto` is the only objective for labelled answers."""
+    beta: Positive = 0.1
+    """Pull towards the reference; smaller lets the policy move further away."""
+    desirable_weight: Positive = 1.0
+    """Weight of desirable answers. The paper keeps weight × number of desirable over undesirable
+    answers between 1 and 4/3."""
+    undesirable_weight: Positive = 1.0
+    """Weight of undesirable answers."""

@@ -1,0 +1,204 @@
+"""Reference log-probs: adapter off, a frozen copy, or scored once and kept on disk.
+
+The reference is always the model that training starts from. A fresh LoRA adapter changes nothing,
+so that model is the base with adapters off; in every other case it is scored, or copied, before
+the first step and before a checkpoint is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from alignkit.data.dataset import TokenDataset
+from alignkit.data.documents import Document
+from alignkit.data.packing import pack_documents, split_documents, step_items
+from alignkit.models.adapters import adapters_off
+from alignkit.models.loading import DTYPES, load_model, weights_fingerprint
+from alignkit.models.scorer import sum_by_sequence
+from alignkit.models.selfcheck import build_scorer
+from alignkit.packed import PackedBatch
+from alignkit.recipe.assets import alignkit_home
+from alignkit.recipe.plan import Plan
+from alignkit.stages.prepare import Rows
+from alignkit.stages.session import Session
+from alignkit.stages.steps import share_of
+
+Reference = Callable[[nn.Module, PackedBatch], torch.Tensor]
+"""Scorer and batch -> `[S]` log-probs of the sequences under the reference model."""
+
+FORMAT = 1
+"""Raised whenever the same question would be answered differently."""
+
+BUDGET = 2048
+"""Tokens of one pass. Fixed, so that the stored values do not depend on a run's micro-batches."""
+
+
+def adapter_off(scorer: nn.Module, batch: PackedBatch) -> torch.Tensor:
+    """The policy itself with its adapters turned off."""
+    with adapters_off(scorer):
+        scores: Any = scorer(batch)
+        return sum_by_sequence(scores.logprobs, batch)
+
+
+def known(scorer: nn.Module, batch: PackedBatch) -> torch.Tensor:
+    """Log-probs that the rows carry."""
+    device = next(scorer.parameters()).device
+    return torch.from_numpy(batch.sequence_references).float().to(device)
+
+
+def frozen_copy(session: Session, rows: Rows) -> Reference:
+    """A second model, as the first one starts."""
+    spec = session.recipe.model
+    dtype = DTYPES[spec.dtype]
+    model = load_model(rows.base, dtype, session.accelerator.device).requires_grad_(False)
+    frozen = build_scorer(model, dtype, spec.attention, session.say).eval()
+
+    def reference(scorer: nn.Module, batch: PackedBatch) -> torch.Tensor:
+        with torch.no_grad():
+            return sum_by_sequence(frozen(batch).logprobs, batch)
+
+    return reference
+
+
+def build_reference(
+    session: Session, scorer: nn.Module, rows: Rows, plan: Plan
+) -> tuple[Reference, Rows]:
+    """The reference that the plan names.
+
+    Args:
+        session: of the run.
+        scorer: the policy before its first step.
+        rows: to train and evaluate on.
+        plan: names the kind.
+
+    Returns:
+        The reference, and the rows, which carry their log-probs where these are kept on disk.
+    """
+    if plan.reference == "adapter_off":
+        return adapter_off, rows
+    if plan.reference == "frozen_copy":
+        return frozen_copy(session, rows), rows
+    items = used_items(plan, len(rows.train), session.recipe.seed)
+    train = _with_references(session, scorer, rows, rows.train, items)
+    held_out = rows.held_out
+    if held_out is not None:
+        every = np.arange(len(held_out))
+        held_out = _with_references(session, scorer, rows, held_out, every)
+    return known, replace(rows, train=train, held_out=held_out)
+
+
+def used_items(plan: Plan, num_items: int, seed: int) -> npt.NDArray[np.int64]:
+    """Dataset items that the run will read, sorted."""
+    steps = range(min(plan.steps, plan.steps_per_epoch))
+    return np.unique(
+        np.concatenate([step_items(s, num_items, plan.batch_size, seed) for s in steps])
+    )
+
+
+def _with_references(
+    session: Session,
+    scorer: nn.Module,
+    rows: Rows,
+    dataset: TokenDataset,
+    items: npt.NDArray[np.int64],
+) -> TokenDataset:
+    """The dataset with the log-probs of these items' rows."""
+    needed = np.unique(dataset.order[items])
+    path = alignkit_home() / "cache" / "references" / f"{_key(session, rows, dataset, needed)}.npz"
+    values = _read(path, len(dataset.document(0).branches), needed)
+    if values is None:
+        session.say(f"scoring {len(needed):,} rows with the reference model, once")
+        started = time.monotonic()
+        documents = [dataset.document(row) for row in needed.tolist()]
+        values = score_sequences(scorer, documents, share_of(session.accelerator))
+        session.say(f"scored them in {time.monotonic() - started:.0f} s; kept for later runs")
+        if session.leads:
+            _write(path, needed, values)
+    else:
+        session.say(f"reference log-probs of {len(needed):,} rows were there already")
+    table = np.full((dataset.num_rows, values.shape[1]), np.nan)
+    table[needed] = values
+    return replace(dataset, references=table)
+
+
+def score_sequences(
+    scorer: nn.Module, documents: Sequence[Document], share: Any
+) -> npt.NDArray[np.float64]:
+    """`[n, branches]` log-probs of every branch, scored without gradients.
+
+    Args:
+        scorer: its training mode is put back afterwards.
+        documents: `n` rows with the same number of branches.
+        share: this process's part.
+    """
+    groups = split_documents([document.num_tokens for document in documents], BUDGET)
+    table = torch.zeros(len(documents), len(documents[0].branches), dtype=torch.float64)
+    was_training = scorer.training
+    scorer.eval()
+    with torch.no_grad():
+        for group in groups[share.rank :: share.world]:
+            batch = pack_documents([documents[item] for item in group])
+            scores: Any = scorer(batch)
+            sums = sum_by_sequence(scores.logprobs.double(), batch)
+            table[group] = sums.cpu().view(len(group), -1)
+    scorer.train(was_training)
+    return np.asarray(share.reduce(table))
+
+
+def _key(session: Session, rows: Rows, dataset: TokenDataset, needed: npt.NDArray[np.int64]) -> str:
+    """Hash of the question: these tokens under that model, in this precision."""
+    spec = session.recipe.model
+    digest = hashlib.sha256()
+    for array in (dataset.ids, dataset.trained, dataset.bounds, dataset.roles, needed):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    if dataset.partners is not None:
+        digest.update(dataset.partners.tobytes())
+    about = {
+        "format": FORMAT,
+        "model": weights_fingerprint(rows.base),
+        "dtype": spec.dtype,
+        "attention": spec.attention,
+        "device": session.accelerator.device.type,
+        "processes": session.accelerator.num_processes,
+    }
+    digest.update(json.dumps(about, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _read(
+    path: Path, branches: int, needed: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64] | None:
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path) as stored:
+            rows, values = stored["rows"], stored["values"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # torn: score again
+    whole = np.array_equal(rows, needed) and values.shape == (len(needed), branches)
+    return values if whole and np.isfinite(values).all() else None
+
+
+def _write(path: Path, needed: npt.NDArray[np.int64], values: npt.NDArray[np.float64]) -> None:
+    """Store the values; a cache that cannot be written is no reason to stop."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            written = Path(folder) / path.name
+            np.savez(written, rows=needed, values=values)
+            os.replace(written, path)

@@ -1,0 +1,33 @@
+"""Any recipe -> its stage."""
+
+from __future__ import annotations
+
+from alignkit.recipe.schema import DpoRecipe, KtoRecipe, Recipe, RewardRecipe
+from alignkit.stages.kto import run_kto
+from alignkit.stages.outputs import RunSummary
+from alignkit.stages.preference import run_preference
+from alignkit.stages.reward import run_reward
+from alignkit.stages.session import RunOptions
+from alignkit.stages.sft import run_sft
+
+
+def run_stage(recipe: Recipe, options: RunOptions) -> RunSummary | None:
+    """Run a recipe from rows to merged checkpoint.
+
+    Args:
+        recipe: with its defaults.
+        options: of the command line.
+
+    Returns:
+        What a person wants to know at the end; None on every process but the first.
+
+    Raises:
+        AlignkitError: anything the user can mend.
+    """
+    if isinstance(recipe, RewardRecipe):
+        return run_reward(recipe, options)
+    if isinstance(recipe, DpoRecipe):
+        return run_preference(recipe, options)
+    if isinstance(recipe, KtoRecipe):
+        return run_kto(recipe, options)
+    return run_sft(recipe, options)

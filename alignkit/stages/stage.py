@@ -1,0 +1,52 @@
+"""What a stage brings to the loop: its loss, its weights and its evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from alignkit.data.documents import Document
+from alignkit.evaluation.columns import Share
+
+Measured = dict[str, float]
+"""Sums over a whole optimizer step that a loss needs before any of its micro-batches."""
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """What a stage computes from one micro-batch.
+
+    Args:
+        loss: scalar tensor, the sum of the losses; divided by the step's weight later.
+        metrics: name -> scalar tensor, a sum that is divided by the same weight.
+    """
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The parts of a stage.
+
+    Args:
+        loss: forward pass and objective of one micro-batch, given what `measure` found.
+        weights: weight of each training item; the step's loss is the sum of its losses over the
+            sum of its weights.
+        evaluate: values of held-out rows: scorer, rows, token budget and this process's share.
+        say: these values in one line.
+        measure: sums of one micro-batch, without gradients, that are added up over the step and
+            all processes before the first loss; None where the loss needs none.
+        finish: from the step's means, and what was measured, to the metrics that are logged;
+            None logs the means.
+    """
+
+    loss: Callable[[nn.Module, Sequence[Document], Measured], LossSums]
+    weights: Sequence[int]
+    evaluate: Callable[[nn.Module, Sequence[Document], int, Share], dict[str, float]]
+    say: Callable[[dict[str, float]], str]
+    measure: Callable[[nn.Module, Sequence[Document]], dict[str, torch.Tensor]] | None = None
+    finish: Callable[[dict[str, float], Measured], dict[str, float]] | None = None
