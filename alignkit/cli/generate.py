@@ -84,14 +84,14 @@ def generate(
 
 
 def open_for_inference(name: str, dtype: str, base: str | None = None) -> Any:
-    """The model on this machine's device; see `open_model`."""
+    """The model on this machine's device; see `open_language_model`."""
     from alignkit.models.loading import DTYPES
-    from alignkit.models.opening import open_model
+    from alignkit.models.opening import open_language_model
     from alignkit.runtime.devices import find_device
 
     if dtype not in DTYPES:
         raise AlignkitError(f"--dtype cannot be {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
-    return open_model(name, dtype=DTYPES[dtype], device=find_device(), base=base)
+    return open_language_model(name, dtype=DTYPES[dtype], device=find_device(), base=base)
 
 
 def _prompts(given: list[str], file: Path | None) -> list[str]:

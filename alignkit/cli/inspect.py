@@ -41,7 +41,10 @@ def inspect(
             Text(f"{row['place']}: {len(row['ids'])} tokens, ", style="bold")
             + Text(f"{row['trained']} trained", style="bold green")
         )
-        stdout.print(_paint(row, stdout.is_terminal))
+        for part in row["parts"]:
+            if len(row["parts"]) > 1:
+                stdout.print(Text(f"[{part['name']}, {part['length']} tokens]", style="bold cyan"))
+            stdout.print(_paint(row, part, stdout.is_terminal))
         stdout.print()
     report = dataset.report
     lengths = ", ".join(f"{name} {value}" for name, value in report.percentiles().items())
@@ -58,24 +61,36 @@ def inspect(
 
 
 def _row(dataset: Any, item: int, tokenizer: Any) -> dict[str, Any]:
+    """One row: its prompt and its answers side by side, as the model reads them."""
     document = dataset[item]
-    branch = document.branches[0]
-    ids = branch.ids.tolist()
-    labels = [i if trained else -100 for i, trained in zip(ids, branch.trained, strict=True)]
+    pieces = [("prompt", document.prompt.tolist(), [False] * len(document.prompt))]
+    pieces += [
+        (branch.role.name.lower(), branch.ids.tolist(), branch.trained.tolist())
+        for branch in document.branches
+    ]
+    parts, ids, labels = [], [], []
+    for name, piece, trained in pieces:
+        if piece:
+            parts.append({"name": name, "start": len(ids), "length": len(piece)})
+        ids += piece
+        labels += [i if on else -100 for i, on in zip(piece, trained, strict=True)]
     return {
         "place": dataset.places[document.row],
-        "trained": int(branch.trained.sum()),
+        "trained": sum(label != -100 for label in labels),
+        "parts": parts,
         "ids": ids,
         "labels": labels,
         "tokens": [tokenizer.decode([i]) for i in ids],
     }
 
 
-def _paint(row: dict[str, Any], colour: bool) -> Text:
+def _paint(row: dict[str, Any], part: dict[str, Any], colour: bool) -> Text:
     """Trained tokens bold green and underlined in turn, or between « and » without colour."""
     text = Text()
     inside = False
-    for number, (token, label) in enumerate(zip(row["tokens"], row["labels"], strict=True)):
+    span = slice(part["start"], part["start"] + part["length"])
+    tokens = zip(row["tokens"][span], row["labels"][span], strict=True)
+    for number, (token, label) in enumerate(tokens):
         trained = label != -100
         if not colour and trained != inside:
             text.append("«" if trained else "»")

@@ -104,6 +104,9 @@ def fit_branches(
     if room < 1 or not all(branch.trained.any() for branch in branches):
         report.drop(f"the prompt alone fills max_length = {limit} tokens", place)
         return None
+    if len(branches) > 1 and np.array_equal(branches[0].ids, branches[1].ids):
+        report.drop(f"the two answers are equal up to max_length = {limit} tokens", place)
+        return None
     report.truncated += 1
     report.lost_ends += 1
     return replace(document, branches=branches)

@@ -183,13 +183,17 @@ def split_dataset(
 
     Args:
         dataset: items to split.
-        fraction: share of the rows that is held out, at least one row.
+        fraction: share of the different prompts that is held out, at least one; of the different
+            rows where a row has no prompt of its own.
         seed: draws them.
 
     Returns:
-        `(train, held_out)`; equal rows, and repeats of a weighted row, stay on one side.
+        `(train, held_out)`; equal rows, answers to one prompt, and repeats of a weighted row stay
+        on one side.
     """
-    hashes = dataset.row_hashes()
+    alone = dataset.bounds[:, 1] - dataset.bounds[:, 0] < 2  # BOS is no prompt
+    pairs = zip(alone, dataset.row_hashes(), dataset.prompt_hashes(), strict=True)
+    hashes = [row if single else prompt for single, row, prompt in pairs]
     groups: dict[bytes, int] = {}
     used = np.unique(dataset.order)  # a weight below 1 leaves rows out
     group = {int(row): groups.setdefault(hashes[row], len(groups)) for row in used}

@@ -197,7 +197,8 @@ def _parse_pair(row: Row, parse: Callable[[Row], tuple[Any, Any, Any]]) -> Pair 
     _need_answer(row, "chosen")
     _need_answer(row, "rejected")
     prompt, chosen, rejected = parse(row)
-    margin = row.values.get("margin") or 0.0
+    margin = row.values.get("margin")
+    margin = 0.0 if margin is None else margin
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
         raise DataError(f"{row.place}: margin must be a number, got {margin!r}")
     if isinstance(prompt, str):
@@ -292,7 +293,7 @@ def _hh(row: Row) -> tuple[Any, Any, Any]:
 
 
 def _hh_turns(row: Row, key: str) -> list[Message]:
-    text = "\n\n" + plain_text(row.values[key], row, key).lstrip("\n")
+    text = "\n\n" + plain_text(row.values[key], row, key).lstrip()
     before, *parts = _HH_TURN.split(text)
     if before.strip() or not parts:
         raise DataError(

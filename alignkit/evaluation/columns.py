@@ -51,7 +51,7 @@ def score_documents(
     Args:
         score: forward pass of a few documents -> name -> one value for each of them.
         scorer: its training mode is put back afterwards.
-        documents: `n` rows.
+        documents: `n` rows, at least one.
         budget: tokens of one forward pass.
         share: this process's part.
 
@@ -59,15 +59,17 @@ def score_documents(
         Name -> `[n]` values, the same on every process.
     """
     mine = list(range(share.rank, len(documents), share.world))
-    lengths = [documents[item].num_tokens for item in mine]
+    scored = mine or [0]  # a process without documents must still take part in every sum
+    lengths = [documents[item].num_tokens for item in scored]
     found: dict[str, torch.Tensor] = {}
     was_training = scorer.training
     scorer.eval()
     with torch.no_grad():
         for group in split_documents(lengths, budget):
-            items = [mine[position] for position in group]
+            items = [scored[position] for position in group]
             for name, values in score(scorer, [documents[item] for item in items]).items():
                 column = found.setdefault(name, torch.zeros(len(documents), dtype=torch.float64))
-                column[items] = values.detach().cpu().double()
+                if mine:
+                    column[items] = values.detach().cpu().double()
     scorer.train(was_training)
     return {name: share.reduce(found[name]).cpu().numpy() for name in sorted(found)}

@@ -9,6 +9,7 @@ import torch
 
 from alignkit.evaluation.columns import Columns
 from alignkit.evaluation.intervals import wilson_interval
+from alignkit.objectives.kto import kl_baseline
 
 
 def describe_labelled(
@@ -31,7 +32,7 @@ def describe_labelled(
         a desirable answer has the higher reward; `rows` counted.
     """
     ratios, desirable = columns["ratio"], columns["desirable"] > 0.5
-    baseline = max(0.0, float(columns["mismatched"].mean()))
+    baseline = kl_baseline(float(columns["mismatched"].sum()), len(ratios))
     losses = objective(
         torch.from_numpy(ratios), torch.from_numpy(desirable), torch.tensor(baseline)
     )

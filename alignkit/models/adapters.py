@@ -131,14 +131,15 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if not layers:
         raise ModelError("there is no adapter to turn off", hint="set reference.kind to cached")
+    before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
     try:
         with torch.no_grad():
             yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        for layer, was_off in zip(layers, before, strict=True):
+            layer._disable_adapters = was_off
 
 
 def trainable_report(model: nn.Module) -> TrainableReport:
@@ -234,6 +235,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
             f"the adapter in {folder} does not fit the base: {' '.join(lines[:2])[:300]}",
             hint="name the base it was trained on with --base",
         ) from error
+    use_fast_lora(loaded)
     return loaded.eval()
 
 

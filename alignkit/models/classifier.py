@@ -232,7 +232,7 @@ def choose_padding(tokenizer: Any, stop_tokens: Sequence[int]) -> str | None:
         stop_tokens: ids that end an answer.
     """
     used = {tokenizer.eos_token, tokenizer.bos_token, *tokenizer.convert_ids_to_tokens(stop_tokens)}
-    template = tokenizer.chat_template or ""
+    template = str(tokenizer.chat_template or "")
     own = [tokenizer.pad_token, tokenizer.unk_token]
     others = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     for token in [*own, *others]:
@@ -241,10 +241,16 @@ def choose_padding(tokenizer: Any, stop_tokens: Sequence[int]) -> str | None:
     return None
 
 
-def end_at_turn(template: str | None) -> str | None:
-    """A chat template whose text ends with the last turn's last token, not with a line break."""
+def end_at_turn(template: str | dict[str, str] | None) -> Any:
+    """A chat template whose text ends with the last turn's last token, not with a line break.
+
+    Args:
+        template: Jinja source, or several by name; None if there is none.
+    """
     if template is None:
         return None
+    if isinstance(template, dict):
+        return {name: end_at_turn(text) for name, text in template.items()}
     return f"{{%- set whole -%}}{template}{{%- endset -%}}{{{{- whole.rstrip() -}}}}"
 
 
@@ -263,5 +269,7 @@ def _classify(model: Any, samples: list[torch.Tensor]) -> torch.Tensor:
     if pad is None:
         return torch.cat([model(input_ids=ids[None]).logits[:, 0] for ids in samples])
     padded = nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=pad)
-    rewards: torch.Tensor = model(input_ids=padded, attention_mask=padded != pad).logits[:, 0]
+    ones = [torch.ones_like(ids) for ids in samples]  # a row may hold the token as text
+    mask = nn.utils.rnn.pad_sequence(ones, batch_first=True)
+    rewards: torch.Tensor = model(input_ids=padded, attention_mask=mask).logits[:, 0]
     return rewards

@@ -61,7 +61,7 @@ def measure_model(
     total = sum(parameter.numel() for parameter in model.parameters())
     if isinstance(adapter, LoraSpec):
         check_targets(model, adapter)
-        trainable = sum(adapter.rank * (i + o) for i, o in _adapted(model, adapter))
+        trainable = sum(adapter.rank * (i + o) for i, o in _adapted(model, adapter, scalar_head))
     else:
         trainable = total
     text = config.get_text_config()
@@ -87,8 +87,9 @@ def measure_model(
     )
 
 
-def _adapted(model: nn.Module, adapter: LoraSpec) -> list[tuple[int, int]]:
-    """Input and output width of every linear layer that gets an adapter."""
+def _adapted(model: nn.Module, adapter: LoraSpec, scalar_head: bool) -> list[tuple[int, int]]:
+    """Input and output width of every linear layer whose adapter is trained; a reward model's
+    vocabulary head is not."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     shapes = []
     for name, module in model.named_modules():
@@ -101,6 +102,6 @@ def _adapted(model: nn.Module, adapter: LoraSpec) -> list[tuple[int, int]]:
             chosen = re.fullmatch(targets, name) is not None
         else:
             chosen = any(name == target or name.endswith(f".{target}") for target in targets)
-        if chosen:
+        if chosen and not (scalar_head and module is head):
             shapes.append((module.in_features, module.out_features))
     return shapes

@@ -3,7 +3,9 @@
 PEFT computes the same with several autograd nodes: a float32 copy of the input, a cast back under
 autocast, a scaled product and an addition, each with its own buffers. Here the input is kept once
 and shared by the layers that read it, products are added in place, and the low-rank factors are
-cast to the compute dtype for the product only. Modules, parameter names and files stay PEFT's.
+cast to the compute dtype for the product only. In bfloat16 PEFT adds the update to an output that
+is rounded already, where small updates vanish; here the sum is rounded once. Modules, parameter
+names and files stay PEFT's.
 
 Layers with dropout, DoRA, quantized weights or several active adapters keep PEFT's code.
 """
@@ -35,9 +37,12 @@ class _LoraProduct(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         narrow_a, narrow_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        y = torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
-        low = torch.mm(x, narrow_a.T)
-        y.addmm_(low, narrow_b.T, alpha=scale)
+        low = torch.mm(x, narrow_a.T).mul_(scale)
+        # The small term first, so that the sum is rounded once. Added to an xWᵀ that is already
+        # rounded to bfloat16, an update below half a unit in its last place would vanish.
+        y = torch.mm(low, narrow_b.T).addmm_(x, weight.T)
+        if bias is not None:
+            y += bias
         ctx.save_for_backward(x, weight, narrow_a, narrow_b, low)
         ctx.scale = scale
         return y
@@ -47,10 +52,10 @@ class _LoraProduct(torch.autograd.Function):
         x, weight, narrow_a, narrow_b, low = ctx.saved_tensors
         grad_low = torch.mm(grad, narrow_b).mul_(ctx.scale)
         grad_a = torch.mm(grad_low.T, x).float()
-        grad_b = torch.mm(grad.T, low).float().mul_(ctx.scale)
+        grad_b = torch.mm(grad.T, low).float()
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad, weight).addmm_(grad_low, narrow_a)
+            grad_x = torch.mm(grad_low, narrow_a).addmm_(grad, weight)
         return grad_x, None, None, grad_a, grad_b, None
 
 
@@ -85,11 +90,17 @@ def _is_eligible(module: nn.Module) -> bool:
 def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """The module's output; PEFT's own code where its state asks for more than one plain adapter."""
     names = [name for name in module.active_adapters if name in module.lora_A]
-    if args or kwargs or module.disable_adapters or module.merged or len(names) != 1:
+    if args or kwargs or module.merged or (len(names) != 1 and not module.disable_adapters):
         output: torch.Tensor = type(module).forward(module, x, *args, **kwargs)
         return output
-    name, base = names[0], module.get_base_layer()
+    base = module.get_base_layer()
     flat = x.to(base.weight.dtype).reshape(-1, x.shape[-1])
+    if module.disable_adapters:
+        # In the same steps as below: a fresh adapter must change no bit.
+        plain = torch.mm(flat, base.weight.T)
+        plain = plain if base.bias is None else plain + base.bias
+        return plain.view(*x.shape[:-1], -1)
+    name = names[0]
     product = _LoraProduct.apply(
         flat,
         base.weight,

@@ -7,10 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from alignkit.errors import ModelError
-from alignkit.models.adapters import load_adapter, read_adapter_config
-from alignkit.models.loading import BaseModel, find_base, load_model, load_tokenizer
+from alignkit.models.adapters import has_head, load_adapter, read_adapter_config
+from alignkit.models.loading import (
+    BaseModel,
+    find_base,
+    is_classifier,
+    load_model,
+    load_tokenizer,
+    require_language_model,
+)
+from alignkit.models.reward_head import read_head
 
 
 @dataclass(frozen=True)
@@ -21,11 +30,13 @@ class OpenModel:
         model: in evaluation mode.
         tokenizer: with its chat template.
         name: as the user gave it.
+        head: scalar head of a reward model; None for a language model.
     """
 
     model: Any
     tokenizer: Any
     name: str
+    head: nn.Linear | None = None
 
 
 def adapter_in(name: str) -> Path | None:
@@ -70,7 +81,8 @@ def open_model(
         base: for an adapter, the base to put it on.
 
     Returns:
-        The merged model of a run if there is one, else base + adapter.
+        The merged model of a run if there is one, else base + adapter; the scalar head beside it
+        if it is a reward model.
     """
     folder = Path(name).expanduser()
     merged = folder.is_dir() and (
@@ -79,9 +91,36 @@ def open_model(
     adapter = None if merged and base is None else adapter_in(name)
     if adapter is None:
         source = find_base(name)
-        return OpenModel(load_model(source, dtype, device), load_tokenizer(source), name)
+        # A classifier's decoder loads as a language model; its vocabulary head is never used.
+        head = read_head(Path(source.location)) if is_classifier(source) else None
+        return OpenModel(
+            load_model(source, dtype, device), load_tokenizer(source), name, _to(head, device)
+        )
     source = base_of_adapter(adapter, base)
+    require_language_model(source)
     model = load_adapter(load_model(source, dtype, device), adapter)
     own = (adapter / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(BaseModel(str(adapter)) if own else source)
-    return OpenModel(model, tokenizer, name)
+    head = read_head(adapter) if has_head(adapter) else None
+    return OpenModel(model, tokenizer, name, _to(head, device))
+
+
+def open_language_model(
+    name: str, *, dtype: torch.dtype, device: str = "cpu", base: str | None = None
+) -> OpenModel:
+    """The same for a model that has to write text.
+
+    Raises:
+        ModelError: it is a reward model.
+    """
+    opened = open_model(name, dtype=dtype, device=device, base=base)
+    if opened.head is not None:
+        raise ModelError(
+            f"{name} is a reward model: it scores answers and writes none",
+            hint=f"score with `alignkit eval {name} --prompt TEXT --answer TEXT`",
+        )
+    return opened
+
+
+def _to(head: nn.Linear | None, device: str) -> nn.Linear | None:
+    return None if head is None else head.to(device)

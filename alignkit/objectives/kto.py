@@ -47,6 +47,6 @@ def kl_baseline(total_ratio: float, count: float) -> float:
         count: answers in the sum, at least 1.
 
     Returns:
-        z in nats.
+        z in nats; NaN stays NaN.
     """
-    return max(0.0, total_ratio / count)
+    return max(total_ratio / count, 0.0)  # in this order: max(0.0, NaN) would be 0

@@ -191,7 +191,7 @@ def cpo_loss(pairs: PairLogprobs, *, beta: float, nll_weight: float) -> torch.Te
     """CPO, -log σ(β (log π(y_w|x) - log π(y_l|x))) - α mean_w; no reference.
 
     See https://arxiv.org/abs/2401.08417. The paper writes the likelihood term as a sum over
-    tokens; like its authors' code, this is the mean, so that it does not grow with length.
+    tokens; this is the mean over each answer's tokens, so that it does not grow with length.
 
     Args:
         pairs: no reference needed.
@@ -222,7 +222,7 @@ def apo_zero_loss(pairs: PairLogprobs, *, beta: float) -> torch.Tensor:
 
 
 def apo_down_loss(pairs: PairLogprobs, *, beta: float) -> torch.Tensor:
-    """APO-down, σ(β ratio_w) + 1 - σ(β (ratio_w - ratio_l)): lowers both, the rejected one more.
+    """APO-down, σ(β ratio_w) + 1 - σ(β (ratio_w - ratio_l)): holds both down, the rejected more.
 
     Eq. 8 of https://arxiv.org/abs/2408.06266; for answers worse than the model's own.
 
@@ -271,15 +271,7 @@ def nca_loss(pairs: PairLogprobs, *, beta: float) -> torch.Tensor:
 
 
 def ratio_rewards(pairs: PairLogprobs, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Implicit rewards β · ratio of both answers.
-
-    Args:
-        pairs: with reference.
-        scale: β of the objective (τ of IPO).
-
-    Returns:
-        `[B]` chosen and `[B]` rejected rewards.
-    """
+    """Implicit rewards β · ratio of both answers, `[B]` each; τ takes the place of β for IPO."""
     return scale * pairs.chosen_ratio, scale * pairs.rejected_ratio
 
 

@@ -74,11 +74,11 @@ def _kto_warnings(recipe: KtoRecipe, data: DataFacts) -> list[str]:
     good = objective.desirable_weight * data.chosen
     bad = objective.undesirable_weight * data.rejected
     low, high = _KTO_BALANCE
-    if low * 0.999 <= good / bad <= high * 1.001:
+    if low * 0.99 <= good / bad <= high * 1.01:
         return []
     wanted = objective.undesirable_weight * data.rejected / data.chosen
     return [
         f"desirable_weight × {data.chosen} desirable rows is {good / bad:.2f} times "
         f"undesirable_weight × {data.rejected} undesirable rows; the paper keeps this between 1 "
-        f"and 4/3: objective.desirable_weight between {wanted:.2f} and {wanted * 4 / 3:.2f} does"
+        f"and 4/3: objective.desirable_weight between {wanted:.3g} and {wanted * 4 / 3:.3g} does"
     ]

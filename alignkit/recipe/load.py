@@ -83,7 +83,8 @@ def load_recipe(
     document = read_document(path)
     apply_overrides(document, overrides or [])
     named = str(document.values.get("stage") or stage or "sft")
-    named = named if named in STAGES else stage or "sft"
+    near = difflib.get_close_matches(named, STAGES, n=1)  # its schema finds the other errors
+    named = near[0] if near else stage or "sft"
     for key, kinds in DEFAULT_KINDS.items():
         section = document.values.get(key)
         if isinstance(section, dict):

@@ -97,11 +97,13 @@ def file_order(message: str) -> tuple[str, int]:
 
 
 def _name_kind(details: ErrorDetails) -> ErrorDetails:
-    """An unknown kind as an error of the key `kind` itself."""
+    """An unknown kind as an error of the key `kind` itself; an unknown stage names all of them."""
+    if details["loc"] == ("stage",) and details["type"] == "literal_error":
+        return {**details, "ctx": {"expected": "'sft', 'reward', 'dpo' or 'kto'"}}
     if details["type"] != "union_tag_invalid":
         return details
     key = details["ctx"]["discriminator"].strip("'")
-    tags = details["ctx"]["expected_tags"].replace(", ", " or ")
+    tags = " or ".join(details["ctx"]["expected_tags"].rsplit(", ", 1))
     return {
         **details,
         "type": "literal_error",

@@ -1,107 +1,277 @@
-"""Evaluation on request: any models on the same rows."""
+"""Evaluation on request: any models on the same rows, each measured as what it is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from alignkit.data.dataset import TokenDataset, load_dataset
-from alignkit.data.tokenize import TokenizeSettings
+from alignkit.data.documents import Document
+from alignkit.data.mismatch import with_mismatched
+from alignkit.data.sources import Row, load_source
+from alignkit.data.tokenize import RowKind, TokenizeSettings, parse_rows, tokenize_examples
 from alignkit.errors import ModelError
+from alignkit.evaluation.columns import WHOLE, score_documents
 from alignkit.evaluation.heldout import evaluate_heldout
 from alignkit.models.loading import DTYPES
-from alignkit.models.opening import OpenModel, open_model
+from alignkit.models.opening import OpenModel, open_language_model, open_model
+from alignkit.models.scorer import sum_by_sequence
 from alignkit.models.selfcheck import build_scorer
+from alignkit.packed import PackedBatch
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.load import load_recipe
-from alignkit.recipe.schema import DataSpec, SourceSpec
+from alignkit.recipe.objectives import CpoSpec, DpoSpec
+from alignkit.recipe.schema import DpoRecipe, KtoRecipe, Recipe, SourceSpec, needs_reference
 from alignkit.runtime.devices import find_device, tune_allocator
-from alignkit.stages.prepare import load_rows
+from alignkit.stages.kto import kto_stage
+from alignkit.stages.pairs import pair_stage
+from alignkit.stages.preference import preference_scores
+from alignkit.stages.prepare import ROW_KINDS, load_rows
+from alignkit.stages.reference import Reference
+from alignkit.stages.reward import answer_rewards, reward_scores
 from alignkit.stages.session import describe_rows
 
 _BUDGET = 2048
 
 
-def evaluate_models(
-    names: list[str],
-    *,
-    data: str | None,
-    max_length: int | None,
-    take: int | None,
-    dtype: str,
-    base: str | None,
-    say: Callable[[str], None],
-) -> dict[str, dict[str, float]]:
+@dataclass(frozen=True)
+class Question:
+    """What is measured, and how.
+
+    Args:
+        data: file of rows; None takes the held-out rows of the first run folder.
+        max_length: longest row of `data` in tokens; longer ones are dropped and counted.
+        take: only the first so many rows of `data`.
+        dtype: compute precision.
+        base: base of adapters that name another.
+        reference: model to compare log-probs of pairs with; None takes the base of a dpo or kto
+            run, and plain log-probs for any other model.
+        say: told what is measured.
+    """
+
+    data: str | None = None
+    max_length: int | None = None
+    take: int | None = None
+    dtype: str = "bfloat16"
+    base: str | None = None
+    reference: str | None = None
+    say: Callable[[str], None] = lambda text: None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found about one model.
+
+    Args:
+        values: name -> number.
+        scores: `(place, reward)` of each single answer that a reward model has scored.
+    """
+
+    values: dict[str, float]
+    scores: list[tuple[str, float]]
+
+
+def evaluate_models(names: list[str], question: Question) -> dict[str, Evaluation]:
     """Held-out values of each model.
 
     Args:
         names: run folders, models or adapters.
-        data: file of rows; None takes the held-out rows of the first run folder.
-        max_length: longest row of `data` in tokens, None is 1024; longer ones are dropped and
-            counted.
-        take: only the first so many rows of `data`.
-        dtype: compute precision.
-        base: base of adapters that name another.
-        say: told what is measured.
+        question: rows and precision.
 
     Returns:
-        Name -> loss, perplexity, accuracy and tokens.
+        Name -> for a language model loss, perplexity and accuracy on answers, or implicit rewards
+        on pairs and labelled answers; for a reward model the rewards of pairs, or the score of
+        each single answer.
 
     Raises:
-        ModelError: no rows to evaluate on, or an unknown dtype.
+        ModelError: no rows to evaluate on, or rows that the model cannot be measured on.
     """
-    if dtype not in DTYPES:
-        raise ModelError(f"--dtype cannot be {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
-    if data is None and (take is not None or max_length is not None):
+    _check(question)
+    tune_allocator()
+    run = None if question.data else _run_with_recipe(names)
+    found = {}
+    for name in names:
+        opened = open_model(
+            name, dtype=DTYPES[question.dtype], device=find_device(), base=question.base
+        )
+        kind, rows = _rows(opened, question, run)
+        for line in describe_rows(name, rows.report):
+            question.say(line)
+        scorer = _scorer(opened, question)
+        if opened.head is not None:
+            found[name] = _evaluate_reward(scorer, kind, rows)
+        elif kind == "answers":
+            found[name] = Evaluation(evaluate_heldout(scorer, rows, _BUDGET), [])
+        else:
+            found[name] = _evaluate_preference(name, scorer, kind, rows, question)
+    return found
+
+
+def score_answers(
+    name: str, prompt: str, answers: list[str], question: Question
+) -> list[tuple[str, float]]:
+    """The rewards of answers to one prompt.
+
+    Args:
+        name: a reward model.
+        prompt: the user's turn, or plain text where the model has no chat template.
+        answers: at least one.
+        question: precision and base.
+
+    Returns:
+        `(answer, reward)` in order.
+
+    Raises:
+        ModelError: the model is no reward model.
+    """
+    opened = open_model(
+        name, dtype=DTYPES[question.dtype], device=find_device(), base=question.base
+    )
+    if opened.head is None:
+        raise ModelError(
+            f"{name} is a language model: only a reward model scores single answers",
+            hint="name a run of the reward stage",
+        )
+    rows = []
+    for number, answer in enumerate(answers, start=1):
+        values: dict[str, Any] = {"prompt": prompt, "completion": answer}
+        if opened.tokenizer.chat_template:
+            values["prompt"] = [{"role": "user", "content": prompt}]
+            values["completion"] = [{"role": "assistant", "content": answer}]
+        rows.append(Row(values, f"answer {number}"))
+    examples = parse_rows(rows, "prompt_completion", "answers")
+    settings = TokenizeSettings(10**9, "error")
+    tokenized, _ = tokenize_examples(examples, opened.tokenizer, settings)
+    documents = [Document(row.prompt, row.branches, n) for n, row in enumerate(tokenized)]
+    columns = score_documents(answer_rewards, _scorer(opened, question), documents, _BUDGET)
+    return list(zip(answers, columns["reward"].tolist(), strict=True))
+
+
+def _check(question: Question) -> None:
+    if question.dtype not in DTYPES:
+        raise ModelError(
+            f"--dtype cannot be {question.dtype!r}", hint=f"one of {', '.join(DTYPES)}"
+        )
+    if question.data is None and (question.take is not None or question.max_length is not None):
         raise ModelError(
             "--take and --max-length go with --data: the run's own rows follow its recipe",
             hint="name the file with --data",
         )
-    tune_allocator()
-    spec = _data_spec(names, data, max_length, take)
-    found = {}
-    for name in names:
-        opened = open_model(name, dtype=DTYPES[dtype], device=find_device(), base=base)
-        rows = _held_out(opened, spec)
-        for line in describe_rows(name, rows.report):
-            say(line)
-        scorer = build_scorer(opened.model, DTYPES[dtype], "auto", say)
-        found[name] = evaluate_heldout(scorer, rows, _BUDGET)
-    return found
 
 
-def _data_spec(
-    names: list[str], data: str | None, max_length: int | None, take: int | None
-) -> DataSpec | Path:
-    """What to evaluate on: a data section, or the run folder whose recipe says it."""
-    if data is not None:
-        source = SourceSpec(path=data, take=take)
-        return DataSpec(train=(source,), max_length=max_length or 1024)
+def _run_with_recipe(names: list[str]) -> Path:
     for name in names:
-        run = Path(name).expanduser()
-        for folder in (run, run.parent):
-            if (folder / "recipe.yaml").is_file():
-                return folder
+        folder = _run_of(name)
+        if folder is not None:
+            return folder
     raise ModelError(
         "there are no rows to evaluate on",
         hint="name a file with --data, or a run folder whose recipe holds out rows",
     )
 
 
-def _held_out(opened: OpenModel, spec: DataSpec | Path) -> TokenDataset:
+def _run_of(name: str) -> Path | None:
+    """The run folder that a name is, or stands in."""
+    path = Path(name).expanduser()
+    found = (folder for folder in (path, path.parent) if (folder / "recipe.yaml").is_file())
+    return next(found, None)
+
+
+def _recipe_of(name: str) -> Recipe | None:
+    folder = _run_of(name)
+    return None if folder is None else load_recipe(str(folder / "recipe.yaml")).recipe
+
+
+def _rows(opened: OpenModel, question: Question, run: Path | None) -> tuple[RowKind, TokenDataset]:
     """The rows as this model's tokenizer reads them."""
-    if isinstance(spec, Path):
-        rows = load_rows(load_recipe(str(spec / "recipe.yaml")).recipe)
+    if run is not None:
+        recipe = load_recipe(str(run / "recipe.yaml")).recipe
+        rows = load_rows(recipe)
         if rows.held_out is None:
             raise ModelError(
-                f"the recipe of {spec} holds out no rows", hint="name a file with --data"
+                f"the recipe of {run} holds out no rows", hint="name a file with --data"
             )
         if opened.tokenizer.get_vocab() != rows.tokenizer.get_vocab():
             raise ModelError(
-                f"{opened.name} reads text with another tokenizer than the run in {spec}",
+                f"{opened.name} reads text with another tokenizer than the run in {run}",
                 hint="name a file with --data; then every model tokenizes it its own way",
             )
-        return rows.held_out
-    settings = TokenizeSettings(spec.max_length, spec.too_long, spec.train_on)
+        return ROW_KINDS[recipe.stage], rows.held_out
+    source = SourceSpec(path=question.data, take=question.take)
+    limit = question.max_length or 1024
+    kind = _kind_of_rows(source, opened)
+    settings = TokenizeSettings(limit, "drop", "completions", kind)
     cache = alignkit_home() / "cache" / "tokens"
-    return load_dataset(spec.train, opened.tokenizer, settings, 0, cache)
+    dataset = load_dataset([source], opened.tokenizer, settings, 0, cache)
+    return kind, with_mismatched(dataset, limit, 0) if kind == "labelled" else dataset
+
+
+def _kind_of_rows(source: SourceSpec, opened: OpenModel) -> RowKind:
+    first = load_source(source.model_copy(update={"take": 1})).rows[0].values
+    if "chosen" in first or "rejected" in first:
+        return "pairs"
+    return "labelled" if "label" in first and opened.head is None else "answers"
+
+
+def _scorer(opened: OpenModel, question: Question) -> nn.Module:
+    dtype = DTYPES[question.dtype]
+    return build_scorer(opened.model, dtype, "auto", question.say, opened.head).eval()
+
+
+def _evaluate_reward(scorer: nn.Module, kind: RowKind, rows: TokenDataset) -> Evaluation:
+    if kind == "pairs":
+        stage = pair_stage(reward_scores(0.0), len(rows))
+        return Evaluation(stage.evaluate(scorer, rows, _BUDGET, WHOLE), [])
+    rewards = score_documents(answer_rewards, scorer, rows, _BUDGET)["reward"]
+    places = [rows.places[int(row)] for row in rows.order]
+    values = {
+        "rewards/mean": float(rewards.mean()),
+        "rewards/std": float(rewards.std()),
+        "rewards/min": float(rewards.min()),
+        "rewards/max": float(rewards.max()),
+        "rows": float(len(rewards)),
+    }
+    return Evaluation(values, list(zip(places, rewards.tolist(), strict=True)))
+
+
+def _evaluate_preference(
+    name: str, scorer: nn.Module, kind: RowKind, rows: TokenDataset, question: Question
+) -> Evaluation:
+    """Implicit rewards of a language model against a reference, or its log-probs alone."""
+    recipe = _recipe_of(name)
+    reference = question.reference
+    if reference is None and recipe is not None and needs_reference(recipe):
+        reference = recipe.model.base
+    compare = None if reference is None else _reference(reference, question)
+    if kind == "labelled":
+        if not isinstance(recipe, KtoRecipe) or compare is None:
+            raise ModelError(
+                f"{name} is no kto run, and the rows are labelled answers",
+                hint="name a run of the kto stage or a reward model, or rows of another format",
+            )
+        stage = kto_stage(recipe.objective, compare, len(rows))
+        return Evaluation(stage.evaluate(scorer, rows, _BUDGET, WHOLE), [])
+    objective: Any = CpoSpec(kind="cpo", beta=1.0, nll_weight=0.0)
+    if isinstance(recipe, DpoRecipe) and (compare is not None or not needs_reference(recipe)):
+        objective = recipe.objective
+    elif compare is not None:
+        objective = DpoSpec(kind="dpo")
+    else:
+        question.say(f"{name}: rewards are plain log-probs; --reference compares with a model")
+    stage = pair_stage(preference_scores(objective, compare), len(rows))
+    return Evaluation(stage.evaluate(scorer, rows, _BUDGET, WHOLE), [])
+
+
+def _reference(name: str, question: Question) -> Reference:
+    question.say(f"implicit rewards are relative to {name}")
+    opened = open_language_model(name, dtype=DTYPES[question.dtype], device=find_device())
+    return partial(_score_with, _scorer(opened, question))
+
+
+def _score_with(frozen: nn.Module, scorer: nn.Module, batch: PackedBatch) -> Any:
+    return sum_by_sequence(frozen(batch).logprobs, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 from alignkit.data.dataset import load_dataset
 from alignkit.data.tokenize import TokenizeSettings
 from alignkit.errors import ModelError
+from alignkit.models.adapters import has_head
+from alignkit.models.classifier import ClassifierReport, merge_reward
 from alignkit.models.loading import DTYPES, BaseModel, load_tokenizer, stored_dtype
 from alignkit.models.merging import MergeReport, merge_adapter
 from alignkit.models.opening import adapter_in, base_of_adapter
@@ -20,7 +23,7 @@ from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.load import load_recipe
 from alignkit.recipe.schema import SourceSpec
 from alignkit.stages.outputs import check_rows
-from alignkit.stages.prepare import load_rows
+from alignkit.stages.prepare import ROW_KINDS, load_rows
 
 SHIPPED_ROWS = "data_templates/sft/messages_eval.jsonl"
 
@@ -33,8 +36,8 @@ def merge_run(
     dtype: str | None,
     data: str | None,
     overwrite: bool,
-) -> MergeReport:
-    """Merge the adapter of a run, or any PEFT LoRA adapter.
+) -> MergeReport | ClassifierReport:
+    """Merge the adapter of a run, or any PEFT LoRA adapter; a reward model's with its head.
 
     Args:
         source: run folder or adapter folder.
@@ -67,7 +70,8 @@ def merge_run(
     if Path(model.location).resolve().is_relative_to(output.resolve()):
         raise ModelError(f"{output} holds the base itself", hint="name another --output")
     rows, tokenizer, stops = _rows(run, data, model)
-    return merge_adapter(
+    merge = merge_reward if has_head(adapter) else merge_adapter
+    return merge(
         model,
         adapter,
         output,
@@ -112,11 +116,13 @@ def _rows(
     if run is not None:
         # The run says template and stop tokens, whatever base and rows are named instead.
         override = [f"model.base={json.dumps(model.name)}"]
-        found = load_rows(load_recipe(str(run / "recipe.yaml"), override).recipe)
+        recipe = load_recipe(str(run / "recipe.yaml"), override).recipe
+        found = load_rows(recipe)
         dataset = found.held_out or found.train
         if data is not None:
             source = SourceSpec(path=data)
-            dataset = load_dataset([source], found.tokenizer, settings, 0, cache)
+            wanted = dataclasses.replace(settings, rows=ROW_KINDS[recipe.stage])
+            dataset = load_dataset([source], found.tokenizer, wanted, 0, cache)
         return check_rows(dataset), found.tokenizer, found.train.report.stop_tokens
     tokenizer = load_tokenizer(model)
     if tokenizer.chat_template is None and data is None:

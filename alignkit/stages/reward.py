@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -59,6 +60,25 @@ def reward_scores(center: float) -> ScorePairs:
         return PairScores(losses, chosen, rejected, {})
 
     return score
+
+
+def answer_rewards(scorer: nn.Module, documents: Sequence[Document]) -> dict[str, torch.Tensor]:
+    """`reward` of each single answer, read where its last trained token ends.
+
+    Args:
+        scorer: of a reward model.
+        documents: rows of one answer each.
+    """
+    ended = [_end_at_answer(document) for document in documents]
+    return {"reward": scorer(pack_documents(ended))}
+
+
+def _end_at_answer(document: Document) -> Document:
+    """The document without what a template writes after its answer."""
+    branch = document.branches[0]
+    end = int(np.flatnonzero(branch.trained)[-1]) + 1
+    cut = replace(branch, ids=branch.ids[:end], trained=branch.trained[:end])
+    return replace(document, branches=(cut,))
 
 
 def _measure_statistics(run: Run, rows: Rows) -> RewardStatistics:
