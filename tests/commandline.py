@@ -146,7 +146,7 @@ if __name__ == "__main__":
     import alignkit.generation.answers
     import alignkit.stages.evaluate
     import alignkit.stages.merge
-    import alignkit.stages.sft  # noqa: F401
+    import alignkit.stages.run  # noqa: F401
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the children and for pytest
     serve(sys.stdin, channel)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
-from alignkit.data.dataset import Branch, Document
+from alignkit.data.documents import Branch, Document, TokenizedDocument
+from alignkit.data.masks import TokenizedRow
 from alignkit.data.packing import pack_documents
 from alignkit.packed import PackedBatch
 
@@ -18,6 +20,16 @@ ROWS: tuple[Shape, ...] = ((0, (21,)), (0, (9,)), (0, (33,)))
 """What supervised fine-tuning packs: one branch, no shared prompt."""
 PAIRS: tuple[Shape, ...] = ((11, (13, 6)), (4, (3, 17, 9)), (0, (10,)), (12, (8,)))
 """Shared prompts with one to three branches, shorter and longer than a window of 8."""
+
+
+def as_rows(documents: Iterable[TokenizedDocument]) -> list[TokenizedRow]:
+    """Rows of a single answer: no prompt of its own and one branch, which is the whole row."""
+    rows = []
+    for document in documents:
+        (branch,) = document.branches
+        assert len(document.prompt) == 0
+        rows.append(TokenizedRow(branch.ids, branch.trained, document.place))
+    return rows
 
 
 def random_document(shape: Shape, vocabulary: int, rng: np.random.Generator) -> Document:
@@ -59,8 +71,13 @@ def gradients(model: Any, logprobs: torch.Tensor) -> dict[str, torch.Tensor]:
     """Gradient of Σ c_i · log p_i for fixed random c, by name of the weight."""
     generator = torch.Generator().manual_seed(5)
     factors = torch.randn(len(logprobs), generator=generator)
+    return gradients_of(model, (logprobs * factors).sum())
+
+
+def gradients_of(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradient of a loss by name of the trained weight; every one of them must get some."""
     model.zero_grad(set_to_none=True)
-    (logprobs * factors).sum().backward()
+    loss.backward()
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     missing = [name for name, parameter in named.items() if parameter.grad is None]
     assert not missing, f"no gradient reached {missing}"

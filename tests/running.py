@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from alignkit.recipe.load import load_recipe
 from alignkit.runtime.metrics import read_metrics
 from alignkit.stages.outputs import RunSummary
+from alignkit.stages.run import run_stage
 from alignkit.stages.session import RunOptions
-from alignkit.stages.sft import run_sft
 
 WORDS = (
     *("the", "cat", "sat", "on", "a", "mat", "and", "saw", "how"),
@@ -71,9 +71,9 @@ def make_recipe(folder: Path, base: Path, **overrides: Any) -> Path:
 
 
 def train(recipe: Path, *overrides: str, resume: bool = False) -> RunSummary:
-    """Run a recipe in this process."""
-    loaded = load_recipe(str(recipe), list(overrides), stage="sft")
-    summary = run_sft(loaded.recipe, RunOptions(resume=resume, quiet=True))
+    """Run a recipe of any stage in this process."""
+    loaded = load_recipe(str(recipe), list(overrides))
+    summary = run_stage(loaded.recipe, RunOptions(resume=resume, quiet=True))
     assert summary is not None
     return summary
 

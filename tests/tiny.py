@@ -28,7 +28,9 @@ from tokenizers import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from alignkit.models.adapters import attach_adapter
 from alignkit.recipe.assets import assets_root
+from alignkit.recipe.schema import LoraSpec
 
 NUM_TEXTS = 200
 NUM_TOKENS = 700
@@ -203,6 +205,39 @@ def tiny_model(
     turn_end = tokenizer.convert_tokens_to_ids(END_OF_TURN[TOKENIZER_OF[family]])
     model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, turn_end})
     return model.to(dtype).eval()
+
+
+def trained_model(family: str, adapter: str, checkpointing: bool = False, **overrides: Any) -> Any:
+    """A tiny model that trains all weights, or a LoRA adapter whose B is not zero.
+
+    Args:
+        family: one of `MODELS`.
+        adapter: `full` or `lora`.
+        checkpointing: in training mode, activations recomputed in the backward pass.
+        **overrides: as for `tiny_model`; `dropout` is that of the adapter.
+    """
+    dropout = overrides.pop("dropout", 0.0)
+    model: Any = tiny_model(family, **overrides)
+    if adapter == "full":
+        model.requires_grad_(True)
+    else:
+        model = attach_adapter(model, LoraSpec(rank=4, alpha=8.0, dropout=dropout), seed=1)
+        generator = torch.Generator().manual_seed(2)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.train(checkpointing)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
+
+
+def plain_lora(model: Any) -> Any:
+    """The model with PEFT's own forward in every adapted layer."""
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+    return model
 
 
 def save_tiny(folder: Path, family: str = "llama", seed: int = 0, **overrides: Any) -> None:

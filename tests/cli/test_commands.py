@@ -70,7 +70,7 @@ def test_plan_counts_in_closed_form(alignkit: CommandLine, folder: Path) -> None
     assert (plan["steps_per_epoch"], plan["steps"], plan["warmup_steps"]) == (4, 10, 1)
     assert plan["tokens"] == round(2.5 * plan["data"]["tokens"])
     memory = plan["memory"]
-    parts = ("libraries", "weights", "training_state", "activations", "workspace")
+    parts = ("libraries", "weights", "reference", "training_state", "activations", "workspace")
     assert memory["peak"] == max(
         sum(memory[part] for part in parts), memory["libraries"] + memory["merging"]
     )

@@ -109,7 +109,7 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "out of range": (
         ["training.learning_rate=-1"],
-        ["training.learning_rate must be greater than 0, got -1", "hint: LoRA usually takes 1e-4"],
+        ["training.learning_rate must be greater than 0, got -1", "hint: usual for SFT: 1e-4"],
     ),
     "unknown value": (
         ["training.schedule=cosin"],
@@ -125,7 +125,14 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "wrong stage": (
         ["stage=dpo"],
-        ["command line: stage must be 'sft', got 'dpo'", "hint: this release trains `sft`"],
+        ["command line: stage is dpo, not sft", "hint: run `alignkit dpo "],
+    ),
+    "unknown stage": (
+        ["stage=dop"],
+        [
+            "command line: stage must be 'sft', 'reward', 'dpo' or 'kto', got 'dop'",
+            "hint: did you mean dpo?",
+        ],
     ),
     "no override": (["epochs"], ["command line: 'epochs' is no override", "hint: write overrides"]),
     "eval twice": (

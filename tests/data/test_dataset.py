@@ -55,7 +55,7 @@ def decoded(dataset: TokenDataset) -> list[str]:
 
 
 def same(first: TokenDataset, second: TokenDataset) -> bool:
-    arrays = ("ids", "trained", "offsets", "order")
+    arrays = ("ids", "trained", "bounds", "roles", "margins", "order")
     return all(
         np.array_equal(getattr(first, key), getattr(second, key))
         and getattr(first, key).dtype == getattr(second, key).dtype
@@ -128,7 +128,7 @@ def test_weights_repeat_items_of_their_source_after_dropping() -> None:
     assert set(drawn) < set("cdef")
     assert dataset.report.rows == 7
     assert len(dataset) == 6
-    assert len(dataset.offsets) == 6 + 1  # every kept row is stored once
+    assert dataset.num_rows == 6  # every kept row is stored once
 
 
 def test_the_mixture_is_that_of_the_seed() -> None:
@@ -244,6 +244,147 @@ def test_what_a_tokenizer_does_is_its_identity(tmp_path: Path) -> None:
     assert len(identities) == 5
 
 
+# preferences ---------------------------------------------------------------------------------
+
+
+def pair_rows(count: int = 3, prompts: int = 3) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": f"ask {n % prompts}:",
+            "chosen": f" good {n}.",
+            "rejected": f" {n} bad ones.",
+            "margin": n / 4,
+        }
+        for n in range(count)
+    ]
+
+
+def labelled_rows(count: int = 3, prompts: int = 3) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"ask {n % prompts}:", "completion": f" say {n}.", "label": n % 3 > 0}
+        for n in range(count)
+    ]
+
+
+PREFERENCES = {
+    "pairs": ("pairs", pair_rows, [[0, 1]] * 3, [0.0, 0.25, 0.5]),
+    "labelled": ("labelled", labelled_rows, [[1], [0], [0]], [0.0] * 3),
+    "pairs as labelled": ("labelled", pair_rows, [[0], [1]] * 3, [0.0] * 6),
+}
+
+
+@pytest.mark.parametrize("case", PREFERENCES)
+def test_a_dataset_of_preferences(case: str) -> None:
+    kind, make, roles, margins = PREFERENCES[case]
+    dataset = load(write("a.jsonl", make()), rows=kind)
+    assert dataset.roles.tolist() == roles
+    assert dataset.margins.tolist() == margins
+    tokenizer = tiny_tokenizer("qwen")
+    width = len(roles[0])
+    assert dataset.bounds.shape == (len(roles), width + 2)
+    assert dataset.bounds[0, 0] == 0
+    assert dataset.bounds[1:, 0].tolist() == dataset.bounds[:-1, -1].tolist()
+    assert dataset.bounds[-1, -1] == len(dataset.ids) == len(dataset.trained)
+    for item, document in enumerate(dataset):
+        asked = item // 2 if case == "pairs as labelled" else item
+        assert tokenizer.decode(document.prompt) == f"ask {asked}:"
+        texts = {
+            "pairs": [f" good {asked}.", f" {asked} bad ones."],
+            "labelled": [f" say {asked}."],
+            "pairs as labelled": [[f" good {asked}."], [f" {asked} bad ones."]][item % 2],
+        }[case]
+        found = [tokenizer.decode(branch.ids) for branch in document.branches]
+        assert found == [f"{text}<|im_end|>" for text in texts]
+        assert [int(branch.role) for branch in document.branches] == roles[item]
+        assert all(branch.trained.all() for branch in document.branches)
+        assert all(np.isnan(branch.reference) for branch in document.branches)
+        assert document.margin == margins[item]
+        assert dataset.lengths[item] == document.num_tokens
+        assert dataset.num_trained[item] == sum(len(branch.ids) for branch in document.branches)
+
+
+@pytest.mark.parametrize("case", PREFERENCES)
+def test_a_cache_hit_of_preferences_is_identical(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, make, _, _ = PREFERENCES[case]
+    calls = tokenizations(monkeypatch)
+    rows = [*make(), *make(1)]
+    if case != "labelled":
+        rows += [
+            {"prompt": "ask:", "chosen": " same.", "rejected": " same."},
+            {"prompt": "ask {{ x }}:", "chosen": " a.", "rejected": " b."},
+        ]
+    spec, other = write("a.jsonl", rows), write("b.jsonl", make(2))
+    fresh = load(spec, other, rows=kind)
+    assert len(calls) == 2
+    cached = load(spec, other, rows=kind)
+    assert len(calls) == 2
+    assert same(fresh, cached)
+    if case != "labelled":
+        assert fresh.report.dropped == {"the two answers are equal": 1}
+        assert list(fresh.report.notes) == ["placeholder left in the text: {{ x }}"]
+    for one, two in zip(fresh, cached, strict=True):
+        assert one.prompt.tolist() == two.prompt.tolist()
+        assert (one.margin, one.row) == (two.margin, two.row)
+        for first, second in zip(one.branches, two.branches, strict=True):
+            assert first.ids.tolist() == second.ids.tolist()
+            assert first.trained.tolist() == second.trained.tolist()
+            assert first.role is second.role
+
+
+@pytest.mark.parametrize("spoil", ["cut", "no roles", "no margins", "unknown role", "old bounds"])
+def test_a_broken_cache_of_pairs_is_made_again(spoil: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = write("a.jsonl", pair_rows())
+    fresh = load(spec, rows="pairs")
+    (path,) = Path("cache").iterdir()
+    if spoil == "cut":
+        path.write_bytes(path.read_bytes()[:200])
+    else:
+        with np.load(path) as stored:
+            arrays = dict(stored)
+        if spoil == "unknown role":
+            arrays["roles"] = np.full_like(arrays["roles"], 7)
+        elif spoil == "old bounds":  # as releases before this one wrote them
+            arrays["offsets"] = arrays.pop("bounds")[:, 0]
+        else:
+            del arrays[spoil.removeprefix("no ")]
+        np.savez(path, **arrays)
+    calls = tokenizations(monkeypatch)
+    assert same(load(spec, rows="pairs"), fresh)
+    assert calls == [3]
+    assert same(load(spec, rows="pairs"), fresh)
+    assert calls == [3]
+
+
+def test_the_kind_of_row_is_part_of_the_key() -> None:
+    spec = write("a.jsonl", pair_rows())
+    pairs, labelled = load(spec, rows="pairs"), load(spec, rows="labelled")
+    assert pairs.fingerprint != labelled.fingerprint
+    assert len(list(Path("cache").iterdir())) == 2
+    assert same(load(spec, rows="pairs"), pairs)
+    assert same(load(spec, rows="labelled"), labelled)
+
+
+def test_sources_of_pairs_mix_by_weight() -> None:
+    first = write("a.jsonl", pair_rows(2)).model_copy(update={"weight": 2.0})
+    dataset = load(first, write("b.jsonl", pair_rows(1)), rows="pairs")
+    assert dataset.places == ["a.jsonl:1", "a.jsonl:2", "b.jsonl:1"]
+    assert dataset.order.tolist() == [0, 1, 0, 1, 2]
+    assert [document.margin for document in dataset] == [0.0, 0.25, 0.0, 0.25, 0.0]
+
+
+@pytest.mark.parametrize("case", PREFERENCES)
+def test_references_belong_to_the_branches(case: str) -> None:
+    kind, make, roles, _ = PREFERENCES[case]
+    dataset = load(write("a.jsonl", make()), rows=kind)
+    values = -np.arange(len(roles) * len(roles[0]), dtype=np.float64).reshape(len(roles), -1)
+    scored = dataclasses.replace(dataset, references=values)
+    for row in range(len(roles)):
+        found = [branch.reference for branch in scored.document(row).branches]
+        assert found == values[row].tolist()
+
+
 # split ---------------------------------------------------------------------------------------
 
 
@@ -301,7 +442,46 @@ def test_split_leaves_something_to_train_on() -> None:
     )
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("case", PREFERENCES)
+def test_answers_to_one_prompt_stay_on_one_side(case: str, seed: int) -> None:
+    kind, make, _, _ = PREFERENCES[case]
+    spec = write("a.jsonl", make(24, 8)).model_copy(update={"weight": 2.0})
+    dataset = load(spec, rows=kind)
+    train, held = split_dataset(dataset, 0.25, seed)
+    asked = [{document.prompt.tobytes() for document in part} for part in (train, held)]
+    assert (len(asked[0]), len(asked[1])) == (6, 2)  # a quarter of the eight prompts
+    assert not asked[0] & asked[1]
+    per_prompt = 6 if case == "pairs as labelled" else 3
+    assert (len(train), len(held)) == (2 * 6 * per_prompt, 2 * per_prompt)
+    assert count_overlap(train, held) == 0
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen"])
+def test_rows_without_a_prompt_are_split_one_by_one(family: str) -> None:
+    # Llama 3 begins each of them with BOS, which is no prompt that they have in common.
+    rows = [{"text": f"row {n}", "label": n % 2 == 0} for n in range(20)]
+    tokenizer = tiny_tokenizer(family)
+    dataset = load(write("a.jsonl", rows), tokenizer=tokenizer, rows="labelled")
+    assert {len(document.prompt) for document in dataset} == {1}
+    train, held = split_dataset(dataset, 0.25, seed=0)
+    assert (len(train), len(held)) == (15, 5)
+
+
+def test_split_of_one_prompt_leaves_something_to_train_on() -> None:
+    dataset = load(write("a.jsonl", pair_rows(6, 1)), rows="pairs")
+    with pytest.raises(DataError, match="holds out all of the 6 rows"):
+        split_dataset(dataset, 0.1, seed=0)
+
+
 # overlap -------------------------------------------------------------------------------------
+
+
+def test_overlap_of_pairs_counts_whole_rows() -> None:
+    rows = pair_rows(4, 2)
+    train = load(write("a.jsonl", rows[:2]), rows="pairs")
+    held = load(write("b.jsonl", rows[1:]), rows="pairs")
+    assert count_overlap(train, held) == 1  # the others only share their prompts
 
 
 def test_overlap_counts_held_out_rows_that_are_trained_on() -> None:

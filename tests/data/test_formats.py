@@ -14,7 +14,7 @@ from alignkit.data.formats import (
     Conversation,
     Message,
     detect_format,
-    parse_rows,
+    parse_answers,
 )
 from alignkit.data.sources import Row, load_source
 from alignkit.errors import DataError
@@ -25,7 +25,7 @@ FORMATS = assets_root() / "data_templates" / "formats"
 
 
 def parse(values: dict[str, Any], row_format: str = "auto") -> Any:
-    (example,) = parse_rows([Row(values, "r.jsonl:5")], row_format)
+    (example,) = parse_answers([Row(values, "r.jsonl:5")], row_format)
     return example
 
 
@@ -63,9 +63,9 @@ def test_every_shipped_example_is_detected_and_parses(name: str) -> None:
     row_format, count = SHIPPED[name]
     rows = load_source(SourceSpec(path=str(FORMATS / name))).rows
     assert {detect_format(row) for row in rows} == {row_format}
-    examples = parse_rows(rows, "auto")
+    examples = parse_answers(rows, "auto")
     assert len(examples) == count
-    assert examples == parse_rows(rows, row_format)
+    assert examples == parse_answers(rows, row_format)
     assert [example.place for example in examples] == [row.place for row in rows]
 
 
@@ -75,7 +75,7 @@ def test_every_format_has_a_shipped_example() -> None:
 
 
 def test_shipped_tools_keep_calls_results_and_schemas() -> None:
-    (first, *_) = parse_rows(
+    (first, *_) = parse_answers(
         load_source(SourceSpec(path=str(FORMATS / "tools.jsonl"))).rows, "messages"
     )
     assert isinstance(first, Conversation)
@@ -242,7 +242,7 @@ def test_weight_says_whether_a_turn_is_trained(weight: Any, trained: bool) -> No
 def test_the_format_is_that_of_the_first_row() -> None:
     rows = [Row({"text": "a"}, "r:1"), Row({"messages": [ASK, ANSWER]}, "r:2")]
     with pytest.raises(DataError, match="r:2: the row has no `text`"):
-        parse_rows(rows, "auto")
+        parse_answers(rows, "auto")
 
 
 @pytest.mark.parametrize(
@@ -447,5 +447,5 @@ def test_parquet_rows_parse_like_json_rows(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns}]), path)
     (row,) = load_source(SourceSpec(path=str(path))).rows
     assert row.values["messages"][3]["weight"] is None  # a column has a value in every turn
-    (example,) = parse_rows([row], "auto")
+    (example,) = parse_answers([row], "auto")
     assert [m.trained for m in example.messages] == [True, False, True, True]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import numpy as np
 import pytest
 
-from alignkit.data.dataset import Branch, Document
+from alignkit.data.documents import Branch, Document
 from alignkit.data.packing import pack_documents, split_documents, step_items
-from alignkit.packed import Segment
+from alignkit.packed import Role, Segment
 
 
 def flat(lists: Iterable[list[int]]) -> list[int]:
@@ -224,10 +225,36 @@ def test_packing_equals_the_sequences_written_out(seed: int) -> None:
     assert packed.rows == tuple(range(len(documents)))
 
 
+def test_what_branches_are_to_their_objective_goes_along() -> None:
+    one, other = branch([2, 3], [1, 1]), branch([4], [1])
+    pair = (
+        dataclasses.replace(one, role=Role.CHOSEN, reference=-1.5),
+        dataclasses.replace(other, role=Role.REJECTED, reference=-2.25),
+    )
+    odd = dataclasses.replace(one, role=Role.MISMATCHED)
+    packed = pack_documents(
+        [dataclasses.replace(document([1], *pair), margin=0.5), document([1], odd)]
+    )
+    assert packed.sequence_roles.tolist() == [Role.CHOSEN, Role.REJECTED, Role.MISMATCHED]
+    assert packed.sequence_references[:2].tolist() == [-1.5, -2.25]
+    assert np.isnan(packed.sequence_references[2])
+    assert packed.margins.tolist() == [0.5, 0.0]
+    assert packed.sequence_references.dtype == packed.margins.dtype == np.float64
+
+
+def test_only_keeps_branches_of_a_role() -> None:
+    pair = (branch([2], [1]), dataclasses.replace(branch([3], [1]), role=Role.REJECTED))
+    whole = document([1], *pair, row=4)
+    assert whole.only(Role.CHOSEN, Role.REJECTED) == whole
+    rejected = whole.only(Role.REJECTED)
+    assert [found.ids.tolist() for found in rejected.branches] == [[3]]
+    assert (rejected.row, rejected.num_tokens) == (4, 2)
+
+
 def test_arrays_are_int64() -> None:
     packed = pack_documents([document([1], branch([2], [1]))])
     for name in (
         *("input_ids", "position_ids", "target_rows", "target_ids", "target_sequences"),
-        *("sequence_ends", "sequence_documents"),
+        *("sequence_ends", "sequence_documents", "sequence_roles"),
     ):
         assert getattr(packed, name).dtype == np.int64, name

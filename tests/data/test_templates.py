@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from documents import as_rows
 from tiny import END_OF_TURN, TOKENIZERS, chat_template, tiny_tokenizer
 
-from alignkit.data.formats import Conversation, Message, parse_rows
+from alignkit.data.formats import Conversation, Message, parse_answers
 from alignkit.data.masks import TokenizedRow
 from alignkit.data.sources import load_source
 from alignkit.data.templates import ChatTemplate, template_text
@@ -84,7 +85,7 @@ def tokenize(
     tokenizer: Any, *rows: Conversation, train_on: Any = "completions"
 ) -> list[TokenizedRow]:
     settings = TokenizeSettings(100_000, "error", train_on)
-    return tokenize_examples(list(rows), tokenizer, settings)[0]
+    return as_rows(tokenize_examples(list(rows), tokenizer, settings)[0])
 
 
 def runs(row: TokenizedRow) -> list[tuple[int, int]]:
@@ -322,8 +323,9 @@ def test_shipped_rows_are_trained_without_a_doubt(family: str, name: str) -> Non
         source = load_source(SourceSpec(path=str(path)))
         if "rejected" in source.rows[0].values:
             continue
-        examples = parse_rows(source.rows, "auto")
-        rows, report = tokenize_examples(examples, tokenizer, settings)
+        examples = parse_answers(source.rows, "auto")
+        documents, report = tokenize_examples(examples, tokenizer, settings)
+        rows = as_rows(documents)
         assert set(report.notes) <= {"tool calls written as text: the template has none"}
         for example, row in zip(examples, rows, strict=True):
             if isinstance(example, Conversation):
@@ -528,7 +530,8 @@ def test_a_template_without_stop_token_gets_eos_and_a_note() -> None:
     plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer = tiny_tokenizer("qwen", plain)
     settings = TokenizeSettings(1000, "error", "completions")
-    (row,), report = tokenize_examples([conversation("multi")], tokenizer, settings)
+    documents, report = tokenize_examples([conversation("multi")], tokenizer, settings)
+    (row,) = as_rows(documents)
     assert tokenizer.decode(row.ids) == (
         "user: Hi?\nassistant: Hello.\nuser: And?\nassistant: So.\nuser: ?\nassistant: No.\n"
         "<|im_end|>"
@@ -546,7 +549,8 @@ def test_without_a_stop_token_nothing_after_an_answer_is_trained() -> None:
     (row,) = tokenize(tokenizer, conversation("multi"))
     assert decoded(tokenizer, row) == ["Hello.", "So.", "No.<|im_end|>"]
     settings = TokenizeSettings(1000, "error", "completions")
-    (row,), report = tokenize_examples([conversation("ends open")], tokenizer, settings)
+    documents, report = tokenize_examples([conversation("ends open")], tokenizer, settings)
+    (row,) = as_rows(documents)
     assert decoded(tokenizer, row) == ["Hello."]
     assert row.ids[-1] != tokenizer.eos_token_id
     assert report.notes == {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from documents import as_rows
 from tiny import TOKENIZERS, tiny_tokenizer
 from tokenizers import processors
 
@@ -25,7 +26,8 @@ def tokenize(
     train_on: Any = "completions",
 ) -> tuple[list[TokenizedRow], DataReport]:
     settings = TokenizeSettings(max_length, too_long, train_on)
-    return tokenize_examples(list(rows), tokenizer, settings)
+    documents, report = tokenize_examples(list(rows), tokenizer, settings)
+    return as_rows(documents), report
 
 
 def text_row(text: str, place: str = "r:1") -> Completion:

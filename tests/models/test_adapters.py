@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, get_peft_model
-from tiny import MODELS, tiny_model
+from documents import PAIRS, gradients, random_batch
+from peft import IA3Config, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny import MODELS, plain_lora, save_tiny, tiny_model, trained_model
+from transformers import AutoModelForSequenceClassification
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters import (
+    HEAD_KEY,
+    adapters_off,
     attach_adapter,
+    has_head,
     linear_names,
     load_adapter,
     read_adapter_config,
@@ -20,6 +28,8 @@ from alignkit.models.adapters import (
     trainable_report,
 )
 from alignkit.models.facts import build_skeleton, measure_model
+from alignkit.models.reward_head import new_head, read_head
+from alignkit.models.scorer import PaddedScorer, TokenScorer, causal_model
 from alignkit.recipe.schema import FullSpec, LoraSpec
 
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -196,3 +206,163 @@ def test_folders_that_hold_no_lora(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "ia3")
     with pytest.raises(ModelError, match="not a LoRA one"):
         read_adapter_config(tmp_path / "ia3")
+
+
+QUESTION = torch.arange(12)[None]
+PATHS = {"fast": 0.0, "PEFT's own": 0.3}
+"""Code that computes a layer -> dropout of the adapter, which the fast one does not know."""
+
+both_paths = pytest.mark.parametrize("dropout", PATHS.values(), ids=PATHS.keys())
+
+
+def flags(model: Any) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+@both_paths
+@pytest.mark.parametrize("family", MODELS)
+def test_without_its_adapters_a_model_is_its_base(family: str, dropout: float) -> None:
+    model = trained_model(family, "lora", dropout=dropout)
+    fast = [module for module in model.modules() if "forward" in vars(module)]
+    assert bool(fast) == (dropout == 0.0)
+    before = flags(model)
+    with torch.no_grad():
+        adapted = model(QUESTION).logits
+        base = tiny_model(family)(QUESTION).logits
+    assert (adapted - base).abs().max() > 0.1
+    with adapters_off(model):
+        assert torch.equal(model(QUESTION).logits, base)
+        assert flags(model) == before
+    assert flags(model) == before
+    with torch.no_grad():
+        assert torch.equal(model(QUESTION).logits, adapted)
+
+
+@both_paths
+def test_adapters_come_back_after_an_error(dropout: float) -> None:
+    model = trained_model("llama", "lora", dropout=dropout)
+    with torch.no_grad():
+        adapted = model(QUESTION).logits
+    before = flags(model)
+    with pytest.raises(RuntimeError, match="out of memory"), adapters_off(model):
+        raise RuntimeError("out of memory")
+    assert torch.is_grad_enabled()
+    assert flags(model) == before
+    with torch.no_grad():
+        assert torch.equal(model(QUESTION).logits, adapted)
+
+
+def test_a_block_within_a_block_ends_alone() -> None:
+    model = trained_model("llama", "lora")
+    with torch.no_grad():
+        base = tiny_model()(QUESTION).logits
+    with adapters_off(model):
+        with adapters_off(model):
+            pass
+        assert torch.equal(model(QUESTION).logits, base)
+
+
+@pytest.mark.parametrize("scorer", [TokenScorer, PaddedScorer])
+def test_scorers_are_turned_off_from_outside(scorer: Any) -> None:
+    batch = random_batch(PAIRS, 600)
+    adapted = scorer(trained_model("llama", "lora"), torch.float32)
+    with torch.no_grad():
+        expected = scorer(tiny_model(), torch.float32)(batch).logprobs
+    with adapters_off(adapted):
+        assert torch.equal(adapted(batch).logprobs, expected)
+
+
+@both_paths
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_no_graph_is_made_without_adapters(checkpointing: bool, dropout: float) -> None:
+    # Checkpointing makes the inputs require gradients, so that even the base would have a graph.
+    model = trained_model("llama", "lora", checkpointing, dropout=dropout)
+    with adapters_off(model):
+        logits = model(QUESTION).logits
+    assert not logits.requires_grad
+    assert logits.grad_fn is None
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        logits.sum().backward()
+    assert model(QUESTION).logits.requires_grad
+
+
+@both_paths
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_reference_pass_does_not_disturb_gradients(
+    family: str, checkpointing: bool, dropout: float
+) -> None:
+    # Checkpointed layers are computed again in the backward pass: with the adapters on. Dropout is
+    # drawn from the same seed and, when a layer is computed again, from the state it had.
+    batch = random_batch(PAIRS, 600)
+
+    def found(between: Callable[[Any], None]) -> dict[str, torch.Tensor]:
+        model = trained_model(family, "lora", checkpointing, dropout=dropout).train()
+        scorer = TokenScorer(model, torch.float32)
+        torch.manual_seed(0)
+        logprobs = scorer(batch).logprobs
+        between(scorer)
+        return gradients(model, logprobs)
+
+    def reference_pass(scorer: Any) -> None:
+        with adapters_off(scorer):
+            scorer(batch)
+
+    expected, disturbed = found(lambda scorer: None), found(reference_pass)
+    assert expected.keys() == disturbed.keys()
+    assert all("lora_" in name for name in expected)
+    assert all(value.abs().max() > 0 for value in expected.values())
+    for name, value in expected.items():
+        assert torch.equal(disturbed[name], value), name
+
+
+@pytest.mark.parametrize("model", [tiny_model, lambda: trained_model("llama", "full")])
+def test_a_model_without_adapters_cannot_be_turned_off(model: Callable[[], Any]) -> None:
+    with pytest.raises(ModelError) as raised, adapters_off(model()):
+        pass
+    assert raised.value.message == "there is no adapter to turn off"
+    assert raised.value.hint == "set reference.kind to cached"
+
+
+@torch.no_grad()
+def rewards_of(model: Any, head: torch.nn.Linear) -> torch.Tensor:
+    """Rewards of three rows, one at a time, with PEFT's own code."""
+    decoder = causal_model(plain_lora(model)).get_decoder()
+    rows = [torch.arange(start, start + 10)[None] for start in (5, 100, 300)]
+    return torch.cat([head(decoder(input_ids=row).last_hidden_state[:, -1]) for row in rows])[:, 0]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma"])
+def test_plain_peft_loads_adapter_and_head(family: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base", family)
+    model = trained_model(family, "lora")
+    head = new_head(model, seed=4)
+    save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"), head)
+    expected = rewards_of(model, head)
+    assert expected.std() > 0.1
+
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    stored = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert torch.equal(stored[HEAD_KEY], head.weight)
+    assert has_head(tmp_path / "adapter")
+
+    base = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=1, dtype=torch.float32
+    )
+    plain = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    rows = torch.stack([torch.arange(start, start + 10) for start in (5, 100, 300)])
+    with torch.no_grad():
+        found = plain(input_ids=rows, attention_mask=torch.ones_like(rows)).logits[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+    loaded = load_adapter(tiny_model(family), tmp_path / "adapter")
+    read = read_head(tmp_path / "adapter")
+    assert torch.equal(read.weight, head.weight)
+    torch.testing.assert_close(rewards_of(loaded, read), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_without_a_head_has_none(tmp_path: Path) -> None:
+    assert not has_head(tmp_path)
+    save_adapter(trained_model("llama", "lora"), tmp_path, "the/base")
+    assert not has_head(tmp_path)

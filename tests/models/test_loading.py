@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import MODELS, save_tiny, tiny_model
+from transformers import AutoModelForSequenceClassification
 
 from alignkit.errors import ModelError
 from alignkit.models import loading
@@ -21,6 +22,7 @@ from alignkit.models.loading import (
     load_config,
     load_model,
     load_tokenizer,
+    require_language_model,
     stored_dtype,
     weights_fingerprint,
 )
@@ -205,3 +207,19 @@ def test_an_adapter_whose_base_has_gone(run: Path) -> None:
             base_of_adapter(run / "adapter", None)
         assert sentence in raised.value.message
         assert hint in raised.value.hint
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_a_reward_model_is_no_language_model(family: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "language", family)
+    config = tiny_model(family).config
+    config.num_labels = 1
+    reward = AutoModelForSequenceClassification.from_config(config)
+    reward.save_pretrained(tmp_path / "reward")
+    require_language_model(BaseModel(str(tmp_path / "language")))
+    with pytest.raises(ModelError) as raised:
+        require_language_model(BaseModel(str(tmp_path / "reward")))
+    assert raised.value.message == (
+        f"{tmp_path / 'reward'} is a reward model, not a language model"
+    )
+    assert raised.value.hint.startswith("name the model it was trained from")

@@ -16,7 +16,7 @@ from tiny import save_tiny, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit.errors import ModelError
-from alignkit.models import merging
+from alignkit.models import merging, writing
 from alignkit.models.loading import BaseModel
 from alignkit.models.merging import CHECK_TOKENS, MergeReport, merge_adapter
 
@@ -225,13 +225,13 @@ def test_an_untrained_adapter_merges_to_the_base(tiny_base: Path, tmp_path: Path
 
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """Let `change` happen to the folder between writing and reading it back."""
-    right = merging.share_files
+    right = writing.share_files
 
     def wrong(folder: Path) -> None:
         right(folder)
         change(folder)
 
-    monkeypatch.setattr(merging, "share_files", wrong)
+    monkeypatch.setattr(writing, "share_files", wrong)
 
 
 def flip_one_weight(folder: Path) -> None:

@@ -23,9 +23,9 @@ from documents import (
     random_documents,
     worst_gradient,
 )
-from tiny import MODELS, tiny_model
+from tiny import MODELS, plain_lora, tiny_model, trained_model
 
-from alignkit.data.dataset import Branch, Document
+from alignkit.data.documents import Branch, Document
 from alignkit.data.packing import pack_documents
 from alignkit.models import attention, scorer
 from alignkit.models.adapters import attach_adapter
@@ -38,31 +38,6 @@ RELATIVE = 1e-5
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def build(family: str, adapter: str, checkpointing: bool = False, **overrides: Any) -> Any:
-    """A tiny model that trains all weights, or a LoRA adapter whose B is not zero."""
-    model = tiny_model(family, **overrides)
-    if adapter == "full":
-        model.requires_grad_(True)
-    else:
-        model = attach_adapter(model, LoraSpec(rank=4, alpha=8.0), seed=1)
-        generator = torch.Generator().manual_seed(2)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    if checkpointing:
-        model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    return model
-
-
-def plain(model: Any) -> Any:
-    """The model with PEFT's own forward in every adapted layer."""
-    for module in model.modules():
-        module.__dict__.pop("forward", None)
-    return model
-
-
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("adapter", ["full", "lora"])
 @pytest.mark.parametrize("shapes", [ROWS, PAIRS], ids=["rows", "pairs"])
@@ -73,15 +48,15 @@ def test_packed_equals_padded_equals_one_at_a_time(
     documents = random_documents(shapes, VOCABULARY)
     batch = pack_documents(documents)
 
-    packed_model = build(family, adapter, checkpointing)
+    packed_model = trained_model(family, adapter, checkpointing)
     packed = TokenScorer(packed_model, torch.float32)(batch)
     packed_gradients = gradients(packed_model, packed.logprobs)
 
-    padded_model = build(family, adapter)
+    padded_model = trained_model(family, adapter)
     padded = PaddedScorer(padded_model, torch.float32)(batch)
     padded_gradients = gradients(padded_model, padded.logprobs)
 
-    naive_model = plain(build(family, adapter))
+    naive_model = plain_lora(trained_model(family, adapter))
     naive = naive_logprobs(naive_model, documents)
     naive_gradients = gradients(naive_model, naive)
 
@@ -221,7 +196,7 @@ def test_filling_up_rows_changes_nothing(family: str, monkeypatch: pytest.Monkey
     for row, segment in ((64, 32), (1, 1), (128, 16)):
         monkeypatch.setattr(scorer, "ROUNDING", row)
         monkeypatch.setattr(attention, "CPU_ROUNDING", segment)
-        model = build(family, "full")
+        model = trained_model(family, "full")
         logprobs = TokenScorer(model, torch.float32)(batch).logprobs
         results.append((logprobs.detach(), gradients(model, logprobs)))
     (expected, expected_gradients), *others = results
@@ -288,7 +263,7 @@ def test_bfloat16_compute_stays_near(family: str) -> None:
 
 
 def test_float32_weights_compute_in_bfloat16_under_it() -> None:
-    model = build("llama", "full")
+    model = trained_model("llama", "full")
     dtypes = []
     hook = model.model.layers[0].mlp.up_proj.register_forward_hook(
         lambda _module, _args, output: dtypes.append(output.dtype)

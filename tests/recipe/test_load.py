@@ -26,7 +26,10 @@ data:
 training:
   learning_rate: 2e-4
 """
-RATE_HINT = "\nhint: LoRA usually takes 1e-4 to 5e-4, full weights 5e-6 to 5e-5"
+RATE_HINT = (
+    "\nhint: usual for SFT: 1e-4 to 5e-4 with LoRA, 5e-6 to 5e-5 for full weights; "
+    "about a tenth of that for dpo and kto"
+)
 SOURCES_HINT = "\nhint: a list of sources, as in [{path: data.jsonl}]"
 TRAINING_KEYS = (
     "\nhint: keys here: epochs, max_steps, batch_size, microbatch_tokens, learning_rate, "
@@ -285,7 +288,7 @@ def test_a_default_learning_rate_is_filled_in() -> None:
         (
             "stage: sft\n",
             "",
-            "r.yaml: stage is required and missing\nhint: this release trains `sft`",
+            "r.yaml: stage is required and missing\nhint: sft, reward, dpo or kto",
         ),
         # keys that exclude each other
         (
@@ -310,7 +313,8 @@ def test_a_default_learning_rate_is_filled_in() -> None:
         (
             "stage: sft",
             "stage: stf",
-            "r.yaml:1: stage must be 'sft', got 'stf'\nhint: did you mean sft?",
+            "r.yaml:1: stage must be 'sft', 'reward', 'dpo' or 'kto', got 'stf'\n"
+            "hint: did you mean sft?",
         ),
         (
             "output: runs/x",

@@ -292,12 +292,12 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(
     recipe = recipe_for("lora", tmp_path, tiny_base)
     explode = """
 import alignkit.stages.sft as sft
-import alignkit.stages.steps as steps
+from alignkit.stages.stage import LossSums
 right, count = sft.sft_loss, []
-def wrong(scorer, batch):
+def wrong(scorer, documents, measured):
     count.append(1)
-    found = right(scorer, batch)
-    return steps.LossSums(found.loss * float("nan"), found.metrics) if len(count) > 20 else found
+    found = right(scorer, documents, measured)
+    return LossSums(found.loss * float("nan"), found.metrics) if len(count) > 20 else found
 sft.sft_loss = wrong
 """
     done = alignkit("sft", recipe, cwd=tmp_path, before=explode)

@@ -1,0 +1,263 @@
+"""A recipe through stock TRL trainers, on the token ids and in the order that alignkit trains on.
+
+Only the preparation of rows is taken away from TRL, so that both engines see the same tokens; its
+collators, losses, reference passes and loop are its own. LoRA starts from the same random half,
+reward models from the same head. Where TRL defines something else:
+
+- IPO: TRL averages log-ratios over tokens (`objective.per_token: true` does the same here).
+- KTO: TRL pairs each prompt with the answer of the row before it in its batch; the mismatched
+  answers handed over here are alignkit's. Its baseline is that of one device's batch, alignkit's
+  that of the whole optimizer step: equal where the step is one batch.
+- `rewards/accuracies`: TRL counts a tie as wrong, alignkit as half.
+- Reward: where the padding token is also the end of a turn, as in many chat models, TRL's
+  classifier reads the reward one token early; here it gets another padding token.
+- SimPO, ORPO and CPO are experimental in TRL and not run here.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from peft import LoraConfig
+from transformers import TrainerCallback
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+
+from alignkit.data.dataset import TokenDataset
+from alignkit.data.documents import Document
+from alignkit.data.packing import step_items
+from alignkit.errors import AlignkitError
+from alignkit.models.adapters import attach_adapter
+from alignkit.models.classifier import choose_padding
+from alignkit.models.loading import BaseModel, load_model, quiet_transformers
+from alignkit.models.reward_head import new_head
+from alignkit.recipe.schema import FullSpec, Recipe
+from alignkit.runtime.devices import release_memory
+
+DPO_LOSSES = {
+    "dpo": "sigmoid",
+    "ipo": "ipo",
+    "robust": "robust",
+    "hinge": "hinge",
+    "apo_zero": "apo_zero",
+    "apo_down": "apo_down",
+    "sppo": "sppo_hard",
+    "nca": "nca_pair",
+}
+"""Kind in the recipe -> TRL's name."""
+
+
+@dataclass(frozen=True)
+class PeerResult:
+    """What the peer measured.
+
+    Args:
+        metrics: of each step, under TRL's names.
+        step_seconds: of each step.
+    """
+
+    metrics: list[dict[str, float]]
+    step_seconds: list[float]
+
+    @property
+    def losses(self) -> list[float]:
+        """Loss of each step."""
+        return [metrics["loss"] for metrics in self.metrics]
+
+
+class _Recorder(TrainerCallback):
+    """Times steps and keeps what TRL logs."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.metrics: list[dict[str, float]] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.monotonic())
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds[-1] = time.monotonic() - self.seconds[-1]
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        if "loss" in logs:
+            self.metrics.append({name: float(value) for name, value in logs.items()})
+
+
+class _TokenizedDPO(DPOTrainer):
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        return dataset
+
+
+class _TokenizedKTO(KTOTrainer):
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        return dataset
+
+
+def run_trl(
+    recipe: Recipe,
+    base: BaseModel,
+    tokenizer: Any,
+    rows: TokenDataset,
+    folder: Path,
+    *,
+    max_steps: int,
+    tuned: bool = False,
+) -> PeerResult:
+    """Train with TRL's trainer of the recipe's stage.
+
+    Args:
+        recipe: with its defaults; one epoch of whole batches at most is run.
+        base: the model.
+        tokenizer: with its chat template.
+        rows: training rows, for KTO with mismatched branches.
+        folder: for TRL's own output.
+        max_steps: optimizer steps.
+        tuned: weights in the recipe's dtype and no gradient checkpointing, instead of TRL's
+            documented defaults (float32 weights under autocast, checkpointing).
+
+    Returns:
+        Losses, metrics and times of each step.
+
+    Raises:
+        AlignkitError: TRL has no such objective.
+    """
+    size = recipe.training.batch_size
+    items = [i for step in range(max_steps) for i in step_items(step, len(rows), size, recipe.seed)]
+    columns = [_row(recipe.stage, rows[int(item)]) for item in items]
+    recorder = _Recorder()
+    kind, config, options = _trainer_of(recipe)
+    if recipe.stage == "reward":
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = choose_padding(tokenizer, rows.report.stop_tokens)
+    datasets.disable_progress_bars()
+    with quiet_transformers():
+        trainer = kind(
+            model=base.location,
+            args=config(
+                **_arguments(recipe, folder, max_steps, tuned=tuned),
+                **options,
+                model_init_kwargs={"dtype": recipe.model.dtype if tuned else "float32"},
+            ),
+            train_dataset=datasets.Dataset.from_list(columns),
+            processing_class=tokenizer,
+            peft_config=_peft_config(recipe),
+            callbacks=[recorder],
+        )
+        _start_alike(trainer.model, recipe, base)
+        trainer.train()
+    return PeerResult(recorder.metrics, recorder.seconds)
+
+
+def _trainer_of(recipe: Recipe) -> tuple[Any, Any, dict[str, Any]]:
+    """Trainer, its configuration class, and the objective's options."""
+    if recipe.stage == "sft":
+        return SFTTrainer, SFTConfig, {"max_length": recipe.data.max_length}
+    objective = recipe.objective.model_dump()
+    if recipe.stage == "reward":
+        return RewardTrainer, RewardConfig, {"center_rewards_coefficient": objective["center"]}
+    if recipe.stage == "kto":
+        del objective["kind"]
+        return _TokenizedKTO, KTOConfig, objective
+    name = DPO_LOSSES.get(objective["kind"])
+    if name is None or (name == "ipo" and not objective["per_token"]):
+        raise AlignkitError(
+            f"TRL has no {objective['kind']} objective that means the same",
+            hint=f"compared are {', '.join(DPO_LOSSES)}; ipo with per_token: true",
+        )
+    options = {"loss_type": name, "beta": objective.get("beta", objective.get("tau"))}
+    if "label_smoothing" in objective:
+        options["label_smoothing"] = objective["label_smoothing"]
+    return _TokenizedDPO, DPOConfig, options
+
+
+def _arguments(recipe: Recipe, folder: Path, steps: int, *, tuned: bool) -> dict[str, Any]:
+    training = recipe.training
+    warmup = training.warmup * steps if training.warmup < 1 else training.warmup
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": training.batch_size,
+        "max_steps": steps,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.schedule,
+        "warmup_steps": round(warmup),
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm or 0.0,
+        "bf16": recipe.model.dtype == "bfloat16",
+        "gradient_checkpointing": not tuned,
+        "train_sampling_strategy": "sequential",
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "seed": recipe.seed,
+    }
+
+
+def _peft_config(recipe: Recipe) -> LoraConfig | None:
+    spec = recipe.adapter
+    if isinstance(spec, FullSpec):
+        return None
+    targets = spec.targets if isinstance(spec.targets, str) else list(spec.targets)
+    return LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=targets,
+        task_type="SEQ_CLS" if recipe.stage == "reward" else "CAUSAL_LM",
+    )
+
+
+def _row(stage: str, document: Document) -> dict[str, Any]:
+    """One row in the columns that TRL's collators read."""
+    prompt, first = document.prompt.tolist(), document.branches[0]
+    ids = first.ids.tolist()
+    if stage == "sft":
+        labels = [i if on else -100 for i, on in zip(ids, first.trained, strict=True)]
+        return {"input_ids": prompt + ids, "labels": [-100] * len(prompt) + labels}
+    second = document.branches[1].ids.tolist()
+    if stage == "kto":
+        return {
+            "prompt_ids": prompt,
+            "completion_ids": ids,
+            "KL_completion_ids": second,
+            "label": first.role == 0,
+        }
+    if stage == "reward":
+        answers = {"chosen_ids": prompt + ids, "rejected_ids": prompt + second}
+        return {**answers, "margin": document.margin}
+    return {"prompt_ids": prompt, "chosen_ids": ids, "rejected_ids": second}
+
+
+@torch.no_grad()
+def _start_alike(model: Any, recipe: Recipe, base: BaseModel) -> None:
+    """Give TRL's model the random weights that alignkit starts from."""
+    ours = load_model(base, torch.float32)
+    head = new_head(ours, recipe.seed) if recipe.stage == "reward" else None
+    named = dict(model.named_parameters())
+    if not isinstance(recipe.adapter, FullSpec):
+        ours = attach_adapter(ours, recipe.adapter, recipe.seed)
+        for name, weight in ours.named_parameters():
+            if "lora_" in name:
+                named[name].copy_(weight)
+    if head is not None:
+        heads = [p for name, p in named.items() if "score" in name and p.requires_grad]
+        for weight in heads:
+            weight.copy_(head.weight)
+    del ours
+    release_memory()

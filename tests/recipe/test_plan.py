@@ -1,0 +1,245 @@
+"""What the planner decides about a preference run, in closed form, and what it warns of."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from alignkit.errors import AlignkitError
+from alignkit.recipe.facts import DataFacts, HardwareFacts, ModelFacts
+from alignkit.recipe.memory import estimate_memory
+from alignkit.recipe.plan import Plan, make_plan
+from alignkit.recipe.schema import STAGES, Recipe, with_defaults
+
+MODEL = ModelFacts(
+    architecture="LlamaForCausalLM",
+    parameters=100_000_000,
+    trainable=2_000_000,
+    layers=12,
+    hidden=512,
+    intermediate=1536,
+    attention_width=512,
+    key_value_width=256,
+    vocabulary=32_000,
+    context=4096,
+)
+DATA = DataFacts(
+    rows=320,
+    tokens=64_000,
+    trained_tokens=20_000,
+    longest=400,
+    eval_rows=32,
+    eval_tokens=6_400,
+    overlap=0,
+    chosen=160,
+    rejected=160,
+)
+HARDWARE = HardwareFacts("cuda", "card", 80 * 10**9, 8, 1)
+
+
+def recipe(stage: str, **fields: Any) -> Recipe:
+    values = {
+        "stage": stage,
+        "output": "runs/x",
+        "model": {"base": "some/model"},
+        "data": {"train": [{"path": "rows.jsonl"}]},
+        **fields,
+    }
+    return with_defaults(STAGES[stage].model_validate_json(json.dumps(values)))
+
+
+def plan(stage: str, data: DataFacts = DATA, **fields: Any) -> Plan:
+    return make_plan(recipe(stage, **fields), MODEL, data, HARDWARE)
+
+
+# reference -----------------------------------------------------------------------------------
+
+ADAPTER_OFF = "the base under the adapter, each row is read about once"
+FULL = "all weights are trained: no second model is kept in memory"
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+@pytest.mark.parametrize(
+    ("fields", "reference", "reason"),
+    [
+        ({}, "adapter_off", ADAPTER_OFF),
+        ({"training": {"epochs": 0.5}}, "adapter_off", ADAPTER_OFF),
+        ({"training": {"epochs": 1.5}}, "adapter_off", ADAPTER_OFF),
+        ({"training": {"epochs": 1.6}}, "cached", "each row is read 1.6 times and scored once"),
+        ({"training": {"epochs": 3}}, "cached", "each row is read 3.0 times and scored once"),
+        # 320 rows in steps of 16 are 20 steps an epoch; max_steps overrides epochs.
+        ({"training": {"epochs": 3, "max_steps": 20}}, "adapter_off", ADAPTER_OFF),
+        (
+            {"training": {"max_steps": 40}},
+            "cached",
+            "each row is read 2.0 times and scored once",
+        ),
+        ({"adapter": {"kind": "full"}}, "cached", FULL),
+        ({"adapter": {"kind": "full"}, "training": {"epochs": 3}}, "cached", FULL),
+        ({"reference": {"kind": "cached"}}, "cached", "as the recipe says"),
+        ({"reference": {"kind": "frozen_copy"}}, "frozen_copy", "as the recipe says"),
+        (
+            {"reference": {"kind": "adapter_off"}, "training": {"epochs": 3}},
+            "adapter_off",
+            "as the recipe says",
+        ),
+        (
+            {"reference": {"kind": "frozen_copy"}, "adapter": {"kind": "full"}},
+            "frozen_copy",
+            "as the recipe says",
+        ),
+    ],
+)
+def test_the_reference_and_why(
+    stage: str, fields: dict[str, Any], reference: str, reason: str
+) -> None:
+    found = plan(stage, **fields)
+    assert (found.reference, found.reference_reason) == (reference, reason)
+    assert found.to_json()["reference"] == reference
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_there_is_no_adapter_to_turn_off(stage: str) -> None:
+    with pytest.raises(AlignkitError) as caught:
+        plan(stage, adapter={"kind": "full"}, reference={"kind": "adapter_off"})
+    assert str(caught.value) == (
+        "reference.kind = adapter_off, and there is no adapter: all weights are trained\n"
+        "hint: use cached, or frozen_copy"
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "fields"),
+    [
+        ("sft", {}),
+        ("reward", {}),
+        ("dpo", {"objective": {"kind": "simpo"}}),
+        ("dpo", {"objective": {"kind": "orpo"}, "training": {"epochs": 3}}),
+        ("dpo", {"objective": {"kind": "cpo"}, "adapter": {"kind": "full"}}),
+    ],
+)
+def test_no_reference_where_none_is_needed(stage: str, fields: dict[str, Any]) -> None:
+    found = plan(stage, **fields)
+    assert (found.reference, found.reference_reason) == (None, "")
+    assert found.memory.reference == 0
+
+
+# memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), ("float16", 2), ("float32", 4)])
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_a_frozen_copy_is_a_second_set_of_weights(adapter: str, dtype: str, width: int) -> None:
+    spec = recipe("dpo", adapter={"kind": adapter}, model={"base": "m", "dtype": dtype})
+    without, cached, copy = (
+        estimate_memory(spec, MODEL, HARDWARE, 4096, False, reference)
+        for reference in (None, "cached", "frozen_copy")
+    )
+    assert cached == without
+    assert copy.reference == MODEL.parameters * width
+    assert copy.peak == without.peak + MODEL.parameters * width
+    assert dataclasses.replace(copy, reference=0, peak=without.peak) == without
+
+
+def test_the_plan_counts_the_copy() -> None:
+    peaks = {
+        kind: plan("dpo", reference={"kind": kind}).memory.peak
+        for kind in ("adapter_off", "cached", "frozen_copy")
+    }
+    assert peaks["adapter_off"] == peaks["cached"]
+    assert peaks["frozen_copy"] == peaks["cached"] + 2 * MODEL.parameters
+
+
+# warnings ------------------------------------------------------------------------------------
+
+
+def warnings(stage: str, data: DataFacts = DATA, **fields: Any) -> tuple[str, ...]:
+    return plan(stage, data, **fields).warnings
+
+
+def counts(chosen: int, rejected: int) -> DataFacts:
+    return dataclasses.replace(DATA, rows=chosen + rejected, chosen=chosen, rejected=rejected)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_defaults_are_usual(stage: str, adapter: str) -> None:
+    assert warnings(stage, adapter={"kind": adapter}) == ()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "weights"),
+    [
+        (160, 160, {}),  # 1
+        (200, 150, {}),  # 4/3
+        (170, 150, {}),
+        (159, 160, {}),  # near enough
+        (100, 200, {"undesirable_weight": 0.4}),  # 1.25
+        (120, 200, {"desirable_weight": 2.0}),  # 1.2
+        (200, 100, {"undesirable_weight": 1.75}),  # 1.14
+        (100, 300, {"desirable_weight": 2.0, "undesirable_weight": 0.5}),  # 4/3
+    ],
+)
+def test_balanced_labels(chosen: int, rejected: int, weights: dict[str, float]) -> None:
+    assert warnings("kto", counts(chosen, rejected), objective={"kind": "kto", **weights}) == ()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "weights", "ratio", "low", "high"),
+    [
+        (100, 200, {}, "0.50", "2", "2.67"),
+        (200, 100, {}, "2.00", "0.5", "0.667"),
+        (150, 160, {}, "0.94", "1.07", "1.42"),
+        (320, 7, {}, "45.71", "0.0219", "0.0292"),
+        (100, 200, {"undesirable_weight": 0.3}, "1.67", "0.6", "0.8"),
+        (160, 160, {"desirable_weight": 1.5}, "1.50", "1", "1.33"),
+    ],
+)
+def test_unbalanced_labels(
+    chosen: int, rejected: int, weights: dict[str, float], ratio: str, low: str, high: str
+) -> None:
+    data, objective = counts(chosen, rejected), {"kind": "kto", **weights}
+    assert warnings("kto", data, objective=objective) == (
+        f"desirable_weight × {chosen} desirable rows is {ratio} times undesirable_weight × "
+        f"{rejected} undesirable rows; the paper keeps this between 1 and 4/3: "
+        f"objective.desirable_weight between {low} and {high} does",
+    )
+    for advised in (low, high):
+        changed = {**objective, "desirable_weight": float(advised)}
+        assert warnings("kto", data, objective=changed) == ()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "side"), [(320, 0, "desirable"), (0, 320, "undesirable")]
+)
+def test_one_label_only(chosen: int, rejected: int, side: str) -> None:
+    assert warnings("kto", counts(chosen, rejected)) == (
+        f"all 320 rows are {side}: there is nothing to tell apart",
+    )
+    assert warnings("dpo", counts(chosen, rejected)) == ()  # a question of KTO alone
+
+
+@pytest.mark.parametrize(
+    ("stage", "adapter", "rate", "sentence"),
+    [
+        ("dpo", "lora", 2e-3, "0.002 is above the usual 1e-06 to 0.0005 for dpo with LoRA"),
+        ("dpo", "full", 2e-5, "2e-05 is above the usual 5e-08 to 1e-05 for dpo with full weights"),
+        ("kto", "lora", 1e-7, "1e-07 is below the usual 1e-06 to 0.0005 for kto with LoRA"),
+        ("reward", "lora", 5e-6, "5e-06 is below the usual 1e-05 to 0.001 for reward with LoRA"),
+        ("sft", "full", 2e-3, "0.002 is above the usual 5e-07 to 0.0001 for sft with full weights"),
+    ],
+)
+def test_unusual_learning_rates(stage: str, adapter: str, rate: float, sentence: str) -> None:
+    found = warnings(stage, adapter={"kind": adapter}, training={"learning_rate": rate})
+    assert found == (f"training.learning_rate = {sentence}",)
+
+
+def test_pairs_are_counted_as_rows() -> None:
+    found = plan("dpo", training={"epochs": 2.5, "batch_size": 50})
+    # 320 pairs in steps of 50 are 7 steps an epoch; two and a half of them are 17.5.
+    assert (found.steps_per_epoch, found.steps, found.stage) == (7, 18, "dpo")
+    assert found.tokens == round(64_000 * 18 / 7)
+    assert found.trained_tokens == round(20_000 * 18 / 7)
