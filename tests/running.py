@@ -16,6 +16,18 @@ from alignkit.stages.outputs import RunSummary
 from alignkit.stages.run import run_stage
 from alignkit.stages.session import RunOptions
 
+KILL_AFTER = """
+import os, signal
+from alignkit.runtime.metrics import MetricsFile
+write = MetricsFile.write
+def write_and_die(self, step, values):
+    write(self, step, values)
+    if step == STEP and "loss" in values:
+        os.kill(os.getpid(), signal.SIGKILL)
+MetricsFile.write = write_and_die
+"""
+"""Code for `before` of a command: the process dies once it has written step STEP."""
+
 WORDS = (
     *("the", "cat", "sat", "on", "a", "mat", "and", "saw", "how"),
     *("many", "red", "birds", "fly", "over", "our", "old", "house"),
@@ -39,6 +51,46 @@ def make_rows(count: int = 16, seed: int = 0, longest: int = 24) -> list[dict[st
         messages = [{"role": role, "content": content} for role, content in turns]
         rows.append({"messages": messages})
     return rows
+
+
+GOOD, BAD = ("birds", "fly", "over", "house"), ("mat", "cat", "sat", "red")
+
+
+def make_pairs(count: int = 16, seed: int = 0, *, evident: bool = False) -> list[dict[str, Any]]:
+    """Pairs of answers of different lengths to prompts of one to four turns.
+
+    `evident` pairs follow a rule that a tiny model learns at once: chosen answers are made of
+    GOOD words and rejected ones of BAD words. The others follow none.
+    """
+    rng = random.Random(seed)
+
+    def text(words: tuple[str, ...] = WORDS, longest: int = 16) -> str:
+        return " ".join(rng.choices(words, k=rng.randint(2, longest)))
+
+    rows = []
+    for number in range(count):
+        prompt = [{"role": "user", "content": text()}]
+        if number % 4 == 1:
+            prompt = [{"role": "system", "content": text()}, *prompt]
+        if number % 5 == 2:
+            turn = {"role": "assistant", "content": text()}
+            prompt += [turn, {"role": "user", "content": text()}]
+        answers = [text(GOOD, 6), text(BAD, 6)] if evident else [text(), text() + " and"]
+        chosen, rejected = [[{"role": "assistant", "content": answer}] for answer in answers]
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def make_labelled(count: int = 16, seed: int = 0, *, evident: bool = False) -> list[dict[str, Any]]:
+    """Answers of `make_pairs`, in turn good and bad, each to a prompt of its own."""
+    return [
+        {
+            "prompt": row["prompt"],
+            "completion": row["rejected" if number % 2 else "chosen"],
+            "label": number % 2 == 0,
+        }
+        for number, row in enumerate(make_pairs(count, seed, evident=evident))
+    ]
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:
@@ -68,6 +120,15 @@ def make_recipe(folder: Path, base: Path, **overrides: Any) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe, indent=2), encoding="utf-8")  # JSON is YAML
     return path
+
+
+def make_preference_recipe(folder: Path, base: Path, stage: str, **overrides: Any) -> Path:
+    """A recipe of the stages on pairs or labelled rows, beside its rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "rows.jsonl").exists():
+        rows = make_labelled() if stage == "kto" else make_pairs()
+        write_rows(folder / "rows.jsonl", rows)
+    return make_recipe(folder, base, **{"stage": stage, "merge": False, **overrides})
 
 
 def train(recipe: Path, *overrides: str, resume: bool = False) -> RunSummary:

@@ -9,6 +9,8 @@ Shapes: `B` = 1 packed row, `H` query heads, `K` key heads, `T` tokens, `D` head
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -71,12 +73,14 @@ def packed_attention(
     for number, segment in enumerate(segments):
         # Rows appended to a causal segment change nothing before them.
         extra = _rounding(segment.length, query.device)
+        filler = _rounding(segment.prefix_length, query.device)
         q, k, v = (_append(x[number], extra) for x in (queries, keys, values))
         if segment.prefix_length:
             prefix = by_start[segment.prefix_start]
-            k = torch.cat([keys[prefix], k], dim=2)
-            v = torch.cat([values[prefix], v], dim=2)
-        mask = segment_mask(segment, sliding_window, query.device, extra)
+            k = torch.cat([_append(keys[prefix], filler), k], dim=2)
+            v = torch.cat([_append(values[prefix], filler), v], dim=2)
+        own = segment.length + extra
+        mask = segment_mask(own, segment.prefix_length, filler, sliding_window, query.device)
         if softcap is None:
             output = scaled_dot_product_attention(
                 q,
@@ -106,28 +110,34 @@ def _append(x: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, rows)) if rows else x
 
 
+@functools.lru_cache(maxsize=128)
 def segment_mask(
-    segment: Segment, sliding_window: int | None, device: torch.device, extra: int = 0
+    own: int, prefix: int, filler: int, sliding_window: int | None, device: torch.device
 ) -> torch.Tensor | None:
     """Who sees whom within a segment and its prefix.
 
+    The masks of a batch are the same in every layer, so the last ones are kept.
+
     Args:
-        segment: `n` own tokens after `p` prefix tokens.
+        own: tokens of the segment, appended rows included, `n`.
+        prefix: tokens of its prefix, `p`.
+        filler: keys after the prefix that nobody sees, `f`.
         sliding_window: see `packed_attention`.
         device: of the mask.
-        extra: rows appended to the segment, `e`.
 
     Returns:
-        `[n + e, p + n + e]`, True where a token is seen; None where the causal rule says it all.
+        `[n, p + f + n]`, True where a token is seen; None where the causal rule says it all.
     """
-    n, p = segment.length + extra, segment.prefix_length
-    windowed = sliding_window is not None and p + n > sliding_window
-    if not p and not windowed:
+    windowed = sliding_window is not None and prefix + own > sliding_window
+    if not prefix and not windowed:
         return None
-    mask = torch.ones(n, p + n, dtype=torch.bool, device=device).tril(p)
+    queries = torch.arange(prefix, prefix + own, device=device)
+    unseen = torch.full((filler,), prefix + own, device=device)
+    keys = torch.cat([torch.arange(prefix, device=device), unseen, queries])
+    mask = keys <= queries[:, None]
     if windowed:
         assert sliding_window is not None
-        mask = mask.triu(p - sliding_window + 1)
+        mask &= queries[:, None] - keys < sliding_window
     return mask
 
 

@@ -16,10 +16,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 from alignkit.errors import ModelError
+from alignkit.models.quantized import keep_trainable
 from alignkit.models.registry import KNOWN_MODELS, model_folder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -130,6 +137,8 @@ def _reading(base: BaseModel, what: str) -> Iterator[None]:
             hint = "HF_HUB_OFFLINE is set and the model is not in the local cache"
         elif "gguf" in first_line.lower() and isinstance(error, ImportError):
             hint = "pip install 'alignkit[gguf]'"
+        elif "bitsandbytes" in first_line and isinstance(error, ImportError):
+            hint = "pip install 'alignkit[quantization]'"
         raise ModelError(
             f"{what} of {base.location!r} could not be read: {first_line}", hint=hint
         ) from error
@@ -185,18 +194,30 @@ def is_classifier(base: BaseModel) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in architectures)
 
 
-def load_model(base: BaseModel, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+def load_model(
+    base: BaseModel,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    quantization: str = "none",
+) -> Any:
     """The model's weights.
 
     Args:
         base: from `find_base`.
-        dtype: storage of the weights.
+        dtype: storage of the weights, and compute precision of quantized ones.
         device: where they go.
+        quantization: `none`, or `nf4` for 4-bit linear layers; the vocabulary head stays as it is.
 
     Returns:
-        A transformers causal language model in evaluation mode, not marked as quantized.
+        A transformers causal language model in evaluation mode; not marked as quantized unless it
+        is.
+
+    Raises:
+        ModelError: the files cannot be read, or a GGUF file is to be quantized.
     """
     options = dict(base.options)
+    if quantization != "none":
+        return _load_quantized(base, dtype, device)
     if base.gguf:
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
@@ -206,6 +227,31 @@ def load_model(base: BaseModel, dtype: torch.dtype, device: torch.device | str =
     if base.gguf:
         _forget_gguf(model)
     return model.to(device).eval()
+
+
+def _load_quantized(base: BaseModel, dtype: torch.dtype, device: torch.device | str) -> Any:
+    if base.gguf:
+        raise ModelError(
+            f"{base.name} is a GGUF file, which model.quantization = nf4 cannot read",
+            hint="name a folder with safetensors, or set model.quantization=none",
+        )
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    with _reading(base, "the weights"):
+        model = AutoModelForCausalLM.from_pretrained(
+            base.location,
+            dtype=dtype,
+            quantization_config=config,
+            device_map={"": str(device)},
+            use_safetensors=True,
+            **base.options,
+        )
+    keep_trainable(model)
+    return model.eval()
 
 
 def _forget_gguf(model: Any) -> None:

@@ -7,7 +7,8 @@ cast to the compute dtype for the product only. In bfloat16 PEFT adds the update
 is rounded already, where small updates vanish; here the sum is rounded once. Modules, parameter
 names and files stay PEFT's.
 
-Layers with dropout, DoRA, quantized weights or several active adapters keep PEFT's code.
+Layers with dropout, DoRA or several active adapters keep PEFT's code. A 4-bit weight is dense only
+while it is multiplied, once in each direction.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import nn
+
+from alignkit.models.quantized import dense_weight, is_quantized, weight_dtype
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -40,22 +44,22 @@ class _LoraProduct(torch.autograd.Function):
         low = torch.mm(x, narrow_a.T).mul_(scale)
         # The small term first, so that the sum is rounded once. Added to an xWᵀ that is already
         # rounded to bfloat16, an update below half a unit in its last place would vanish.
-        y = torch.mm(low, narrow_b.T).addmm_(x, weight.T)
+        y = torch.mm(low, narrow_b.T).addmm_(x, dense_weight(weight).T)
         if bias is not None:
             y += bias
-        ctx.save_for_backward(x, weight, narrow_a, narrow_b, low)
-        ctx.scale = scale
+        ctx.save_for_backward(x, narrow_a, narrow_b, low)
+        ctx.weight, ctx.scale = weight, scale  # frozen: no in-place change to guard against
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        x, weight, narrow_a, narrow_b, low = ctx.saved_tensors
+        x, narrow_a, narrow_b, low = ctx.saved_tensors
         grad_low = torch.mm(grad, narrow_b).mul_(ctx.scale)
         grad_a = torch.mm(grad_low.T, x).float()
         grad_b = torch.mm(grad.T, low).float()
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad_low, narrow_a).addmm_(grad, weight)
+            grad_x = torch.mm(grad_low, narrow_a).addmm_(grad, dense_weight(ctx.weight))
         return grad_x, None, None, grad_a, grad_b, None
 
 
@@ -75,9 +79,12 @@ def use_fast_lora(model: nn.Module) -> int:
 
 
 def _is_eligible(module: nn.Module) -> bool:
-    if type(module) is not LoraLinear or type(module.get_base_layer()) is not nn.Linear:
+    if not isinstance(module, LoraLayer) or not hasattr(module, "get_base_layer"):
         return False
     base = module.get_base_layer()
+    plain = type(module) is LoraLinear and type(base) is nn.Linear
+    if not plain and not (isinstance(base, nn.Linear) and is_quantized(base)):
+        return False
     return not (
         base.weight.requires_grad
         or module.fan_in_fan_out
@@ -94,10 +101,10 @@ def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
         output: torch.Tensor = type(module).forward(module, x, *args, **kwargs)
         return output
     base = module.get_base_layer()
-    flat = x.to(base.weight.dtype).reshape(-1, x.shape[-1])
+    flat = x.to(weight_dtype(base.weight)).reshape(-1, x.shape[-1])
     if module.disable_adapters:
         # In the same steps as below: a fresh adapter must change no bit.
-        plain = torch.mm(flat, base.weight.T)
+        plain = torch.mm(flat, dense_weight(base.weight).T)
         plain = plain if base.bias is None else plain + base.bias
         return plain.view(*x.shape[:-1], -1)
     name = names[0]

@@ -14,6 +14,9 @@ from alignkit.recipe.schema import LoraSpec, Recipe
 ROOM = 0.85
 """Share of the free memory that a plan may fill."""
 
+_NF4_BYTES = 0.516
+"""Bytes of a 4-bit weight with its doubly quantized scale."""
+
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -68,7 +71,7 @@ def estimate_memory(
     on_cpu = hardware.device == "cpu"
     libraries = 600_000_000
     if lora:
-        weights = model.parameters * wide + model.trainable * 4
+        weights = _base_bytes(recipe, model, wide) + model.trainable * 4
     else:
         # Trained weights are float32; under autocast their narrow copies live beside them.
         weights = model.parameters * (4 if wide == 4 else 4 + wide)
@@ -86,7 +89,7 @@ def estimate_memory(
     merging = 0
     if recipe.merge and lora:
         merging = model.parameters * (4 + 4)
-    second = model.parameters * wide if reference == "frozen_copy" else 0
+    second = _base_bytes(recipe, model, wide) if reference == "frozen_copy" else 0
     training = libraries + weights + second + state + activations + workspace
     return MemoryEstimate(
         libraries=libraries,
@@ -98,6 +101,18 @@ def estimate_memory(
         merging=merging,
         peak=max(training, libraries + merging) if on_cpu else training,
     )
+
+
+def _base_bytes(recipe: Recipe, model: ModelFacts, wide: int) -> int:
+    """Bytes of the frozen base; embeddings and vocabulary head are never quantized."""
+    if recipe.model.quantization == "none":
+        return model.parameters * wide
+    narrow = model.layers * (
+        2 * model.hidden * (model.attention_width + model.key_value_width)
+        + 3 * model.hidden * model.intermediate
+    )
+    narrow = min(narrow, model.parameters)
+    return round(narrow * _NF4_BYTES) + (model.parameters - narrow) * wide
 
 
 def _layer_bytes(model: ModelFacts, wide: int) -> int:

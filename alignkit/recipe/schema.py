@@ -27,8 +27,9 @@ class ModelSpec(Section):
     """Hub id, folder, `.gguf` file, run folder (its `merged/`) or a name `alignkit fetch` knows."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Compute precision. Trainable weights and loss arithmetic are float32 in every case."""
-    quantization: Literal["none"] = "none"
-    """Storage of the frozen base weights. 4-bit and 8-bit bases are not available yet."""
+    quantization: Literal["none", "nf4"] = "none"
+    """Storage of the frozen base weights: `nf4` keeps them in 4 bits with double quantization
+    (QLoRA, https://arxiv.org/abs/2305.14314) and merges into the original weights."""
     attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = "auto"
     """`auto` packs rows without padding and checks itself against the model's own attention at
     the start; `packed` insists on it; the others are padded batches through transformers."""
@@ -203,6 +204,16 @@ class BaseRecipe(Section):
     """The optimizer step and the loop around it."""
     merge: bool = True
     """Write `merged/`, a checkpoint that plain transformers loads, and verify it."""
+
+    @field_validator("adapter")
+    @classmethod
+    def _frozen_if_quantized(cls, value: AdapterSpec, info: ValidationInfo) -> AdapterSpec:
+        model = info.data.get("model")
+        if isinstance(value, FullSpec) and model is not None and model.quantization != "none":
+            raise ValueError(
+                f"trains all weights, and model.quantization = {model.quantization} freezes them"
+            )
+        return value
 
 
 class SftRecipe(BaseRecipe):

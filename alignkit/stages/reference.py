@@ -65,7 +65,9 @@ def frozen_copy(session: Session, rows: Rows) -> Reference:
     """A second model, as the first one starts."""
     spec = session.recipe.model
     dtype = DTYPES[spec.dtype]
-    model = load_model(rows.base, dtype, session.accelerator.device).requires_grad_(False)
+    device = session.accelerator.device
+    model = load_model(rows.base, session.weights_dtype, device, spec.quantization)
+    model.requires_grad_(False)
     frozen = build_scorer(model, dtype, spec.attention, session.say).eval()
 
     def reference(scorer: nn.Module, batch: PackedBatch) -> torch.Tensor:
@@ -172,6 +174,8 @@ def _key(session: Session, rows: Rows, dataset: TokenDataset, needed: npt.NDArra
         "format": FORMAT,
         "model": weights_fingerprint(rows.base),
         "dtype": spec.dtype,
+        "weights": str(session.weights_dtype),
+        "quantization": spec.quantization,
         "attention": spec.attention,
         "device": session.accelerator.device.type,
         "processes": session.accelerator.num_processes,

@@ -97,6 +97,12 @@ class Session:
             self.say(warning, "warning")
         return plan
 
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """What weights are kept in: those that are trained in float32, frozen ones as computed."""
+        full = isinstance(self.recipe.adapter, FullSpec)
+        return torch.float32 if full else DTYPES[self.recipe.model.dtype]
+
     def build_scorer(self, base: BaseModel, plan: Plan, *, scalar_head: bool = False) -> nn.Module:
         """Weights, adapter and checked scorer, in training mode.
 
@@ -106,9 +112,8 @@ class Session:
             scalar_head: put a fresh head of a reward model on it.
         """
         spec = self.recipe.model
-        full = isinstance(self.recipe.adapter, FullSpec)
-        stored = torch.float32 if full else DTYPES[spec.dtype]
-        model = load_model(base, stored, self.accelerator.device)
+        device = self.accelerator.device
+        model = load_model(base, self.weights_dtype, device, spec.quantization)
         model = attach_adapter(model, self.recipe.adapter, self.recipe.seed)
         head = new_head(model, self.recipe.seed) if scalar_head else None
         if scalar_head:

@@ -107,20 +107,23 @@ def test_dropout_drops_weights() -> None:
 
 def test_masks_in_closed_form() -> None:
     device = torch.device("cpu")
-    assert segment_mask(Segment(0, 4), None, device) is None
-    assert segment_mask(Segment(0, 4), 4, device) is None  # the window is as long as the row
-    windowed = segment_mask(Segment(0, 4), 2, device)
+    assert segment_mask(4, 0, 0, None, device) is None
+    assert segment_mask(4, 0, 0, 4, device) is None  # the window is as long as the row
+    windowed = segment_mask(4, 0, 0, 2, device)
     assert windowed is not None
     assert windowed.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
-    prefixed = segment_mask(Segment(3, 2, 0, 3), None, device)
+    prefixed = segment_mask(2, 3, 0, None, device)
     assert prefixed is not None
     assert prefixed.int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    both = segment_mask(Segment(3, 2, 0, 3), 3, device)
+    both = segment_mask(2, 3, 0, 3, device)
     assert both is not None
     assert both.int().tolist() == [[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
-    filled = segment_mask(Segment(3, 1, 0, 2), None, device, 1)
+    filled = segment_mask(2, 2, 1, None, device)  # nobody sees the filler between them
     assert filled is not None
-    assert filled.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert filled.int().tolist() == [[1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]
+    near = segment_mask(2, 2, 1, 2, device)
+    assert near is not None
+    assert near.int().tolist() == [[0, 1, 0, 1, 0], [0, 0, 0, 1, 1]]
 
 
 @pytest.mark.parametrize("name", ["s_aux", "position_bias", "cache"])

@@ -94,7 +94,7 @@ def window_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         attention,
         "segment_mask",
-        lambda segment, window, device, extra=0: right(segment, None, device, extra),
+        lambda own, prefix, filler, window, device: right(own, prefix, filler, None, device),
     )
 
 

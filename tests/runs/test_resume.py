@@ -13,21 +13,11 @@ from typing import Any
 
 import pytest
 from commandline import CommandLine
-from running import make_recipe, without_times
+from running import KILL_AFTER, make_recipe, without_times
 
 from alignkit.runtime.metrics import read_metrics
 
 STEPS = 12
-KILL_AFTER = """
-import os, signal
-from alignkit.runtime.metrics import MetricsFile
-write = MetricsFile.write
-def write_and_die(self, step, values):
-    write(self, step, values)
-    if step == STEP and "loss" in values:
-        os.kill(os.getpid(), signal.SIGKILL)
-MetricsFile.write = write_and_die
-"""
 
 KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "lora": ({}, "adapter/adapter_model.safetensors"),
