@@ -1,4 +1,4 @@
-# make demo   a 135M chat model is fine-tuned, merged, checked and shown talking
+# make demo   a 135M chat model: SFT, then DPO, merged, checked and shown talking
 # make test   linters, types and the whole suite, in .venv
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,7 +23,8 @@ $(VENV)/.test: $(VENV)/.runtime
 demo: $(VENV)/.runtime
 	$(BIN)/alignkit fetch smollm2-135m-instruct
 	$(BIN)/alignkit sft quickstart/sft.yaml --overwrite
-	$(BIN)/alignkit generate runs/quickstart-sft --against smollm2-135m-instruct \
+	$(BIN)/alignkit dpo quickstart/dpo.yaml --overwrite
+	$(BIN)/alignkit generate runs/quickstart-dpo --against runs/quickstart-sft \
 		--file data_templates/sft/prompts.txt --max-new-tokens 100
 
 test: lint types

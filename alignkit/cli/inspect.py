@@ -43,7 +43,9 @@ def inspect(
         )
         for part in row["parts"]:
             if len(row["parts"]) > 1:
-                stdout.print(Text(f"[{part['name']}, {part['length']} tokens]", style="bold cyan"))
+                note = ", scored and not trained" if part["name"] == "mismatched" else ""
+                head = f"[{part['name']}, {part['length']} tokens{note}]"
+                stdout.print(Text(head, style="bold cyan"))
             stdout.print(_paint(row, part, stdout.is_terminal))
         stdout.print()
     report = dataset.report
@@ -76,12 +78,19 @@ def _row(dataset: Any, item: int, tokenizer: Any) -> dict[str, Any]:
         labels += [i if on else -100 for i, on in zip(piece, trained, strict=True)]
     return {
         "place": dataset.places[document.row],
-        "trained": sum(label != -100 for label in labels),
+        "trained": sum(
+            int(branch.trained.sum()) for branch in document.branches if _is_own(branch)
+        ),
         "parts": parts,
         "ids": ids,
         "labels": labels,
         "tokens": [tokenizer.decode([i]) for i in ids],
     }
+
+
+def _is_own(branch: Any) -> bool:
+    """Whether the answer is the row's own: KTO scores a mismatched one and does not train it."""
+    return bool(branch.role.name != "MISMATCHED")
 
 
 def _paint(row: dict[str, Any], part: dict[str, Any], colour: bool) -> Text:

@@ -32,6 +32,7 @@ def plan(
     gigabytes = {name: value / 1e9 for name, value in vars(memory).items()}
     terms = ", ".join(f"{n.replace('_', ' ')} {v:.2f}" for n, v in gigabytes.items() if n != "peak")
     checkpointing = "on" if made.gradient_checkpointing else "off"
+    reference = (made.reference or "").replace("_", " ")
     print_pairs(
         [
             ("stage", f"{made.stage} -> {loaded.recipe.output}"),
@@ -46,6 +47,7 @@ def plan(
                 f"{data.rows:,} rows, {data.tokens:,} tokens ({data.trained_tokens:,} trained), "
                 f"longest {data.longest}; held out {data.eval_rows:,}",
             ),
+            *([("reference", f"{reference}, {made.reference_reason}")] if reference else []),
             (
                 "steps",
                 f"{made.steps:,} of {made.batch_size} examples ({made.steps_per_epoch:,} an "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import typing
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,10 +74,14 @@ def explain(
     wanted = {
         name: text
         for name, text in lines.items()
-        if key is None or name == key or name.startswith((f"{key}.", f"{key}["))
+        if key is None
+        or (
+            f"{_without_kinds(name)}.".startswith(f"{_without_kinds(key)}.")
+            and (_without_kinds(key) == key or name.startswith(key))
+        )
     }
     if not wanted:
-        near = difflib.get_close_matches(str(key), lines, n=1)
+        near = difflib.get_close_matches(str(key), map(_without_kinds, lines), n=1)
         last = {name.rsplit(".", 1)[-1]: name for name in lines}
         near = near or [last[n] for n in difflib.get_close_matches(str(key), last, n=1)]
         hint = f"did you mean {near[0]}?" if near else "alignkit recipes explain shows all keys"
@@ -98,6 +103,11 @@ def schema(
     print_json(STAGES[stage].model_json_schema())
 
 
+def _without_kinds(name: str) -> str:
+    """`objective[ipo].tau` as a recipe writes it: `objective.tau`."""
+    return re.sub(r"\[\w+\]", "", name)
+
+
 def _explanations(
     model: type[BaseModel], parent: str
 ) -> typing.Iterator[tuple[str, tuple[str, str, str]]]:
@@ -115,22 +125,30 @@ def _explanations(
             shown = f"  default {_plain(default)}"
         text = inspect.cleandoc(field.description or "").replace("\n", " ")
         yield path, (_kind(field.annotation, sections), shown, text)
-        seen: set[str] = set()
+        several = len([part for part in sections if "kind" in part.model_fields]) > 1
         for section in sections:
-            for inner, value in _explanations(section, path):
-                if inner not in seen:
+            inside = f"{path}[{_tag(section)}]" if several else path
+            if several:
+                about = inspect.cleandoc(section.__doc__ or "").replace("\n", " ")
+                yield inside, (f"kind: {_tag(section)}", "", about)
+            for inner, value in _explanations(section, inside):
+                if not (several and inner.endswith(".kind")):
                     yield inner, value
-                    seen.add(inner)
+
+
+def _tag(section: type[BaseModel]) -> str:
+    """The kind that a section of a union is chosen by."""
+    return str(typing.get_args(section.model_fields["kind"].annotation)[0])
 
 
 def _plain(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(map(str, value)) + "]"
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not (isinstance(value, dict))
-        else "{}"
-    )
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "null"
+    return "{}" if isinstance(value, dict) else str(value)
 
 
 def _kind(annotation: Any, sections: list[type[BaseModel]]) -> str:

@@ -23,7 +23,7 @@ from alignkit.data.sources import Source, load_source, mix_rows
 from alignkit.data.tokenize import TokenizeSettings, parse_rows, tokenize_examples
 from alignkit.errors import DataError
 from alignkit.packed import IntArray, Role
-from alignkit.recipe.schema import SourceSpec
+from alignkit.recipe.rows import SourceSpec
 
 CACHE_FORMAT = 2
 """Raised whenever the same rows would be tokenized differently."""

@@ -29,7 +29,7 @@ def with_mismatched(dataset: TokenDataset, max_length: int, seed: int) -> TokenD
     room = np.maximum(max_length - prompts, 1)
     report = dataclasses.replace(dataset.report, notes=dict(dataset.report.notes))
     hashes = dataset.prompt_hashes()
-    for row in range(dataset.num_rows):
+    for row in np.unique(dataset.order).tolist():
         if answers[row] > room[row]:
             report.note("its mismatched answer is cut to max_length", dataset.places[row])
         if hashes[row] == hashes[int(partners[row])]:
@@ -48,19 +48,22 @@ def draw_partners(dataset: TokenDataset, seed: int) -> IntArray:
     """A row for each row, of another prompt wherever there is one.
 
     Args:
-        dataset: `n` rows.
+        dataset: `n` rows; only those that an item uses give and take, so that no held-out answer
+            enters.
         seed: draws them.
 
     Returns:
-        `[n]` rows.
+        `[n]` rows; an unused row is its own partner.
     """
-    count = dataset.num_rows
-    drawn = np.random.default_rng([seed, 13]).permutation(count)
+    used = np.unique(dataset.order)
+    count = len(used)
+    drawn = used[np.random.default_rng([seed, 13]).permutation(count)]
     hashes = dataset.prompt_hashes()
-    if len(set(hashes)) == 1:
-        return np.roll(drawn, 1)[np.argsort(drawn)].astype(np.int64)
-    partners = np.empty(count, np.int64)
+    partners = np.arange(dataset.num_rows)
+    if len({hashes[row] for row in used.tolist()}) == 1:
+        partners[drawn] = np.roll(drawn, 1)
+        return partners.astype(np.int64)
     for position, row in enumerate(drawn.tolist()):
         others = (int(drawn[(position + step) % count]) for step in range(1, count))
-        partners[row] = next((o for o in others if hashes[o] != hashes[row]), row)
-    return partners
+        partners[row] = next(other for other in others if hashes[other] != hashes[row])
+    return partners.astype(np.int64)

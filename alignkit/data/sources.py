@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from alignkit.errors import DataError
 from alignkit.recipe.assets import find_path
-from alignkit.recipe.schema import SourceSpec
+from alignkit.recipe.rows import SourceSpec
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet", ".csv")
 

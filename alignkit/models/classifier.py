@@ -66,12 +66,12 @@ class ClassifierReport:
 
     def lines(self) -> list[str]:
         """The report in sentences."""
+        what = f"merged {self.modules} layers and the head" if self.modules else "wrote all weights"
+        kept = f"; {self.survived:.1%} of the update survived rounding" if self.modules else ""
         lines = [
-            f"merged {self.modules} layers and the head into {self.output} ({self.dtype}), a "
-            "sequence classifier with one label",
+            f"{what} into {self.output} ({self.dtype}), a sequence classifier with one label",
             f"against the trained model on {self.rows} rows: largest reward difference "
-            f"{self.max_difference:.2g} (their spread is {self.spread:.2g}); {self.survived:.1%} "
-            "of the update survived rounding",
+            f"{self.max_difference:.2g} (their spread is {self.spread:.2g}){kept}",
         ]
         if self.pad_token is None:
             lines.append("the tokenizer has no token to pad with: score one row at a time")

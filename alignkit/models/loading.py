@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
-import json
 import logging
 import os
 import warnings
@@ -288,37 +286,6 @@ def share_files(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_file():
             path.chmod(0o666 & ~umask)
-
-
-def weights_fingerprint(base: BaseModel) -> str:
-    """Hash that tells one set of weights from another.
-
-    Covers the configuration, each weight file's name, size and head, and 64 samples spread over
-    it, so a 70B model costs no more than a small one.
-
-    Returns:
-        Hex sha256; for a hub model the commit, where it is known.
-    """
-    folder = Path(base.location)
-    digest = hashlib.sha256()
-    if not folder.is_dir():
-        config = load_config(base)
-        return f"{base.location}@{getattr(config, '_commit_hash', None) or 'unknown'}"
-    names = [base.gguf] if base.gguf else sorted(p.name for p in folder.glob("*.safetensors"))
-    for name in names:
-        path = folder / str(name)
-        size = path.stat().st_size
-        digest.update(f"{size}".encode())
-        with open(path, "rb") as file:
-            for sample in range(64):
-                file.seek(sample * max(size - 65536, 0) // 63)
-                digest.update(file.read(65536))
-    config_file = folder / "config.json"
-    if config_file.is_file():
-        values = json.loads(config_file.read_text(encoding="utf-8"))
-        values.pop("transformers_version", None)
-        digest.update(json.dumps(values, sort_keys=True).encode())
-    return digest.hexdigest()
 
 
 def stored_dtype(base: BaseModel) -> torch.dtype:

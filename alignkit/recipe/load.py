@@ -14,7 +14,8 @@ from alignkit.errors import AlignkitError, RecipeError
 from alignkit.recipe.assets import assets_root, find_path
 from alignkit.recipe.document import Document, apply_overrides, read_document, show_file
 from alignkit.recipe.problems import describe_problems, file_order
-from alignkit.recipe.schema import DEFAULT_KINDS, STAGES, Recipe, SourceSpec, as_dict, with_defaults
+from alignkit.recipe.rows import SourceSpec
+from alignkit.recipe.schema import DEFAULT_KINDS, STAGES, Recipe, as_dict, with_defaults
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from alignkit.recipe.objectives import (
     REFERENCE_FREE,
@@ -17,7 +17,8 @@ from alignkit.recipe.objectives import (
     KtoSpec,
     PreferenceSpec,
 )
-from alignkit.recipe.section import Fraction, PositiveInt, Section
+from alignkit.recipe.rows import DataSpec, SftDataSpec
+from alignkit.recipe.section import PositiveInt, Section
 
 
 class ModelSpec(Section):
@@ -62,78 +63,6 @@ class FullSpec(Section):
 
 
 AdapterSpec = Annotated[LoraSpec | FullSpec, Field(discriminator="kind")]
-
-RowFormat = Literal[
-    "auto",
-    "messages",
-    "sharegpt",
-    "alpaca",
-    "prompt_completion",
-    "text",
-    "preference",
-    "sharegpt_preference",
-    "hh",
-]
-
-
-class SourceSpec(Section):
-    """One data source."""
-
-    path: str | None = None
-    """A .json, .jsonl, .jsonl.gz, .parquet or .csv file."""
-    hub: str | None = None
-    """A dataset on the Hugging Face hub, instead of `path`."""
-    name: str | None = None
-    """Configuration (subset) of the hub dataset."""
-    split: str = "train"
-    """Split of the hub dataset."""
-    format: RowFormat = "auto"
-    """Row format; `auto` finds it from the keys of the first row."""
-    take: PositiveInt | None = None
-    """Use only the first so many rows."""
-    weight: Annotated[float, Field(gt=0.0)] = 1.0
-    """How often the rows count: 2.0 repeats each row twice an epoch, 0.5 draws half of them."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Renames: the format's key -> the file's column, as in `{prompt: question}`."""
-
-    @model_validator(mode="after")
-    def _one_place(self) -> SourceSpec:
-        if (self.path is None) == (self.hub is None):
-            raise ValueError("names either `path` or `hub`, not both and not neither")
-        return self
-
-    @property
-    def label(self) -> str:
-        """The source's name in messages."""
-        return self.path or f"hub:{self.hub}"
-
-
-class DataSpec(Section):
-    """Rows to train on and rows to hold out."""
-
-    train: Annotated[tuple[SourceSpec, ...], Field(min_length=1)]
-    """Sources to train on."""
-    eval: tuple[SourceSpec, ...] = ()
-    """Held-out sources. Rows that also stand in `train` are counted and reported."""
-    eval_fraction: Fraction | None = None
-    """Instead of `eval`: this share of the training rows, drawn with the seed, is held out."""
-    max_length: Annotated[int, Field(ge=8)] = 1024
-    """Longest row, in tokens."""
-    too_long: Literal["drop", "truncate_left", "truncate_right", "error"] = "drop"
-    """What happens to rows beyond max_length. Always counted and shown."""
-
-    @model_validator(mode="after")
-    def _one_eval(self) -> DataSpec:
-        if self.eval and self.eval_fraction is not None:
-            raise ValueError("holds out rows by `eval` or by `eval_fraction`, not both")
-        return self
-
-
-class SftDataSpec(DataSpec):
-    """Rows to train on and rows to hold out, and which of their tokens carry loss."""
-
-    train_on: Literal["completions", "last_turn", "everything"] = "completions"
-    """Tokens that carry loss: every assistant turn, the last one, or the whole row."""
 
 
 class ReferenceSpec(Section):

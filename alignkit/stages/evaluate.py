@@ -26,7 +26,8 @@ from alignkit.packed import PackedBatch
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.load import load_recipe
 from alignkit.recipe.objectives import CpoSpec, DpoSpec
-from alignkit.recipe.schema import DpoRecipe, KtoRecipe, Recipe, SourceSpec, needs_reference
+from alignkit.recipe.rows import SourceSpec
+from alignkit.recipe.schema import DpoRecipe, KtoRecipe, Recipe, needs_reference
 from alignkit.runtime.devices import find_device, tune_allocator
 from alignkit.stages.kto import kto_stage
 from alignkit.stages.pairs import pair_stage
@@ -102,9 +103,13 @@ def evaluate_models(names: list[str], question: Question) -> dict[str, Evaluatio
         kind, rows = _rows(opened, question, run)
         for line in describe_rows(name, rows.report):
             question.say(line)
+        if question.reference is not None and (opened.head is not None or kind == "answers"):
+            raise _useless_reference(
+                "reward models" if opened.head is not None else "single answers"
+            )
         scorer = _scorer(opened, question)
         if opened.head is not None:
-            found[name] = _evaluate_reward(scorer, kind, rows)
+            found[name] = _evaluate_reward(name, scorer, kind, rows)
         elif kind == "answers":
             found[name] = Evaluation(evaluate_heldout(scorer, rows, _BUDGET), [])
         else:
@@ -127,8 +132,11 @@ def score_answers(
         `(answer, reward)` in order.
 
     Raises:
-        ModelError: the model is no reward model.
+        ModelError: the model is no reward model, or an option has no use.
     """
+    _check(question)
+    if question.reference is not None:
+        raise _useless_reference("answers to --prompt")
     opened = open_model(
         name, dtype=DTYPES[question.dtype], device=find_device(), base=question.base
     )
@@ -162,6 +170,13 @@ def _check(question: Question) -> None:
             "--take and --max-length go with --data: the run's own rows follow its recipe",
             hint="name the file with --data",
         )
+
+
+def _useless_reference(what: str) -> ModelError:
+    return ModelError(
+        f"--reference has no use for {what}: it is what log-probs of preferences are compared with",
+        hint="leave it out",
+    )
 
 
 def _run_with_recipe(names: list[str]) -> Path:
@@ -223,9 +238,11 @@ def _scorer(opened: OpenModel, question: Question) -> nn.Module:
     return build_scorer(opened.model, dtype, "auto", question.say, opened.head).eval()
 
 
-def _evaluate_reward(scorer: nn.Module, kind: RowKind, rows: TokenDataset) -> Evaluation:
+def _evaluate_reward(name: str, scorer: nn.Module, kind: RowKind, rows: TokenDataset) -> Evaluation:
     if kind == "pairs":
-        stage = pair_stage(reward_scores(0.0), len(rows))
+        recipe = _recipe_of(name)
+        center = recipe.objective.center if isinstance(recipe, RewardRecipe) else 0.0
+        stage = pair_stage(reward_scores(center), len(rows))
         return Evaluation(stage.evaluate(scorer, rows, _BUDGET, WHOLE), [])
     rewards = score_documents(answer_rewards, scorer, rows, _BUDGET)["reward"]
     places = [rows.places[int(row)] for row in rows.order]
@@ -247,13 +264,13 @@ def _evaluate_preference(
     reference = question.reference
     if reference is None and recipe is not None and needs_reference(recipe):
         reference = recipe.model.base
+    if kind == "labelled" and not isinstance(recipe, KtoRecipe):
+        raise ModelError(
+            f"{name} is no kto run, and the rows are labelled answers",
+            hint="name a run of the kto stage or a reward model, or rows of another format",
+        )
     compare = None if reference is None else _reference(reference, question)
-    if kind == "labelled":
-        if not isinstance(recipe, KtoRecipe) or compare is None:
-            raise ModelError(
-                f"{name} is no kto run, and the rows are labelled answers",
-                hint="name a run of the kto stage or a reward model, or rows of another format",
-            )
+    if isinstance(recipe, KtoRecipe) and kind == "labelled" and compare is not None:
         stage = kto_stage(recipe.objective, compare, len(rows))
         return Evaluation(stage.evaluate(scorer, rows, _BUDGET, WHOLE), [])
     objective: Any = CpoSpec(kind="cpo", beta=1.0, nll_weight=0.0)
@@ -268,8 +285,8 @@ def _evaluate_preference(
 
 
 def _reference(name: str, question: Question) -> Reference:
-    question.say(f"implicit rewards are relative to {name}")
     opened = open_language_model(name, dtype=DTYPES[question.dtype], device=find_device())
+    question.say(f"implicit rewards are relative to {name}")
     return partial(_score_with, _scorer(opened, question))
 
 

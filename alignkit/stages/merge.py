@@ -21,7 +21,7 @@ from alignkit.models.opening import adapter_in, base_of_adapter
 from alignkit.packed import IntArray
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.load import load_recipe
-from alignkit.recipe.schema import SourceSpec
+from alignkit.recipe.rows import SourceSpec
 from alignkit.stages.outputs import check_rows
 from alignkit.stages.prepare import ROW_KINDS, load_rows
 

@@ -25,7 +25,8 @@ from alignkit.packed import Role
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.facts import DataFacts
 from alignkit.recipe.plan import Plan, make_plan
-from alignkit.recipe.schema import KtoRecipe, Recipe, SftDataSpec
+from alignkit.recipe.rows import SftDataSpec
+from alignkit.recipe.schema import KtoRecipe, Recipe
 from alignkit.runtime.devices import describe_hardware
 
 

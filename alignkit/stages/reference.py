@@ -28,7 +28,8 @@ from alignkit.data.dataset import TokenDataset
 from alignkit.data.documents import Document
 from alignkit.data.packing import pack_documents, split_documents, step_items
 from alignkit.models.adapters import adapters_off
-from alignkit.models.loading import DTYPES, load_model, weights_fingerprint
+from alignkit.models.identity import weights_fingerprint
+from alignkit.models.loading import DTYPES, load_model
 from alignkit.models.scorer import sum_by_sequence
 from alignkit.models.selfcheck import build_scorer
 from alignkit.packed import PackedBatch

@@ -15,7 +15,8 @@ from torch import nn
 from alignkit.data.report import DataReport
 from alignkit.errors import Interrupted, RunError
 from alignkit.models.adapters import attach_adapter, trainable_report
-from alignkit.models.loading import DTYPES, BaseModel, load_model, weights_fingerprint
+from alignkit.models.identity import weights_fingerprint
+from alignkit.models.loading import DTYPES, BaseModel, load_model
 from alignkit.models.reward_head import freeze_unused_head, new_head
 from alignkit.models.selfcheck import build_scorer
 from alignkit.recipe.plan import Plan

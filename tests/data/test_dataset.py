@@ -21,7 +21,7 @@ from alignkit.data.dataset import (
 )
 from alignkit.data.tokenize import TokenizeSettings
 from alignkit.errors import DataError
-from alignkit.recipe.schema import SourceSpec
+from alignkit.recipe.rows import SourceSpec
 
 SETTINGS = TokenizeSettings(100, "drop", "completions")
 

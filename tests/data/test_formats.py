@@ -19,7 +19,7 @@ from alignkit.data.formats import (
 from alignkit.data.sources import Row, load_source
 from alignkit.errors import DataError
 from alignkit.recipe.assets import assets_root
-from alignkit.recipe.schema import SourceSpec
+from alignkit.recipe.rows import SourceSpec
 
 FORMATS = assets_root() / "data_templates" / "formats"
 

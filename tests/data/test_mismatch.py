@@ -17,7 +17,7 @@ from alignkit.data.mismatch import draw_partners, with_mismatched
 from alignkit.data.packing import pack_documents, step_items
 from alignkit.data.tokenize import TokenizeSettings
 from alignkit.packed import Role
-from alignkit.recipe.schema import SourceSpec
+from alignkit.recipe.rows import SourceSpec
 
 ALONE = "no other prompt to take a mismatched answer from"
 CUT = "its mismatched answer is cut to max_length"

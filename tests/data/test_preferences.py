@@ -22,7 +22,7 @@ from alignkit.data.tokenize import TokenizeSettings, parse_rows, tokenize_exampl
 from alignkit.errors import DataError
 from alignkit.packed import Role
 from alignkit.recipe.assets import assets_root
-from alignkit.recipe.schema import SourceSpec
+from alignkit.recipe.rows import SourceSpec
 
 FORMATS = assets_root() / "data_templates" / "formats"
 PLACE = "r.jsonl:5"

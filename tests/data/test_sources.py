@@ -16,7 +16,7 @@ import pytest
 
 from alignkit.data.sources import load_source, mix_rows
 from alignkit.errors import DataError
-from alignkit.recipe.schema import SourceSpec
+from alignkit.recipe.rows import SourceSpec
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "Zähle bis zwei,\nbitte", "answer": 'eins, "zwei"'},

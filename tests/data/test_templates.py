@@ -17,7 +17,7 @@ from alignkit.data.templates import ChatTemplate, template_text
 from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
 from alignkit.errors import DataError, ModelError
 from alignkit.recipe.assets import assets_root
-from alignkit.recipe.schema import SourceSpec
+from alignkit.recipe.rows import SourceSpec
 
 SHIPPED = sorted(path.stem for path in (assets_root() / "data_templates/chat").glob("*.jinja"))
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from alignkit.errors import ModelError
 from alignkit.models import loading
 from alignkit.models.adapters import attach_adapter, save_adapter
+from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import (
     BaseModel,
     find_base,
@@ -24,7 +25,6 @@ from alignkit.models.loading import (
     load_tokenizer,
     require_language_model,
     stored_dtype,
-    weights_fingerprint,
 )
 from alignkit.models.opening import adapter_in, base_of_adapter, open_model
 from alignkit.recipe.schema import LoraSpec

@@ -105,8 +105,8 @@ def test_ipo_averages_over_tokens_in_trl(tmp_path: Path, tiny_base: Path) -> Non
     found = [m["loss"] for m in read_metrics(summed / "run" / "metrics.jsonl") if "loss" in m]
     assert found[0] == pytest.approx(25.0)
     assert abs(found[2] - theirs.losses[2]) > 0.01
+    rows = load_rows(recipe)
     with pytest.raises(AlignkitError, match="TRL has no ipo objective that means the same"):
-        rows = load_rows(recipe)
         run_trl(recipe, rows.base, rows.tokenizer, rows.train, summed, max_steps=1)
 
 

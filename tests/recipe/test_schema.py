@@ -9,16 +9,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from alignkit.recipe.problems import iter_keys, sections_of
-from alignkit.recipe.schema import (
-    STAGES,
-    DataSpec,
-    FullSpec,
-    LoraSpec,
-    SftRecipe,
-    SourceSpec,
-    as_dict,
-    with_defaults,
-)
+from alignkit.recipe.rows import DataSpec, SourceSpec
+from alignkit.recipe.schema import STAGES, FullSpec, LoraSpec, SftRecipe, as_dict, with_defaults
 
 
 def recipe(**changes: Any) -> SftRecipe:

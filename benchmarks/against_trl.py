@@ -1,10 +1,10 @@
-"""SFT speed and memory against TRL on the same rows, model, LoRA and optimizer step.
+"""Speed and memory of a stage against TRL on the same rows, model, LoRA and optimizer step.
 
 Every block is a fresh process; the engines alternate (A B B A ...), so drift of the machine hits
-both. Both get the same token ids and labels in the same order. The first-step losses must agree
-before any ratio is printed.
+both. Both get the same token ids, mask and order, the same random half of the adapter and the same
+head. The first-step losses must agree before any ratio is printed.
 
-    python benchmarks/sft_vs_trl.py --data alpaca.json --rows 40 --blocks 2 --out result.json
+    python benchmarks/against_trl.py dpo --data pairs.json --rows 12 --batch 4 --out result.json
 
 Tracks: `default` is TRL as its documentation starts it (float32 weights under bf16 autocast,
 gradient checkpointing); `tuned` is TRL with bf16 weights and no checkpointing. Rows are not grouped
@@ -26,14 +26,16 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-BATCH = 8
+OBJECTIVES = {"dpo": {"kind": "dpo", "beta": 0.1}, "kto": {"kind": "kto", "beta": 0.1}}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("stage", choices=["sft", "reward", "dpo", "kto"])
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--data", required=True, help="rows in any format alignkit reads")
     parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=8, help="rows of one optimizer step")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tracks", nargs="+", default=["default", "tuned"])
@@ -44,39 +46,37 @@ def parse() -> argparse.Namespace:
 
 
 def recipe_text(args: argparse.Namespace, output: str) -> str:
-    return json.dumps(
-        {
-            "stage": "sft",
-            "output": output,
-            "model": {"base": args.model, "dtype": args.dtype},
-            "adapter": {"kind": "lora", "rank": 16, "alpha": 32.0},
-            "data": {
-                "train": [{"path": args.data, "take": args.rows}],
-                "max_length": args.max_length,
-            },
-            "training": {
-                "epochs": 1,
-                "batch_size": BATCH,
-                "learning_rate": 2e-4,
-                "schedule": "constant",
-                "warmup": 0,
-                "save_every": 100000,
-            },
-            "merge": False,
-        }
-    )
+    recipe = {
+        "stage": args.stage,
+        "output": output,
+        "model": {"base": args.model, "dtype": args.dtype},
+        "adapter": {"kind": "lora", "rank": 16, "alpha": 32.0},
+        "data": {"train": [{"path": args.data}], "max_length": args.max_length},
+        "training": {
+            "max_steps": args.rows // args.batch,
+            "batch_size": args.batch,
+            "learning_rate": 2e-4 if args.stage in ("sft", "reward") else 2e-5,
+            "schedule": "constant",
+            "warmup": 0,
+            "save_every": 100000,
+        },
+        "merge": False,
+    }
+    if args.stage in OBJECTIVES:
+        recipe["objective"] = OBJECTIVES[args.stage]
+    return json.dumps(recipe)
 
 
 def run_alignkit(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     """Through the command's own function; the clock runs over the optimizer steps."""
     from alignkit.recipe.load import load_recipe
     from alignkit.runtime.metrics import read_metrics
+    from alignkit.stages.run import run_stage
     from alignkit.stages.session import RunOptions
-    from alignkit.stages.sft import run_sft
 
     recipe = folder / "recipe.yaml"
     recipe.write_text(recipe_text(args, str(folder / "run")))
-    run_sft(load_recipe(str(recipe)).recipe, RunOptions(quiet=True))
+    run_stage(load_recipe(str(recipe)).recipe, RunOptions(quiet=True))
     steps = read_metrics(folder / "run" / "metrics.jsonl")
     return {
         "losses": [m["loss"] for m in steps],
@@ -86,84 +86,26 @@ def run_alignkit(args: argparse.Namespace, folder: Path) -> dict[str, object]:
 
 
 def run_trl(args: argparse.Namespace, folder: Path, track: str) -> dict[str, object]:
-    """Stock SFTTrainer on the ids, labels and order that alignkit trains on."""
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    from alignkit.data.packing import step_items
-    from alignkit.models.loading import find_base
+    """TRL's stock trainer on the ids, labels and order that alignkit trains on."""
+    from alignkit.peers.trl import run_trl
     from alignkit.recipe.load import load_recipe
     from alignkit.stages.prepare import load_rows
 
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(recipe_text(args, str(folder / "run")))
-    loaded = load_recipe(str(recipe)).recipe
-    rows = load_rows(loaded)
-    num_steps = -(-len(rows.train) // BATCH)
-    order = [i for s in range(num_steps) for i in step_items(s, len(rows.train), BATCH, 0)]
-    branches = [rows.train[int(i)].branches[0] for i in order]
-    dataset = Dataset.from_list(
-        [
-            {
-                "input_ids": b.ids.tolist(),
-                "labels": [int(i) if t else -100 for i, t in zip(b.ids, b.trained, strict=True)],
-            }
-            for b in branches
-        ]
+    path = folder / "recipe.yaml"
+    path.write_text(recipe_text(args, str(folder / "run")))
+    recipe = load_recipe(str(path)).recipe
+    rows = load_rows(recipe)
+    steps = args.rows // args.batch
+    found = run_trl(
+        recipe,
+        rows.base,
+        rows.tokenizer,
+        rows.train,
+        folder / "trl",
+        max_steps=steps,
+        tuned=track == "tuned",
     )
-    times, losses = [], []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: object, **__: object) -> None:
-            times.append(time.monotonic())
-
-        def on_step_end(self, *_: object, **__: object) -> None:
-            times[-1] = time.monotonic() - times[-1]
-
-        def on_log(self, *_: object, logs: dict[str, float], **__: object) -> None:
-            if "loss" in logs:
-                losses.append(float(logs["loss"]))
-
-    bf16 = args.dtype == "bfloat16"
-    tuned = track == "tuned"
-    config = SFTConfig(
-        output_dir=str(folder / "trl"),
-        per_device_train_batch_size=BATCH,
-        num_train_epochs=1,
-        learning_rate=2e-4,
-        lr_scheduler_type="constant",
-        max_length=args.max_length,
-        bf16=bf16,
-        gradient_checkpointing=not tuned,
-        train_sampling_strategy="sequential",
-        model_init_kwargs={"dtype": "bfloat16" if tuned and bf16 else "float32"},
-        use_cpu=not torch.cuda.is_available(),
-        max_grad_norm=1.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=0,
-    )
-    trainer = SFTTrainer(
-        model=find_base(args.model).location,
-        args=config,
-        train_dataset=dataset,
-        processing_class=rows.tokenizer,
-        peft_config=LoraConfig(
-            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
-        callbacks=[Clock()],
-    )
-    trainer.train()
-    return {
-        "losses": losses,
-        "step_seconds": times,
-        "tokens": sum(len(b.ids) for b in branches),
-    }
+    return {"losses": found.losses, "step_seconds": found.step_seconds, "tokens": 0}
 
 
 def work(args: argparse.Namespace) -> None:
@@ -189,21 +131,19 @@ def block(args: argparse.Namespace, worker: str) -> dict[str, object]:
     print(
         f"{worker:14s} {total:7.1f} s in steps  {found['wall_seconds']:7.1f} s in all  "
         f"{found['peak_gb']:5.1f} GB  losses "
-        + " ".join(f"{loss:.4f}" for loss in found["losses"][:3]),  # type: ignore[index]
+        + " ".join(f"{loss:.4f}" for loss in found["losses"]),  # type: ignore[attr-defined]
         flush=True,
     )
     return found
 
 
-def summarise(blocks: list[dict[str, object]]) -> dict[str, float]:
+def summarise(blocks: list[dict[str, object]], rows: int) -> dict[str, float]:
     seconds = [sum(b["step_seconds"]) for b in blocks]  # type: ignore[arg-type]
     return {
         "step_seconds_total": statistics.median(seconds),
         "wall_seconds": statistics.median(b["wall_seconds"] for b in blocks),
         "peak_gb": statistics.median(b["peak_gb"] for b in blocks),
-        "tokens_per_second": statistics.median(
-            b["tokens"] / s for b, s in zip(blocks, seconds, strict=True)
-        ),
+        "rows_per_second": rows / statistics.median(seconds),
     }
 
 
@@ -217,17 +157,19 @@ def main() -> None:
     for number in range(args.blocks):
         for worker in workers if number % 2 == 0 else reversed(workers):
             found[worker].append(block(args, worker))
-    ours = summarise(found["alignkit"])
+    used = args.rows // args.batch * args.batch
+    ours = summarise(found["alignkit"], used)
     result: dict[str, object] = {
+        "stage": args.stage,
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "date": time.strftime("%Y-%m-%d"),
         "versions": {p: version(p) for p in ("torch", "transformers", "peft", "trl", "alignkit")},
-        "rows": args.rows,
-        "batch": BATCH,
+        "rows": used,
+        "batch": args.batch,
         "max_length": args.max_length,
         "dtype": args.dtype,
-        "engines": {worker: summarise(blocks) for worker, blocks in found.items()},
+        "engines": {worker: summarise(blocks, used) for worker, blocks in found.items()},
         "losses": {worker: blocks[0]["losses"] for worker, blocks in found.items()},
     }
     tolerance = 2e-2 if args.dtype == "bfloat16" else 1e-4
@@ -237,7 +179,7 @@ def main() -> None:
         print(f"first-step loss: alignkit {first['alignkit']:.5f}, {worker} {first[worker]:.5f}")
         if gap > tolerance:
             sys.exit(f"the losses differ by {gap:.2g}: no ratio is meaningful")
-        theirs = summarise(found[worker])
+        theirs = summarise(found[worker], used)
         print(
             f"{worker}: {theirs['step_seconds_total'] / ours['step_seconds_total']:.2f}× our time "
             f"in steps, {theirs['wall_seconds'] / ours['wall_seconds']:.2f}× in all, "
