@@ -27,7 +27,7 @@ from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.load import load_recipe
 from alignkit.recipe.objectives import CpoSpec, DpoSpec
 from alignkit.recipe.rows import SourceSpec
-from alignkit.recipe.schema import DpoRecipe, KtoRecipe, Recipe, needs_reference
+from alignkit.recipe.schema import DpoRecipe, KtoRecipe, Recipe, RewardRecipe, needs_reference
 from alignkit.runtime.devices import find_device, tune_allocator
 from alignkit.stages.kto import kto_stage
 from alignkit.stages.pairs import pair_stage

@@ -8,10 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from alignkit.data.dataset import load_dataset
-from alignkit.data.tokenize import TokenizeSettings
 from alignkit.errors import ModelError
 from alignkit.models.adapters import has_head
 from alignkit.models.classifier import ClassifierReport, merge_reward
@@ -22,10 +19,8 @@ from alignkit.packed import IntArray
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.load import load_recipe
 from alignkit.recipe.rows import SourceSpec
-from alignkit.stages.outputs import check_rows
+from alignkit.stages.checking import CHECK_SETTINGS, check_rows, file_rows
 from alignkit.stages.prepare import ROW_KINDS, load_rows
-
-SHIPPED_ROWS = "data_templates/sft/messages_eval.jsonl"
 
 
 def merge_run(
@@ -111,8 +106,6 @@ def _rows(
     run: Path | None, data: str | None, model: BaseModel
 ) -> tuple[Sequence[IntArray], Any, list[int]]:
     """Real rows for the check, the tokenizer to save, and the tokens that end an answer."""
-    cache = alignkit_home() / "cache" / "tokens"
-    settings = TokenizeSettings(1024, "truncate_right", "completions")
     if run is not None:
         # The run says template and stop tokens, whatever base and rows are named instead.
         override = [f"model.base={json.dumps(model.name)}"]
@@ -120,14 +113,9 @@ def _rows(
         found = load_rows(recipe)
         dataset = found.held_out or found.train
         if data is not None:
-            source = SourceSpec(path=data)
-            wanted = dataclasses.replace(settings, rows=ROW_KINDS[recipe.stage])
-            dataset = load_dataset([source], found.tokenizer, wanted, 0, cache)
+            wanted = dataclasses.replace(CHECK_SETTINGS, rows=ROW_KINDS[recipe.stage])
+            cache = alignkit_home() / "cache" / "tokens"
+            dataset = load_dataset([SourceSpec(path=data)], found.tokenizer, wanted, 0, cache)
         return check_rows(dataset), found.tokenizer, found.train.report.stop_tokens
     tokenizer = load_tokenizer(model)
-    if tokenizer.chat_template is None and data is None:
-        text = Path(__file__).read_text(encoding="utf-8")
-        return [np.asarray(tokenizer(text)["input_ids"], np.int64)], tokenizer, []
-    source = SourceSpec(path=data or SHIPPED_ROWS)
-    dataset = load_dataset([source], tokenizer, settings, 0, cache)
-    return check_rows(dataset), tokenizer, []
+    return file_rows(data, tokenizer), tokenizer, []

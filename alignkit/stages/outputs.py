@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from alignkit.data.dataset import TokenDataset
 from alignkit.models.adapters import save_adapter
 from alignkit.models.classifier import ClassifierReport, merge_reward, write_reward
 from alignkit.models.loading import quiet_transformers, stored_dtype
 from alignkit.models.merging import MergeReport, merge_adapter, write_dense
 from alignkit.models.reward_head import RewardStatistics
 from alignkit.models.scorer import causal_model
-from alignkit.packed import IntArray
 from alignkit.recipe.schema import FullSpec
 from alignkit.runtime.devices import release_memory
 from alignkit.runtime.metrics import read_metrics
+from alignkit.stages.checking import check_rows
 from alignkit.stages.prepare import Rows
 from alignkit.stages.session import Session
 from alignkit.stages.steps import Run
@@ -138,13 +134,6 @@ def _write_full(
     if statistics is not None:
         statistics.save(folder)
     return report
-
-
-def check_rows(dataset: TokenDataset) -> Sequence[IntArray]:
-    """Token ids of the first eight rows of a dataset, each with its first answer."""
-    documents = [dataset[item] for item in range(min(8, len(dataset)))]
-    pieces = [(document.prompt, document.branches[0].ids) for document in documents]
-    return [np.concatenate(piece).astype(np.int64) for piece in pieces]
 
 
 def _summarise(output: Path, run: Run, merge: MergeReport | ClassifierReport | None) -> RunSummary:

@@ -14,13 +14,7 @@ from alignkit.data.mismatch import with_mismatched
 from alignkit.data.templates import template_text
 from alignkit.data.tokenize import RowKind, TokenizeSettings
 from alignkit.models.facts import measure_model
-from alignkit.models.loading import (
-    BaseModel,
-    find_base,
-    load_config,
-    load_tokenizer,
-    require_language_model,
-)
+from alignkit.models.loading import BaseModel, load_config, load_tokenizer
 from alignkit.packed import Role
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.facts import DataFacts
@@ -28,6 +22,7 @@ from alignkit.recipe.plan import Plan, make_plan
 from alignkit.recipe.rows import SftDataSpec
 from alignkit.recipe.schema import KtoRecipe, Recipe
 from alignkit.runtime.devices import describe_hardware
+from alignkit.stages.base import start_model
 
 
 @dataclass(frozen=True)
@@ -59,8 +54,7 @@ ROW_KINDS: dict[str, RowKind] = {
 def load_rows(recipe: Recipe) -> Rows:
     """Tokenize the recipe's rows; needs the tokenizer, not the weights."""
     spec, data = recipe.model, recipe.data
-    base = find_base(spec.base, trust_remote_code=spec.trust_remote_code)
-    require_language_model(base)
+    base = start_model(spec)
     template = template_text(spec.chat_template) if spec.chat_template else None
     tokenizer = load_tokenizer(base, template)
     settings = row_settings(recipe)

@@ -1,4 +1,4 @@
-"""The stages on pairs and labelled answers through the command line, and what can be asked later."""
+"""Pairs and labelled answers through the command line, and what can be asked afterwards."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from commandline import CommandLine, Done
-from running import make_recipe, make_rows
+from running import make_labelled, make_pairs, make_recipe, make_rows, write_rows
 from tiny import tiny_model
 
 from alignkit.models.adapters import attach_adapter, save_adapter
@@ -81,6 +81,131 @@ def test_rows(case: str, alignkit: CommandLine, tiny_base: Path, folder: Path) -
     for command in ("sft", "plan", "inspect"):
         said(alignkit(command, recipe, cwd=folder), *parts)
     assert sorted(path.name for path in folder.iterdir()) == ["recipe.yaml", "rows.jsonl"]
+
+
+PAIRS_ARE = (
+    "hint: pairs are prompt, chosen, rejected | conversations, chosen, rejected | chosen, "
+    "rejected; rename with columns, as in columns: {chosen: better, rejected: worse}\n"
+)
+IPO = '{"kind": "ipo", "beta": 0.1}'
+
+
+def third(rows: list[dict[str, Any]], **values: Any) -> list[dict[str, Any]]:
+    """The rows with other values in the third; `...` leaves a key out."""
+    changed = {k: v for k, v in {**rows[2], **values}.items() if v is not ...}
+    return [*rows[:2], changed, *rows[3:]]
+
+
+PREFERENCES: dict[str, tuple[tuple[str, ...], list[dict[str, Any]], list[str], str]] = {
+    # Case -> stages, rows, overrides, all that stands on stderr.
+    "no rejected answer": (
+        ("reward", "dpo", "kto"),
+        third(make_pairs(6), rejected=...),
+        [],
+        "error: ROWS:3: the row has no rejected answer: `rejected` is missing\n"
+        "hint: every pair needs both answers; the row's keys are prompt, chosen\n",
+    ),
+    "a rejected answer that is null": (
+        ("reward", "dpo", "kto"),
+        third(make_pairs(6), rejected=None),
+        [],
+        "error: ROWS:3: the row has no rejected answer: `rejected` is null\n"
+        "hint: every pair needs both answers; the row's keys are prompt, chosen, rejected\n",
+    ),
+    "a label that is text": (
+        ("kto",),
+        third(make_labelled(6), label="good"),
+        [],
+        "error: ROWS:3: label must be true or false, got 'good'\n"
+        "hint: true marks a desirable answer, false an undesirable one\n",
+    ),
+    "a label that is a number": (
+        ("kto",),
+        third(make_labelled(6), label=1),
+        [],
+        "error: ROWS:3: label must be true or false, got 1\n"
+        "hint: true marks a desirable answer, false an undesirable one\n",
+    ),
+    "a label that is missing": (
+        ("kto",),
+        third(make_labelled(6), label=...),
+        [],
+        "error: ROWS:3: label must be true or false, got None\n"
+        "hint: true marks a desirable answer, false an undesirable one\n",
+    ),
+    "a margin that is text": (
+        ("reward", "dpo"),
+        third(make_pairs(6), margin="wide"),
+        [],
+        "error: ROWS:3: margin must be a number, got 'wide'\n",
+    ),
+    "beta of IPO": (
+        ("dpo",),
+        make_pairs(6),
+        [f"objective={IPO}"],
+        "error: command line: objective.beta is no key of a recipe\n"
+        "hint: it belongs to another kind; keys here: kind, tau, per_token\n",
+    ),
+    "a reference without use": (
+        ("dpo",),
+        make_pairs(6),
+        ["objective={kind: simpo}", "reference={kind: cached}"],
+        "error: command line: reference has no use: `simpo` compares with no reference model"
+        ", got {kind}\n"
+        "hint: remove the key, or choose an objective with a reference, such as dpo\n",
+    ),
+    "no adapter to turn off": (
+        ("dpo",),
+        make_pairs(6),
+        ["adapter={kind: full}", "reference.kind=adapter_off"],
+        "error: reference.kind = adapter_off, and there is no adapter: all weights are trained\n"
+        "hint: use cached, or frozen_copy\n",
+    ),
+    "conversations where pairs are wanted": (
+        ("reward", "dpo"),
+        make_rows(6),
+        [],
+        f"error: ROWS:1: the row is no preference pair: its keys are messages\n{PAIRS_ARE}",
+    ),
+    "labelled rows where pairs are wanted": (
+        ("reward", "dpo"),
+        make_labelled(6),
+        [],
+        "error: ROWS:1: the row is no preference pair: its keys are prompt, completion, label\n"
+        + PAIRS_ARE,
+    ),
+    "rows without a label": (
+        ("kto",),
+        make_rows(6),
+        [],
+        "error: ROWS:1: the row has no `label`\n"
+        "hint: labelled rows are prompt, completion, label (true or false) | messages, label; "
+        "pairs (prompt, chosen, rejected) are split; rename with columns\n",
+    ),
+    "all rows dropped": (
+        ("reward", "dpo", "kto"),
+        make_pairs(2),
+        ["data.max_length=8"],
+        "error: ROWS: no row is left to train on: COUNT rows dropped: longer than max_length = 8 "
+        "tokens (PLACES)\n"
+        "hint: raise data.max_length, or choose another data.too_long\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PREFERENCES)
+def test_preferences(case: str, alignkit: CommandLine, tiny_base: Path, folder: Path) -> None:
+    stages, rows, overrides, stderr = PREFERENCES[case]
+    path = write_rows(folder / "rows.jsonl", rows)
+    for stage in stages:
+        recipe = make_recipe(folder, tiny_base, stage=stage)
+        places = [f"{path}:{number}" for number in (1, 2) for _ in range(1 + (stage == "kto"))]
+        expected = stderr.replace("PLACES", ", ".join(places[:3])).replace("ROWS", str(path))
+        expected = expected.replace("COUNT", str(len(places)))
+        for command in (stage, "plan"):
+            done = alignkit(command, recipe, *overrides, cwd=folder)
+            assert (done.code, done.stdout, done.stderr) == (2, "", expected)
+        assert sorted(path.name for path in folder.iterdir()) == ["recipe.yaml", "rows.jsonl"]
 
 
 def test_an_empty_file(alignkit: CommandLine, tiny_base: Path, folder: Path) -> None:
@@ -252,7 +377,11 @@ def test_models_that_are_none(alignkit: CommandLine, tiny_base: Path, folder: Pa
     said(done, "empty is no model folder: it has no config.json", "hint: name the folder with")
     save_adapter(attach_adapter(tiny_model(), LoraSpec(rank=2), 0), folder / "lora", "b")
     done = alignkit("sft", recipe, "model.base=lora", cwd=folder)
-    said(done, "lora holds an adapter, not a whole model", "hint: run `alignkit merge-lora")
+    said(
+        done,
+        "lora is an adapter whose base is missing: 'b' is no model",
+        "hint: merge it with `alignkit merge-lora",
+    )
     (folder / "bert").mkdir()
     (folder / "bert/config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
     done = alignkit("sft", recipe, "model.base=bert", cwd=folder)

@@ -1,0 +1,90 @@
+"""The model that a recipe starts from.
+
+A run that was not merged, or an adapter folder, is merged first, once, under `$ALIGNKIT_HOME`: the
+model to start from, and with it the reference of a preference stage, is the adapted one, never the
+bare base in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from alignkit.errors import ModelError
+from alignkit.models.adapters import has_head
+from alignkit.models.identity import weights_fingerprint
+from alignkit.models.loading import (
+    BaseModel,
+    find_base,
+    load_tokenizer,
+    require_language_model,
+    stored_dtype,
+)
+from alignkit.models.merging import merge_adapter
+from alignkit.models.opening import adapter_in, base_of_adapter
+from alignkit.recipe.assets import alignkit_home
+from alignkit.recipe.schema import ModelSpec
+from alignkit.runtime.progress import print_line
+from alignkit.stages.checking import file_rows
+
+
+def start_model(spec: ModelSpec) -> BaseModel:
+    """Where the model of a recipe is, merged first where that is needed.
+
+    Args:
+        spec: names a hub id, a folder, a file, a run folder, an adapter or a known name.
+
+    Returns:
+        A language model.
+
+    Raises:
+        ModelError: there is no such model, or it is a reward model.
+    """
+    adapter = _bare_adapter(spec.base)
+    if adapter is not None:
+        return _merged(adapter)
+    base = find_base(spec.base, trust_remote_code=spec.trust_remote_code)
+    require_language_model(base)
+    return base
+
+
+def _bare_adapter(name: str) -> Path | None:
+    """The adapter in a folder that holds no whole model."""
+    folder = Path(name).expanduser()
+    if any((place / "config.json").is_file() for place in (folder, folder / "merged")):
+        return None
+    return adapter_in(name)
+
+
+def _merged(adapter: Path) -> BaseModel:
+    if has_head(adapter):
+        raise ModelError(
+            f"{adapter} is a reward model, not a language model",
+            hint="name the model it was trained from; `alignkit eval` scores answers with it",
+        )
+    try:
+        source = base_of_adapter(adapter, None)
+    except ModelError as error:
+        hint = f"merge it with `alignkit merge-lora {adapter} --base BASE` and name the result"
+        raise ModelError(
+            f"{adapter} is an adapter whose base is missing: {error.message}", hint=hint
+        ) from None
+    digest = hashlib.sha256(weights_fingerprint(source).encode())
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        path = adapter / name
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    folder = alignkit_home() / "cache" / "merged" / digest.hexdigest()[:32]
+    if not (folder / "config.json").is_file():
+        print_line(f"{adapter} is merged first: training starts from it, not from its base", "note")
+        own = (adapter / "tokenizer_config.json").is_file()
+        tokenizer = load_tokenizer(BaseModel(str(adapter)) if own else source)
+        merge_adapter(
+            source,
+            adapter,
+            folder,
+            rows=file_rows(None, tokenizer),
+            dtype=stored_dtype(source),
+            tokenizer=tokenizer,
+            overwrite=True,  # two processes may write the same bytes
+        )
+    return BaseModel(str(folder))
