@@ -32,7 +32,7 @@ from running import (
     write_rows,
 )
 from safetensors import safe_open
-from tiny import save_tiny
+from tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alignkit.errors import ModelError
@@ -368,8 +368,6 @@ def test_the_stored_values_are_plain_transformers(
     (path,) = (home / "cache" / "references").iterdir()
     with np.load(path) as file:
         values = file["values"]
-    from tiny import tiny_tokenizer
-
     tokenizer = tiny_tokenizer()
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     for number, row in enumerate(make_pairs()[:4]):
@@ -524,7 +522,6 @@ def test_an_evident_preference_is_learned(case: str, tiny_base: Path, tmp_path: 
     assert {name.removeprefix("eval/") for name in found[0] if "eval/" in name} == names
     first, last = found[0], found[-1]
     if case in ("dpo", "kto"):
-        assert first["eval/rewards/accuracies"] == pytest.approx(0.5, abs=0.3)
         assert first["eval/rewards/margins"] == pytest.approx(0.0, abs=1e-4)
     assert last["eval/rewards/accuracies"] > 0.9
     assert last["eval/rewards/margins"] > first["eval/rewards/margins"] + 0.5
@@ -534,10 +531,10 @@ def test_an_evident_preference_is_learned(case: str, tiny_base: Path, tmp_path: 
         assert 0.0 <= low < values["eval/rewards/accuracies"] <= high <= 1.0
     if stage == "kto":
         assert last["eval/auc"] > 0.9
-        assert last["eval/kl"] >= 0.0 == first["eval/kl"] or first["eval/kl"] < 1e-4
+        assert first["eval/kl"] < 1e-4
         assert last["eval/rows"] == 40
     else:
-        assert 0.0 <= last["eval/calibration_error"] <= 1.0
+        assert last["eval/calibration_error"] < 0.2
         assert last["eval/pairs"] == 40
     summary = about(run)["summary"]
     for when, values in (("before", first), ("after", last)):
@@ -628,9 +625,7 @@ def test_a_reward_model_is_no_base(stage: str, name: str, reward_run: Path, tmp_
 
 
 @pytest.mark.parametrize("label", [True, False])
-def test_kto_with_one_kind_of_answer_warns(
-    label: bool, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_kto_with_one_kind_of_answer_warns(label: bool, tiny_base: Path, tmp_path: Path) -> None:
     rows = [{**row, "label": label} for row in make_labelled(8)]
     write_rows(tmp_path / "rows.jsonl", rows)
     run = run_of(tmp_path, tiny_base, "kto", training__max_steps=2)
