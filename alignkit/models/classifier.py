@@ -150,6 +150,8 @@ def write_reward(
     """
     samples = [torch.as_tensor(row) for row in rows[:CHECK_ROWS]]
     inner = causal_model(model).cpu().float().eval()
+    with quiet_transformers():  # packed attention reads no plain rows
+        inner.set_attn_implementation("eager")
     head = head.cpu()
     exact = _rewards(inner, head, samples)
     return _write(

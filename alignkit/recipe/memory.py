@@ -89,7 +89,9 @@ def estimate_memory(
     merging = 0
     if recipe.merge and lora:
         merging = model.parameters * (4 + 4)
-    second = _base_bytes(recipe, model, wide) if reference == "frozen_copy" else 0
+    second = 0
+    if reference == "frozen_copy":  # stored as the policy's own base weights are
+        second = _base_bytes(recipe, model, wide) if lora else model.parameters * 4
     training = libraries + weights + second + state + activations + workspace
     return MemoryEstimate(
         libraries=libraries,

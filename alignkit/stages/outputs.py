@@ -9,7 +9,7 @@ from typing import Any
 
 from alignkit.models.adapters import save_adapter
 from alignkit.models.classifier import ClassifierReport, merge_reward, write_reward
-from alignkit.models.loading import quiet_transformers, stored_dtype
+from alignkit.models.loading import stored_dtype
 from alignkit.models.merging import MergeReport, merge_adapter, write_dense
 from alignkit.models.reward_head import RewardStatistics
 from alignkit.models.scorer import causal_model
@@ -128,8 +128,6 @@ def _write_full(
         stops = settings["stop_tokens"]
         write_dense(causal_model(model), rows.tokenizer, folder, settings["dtype"], stops)
         return None
-    with quiet_transformers():  # packed attention reads no plain rows
-        causal_model(model).set_attn_implementation("eager")
     report = write_reward(model, head, rows.tokenizer, folder, **settings)
     if statistics is not None:
         statistics.save(folder)
