@@ -133,6 +133,8 @@ def _document(
     if not all(row.trained.any() for row in rows):
         report.drop("nothing to train on", example.place)
         return None
+    if tokenizer.chat_template and isinstance(_texts(example)[0], Completion):
+        report.note("plain text: the model's chat template is not used", example.place)
     if isinstance(example, Pair):
         document = branch_pair(rows[0], rows[1], example.margin)
         if np.array_equal(document.branches[0].ids, document.branches[1].ids):

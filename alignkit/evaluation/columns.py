@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,10 @@ from torch import nn
 
 from alignkit.data.documents import Document
 from alignkit.data.packing import split_documents
+from alignkit.models.scorer import evaluating
+
+_BLOCK = 512
+"""Documents that are packed together."""
 
 Columns = dict[str, npt.NDArray[np.float64]]
 
@@ -60,16 +64,22 @@ def score_documents(
     """
     mine = list(range(share.rank, len(documents), share.world))
     scored = mine or [0]  # a process without documents must still take part in every sum
-    lengths = [documents[item].num_tokens for item in scored]
     found: dict[str, torch.Tensor] = {}
-    was_training = scorer.training
-    scorer.eval()
-    with torch.no_grad():
-        for group in split_documents(lengths, budget):
-            items = [scored[position] for position in group]
+    with evaluating(scorer):
+        for items in _groups(scored, documents, budget):
             for name, values in score(scorer, [documents[item] for item in items]).items():
                 column = found.setdefault(name, torch.zeros(len(documents), dtype=torch.float64))
                 if mine:
                     column[items] = values.detach().cpu().double()
-    scorer.train(was_training)
     return {name: share.reduce(found[name]).cpu().numpy() for name in sorted(found)}
+
+
+def _groups(
+    items: Sequence[int], documents: Sequence[Document], budget: int
+) -> Iterator[list[int]]:
+    """Items of each forward pass; searched block by block, so that many rows stay cheap."""
+    for start in range(0, len(items), _BLOCK):
+        block = items[start : start + _BLOCK]
+        lengths = [documents[item].num_tokens for item in block]
+        for group in split_documents(lengths, budget):
+            yield [block[position] for position in group]

@@ -69,6 +69,7 @@ def packed_attention(
     lengths = [segment.length for segment in segments]
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     by_start = {segment.start: number for number, segment in enumerate(segments)}
+    masks = _masks(segments, sliding_window, query.device, CPU_ROUNDING)
     outputs = []
     for number, segment in enumerate(segments):
         # Rows appended to a causal segment change nothing before them.
@@ -79,8 +80,7 @@ def packed_attention(
             prefix = by_start[segment.prefix_start]
             k = torch.cat([_append(keys[prefix], filler), k], dim=2)
             v = torch.cat([_append(values[prefix], filler), v], dim=2)
-        own = segment.length + extra
-        mask = segment_mask(own, segment.prefix_length, filler, sliding_window, query.device)
+        mask = masks[number]
         if softcap is None:
             output = scaled_dot_product_attention(
                 q,
@@ -110,13 +110,27 @@ def _append(x: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, rows)) if rows else x
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=4)
+def _masks(
+    segments: Segments, sliding_window: int | None, device: torch.device, rounding: int
+) -> list[torch.Tensor | None]:
+    """The mask of each segment: the same in every layer, so those of the last batches are kept."""
+    return [
+        segment_mask(
+            segment.length + _rounding(segment.length, device),
+            segment.prefix_length,
+            _rounding(segment.prefix_length, device),
+            sliding_window,
+            device,
+        )
+        for segment in segments
+    ]
+
+
 def segment_mask(
     own: int, prefix: int, filler: int, sliding_window: int | None, device: torch.device
 ) -> torch.Tensor | None:
     """Who sees whom within a segment and its prefix.
-
-    The masks of a batch are the same in every layer, so the last ones are kept.
 
     Args:
         own: tokens of the segment, appended rows included, `n`.

@@ -38,3 +38,18 @@ def weights_fingerprint(base: BaseModel) -> str:
         values.pop("transformers_version", None)
         digest.update(json.dumps(values, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def weights_version(base: BaseModel) -> str:
+    """A stricter hash for what is cached: the fingerprint, and when each file was last written.
+
+    The fingerprint samples large files, so a change of one layer may pass it; a copy of the same
+    weights has another version, which costs a second scoring and no more.
+    """
+    digest = hashlib.sha256(weights_fingerprint(base).encode())
+    folder = Path(base.location)
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".safetensors", ".gguf", ".json", ".py"):
+                digest.update(f"{path.name}:{path.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,18 @@ class PaddedScorer(Scorer):
         picked = logprobs[sequences.to(device), columns.to(device)]
         chosen = picked.gather(1, targets.to(device)[:, None])[:, 0]
         return TokenScores(chosen, chosen.detach() >= picked.detach().amax(1))
+
+
+@contextlib.contextmanager
+def evaluating(scorer: nn.Module) -> Iterator[None]:
+    """The scorer in evaluation mode and without gradients; its mode is put back afterwards."""
+    was_training = scorer.training
+    scorer.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        scorer.train(was_training)
 
 
 def sum_by_sequence(logprobs: torch.Tensor, batch: PackedBatch) -> torch.Tensor:

@@ -107,6 +107,24 @@ def load_recipe(
     return LoadedRecipe(recipe, show_file(path), document)
 
 
+def stored_recipe(path: Path) -> Recipe:
+    """The recipe that a run folder keeps, without looking for the files it names.
+
+    Args:
+        path: its recipe.yaml, written by `render_recipe`.
+
+    Raises:
+        RecipeError: the file is no resolved recipe.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return STAGES[values["stage"]].model_validate_json(json.dumps(values))
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
+        reason = str(error).split("\n")[0]
+        problem = AlignkitError(f"{path}: is no recipe of a run: {reason}")
+        raise RecipeError([problem]) from None
+
+
 def _with_paths(recipe: Recipe, document: Document) -> Recipe:
     """The recipe with existing files as absolute paths (shipped ones keep their short name)."""
 

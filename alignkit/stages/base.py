@@ -2,17 +2,19 @@
 
 A run that was not merged, or an adapter folder, is merged first, once, under `$ALIGNKIT_HOME`: the
 model to start from, and with it the reference of a preference stage, is the adapted one, never the
-bare base in silence.
+bare base in silence. It stays there: the adapters trained on it name it as their base.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters import has_head
-from alignkit.models.identity import weights_fingerprint
+from alignkit.models.identity import weights_version
 from alignkit.models.loading import (
     BaseModel,
     find_base,
@@ -42,7 +44,7 @@ def start_model(spec: ModelSpec) -> BaseModel:
     """
     adapter = _bare_adapter(spec.base)
     if adapter is not None:
-        return _merged(adapter)
+        return _merged(adapter, trust_remote_code=spec.trust_remote_code)
     base = find_base(spec.base, trust_remote_code=spec.trust_remote_code)
     require_language_model(base)
     return base
@@ -56,7 +58,7 @@ def _bare_adapter(name: str) -> Path | None:
     return adapter_in(name)
 
 
-def _merged(adapter: Path) -> BaseModel:
+def _merged(adapter: Path, *, trust_remote_code: bool) -> BaseModel:
     if has_head(adapter):
         raise ModelError(
             f"{adapter} is a reward model, not a language model",
@@ -69,22 +71,29 @@ def _merged(adapter: Path) -> BaseModel:
         raise ModelError(
             f"{adapter} is an adapter whose base is missing: {error.message}", hint=hint
         ) from None
-    digest = hashlib.sha256(weights_fingerprint(source).encode())
+    source = replace(source, trust_remote_code=trust_remote_code)
+    digest = hashlib.sha256(weights_version(source).encode())
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         path = adapter / name
         digest.update(path.read_bytes() if path.is_file() else b"")
-    folder = alignkit_home() / "cache" / "merged" / digest.hexdigest()[:32]
-    if not (folder / "config.json").is_file():
-        print_line(f"{adapter} is merged first: training starts from it, not from its base", "note")
-        own = (adapter / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(BaseModel(str(adapter)) if own else source)
-        merge_adapter(
-            source,
-            adapter,
-            folder,
-            rows=file_rows(None, tokenizer),
-            dtype=stored_dtype(source),
-            tokenizer=tokenizer,
-            overwrite=True,  # two processes may write the same bytes
-        )
-    return BaseModel(str(folder))
+    folder = alignkit_home() / "merged" / digest.hexdigest()[:32]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f"{folder.name}.lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process merges, the others wait for it
+        if not (folder / "config.json").is_file():
+            _merge(source, adapter, folder)
+    return replace(source, location=str(folder), gguf=None)
+
+
+def _merge(source: BaseModel, adapter: Path, folder: Path) -> None:
+    print_line(f"{adapter} is merged first: training starts from it, not from its base", "note")
+    own = (adapter / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(BaseModel(str(adapter)) if own else source)
+    merge_adapter(
+        source,
+        adapter,
+        folder,
+        rows=file_rows(None, tokenizer),
+        dtype=stored_dtype(source),
+        tokenizer=tokenizer,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,35 +32,18 @@ from alignkit.stages.kto import kto_stage
 from alignkit.stages.pairs import pair_stage
 from alignkit.stages.preference import preference_scores
 from alignkit.stages.prepare import ROW_KINDS, load_rows
+from alignkit.stages.question import (
+    Question,
+    recipe_of,
+    run_with_recipe,
+    say_if_changed,
+    useless_reference,
+)
 from alignkit.stages.reference import Reference
 from alignkit.stages.reward import answer_rewards, reward_scores
 from alignkit.stages.session import describe_rows
 
 _BUDGET = 2048
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is measured, and how.
-
-    Args:
-        data: file of rows; None takes the held-out rows of the first run folder.
-        max_length: longest row of `data` in tokens; longer ones are dropped and counted.
-        take: only the first so many rows of `data`.
-        dtype: compute precision.
-        base: base of adapters that name another.
-        reference: model to compare log-probs of pairs with; None takes the base of a dpo or kto
-            run, and plain log-probs for any other model.
-        say: told what is measured.
-    """
-
-    data: str | None = None
-    max_length: int | None = None
-    take: int | None = None
-    dtype: str = "bfloat16"
-    base: str | None = None
-    reference: str | None = None
-    say: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True)
@@ -92,9 +74,9 @@ def evaluate_models(names: list[str], question: Question) -> dict[str, Evaluatio
     Raises:
         ModelError: no rows to evaluate on, or rows that the model cannot be measured on.
     """
-    _check(question)
+    question.check()
     tune_allocator()
-    run = None if question.data else _run_with_recipe(names)
+    run = None if question.data else run_with_recipe(names)
     found = {}
     for name in names:
         opened = open_model(
@@ -104,7 +86,7 @@ def evaluate_models(names: list[str], question: Question) -> dict[str, Evaluatio
         for line in describe_rows(name, rows.report):
             question.say(line)
         if question.reference is not None and (opened.head is not None or kind == "answers"):
-            raise _useless_reference(
+            raise useless_reference(
                 "reward models" if opened.head is not None else "single answers"
             )
         scorer = _scorer(opened, question)
@@ -113,7 +95,7 @@ def evaluate_models(names: list[str], question: Question) -> dict[str, Evaluatio
         elif kind == "answers":
             found[name] = Evaluation(evaluate_heldout(scorer, rows, _BUDGET), [])
         else:
-            found[name] = _evaluate_preference(name, scorer, kind, rows, question)
+            found[name] = _evaluate_preference(opened, scorer, kind, rows, question)
     return found
 
 
@@ -134,9 +116,9 @@ def score_answers(
     Raises:
         ModelError: the model is no reward model, or an option has no use.
     """
-    _check(question)
+    question.check()
     if question.reference is not None:
-        raise _useless_reference("answers to --prompt")
+        raise useless_reference("answers to --prompt")
     opened = open_model(
         name, dtype=DTYPES[question.dtype], device=find_device(), base=question.base
     )
@@ -145,6 +127,8 @@ def score_answers(
             f"{name} is a language model: only a reward model scores single answers",
             hint="name a run of the reward stage",
         )
+    if opened.tokenizer.chat_template:
+        question.say("scored as a user's turn and the assistant's answer in the chat template")
     rows = []
     for number, answer in enumerate(answers, start=1):
         values: dict[str, Any] = {"prompt": prompt, "completion": answer}
@@ -158,48 +142,6 @@ def score_answers(
     documents = [Document(row.prompt, row.branches, n) for n, row in enumerate(tokenized)]
     columns = score_documents(answer_rewards, _scorer(opened, question), documents, _BUDGET)
     return list(zip(answers, columns["reward"].tolist(), strict=True))
-
-
-def _check(question: Question) -> None:
-    if question.dtype not in DTYPES:
-        raise ModelError(
-            f"--dtype cannot be {question.dtype!r}", hint=f"one of {', '.join(DTYPES)}"
-        )
-    if question.data is None and (question.take is not None or question.max_length is not None):
-        raise ModelError(
-            "--take and --max-length go with --data: the run's own rows follow its recipe",
-            hint="name the file with --data",
-        )
-
-
-def _useless_reference(what: str) -> ModelError:
-    return ModelError(
-        f"--reference has no use for {what}: it is what log-probs of preferences are compared with",
-        hint="leave it out",
-    )
-
-
-def _run_with_recipe(names: list[str]) -> Path:
-    for name in names:
-        folder = _run_of(name)
-        if folder is not None:
-            return folder
-    raise ModelError(
-        "there are no rows to evaluate on",
-        hint="name a file with --data, or a run folder whose recipe holds out rows",
-    )
-
-
-def _run_of(name: str) -> Path | None:
-    """The run folder that a name is, or stands in."""
-    path = Path(name).expanduser()
-    found = (folder for folder in (path, path.parent) if (folder / "recipe.yaml").is_file())
-    return next(found, None)
-
-
-def _recipe_of(name: str) -> Recipe | None:
-    folder = _run_of(name)
-    return None if folder is None else load_recipe(str(folder / "recipe.yaml")).recipe
 
 
 def _rows(opened: OpenModel, question: Question, run: Path | None) -> tuple[RowKind, TokenDataset]:
@@ -240,7 +182,7 @@ def _scorer(opened: OpenModel, question: Question) -> nn.Module:
 
 def _evaluate_reward(name: str, scorer: nn.Module, kind: RowKind, rows: TokenDataset) -> Evaluation:
     if kind == "pairs":
-        recipe = _recipe_of(name)
+        recipe = recipe_of(name)
         center = recipe.objective.center if isinstance(recipe, RewardRecipe) else 0.0
         stage = pair_stage(reward_scores(center), len(rows))
         return Evaluation(stage.evaluate(scorer, rows, _BUDGET, WHOLE), [])
@@ -257,19 +199,23 @@ def _evaluate_reward(name: str, scorer: nn.Module, kind: RowKind, rows: TokenDat
 
 
 def _evaluate_preference(
-    name: str, scorer: nn.Module, kind: RowKind, rows: TokenDataset, question: Question
+    opened: OpenModel, scorer: nn.Module, kind: RowKind, rows: TokenDataset, question: Question
 ) -> Evaluation:
     """Implicit rewards of a language model against a reference, or its log-probs alone."""
-    recipe = _recipe_of(name)
+    name = opened.name
+    recipe = recipe_of(name)
     reference = question.reference
+    if recipe is not None and reference is not None and _is_reference_free(recipe):
+        raise useless_reference(f"`{recipe.objective.kind}` runs")
     if reference is None and recipe is not None and needs_reference(recipe):
-        reference = recipe.model.base
+        reference = question.base or recipe.model.base
+        say_if_changed(name, reference, question)
     if kind == "labelled" and not isinstance(recipe, KtoRecipe):
         raise ModelError(
             f"{name} is no kto run, and the rows are labelled answers",
             hint="name a run of the kto stage or a reward model, or rows of another format",
         )
-    compare = None if reference is None else _reference(reference, question)
+    compare = None if reference is None else _reference(reference, opened.tokenizer, question)
     if isinstance(recipe, KtoRecipe) and kind == "labelled" and compare is not None:
         stage = kto_stage(recipe.objective, compare, len(rows))
         return Evaluation(stage.evaluate(scorer, rows, _BUDGET, WHOLE), [])
@@ -277,15 +223,25 @@ def _evaluate_preference(
     if isinstance(recipe, DpoRecipe) and (compare is not None or not needs_reference(recipe)):
         objective = recipe.objective
     elif compare is not None:
-        objective = DpoSpec(kind="dpo")
+        beta = recipe.objective.beta if isinstance(recipe, KtoRecipe) else 0.1
+        objective = DpoSpec(kind="dpo", beta=beta)
     else:
         question.say(f"{name}: rewards are plain log-probs; --reference compares with a model")
     stage = pair_stage(preference_scores(objective, compare), len(rows))
     return Evaluation(stage.evaluate(scorer, rows, _BUDGET, WHOLE), [])
 
 
-def _reference(name: str, question: Question) -> Reference:
+def _is_reference_free(recipe: Recipe) -> bool:
+    return isinstance(recipe, DpoRecipe) and not needs_reference(recipe)
+
+
+def _reference(name: str, tokenizer: Any, question: Question) -> Reference:
     opened = open_language_model(name, dtype=DTYPES[question.dtype], device=find_device())
+    if opened.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ModelError(
+            f"{name} reads text with another tokenizer: its log-probs cannot be compared",
+            hint="name a reference with the same tokenizer",
+        )
     question.say(f"implicit rewards are relative to {name}")
     return partial(_score_with, _scorer(opened, question))
 

@@ -19,7 +19,7 @@ from alignkit.data.documents import Document
 from alignkit.data.packing import pack_documents
 from alignkit.evaluation.columns import Share, score_documents
 from alignkit.evaluation.labelled import describe_labelled, say_labelled
-from alignkit.models.scorer import sum_by_sequence
+from alignkit.models.scorer import evaluating, sum_by_sequence
 from alignkit.objectives.kto import kl_baseline, kto_loss
 from alignkit.packed import PackedBatch, Role
 from alignkit.recipe.objectives import KtoSpec
@@ -139,7 +139,7 @@ def _mismatched_ratios(
 ) -> torch.Tensor:
     """`[B]` log-ratios of the mismatched answers; no gradient."""
     batch = pack_documents([document.only(Role.MISMATCHED) for document in documents])
-    with torch.no_grad():
+    with evaluating(scorer):
         return _logprobs(scorer, batch) - reference(scorer, batch)
 
 

@@ -9,6 +9,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from alignkit.data.dataset import TokenDataset, count_overlap, load_dataset, split_dataset
 from alignkit.data.mismatch import with_mismatched
 from alignkit.data.templates import template_text
@@ -52,7 +54,7 @@ ROW_KINDS: dict[str, RowKind] = {
 
 
 def load_rows(recipe: Recipe) -> Rows:
-    """Tokenize the recipe's rows; needs the tokenizer, not the weights."""
+    """Tokenize the recipe's rows; needs the weights only where an adapter is merged first."""
     spec, data = recipe.model, recipe.data
     base = start_model(spec)
     template = template_text(spec.chat_template) if spec.chat_template else None
@@ -65,6 +67,9 @@ def load_rows(recipe: Recipe) -> Rows:
         held_out = load_dataset(data.eval, tokenizer, settings, recipe.seed, cache)
     elif data.eval_fraction is not None:
         train, held_out = split_dataset(train, data.eval_fraction, recipe.seed)
+    if recipe.stage == "dpo":
+        for row in np.flatnonzero(train.margins).tolist():
+            train.report.note("its margin is not used by dpo", train.places[row])
     if isinstance(recipe, KtoRecipe):
         train = with_mismatched(train, data.max_length, recipe.seed)
         if held_out is not None:

@@ -22,15 +22,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
 from torch import nn
 
 from alignkit.data.dataset import TokenDataset
 from alignkit.data.documents import Document
-from alignkit.data.packing import pack_documents, split_documents, step_items
+from alignkit.data.packing import pack_documents, step_items
+from alignkit.evaluation.columns import score_documents
 from alignkit.models.adapters import adapters_off
-from alignkit.models.identity import weights_fingerprint
+from alignkit.models.identity import weights_version
 from alignkit.models.loading import DTYPES, load_model
-from alignkit.models.scorer import sum_by_sequence
+from alignkit.models.scorer import evaluating, sum_by_sequence
 from alignkit.models.selfcheck import build_scorer
 from alignkit.packed import PackedBatch
 from alignkit.recipe.assets import alignkit_home
@@ -51,7 +53,7 @@ BUDGET = 2048
 
 def adapter_off(scorer: nn.Module, batch: PackedBatch) -> torch.Tensor:
     """The policy itself with its adapters turned off."""
-    with adapters_off(scorer):
+    with adapters_off(scorer), evaluating(scorer):
         scores: Any = scorer(batch)
         return sum_by_sequence(scores.logprobs, batch)
 
@@ -122,13 +124,16 @@ def _with_references(
 ) -> TokenDataset:
     """The dataset with the log-probs of these items' rows."""
     needed = np.unique(dataset.order[items])
-    path = alignkit_home() / "cache" / "references" / f"{_key(session, rows, dataset, needed)}.npz"
+    key = _key(session, scorer, rows, dataset, needed)
+    path = alignkit_home() / "cache" / "references" / f"{key}.npz"
     values = _read(path, len(dataset.document(0).branches), needed)
-    if values is None:
+    share = share_of(session.accelerator)
+    missing = share.reduce(torch.tensor([float(values is None)], dtype=torch.float64))
+    if values is None or missing.item() > 0:  # all processes score, or none does
         session.say(f"scoring {len(needed):,} rows with the reference model, once")
         started = time.monotonic()
         documents = [dataset.document(row) for row in needed.tolist()]
-        values = score_sequences(scorer, documents, share_of(session.accelerator))
+        values = score_sequences(scorer, documents, share)
         session.say(f"scored them in {time.monotonic() - started:.0f} s; kept for later runs")
         if session.leads:
             _write(path, needed, values)
@@ -149,21 +154,25 @@ def score_sequences(
         documents: `n` rows with the same number of branches.
         share: this process's part.
     """
-    groups = split_documents([document.num_tokens for document in documents], BUDGET)
-    table = torch.zeros(len(documents), len(documents[0].branches), dtype=torch.float64)
-    was_training = scorer.training
-    scorer.eval()
-    with torch.no_grad():
-        for group in groups[share.rank :: share.world]:
-            batch = pack_documents([documents[item] for item in group])
-            scores: Any = scorer(batch)
-            sums = sum_by_sequence(scores.logprobs.double(), batch)
-            table[group] = sums.cpu().view(len(group), -1)
-    scorer.train(was_training)
-    return np.asarray(share.reduce(table))
+    branches = range(len(documents[0].branches))
+
+    def score(scorer: nn.Module, documents: Sequence[Document]) -> dict[str, torch.Tensor]:
+        batch = pack_documents(documents)
+        scores: Any = scorer(batch)
+        sums = sum_by_sequence(scores.logprobs.double(), batch).view(len(documents), -1)
+        return {str(branch): sums[:, branch] for branch in branches}
+
+    columns = score_documents(score, scorer, documents, BUDGET, share)
+    return np.stack([columns[str(branch)] for branch in branches], axis=1)
 
 
-def _key(session: Session, rows: Rows, dataset: TokenDataset, needed: npt.NDArray[np.int64]) -> str:
+def _key(
+    session: Session,
+    scorer: nn.Module,
+    rows: Rows,
+    dataset: TokenDataset,
+    needed: npt.NDArray[np.int64],
+) -> str:
     """Hash of the question: these tokens under that model, in this precision."""
     spec = session.recipe.model
     digest = hashlib.sha256()
@@ -173,7 +182,9 @@ def _key(session: Session, rows: Rows, dataset: TokenDataset, needed: npt.NDArra
         digest.update(dataset.partners.tobytes())
     about = {
         "format": FORMAT,
-        "model": weights_fingerprint(rows.base),
+        "model": weights_version(rows.base),
+        "scorer": type(getattr(scorer, "module", scorer)).__name__,
+        "versions": [torch.__version__, transformers.__version__],
         "dtype": spec.dtype,
         "weights": str(session.weights_dtype),
         "quantization": spec.quantization,

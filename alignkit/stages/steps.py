@@ -112,7 +112,7 @@ def _rehearse(run: Run) -> None:
     """
     batch = run.batches.largest()
     try:
-        measured = _measure(run, [batch])
+        measured = _measure(run, [MicroBatch(batch.documents, 1.0)])
         result = run.stage.loss(run.scorer, batch.documents, measured)
         run.accelerator.backward(result.loss * 0.0)
     except (MemoryError, RuntimeError) as error:

@@ -323,7 +323,10 @@ def test_a_cache_hit_of_preferences_is_identical(
     assert same(fresh, cached)
     if case != "labelled":
         assert fresh.report.dropped == {"the two answers are equal": 1}
-        assert list(fresh.report.notes) == ["placeholder left in the text: {{ x }}"]
+        assert list(fresh.report.notes) == [
+            "placeholder left in the text: {{ x }}",
+            "plain text: the model's chat template is not used",
+        ]
     for one, two in zip(fresh, cached, strict=True):
         assert one.prompt.tolist() == two.prompt.tolist()
         assert (one.margin, one.row) == (two.margin, two.row)

@@ -90,11 +90,11 @@ def wrong_transform(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def window_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = attention.segment_mask
+    right = attention._masks
     monkeypatch.setattr(
         attention,
-        "segment_mask",
-        lambda own, prefix, filler, window, device: right(own, prefix, filler, None, device),
+        "_masks",
+        lambda segments, window, device, rounding: right(segments, None, device, rounding),
     )
 
 
