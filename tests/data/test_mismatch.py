@@ -23,7 +23,6 @@ ALONE = "no other prompt to take a mismatched answer from"
 CUT = "its mismatched answer is cut to max_length"
 
 
-@pytest.fixture(autouse=True)
 PLAIN = "plain text: the model's chat template is not used"
 
 
@@ -34,6 +33,7 @@ def own_notes(dataset: TokenDataset) -> dict[str, int]:
     return notes
 
 
+@pytest.fixture(autouse=True)
 def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
