@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,21 @@ def write_reward(
     )
 
 
+def require_classifier(config: Any) -> None:
+    """Refuse an architecture that transformers has no sequence classifier for.
+
+    Raises:
+        ModelError: there is none, so that no merged reward model could be loaded.
+    """
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise ModelError(
+            f"transformers has no sequence classifier for {config.model_type!r}, so there is no "
+            "merged/ that it could load",
+            hint="set merge=false and use adapter/, which holds adapter and head; all weights "
+            "cannot be trained",
+        )
+
+
 def build_classifier(model: Any, head: nn.Linear) -> Any:
     """The language model's decoder under a classification head with one label.
 
@@ -171,15 +187,9 @@ def build_classifier(model: Any, head: nn.Linear) -> Any:
     """
     config = copy.deepcopy(model.config)
     config.num_labels = 1
-    try:
-        with quiet_transformers(), torch.device("meta"):
-            classifier = AutoModelForSequenceClassification.from_config(config)
-    except ValueError as error:
-        raise ModelError(
-            f"transformers has no sequence classifier for {config.model_type!r}, so there is no "
-            "merged/ that it could load",
-            hint="set merge=false and use adapter/, which holds adapter and head",
-        ) from error
+    require_classifier(config)
+    with quiet_transformers(), torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(config)
     setattr(classifier, classifier.base_model_prefix, model.get_decoder())
     classifier.score = nn.Linear(head.in_features, 1, bias=False)
     classifier.score.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
@@ -200,7 +210,8 @@ def _write(
     classifier.config.pad_token_id = None if pad is None else tokenizer.convert_tokens_to_ids(pad)
     if pad is not None:
         tokenizer.pad_token = pad
-    tokenizer.chat_template = end_at_turn(tokenizer.chat_template)
+    tail = missing_end(tokenizer, stop_tokens)
+    tokenizer.chat_template = end_at_turn(tokenizer.chat_template, tail)
     with beside(output) as written:
         found = write_and_read(
             classifier.to(dtype), tokenizer, written, AutoModelForSequenceClassification
@@ -243,17 +254,29 @@ def choose_padding(tokenizer: Any, stop_tokens: Sequence[int]) -> str | None:
     return None
 
 
-def end_at_turn(template: str | dict[str, str] | None) -> Any:
+def missing_end(tokenizer: Any, stop_tokens: Sequence[int]) -> str:
+    """EOS, where answers were trained to end with it and the chat template does not write it."""
+    stops = tokenizer.convert_ids_to_tokens(list(stop_tokens))
+    if not tokenizer.chat_template or tokenizer.eos_token not in stops:
+        return ""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
+    return "" if text.endswith(tuple(stops)) else str(tokenizer.eos_token)
+
+
+def end_at_turn(template: str | dict[str, str] | None, tail: str = "") -> Any:
     """A chat template whose text ends with the last turn's last token, not with a line break.
 
     Args:
         template: Jinja source, or several by name; None if there is none.
+        tail: written after that.
     """
     if template is None:
         return None
     if isinstance(template, dict):
-        return {name: end_at_turn(text) for name, text in template.items()}
-    return f"{{%- set whole -%}}{template}{{%- endset -%}}{{{{- whole.rstrip() -}}}}"
+        return {name: end_at_turn(text, tail) for name, text in template.items()}
+    end = f" ~ {json.dumps(tail)}" if tail else ""
+    return f"{{%- set whole -%}}{template}{{%- endset -%}}{{{{- whole.rstrip(){end} -}}}}"
 
 
 @torch.no_grad()

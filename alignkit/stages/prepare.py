@@ -15,6 +15,7 @@ from alignkit.data.dataset import TokenDataset, count_overlap, load_dataset, spl
 from alignkit.data.mismatch import with_mismatched
 from alignkit.data.templates import template_text
 from alignkit.data.tokenize import RowKind, TokenizeSettings
+from alignkit.models.classifier import require_classifier
 from alignkit.models.facts import measure_model
 from alignkit.models.loading import BaseModel, load_config, load_tokenizer
 from alignkit.packed import Role
@@ -22,7 +23,7 @@ from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.facts import DataFacts
 from alignkit.recipe.plan import Plan, make_plan
 from alignkit.recipe.rows import SftDataSpec
-from alignkit.recipe.schema import KtoRecipe, Recipe
+from alignkit.recipe.schema import FullSpec, KtoRecipe, Recipe
 from alignkit.runtime.devices import describe_hardware
 from alignkit.stages.base import start_model
 
@@ -92,8 +93,11 @@ def plan_run(recipe: Recipe, rows: Rows, processes: int) -> Plan:
         rows: its tokens.
         processes: training processes.
     """
+    config = load_config(rows.base)
+    if recipe.stage == "reward" and (recipe.merge or isinstance(recipe.adapter, FullSpec)):
+        require_classifier(config)
     model = measure_model(
-        load_config(rows.base),
+        config,
         recipe.adapter,
         trust_remote_code=recipe.model.trust_remote_code,
         scalar_head=recipe.stage == "reward",

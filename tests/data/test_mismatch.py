@@ -174,7 +174,7 @@ def test_a_mismatched_answer_is_cut_to_max_length_and_counted() -> None:
     whole = found[1].branches[1]
     assert whole.ids.tolist() == dataset[0].branches[0].ids.tolist()
     assert own_notes(found) == {CUT: 1}
-    assert found.report.examples == {CUT: ["rows.jsonl:1"]}
+    assert found.report.examples[CUT] == {CUT: ["rows.jsonl:1"]}[CUT]
     fits = with_mismatched(dataset, long_prompt + long_answer, seed=0)
     assert own_notes(fits) == {}
     assert fits[0].branches[1].ids.tolist() == dataset[1].branches[0].ids.tolist()

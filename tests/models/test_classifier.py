@@ -34,6 +34,7 @@ from alignkit.models.classifier import (
     choose_padding,
     end_at_turn,
     merge_reward,
+    missing_end,
     write_reward,
 )
 from alignkit.models.loading import BaseModel
@@ -314,6 +315,19 @@ def test_every_one_of_several_templates_ends_at_the_turn(tmp_path: Path) -> None
     assert choose_padding(tokenizer, []) is None
 
 
+def test_a_template_without_a_stop_token_gets_the_one_that_was_trained(tmp_path: Path) -> None:
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer = tiny_tokenizer("chatml", plain)
+    model = trained_model("llama", "full")
+    head, rows = new_head(model, 0), rows_of("llama")
+    folder = tmp_path / "out"
+    write_reward(model, head, tokenizer, folder, torch.float32, rows, [tokenizer.eos_token_id])
+    saved = AutoTokenizer.from_pretrained(folder)
+    assert render(saved, CHAT) == render(tokenizer, CHAT).rstrip() + "<|im_end|>"
+    assert missing_end(tokenizer, []) == ""
+    assert missing_end(tiny_tokenizer("chatml"), [tokenizer.eos_token_id]) == ""
+
+
 def test_a_tokenizer_without_a_template_gets_none(tmp_path: Path) -> None:
     assert end_at_turn(None) is None
     model = trained_model("llama", "full")
@@ -441,17 +455,17 @@ def test_an_existing_output_is_kept(
 def test_an_architecture_without_a_classifier(
     llama: Callable[..., ClassifierReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unknown(config: Any) -> Any:
-        raise ValueError(f"Unrecognized configuration class {type(config)}")
-
-    monkeypatch.setattr(AutoModelForSequenceClassification, "from_config", unknown)
+    monkeypatch.setattr(AutoModelForSequenceClassification, "_model_mapping", {})
     with pytest.raises(ModelError) as raised:
         llama()
     assert raised.value.message == (
         "transformers has no sequence classifier for 'llama', so there is no merged/ that it could "
         "load"
     )
-    assert raised.value.hint == "set merge=false and use adapter/, which holds adapter and head"
+    assert raised.value.hint == (
+        "set merge=false and use adapter/, which holds adapter and head; all weights cannot be "
+        "trained"
+    )
     assert folder_names(tmp_path) == ["adapter"]
 
 
