@@ -39,6 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tracks", nargs="+", default=["default", "tuned"])
+    parser.add_argument("--reference", default="auto", help="of dpo and kto: auto, cached, ...")
     parser.add_argument("--blocks", type=int, default=2, help="blocks of each engine")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -64,6 +65,7 @@ def recipe_text(args: argparse.Namespace, output: str) -> str:
     }
     if args.stage in OBJECTIVES:
         recipe["objective"] = OBJECTIVES[args.stage]
+        recipe["reference"] = {"kind": args.reference}
     return json.dumps(recipe)
 
 

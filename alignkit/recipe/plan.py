@@ -19,7 +19,7 @@ from alignkit.recipe.schema import LoraSpec, Recipe, needs_reference
 
 _MICROBATCHES = (16384, 8192, 4096, 2048, 1024, 512)
 _SCORE_ONCE = 1.5
-"""Passes over the rows from which on the reference is scored once and kept."""
+"""Passes over the rows from which on a float32 reference is scored once and kept."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,8 @@ def _choose_reference(recipe: Recipe, passes: float) -> tuple[str | None, str]:
         return spec.kind, "as the recipe says"
     if not lora:
         return "cached", "all weights are trained: no second model is kept in memory"
+    if recipe.model.dtype != "float32":
+        return "adapter_off", f"its rounding to {recipe.model.dtype} is the policy's own"
     if passes > _SCORE_ONCE:
         return "cached", f"each row is read {passes:.1f} times and scored once"
     return "adapter_off", "the base under the adapter, each row is read about once"

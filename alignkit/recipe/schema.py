@@ -71,7 +71,8 @@ class ReferenceSpec(Section):
     kind: Literal["auto", "adapter_off", "frozen_copy", "cached"] = "auto"
     """`adapter_off` turns a LoRA adapter off for one more pass a step; `cached` scores every row
     once before training and keeps the log-probs on disk for later runs; `frozen_copy` holds a
-    second model. `auto` chooses, and the plan says what and why."""
+    second model. `auto` chooses, and the plan says what and why; in bfloat16 a cached value carries
+    rounding of its own."""
 
 
 class TrainingSpec(Section):

@@ -14,7 +14,7 @@ from tiny import MODELS, save_tiny, tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from alignkit.errors import ModelError
-from alignkit.models import loading
+from alignkit.models import identity
 from alignkit.models.adapters import attach_adapter, save_adapter
 from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import (
@@ -173,7 +173,7 @@ def test_the_fingerprint_of_a_hub_model_names_its_commit(monkeypatch: pytest.Mon
     class Config:
         _commit_hash = "abc123"
 
-    monkeypatch.setattr(loading, "load_config", lambda base: Config())
+    monkeypatch.setattr(identity, "load_config", lambda base: Config())
     assert weights_fingerprint(BaseModel("owner/name")) == "owner/name@abc123"
 
 

@@ -58,6 +58,8 @@ def plan(stage: str, data: DataFacts = DATA, **fields: Any) -> Plan:
 # reference -----------------------------------------------------------------------------------
 
 ADAPTER_OFF = "the base under the adapter, each row is read about once"
+ONCE = "each row is read {} times and scored once"
+WIDE = {"base": "m", "dtype": "float32"}
 FULL = "all weights are trained: no second model is kept in memory"
 
 
@@ -65,15 +67,26 @@ FULL = "all weights are trained: no second model is kept in memory"
 @pytest.mark.parametrize(
     ("fields", "reference", "reason"),
     [
-        ({}, "adapter_off", ADAPTER_OFF),
-        ({"training": {"epochs": 0.5}}, "adapter_off", ADAPTER_OFF),
-        ({"training": {"epochs": 1.5}}, "adapter_off", ADAPTER_OFF),
-        ({"training": {"epochs": 1.6}}, "cached", "each row is read 1.6 times and scored once"),
-        ({"training": {"epochs": 3}}, "cached", "each row is read 3.0 times and scored once"),
-        # 320 rows in steps of 16 are 20 steps an epoch; max_steps overrides epochs.
-        ({"training": {"epochs": 3, "max_steps": 20}}, "adapter_off", ADAPTER_OFF),
+        ({"model": WIDE}, "adapter_off", ADAPTER_OFF),
+        ({"model": WIDE, "training": {"epochs": 0.5}}, "adapter_off", ADAPTER_OFF),
+        ({"model": WIDE, "training": {"epochs": 1.5}}, "adapter_off", ADAPTER_OFF),
+        ({"model": WIDE, "training": {"epochs": 1.6}}, "cached", ONCE.format(1.6)),
+        ({"model": WIDE, "training": {"epochs": 3}}, "cached", ONCE.format(3.0)),
+        # In narrow precisions only the same pass rounds alike.
+        ({}, "adapter_off", "its rounding to bfloat16 is the policy's own"),
         (
-            {"training": {"max_steps": 40}},
+            {"model": {"base": "m", "dtype": "float16"}, "training": {"epochs": 3}},
+            "adapter_off",
+            "its rounding to float16 is the policy's own",
+        ),
+        # 320 rows in steps of 16 are 20 steps an epoch; max_steps overrides epochs.
+        (
+            {"model": WIDE, "training": {"epochs": 3, "max_steps": 20}},
+            "adapter_off",
+            ADAPTER_OFF,
+        ),
+        (
+            {"model": WIDE, "training": {"max_steps": 40}},
             "cached",
             "each row is read 2.0 times and scored once",
         ),
