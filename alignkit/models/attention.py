@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from alignkit.models.cpu_attention import cpu_attention
 from alignkit.packed import Segment
 
 PACKED = "alignkit_packed"
@@ -66,6 +67,56 @@ def packed_attention(
     for name in ("s_aux", "position_bias", "cache"):
         if options.get(name) is not None:
             raise NotImplementedError(f"packed attention does not know {name}")
+    if _fits_processor(query, value, dropout, softcap):
+        output = cpu_attention(
+            query, key, value, segments, scaling=scaling, sliding_window=sliding_window
+        )
+        return output, None
+    return plain_attention(
+        query,
+        key,
+        value,
+        segments,
+        scaling=scaling,
+        dropout=dropout,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    ), None
+
+
+def _fits_processor(
+    query: torch.Tensor, value: torch.Tensor, dropout: float, softcap: float | None
+) -> bool:
+    same_width = query.shape[-1] == value.shape[-1]
+    return query.device.type == "cpu" and same_width and dropout == 0.0 and softcap is None
+
+
+def plain_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """One call of torch's attention for each segment: every device, and the yardstick on this one.
+
+    Args:
+        query: as for `packed_attention`, and so on.
+        key: keys.
+        value: values.
+        segments: who sees whom.
+        scaling: factor on the scores.
+        dropout: probability on the weights.
+        sliding_window: tokens that a token sees.
+        softcap: cap of the scores.
+
+    Returns:
+        `[1, T, H, D]`.
+    """
     lengths = [segment.length for segment in segments]
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     by_start = {segment.start: number for number, segment in enumerate(segments)}
@@ -95,7 +146,7 @@ def packed_attention(
         else:
             output = _softcapped(q, k, v, mask, scaling, softcap, dropout)
         outputs.append(output[:, :, : segment.length])
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _rounding(length: int, device: torch.device) -> int:
