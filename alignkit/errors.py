@@ -54,6 +54,10 @@ class TrainingError(AlignkitError):
     """Training cannot go on: a loss that is not finite, a full disk."""
 
 
+class RewardError(AlignkitError):
+    """A reward function, server or rule gives no usable scores."""
+
+
 class Interrupted(AlignkitError):
     """The user stopped the run; a checkpoint was saved."""
 

@@ -41,7 +41,10 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets"}
 FORBIDDEN = {"recipe": HEAVY, "errors": HEAVY, "packed": HEAVY, "data": {"torch"}, "report": HEAVY}
 """Room -> packages it must not import at all, not even inside a function."""
 
-OPTIONAL_BACKENDS = {"data/sources.py": {"datasets", "pyarrow"}}
+OPTIONAL_BACKENDS = {
+    "data/sources.py": {"datasets", "pyarrow"},
+    "generation/rules.py": {"vaderSentiment"},
+}
 """File -> packages that it may import inside a function; only their users pay for them."""
 
 WHOLE_RECIPE = {"cli", "stages", "peers", "recipe"}

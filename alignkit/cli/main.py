@@ -21,6 +21,7 @@ from alignkit.cli.merge import merge_lora
 from alignkit.cli.output import print_error, say
 from alignkit.cli.plan import plan
 from alignkit.cli.recipes import recipes
+from alignkit.cli.run import run
 from alignkit.cli.train import STAGE_HELP, train_command
 from alignkit.errors import AlignkitError
 
@@ -35,6 +36,7 @@ app = typer.Typer(
 
 for stage in STAGE_HELP:
     app.command(stage)(train_command(stage))
+app.command("run")(run)
 app.command("plan")(plan)
 app.command("inspect")(inspect)
 app.command("merge-lora")(merge_lora)

@@ -24,15 +24,17 @@ recipes = typer.Typer(help="Shipped recipes and what their keys mean.", no_args_
 def list_recipes(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Shipped recipes with their first comment line."""
+    """Shipped recipes and pipelines with their first comment line."""
     from alignkit.recipe.assets import assets_root
-    from alignkit.recipe.load import shipped_recipes
+    from alignkit.recipe.load import shipped_pipelines, shipped_recipes
 
     root = assets_root() / "recipes"
+    pipelines = shipped_pipelines()
     found = {}
-    for name in shipped_recipes():
+    for name in [*shipped_recipes(), *pipelines]:
         first = (root / name).read_text(encoding="utf-8").split("\n")[0]
-        found[name] = first.lstrip("# ") if first.startswith("#") else ""
+        about = first.lstrip("# ") if first.startswith("#") else ""
+        found[name] = f"pipeline: {about}" if name in pipelines else about
     if as_json:
         print_json(found)
         return
@@ -43,7 +45,7 @@ def list_recipes(
 
 @recipes.command("copy")
 def copy_recipe(
-    name: Annotated[str, typer.Argument(help="A shipped recipe.")],
+    name: Annotated[str, typer.Argument(help="A shipped recipe or pipeline.")],
     target: Annotated[Path | None, typer.Argument(help="File to write.")] = None,
 ) -> None:
     """Copy a shipped recipe, to edit it."""
@@ -63,23 +65,23 @@ def copy_recipe(
 @recipes.command("explain")
 def explain(
     key: Annotated[str | None, typer.Argument(help="A key such as training.warmup.")] = None,
-    stage: Annotated[str, typer.Option(help="Stage of the recipe.")] = "sft",
+    stage: Annotated[
+        str | None, typer.Option(help="Stage of the recipe. Unset: the first with the key.")
+    ] = None,
 ) -> None:
     """What every key of a recipe means, with its default."""
     from alignkit.recipe.schema import STAGES
 
-    if stage not in STAGES:
+    if stage is not None and stage not in STAGES:
         raise AlignkitError(f"there is no stage {stage!r}", hint=f"stages: {', '.join(STAGES)}")
-    lines = dict(_explanations(STAGES[stage], ""))
-    wanted = {
-        name: text
-        for name, text in lines.items()
-        if key is None
-        or (
-            f"{_without_kinds(name)}.".startswith(f"{_without_kinds(key)}.")
-            and (_without_kinds(key) == key or name.startswith(key))
-        )
-    }
+    lines: dict[str, tuple[str, str, str]] = {}
+    wanted: dict[str, tuple[str, str, str]] = {}
+    for name in [stage] if stage else STAGES:
+        here = dict(_explanations(STAGES[name], ""))
+        lines = here | lines
+        wanted = {path: text for path, text in here.items() if key is None or _inside(path, key)}
+        if wanted:
+            break
     if not wanted:
         near = difflib.get_close_matches(str(key), map(_without_kinds, lines), n=1)
         last = {name.rsplit(".", 1)[-1]: name for name in lines}
@@ -103,6 +105,14 @@ def schema(
     print_json(STAGES[stage].model_json_schema())
 
 
+def _inside(name: str, key: str) -> bool:
+    """Whether the key of a recipe is `key` or a part of it; `key` may name a kind."""
+    bare = _without_kinds(key)
+    return f"{_without_kinds(name)}.".startswith(f"{bare}.") and (
+        bare == key or name.startswith(key)
+    )
+
+
 def _without_kinds(name: str) -> str:
     """`objective[ipo].tau` as a recipe writes it: `objective.tau`."""
     return re.sub(r"\[\w+\]", "", name)
@@ -111,7 +121,7 @@ def _without_kinds(name: str) -> str:
 def _explanations(
     model: type[BaseModel], parent: str
 ) -> typing.Iterator[tuple[str, tuple[str, str, str]]]:
-    from alignkit.recipe.problems import sections_of
+    from alignkit.recipe.problems import choice_of, sections_of
 
     for name, field in model.model_fields.items():
         path = f"{parent}.{name}" if parent else name
@@ -125,20 +135,18 @@ def _explanations(
             shown = f"  default {_plain(default)}"
         text = inspect.cleandoc(field.description or "").replace("\n", " ")
         yield path, (_kind(field.annotation, sections), shown, text)
-        several = len([part for part in sections if "kind" in part.model_fields]) > 1
-        for section in sections:
-            inside = f"{path}[{_tag(section)}]" if several else path
-            if several:
+        choices = {section: choice_of(section) for section in sections}
+        several = len([choice for choice in choices.values() if choice]) > 1
+        for section, choice in choices.items():
+            inside = path
+            if several and choice:
+                by, named = choice
+                inside = f"{path}[{named}]"
                 about = inspect.cleandoc(section.__doc__ or "").replace("\n", " ")
-                yield inside, (f"kind: {_tag(section)}", "", about)
+                yield inside, (f"{by}: {named}" if by != named else f"by {by}", "", about)
             for inner, value in _explanations(section, inside):
                 if not (several and inner.endswith(".kind")):
                     yield inner, value
-
-
-def _tag(section: type[BaseModel]) -> str:
-    """The kind that a section of a union is chosen by."""
-    return str(typing.get_args(section.model_fields["kind"].annotation)[0])
 
 
 def _plain(value: Any) -> str:

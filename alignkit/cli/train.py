@@ -1,4 +1,4 @@
-"""`alignkit sft | reward | dpo | kto`: train."""
+"""`alignkit sft | reward | dpo | kto | ppo`: train."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ STAGE_HELP = {
     "reward": "Train a reward model on preference pairs (Bradley-Terry).",
     "dpo": "Optimize preferences on pairs: DPO, IPO, SimPO, ORPO and relatives.",
     "kto": "Optimize preferences on single answers labelled good or bad.",
+    "ppo": "Reinforcement learning from a reward model, a rule or a function, with a KL penalty.",
 }
 """Stage -> what its command says about itself."""
 

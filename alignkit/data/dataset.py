@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from alignkit.data.documents import Branch, Document, TokenizedDocument
 from alignkit.data.report import DataReport
-from alignkit.data.sources import Source, load_source, mix_rows
+from alignkit.data.sources import Source, load_source, mix_sources
 from alignkit.data.tokenize import TokenizeSettings, parse_rows, tokenize_examples
 from alignkit.errors import DataError
 from alignkit.packed import IntArray, Role
@@ -163,15 +163,8 @@ def load_dataset(
             f"{', '.join(spec.label for spec in specs)}: no row is left to train on: {reasons}",
             hint="raise data.max_length, or choose another data.too_long",
         )
-    weights = [spec.weight for spec in specs]
-    order = mix_rows(counts, weights, seed)
-    if not len(order):
-        raise DataError(
-            f"{', '.join(spec.label for spec in specs)}: the weights draw no row from "
-            f"{', '.join(map(str, counts))}",
-            hint="raise the weights of the sources",
-        )
-    mixture = json.dumps([keys, weights, seed])
+    order = mix_sources(specs, counts, seed)
+    mixture = json.dumps([keys, [spec.weight for spec in specs], seed])
     fingerprint = hashlib.sha256(mixture.encode()).hexdigest()
     return _flatten(rows, order, report, fingerprint)
 

@@ -7,12 +7,14 @@ Accepted rows (see `data_templates/formats/` for an example of each):
     alpaca              {"instruction", "input"?, "output", "system"?, "history"?}
     prompt_completion   {"prompt", "completion"} as text, or both as lists of messages
     text                {"text"}: trained as a whole
+
+Where prompts are wanted, the answer may be missing, and `text` is a prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from alignkit.data.fields import need, plain_text
@@ -58,7 +60,7 @@ class Conversation:
     """Turns that a chat template renders.
 
     Args:
-        messages: at least one of them from the assistant.
+        messages: at least one of them from the assistant, unless only a prompt is wanted.
         tools: function schemas offered to the assistant.
         place: `file:line` of the row.
     """
@@ -74,7 +76,7 @@ class Completion:
 
     Args:
         prompt: text that is read and not trained; empty for plain text.
-        completion: text that is trained.
+        completion: text that is trained; empty where only a prompt is wanted.
         place: `file:line` of the row.
     """
 
@@ -84,6 +86,28 @@ class Completion:
 
 
 Example = Conversation | Completion
+
+# Format -> the key of its prompt and that of its answer, in the order they are looked for.
+KEYS = {
+    "messages": ("messages", "messages"),
+    "sharegpt": ("conversations", "conversations"),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text", "text"),
+}
+
+
+def match_format(row: Row, *, answered: bool) -> str | None:
+    """Name of the first format whose keys the row has; None if there is none.
+
+    Args:
+        row: to look at.
+        answered: the key of the answer is needed too.
+    """
+    for name, (prompt, answer) in KEYS.items():
+        if prompt in row.values and (answer in row.values or not answered):
+            return name
+    return None
 
 
 def detect_format(row: Row) -> str:
@@ -99,16 +123,9 @@ def detect_format(row: Row) -> str:
             "and supervised fine-tuning trains on single answers",
             hint="keep the better answer as `completion`, or train a preference stage on the pairs",
         )
-    if "messages" in keys:
-        return "messages"
-    if "conversations" in keys:
-        return "sharegpt"
-    if "prompt" in keys and "completion" in keys:
-        return "prompt_completion"
-    if "instruction" in keys and "output" in keys:
-        return "alpaca"
-    if "text" in keys:
-        return "text"
+    name = match_format(row, answered=True)
+    if name is not None:
+        return name
     raise DataError(
         f"{row.place}: no known row format has the keys {', '.join(map(str, keys))}",
         hint="rows are messages | conversations | instruction, output | prompt, completion | text; "
@@ -136,16 +153,15 @@ def parse_answers(rows: list[Row], row_format: str) -> list[Example]:
             "wanted here",
             hint=f"formats of single answers: {', '.join(PARSERS)}",
         )
-    return [PARSERS[name](row) for row in rows]
+    return [PARSERS[name](row, True) for row in rows]
 
 
-def _parse_messages(row: Row) -> Example:
-    messages = read_messages(row, need(row, "messages", list))
-    return make_conversation(row, messages)
+def _parse_messages(row: Row, answered: bool) -> Example:
+    return make_conversation(row, read_messages(row, need(row, "messages", list)), answered)
 
 
-def _parse_sharegpt(row: Row) -> Example:
-    return make_conversation(row, read_turns(row, need(row, "conversations", list)))
+def _parse_sharegpt(row: Row, answered: bool) -> Example:
+    return make_conversation(row, read_turns(row, need(row, "conversations", list)), answered)
 
 
 def read_turns(row: Row, turns: list[Any]) -> list[Message]:
@@ -165,10 +181,9 @@ def read_turns(row: Row, turns: list[Any]) -> list[Message]:
             )
         role = _SHAREGPT_ROLES.get(str(turn["from"]).lower())
         if role is None:
-            known = ", ".join(_SHAREGPT_ROLES)
             raise DataError(
                 f"{row.place}: conversations[{number}].from is {turn['from']!r}",
-                hint=f"known speakers: {known}",
+                hint=f"known speakers: {', '.join(_SHAREGPT_ROLES)}",
             )
         if turn["from"] == "function_call":
             messages.append(Message(role, "", tool_calls(turn["value"], row, number)))
@@ -179,10 +194,12 @@ def read_turns(row: Row, turns: list[Any]) -> list[Message]:
     return messages
 
 
-def _parse_alpaca(row: Row) -> Example:
+def _parse_alpaca(row: Row, answered: bool) -> Example:
     messages = alpaca_prompt(row)
-    answer = plain_text(need(row, "output", str), row, "output")
-    return make_conversation(row, [*messages, Message("assistant", answer)])
+    if answered or row.values.get("output"):
+        answer = plain_text(need(row, "output", str), row, "output")
+        messages.append(Message("assistant", answer))
+    return make_conversation(row, messages, answered)
 
 
 def alpaca_prompt(row: Row) -> list[Message]:
@@ -202,39 +219,39 @@ def alpaca_prompt(row: Row) -> list[Message]:
     return [*messages, Message("user", prompt)]
 
 
-def _parse_prompt_completion(row: Row) -> Example:
+def _parse_prompt_completion(row: Row, answered: bool) -> Example:
     prompt, completion = row.values.get("prompt"), row.values.get("completion")
+    if not answered and not completion:
+        completion = [] if isinstance(prompt, list) else ""
     if isinstance(prompt, list) != isinstance(completion, list):
         raise DataError(
             f"{row.place}: `prompt` and `completion` must both be text or both be messages",
             hint='as in {"prompt": [{"role": "user", ...}], "completion": [{"role": ...}]}',
         )
-    if isinstance(prompt, list):
-        context = [
-            Message(message.role, message.content, message.tool_calls, trained=False)
-            for message in read_messages(row, need(row, "prompt", list))
-        ]
-        return make_conversation(row, context + read_messages(row, need(row, "completion", list)))
-    text = plain_text(need(row, "completion", str), row, "completion")
-    if not text.strip():
+    if isinstance(prompt, list) and isinstance(completion, list):
+        context = [replace(message, trained=False) for message in read_messages(row, prompt)]
+        return make_conversation(row, context + read_messages(row, completion), answered)
+    text = completion if completion == "" else need(row, "completion", str)
+    if answered and not text.strip():
         raise DataError(f"{row.place}: the row has no answer: completion is empty")
-    return Completion(plain_text(need(row, "prompt", str), row, "prompt"), text, row.place)
+    return Completion(need(row, "prompt", str), text, row.place)
 
 
-def _parse_text(row: Row) -> Example:
+def _parse_text(row: Row, answered: bool) -> Example:
     text = plain_text(need(row, "text", str), row, "text")
     if not text.strip():
         raise DataError(f"{row.place}: text is empty", hint="remove the row")
-    return Completion("", text, row.place)
+    return Completion("", text, row.place) if answered else Completion(text, "", row.place)
 
 
-PARSERS: dict[str, Callable[[Row], Example]] = {
+PARSERS: dict[str, Callable[[Row, bool], Example]] = {
     "messages": _parse_messages,
     "sharegpt": _parse_sharegpt,
     "alpaca": _parse_alpaca,
     "prompt_completion": _parse_prompt_completion,
     "text": _parse_text,
 }
+"""Format -> its parser, of a row and whether the row must have an answer."""
 
 
 def read_messages(row: Row, turns: list[Any]) -> list[Message]:
@@ -268,11 +285,16 @@ def read_messages(row: Row, turns: list[Any]) -> list[Message]:
     return messages
 
 
-def make_conversation(row: Row, messages: list[Message]) -> Conversation:
+def make_conversation(row: Row, messages: list[Message], answered: bool = True) -> Conversation:
     """The messages with the row's `system` text and tools.
 
+    Args:
+        row: that the messages come from.
+        messages: its turns.
+        answered: one of them must be an assistant's to train on; else the last may be empty.
+
     Raises:
-        DataError: two system texts, or no assistant turn with text to train on.
+        DataError: two system texts, an empty assistant turn, or no assistant turn to train on.
     """
     system = plain_text(row.values.get("system"), row, "system")
     opened = bool(messages) and messages[0].role in ("system", "developer")
@@ -284,12 +306,12 @@ def make_conversation(row: Row, messages: list[Message]) -> Conversation:
     if system and not opened:
         messages = [Message("system", system), *messages]
     answers = [message for message in messages if message.role == "assistant" and message.trained]
-    if not answers:
+    if answered and not answers:
         raise DataError(
             f"{row.place}: the row has no answer: no assistant turn to train on",
             hint="remove the row, or add the assistant's turn",
         )
-    for number, message in enumerate(messages):
+    for number, message in enumerate(messages if answered else messages[:-1]):
         if message.role == "assistant" and not message.content.strip() and not message.tool_calls:
             raise DataError(
                 f"{row.place}: the row has no answer: the assistant's turn {number} is empty",

@@ -1,41 +1,27 @@
 """Rows that compare answers -> Pair, and rows that label one answer -> Labelled.
 
-Accepted pairs (see `data_templates/formats/` for an example of each):
-
-    preference           {"prompt"?, "chosen", "rejected", "margin"?} as text or messages; without
-                         a prompt it is the longest common beginning of the two lists of messages
-    sharegpt_preference  {"conversations": [...], "chosen": {"from", "value"}, "rejected": {...}}
-    hh                   {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}
-
-A labelled row is any row of a single answer with `"label": true` or `false`; a pair counts as one
-good and one bad answer.
+`pairs.py` reads the formats of pairs. A labelled row is any row of a single answer with
+`"label": true` or `false`; a pair counts as one good and one bad answer.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
-from alignkit.data.fields import need, plain_text
 from alignkit.data.formats import (
     PARSERS,
     Completion,
     Conversation,
     Example,
     Message,
-    alpaca_prompt,
     detect_format,
     make_conversation,
-    read_messages,
-    read_turns,
 )
+from alignkit.data.pairs import PAIR_PARSERS, detect_pairs, read_pair
 from alignkit.data.sources import Row
 from alignkit.errors import DataError
-
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 @dataclass(frozen=True)
@@ -96,13 +82,13 @@ def parse_pairs(rows: list[Row], row_format: str) -> list[Pair | Unusable]:
     Raises:
         DataError: a row does not fit the format, or lacks one of its answers.
     """
-    name = _detect_pairs(rows[0]) if row_format == "auto" else row_format
+    name = detect_pairs(rows[0]) if row_format == "auto" else row_format
     if name not in PAIR_PARSERS:
         raise DataError(
             f"{rows[0].place}: format {name} has single answers, and pairs are wanted here",
             hint=f"formats of pairs: {', '.join(PAIR_PARSERS)}",
         )
-    return [_parse_pair(row, PAIR_PARSERS[name]) for row in rows]
+    return [_parse_pair(row, name) for row in rows]
 
 
 def parse_labelled(rows: list[Row], row_format: str) -> list[Labelled | Unusable]:
@@ -138,14 +124,14 @@ def parse_labelled(rows: list[Row], row_format: str) -> list[Labelled | Unusable
     return [_parse_label(row, PARSERS[name]) for row in rows]
 
 
-def _parse_label(row: Row, parse: Callable[[Row], Example]) -> Labelled | Unusable:
+def _parse_label(row: Row, parse: Callable[[Row, bool], Example]) -> Labelled | Unusable:
     label = row.values.get("label")
     if not isinstance(label, bool):
         raise DataError(
             f"{row.place}: label must be true or false, got {label!r}",
             hint="true marks a desirable answer, false an undesirable one",
         )
-    example = parse(row)
+    example = parse(row, True)
     if isinstance(example, Conversation):
         if example.messages[-1].role != "assistant":
             return Unusable("the last turn is not the assistant's", row.place)
@@ -159,44 +145,8 @@ def _train_last(example: Conversation) -> Conversation:
     return replace(example, messages=(*before, replace(example.messages[-1], trained=True)))
 
 
-def _detect_pairs(row: Row) -> str:
-    values = row.values
-    if "chosen" not in values and "rejected" not in values:
-        raise DataError(
-            f"{row.place}: the row is no preference pair: its keys are "
-            f"{', '.join(map(str, values))}",
-            hint="pairs are prompt, chosen, rejected | conversations, chosen, rejected | chosen, "
-            "rejected; rename with columns, as in columns: {chosen: better, rejected: worse}",
-        )
-    for key in ("chosen", "rejected"):
-        _need_answer(row, key)
-    if "conversations" in values:
-        return "sharegpt_preference"
-    chosen = values["chosen"]
-    if (
-        "prompt" not in values
-        and isinstance(chosen, str)
-        and _HH_TURN.match("\n\n" + chosen.strip())
-    ):
-        return "hh"
-    return "preference"
-
-
-def _need_answer(row: Row, key: str) -> Any:
-    if row.values.get(key) is None:
-        found = ", ".join(map(str, row.values))
-        raise DataError(
-            f"{row.place}: the row has no {key} answer: `{key}` is "
-            f"{'null' if key in row.values else 'missing'}",
-            hint=f"every pair needs both answers; the row's keys are {found}",
-        )
-    return row.values[key]
-
-
-def _parse_pair(row: Row, parse: Callable[[Row], tuple[Any, Any, Any]]) -> Pair | Unusable:
-    _need_answer(row, "chosen")
-    _need_answer(row, "rejected")
-    prompt, chosen, rejected = parse(row)
+def _parse_pair(row: Row, row_format: str) -> Pair | Unusable:
+    prompt, chosen, rejected = read_pair(row, row_format)
     margin = row.values.get("margin")
     margin = 0.0 if margin is None else margin
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
@@ -236,82 +186,3 @@ def _message_pair(
         margin,
         row.place,
     )
-
-
-def _preference(row: Row) -> tuple[Any, Any, Any]:
-    values = row.values
-    chosen, rejected = values["chosen"], values["rejected"]
-    if "instruction" in values and "prompt" not in values:
-        return alpaca_prompt(row), _answer(row, "chosen"), _answer(row, "rejected")
-    prompt = values.get("prompt")
-    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-        return prompt, chosen, rejected
-    if prompt is None and isinstance(chosen, str):
-        raise DataError(
-            f"{row.place}: the row has no `prompt`",
-            hint="text pairs need one; whole conversations are lists of messages, or texts that "
-            "begin with Human:",
-        )
-    sides = _answer(row, "chosen"), _answer(row, "rejected")
-    if prompt is None or (sides[0] and sides[0][0].role != "assistant"):
-        return _split_common(*sides)
-    if isinstance(prompt, str):
-        return [Message("user", prompt)], *sides
-    return read_messages(row, need(row, "prompt", list)), *sides
-
-
-def _split_common(
-    chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
-    """The longest common beginning, and what follows it on both sides."""
-    pairs = enumerate(zip(chosen, rejected, strict=False))
-    end = min(len(chosen), len(rejected))
-    common = next((n for n, (a, b) in pairs if a != b), end)
-    return chosen[:common], chosen[common:], rejected[common:]
-
-
-def _answer(row: Row, key: str) -> list[Message]:
-    """The messages of an answer given as text, as one turn or as a list of turns."""
-    value = row.values[key]
-    if isinstance(value, str):
-        return [Message("assistant", value)]
-    turns = [value] if isinstance(value, dict) else need(row, key, list)
-    return read_turns(row, turns) if "from" in _first(turns) else read_messages(row, turns)
-
-
-def _first(turns: list[Any]) -> Any:
-    return turns[0] if turns and isinstance(turns[0], dict) else {}
-
-
-def _sharegpt(row: Row) -> tuple[Any, Any, Any]:
-    prompt = read_turns(row, need(row, "conversations", list))
-    return prompt, _answer(row, "chosen"), _answer(row, "rejected")
-
-
-def _hh(row: Row) -> tuple[Any, Any, Any]:
-    return _split_common(_hh_turns(row, "chosen"), _hh_turns(row, "rejected"))
-
-
-def _hh_turns(row: Row, key: str) -> list[Message]:
-    text = "\n\n" + plain_text(row.values[key], row, key).lstrip()
-    before, *parts = _HH_TURN.split(text)
-    if before.strip() or not parts:
-        raise DataError(
-            f"{row.place}: `{key}` is no dialogue of Human: and Assistant: turns",
-            hint=r"as in \n\nHuman: question\n\nAssistant: answer",
-        )
-    messages: list[Message] = []
-    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
-        role = "user" if speaker == "Human" else "assistant"
-        content = content.strip()
-        if messages and messages[-1].role == role:  # a speaker may go on after a pause
-            content = f"{messages.pop().content}\n\n{content}".strip()
-        messages.append(Message(role, content))
-    return messages
-
-
-PAIR_PARSERS: dict[str, Callable[[Row], tuple[Any, Any, Any]]] = {
-    "preference": _preference,
-    "sharegpt_preference": _sharegpt,
-    "hh": _hh,
-}

@@ -24,6 +24,7 @@ class DataReport:
         trained_tokens: tokens that carry loss, over the kept rows.
         tokens: tokens of the kept rows.
         stop_tokens: ids that end a trained turn.
+        prompts: the rows are prompts, which hold no answer that could lose its end.
     """
 
     rows: int = 0
@@ -37,6 +38,7 @@ class DataReport:
     trained_tokens: int = 0
     tokens: int = 0
     stop_tokens: list[int] = field(default_factory=list)
+    prompts: bool = False
 
     def drop(self, reason: str, place: str) -> None:
         """Count a row that is left out."""
@@ -83,7 +85,9 @@ class DataReport:
         lines = [f"{self.kept:,} of {self.rows:,} rows used"]
         for reason, count in self.dropped.items():
             lines.append(f"{count:,} rows dropped: {reason} ({', '.join(self.examples[reason])})")
-        if self.truncated:
+        if self.truncated and self.prompts:
+            lines.append(f"{self.truncated:,} prompts truncated; they lost their beginning")
+        elif self.truncated:
             lines.append(
                 f"{self.truncated:,} rows truncated; {self.lost_ends:,} of them lost the end of "
                 "an answer and do not teach the model to stop"

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -275,3 +275,26 @@ def mix_rows(num_rows: list[int], weights: list[float], seed: int) -> npt.NDArra
         picked.append(offset + np.concatenate([np.tile(rows, whole), np.sort(drawn)]))
         offset += count
     return np.concatenate(picked).astype(np.int64)
+
+
+def mix_sources(
+    specs: Sequence[SourceSpec], num_rows: list[int], seed: int
+) -> npt.NDArray[np.int64]:
+    """Rows of one epoch by the weights of their sources, as `mix_rows` draws them.
+
+    Args:
+        specs: the sources.
+        num_rows: rows of each that are used.
+        seed: draws the fractional part.
+
+    Raises:
+        DataError: the weights draw no row at all.
+    """
+    order = mix_rows(num_rows, [spec.weight for spec in specs], seed)
+    if not len(order):
+        raise DataError(
+            f"{', '.join(spec.label for spec in specs)}: the weights draw no row from "
+            f"{', '.join(map(str, num_rows))}",
+            hint="raise the weights of the sources",
+        )
+    return order

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from alignkit.data.formats import Conversation
+from alignkit.data.formats import Conversation, Message
 from alignkit.errors import DataError, ModelError
 from alignkit.recipe.assets import assets_root
 
@@ -84,9 +84,8 @@ class ChatTemplate:
             turn: dict[str, Any] = {"role": message.role, "content": message.content}
             if message.tool_calls and self.knows_tool_calls:
                 turn["tool_calls"] = list(message.tool_calls)
-            elif message.tool_calls:
-                calls = "\n".join(_tool_call_text(call) for call in message.tool_calls)
-                turn["content"] = f"{message.content}\n{calls}".strip()
+            else:
+                turn["content"] = written_out(message)
             turns.append(turn)
         if conversation.tools and not self.knows_tools:
             schemas = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in conversation.tools)
@@ -213,6 +212,14 @@ class ChatTemplate:
             end = at if at < end < at + len(special) else end
         closed = after[before:end].rstrip().endswith(self.specials)
         return end if closed and is_written(turn, after[before:end]) else None
+
+
+def written_out(message: Message) -> str:
+    """A turn's text, followed by the tools that it calls."""
+    if not message.tool_calls:
+        return message.content
+    calls = "\n".join(_tool_call_text(call) for call in message.tool_calls)
+    return f"{message.content}\n{calls}".strip()
 
 
 def is_written(turn: dict[str, Any], text: str) -> bool:

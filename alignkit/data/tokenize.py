@@ -7,7 +7,6 @@ counted.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,18 +16,18 @@ import numpy as np
 from alignkit.data.branches import branch_labelled, branch_pair, fit_branches
 from alignkit.data.documents import Branch, TokenizedDocument
 from alignkit.data.formats import Completion, Conversation, Example, parse_answers
-from alignkit.data.masks import Encoded, Masker, Rendered, TokenizedRow
+from alignkit.data.masks import Masker, Rendered, TokenizedRow
 from alignkit.data.preferences import Labelled, Pair, Unusable, parse_labelled, parse_pairs
 from alignkit.data.report import DataReport
 from alignkit.data.sources import Row
-from alignkit.data.templates import ChatTemplate, Span, is_written
-from alignkit.errors import DataError, ModelError
+from alignkit.data.templates import ChatTemplate, Span
+from alignkit.data.texts import PLAIN_TEXT, encode_texts, note_doubts, special_tokens
+from alignkit.errors import DataError
 
 TooLong = Literal["drop", "truncate_left", "truncate_right", "error"]
 TrainOn = Literal["completions", "last_turn", "everything"]
 RowKind = Literal["answers", "pairs", "labelled"]
 
-PLACEHOLDER = re.compile(r"\{\{\s*[A-Za-z_][\w .-]{0,40}\s*\}\}")
 _BATCH = 1000
 
 
@@ -134,7 +133,7 @@ def _document(
         report.drop("nothing to train on", example.place)
         return None
     if tokenizer.chat_template and isinstance(_texts(example)[0], Completion):
-        report.note("plain text: the model's chat template is not used", example.place)
+        report.note(PLAIN_TEXT, example.place)
     if isinstance(example, Pair):
         document = branch_pair(rows[0], rows[1], example.margin)
         if np.array_equal(document.branches[0].ids, document.branches[1].ids):
@@ -152,7 +151,7 @@ def _mask_texts(
 ) -> list[TokenizedRow]:
     """Every text as tokens with its mask, whatever its length."""
     template = ChatTemplate(tokenizer) if any(isinstance(t, Conversation) for t in texts) else None
-    specials = _special_tokens(tokenizer)
+    specials = special_tokens(tokenizer)
     masker = Masker(
         special_ids=set(specials.values()),
         eos=tokenizer.eos_token_id,
@@ -164,45 +163,13 @@ def _mask_texts(
         batch = texts[start : start + _BATCH]
         rendered = [_render(text, tokenizer, template, settings) for text in batch]
         for text, item in zip(batch, rendered, strict=True):
-            _inspect_text(text, item.text, specials, template, report)
-        encoded = _encode(rendered, tokenizer)
+            note_doubts(text, item.text, specials, template, report)
+            if isinstance(text, Conversation) and text.messages[-1].role != "assistant":
+                report.note("the last turn is not the assistant's; it is not trained", text.place)
+        encoded = encode_texts(rendered, tokenizer)
         rows += [masker.mask(item, tokens) for item, tokens in zip(rendered, encoded, strict=True)]
     report.stop_tokens = sorted(masker.stop_tokens)
     return rows
-
-
-def _special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Text -> id of every token that the tokenizer never splits and marks as special."""
-    added = {
-        token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
-    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-
-
-def _inspect_text(
-    example: Example,
-    rendered: str,
-    specials: dict[str, int],
-    template: ChatTemplate | None,
-    report: DataReport,
-) -> None:
-    if isinstance(example, Completion):
-        texts = [example.prompt, example.completion.rstrip()]
-    else:
-        texts = [message.content for message in example.messages]
-        assert template is not None
-        if template.flattens(example):
-            report.note("tool calls written as text: the template has none", example.place)
-        if not all(is_written(turn, rendered) for turn in template.messages(example)):
-            report.note("the template leaves out or changes what a turn says", example.place)
-        if example.messages[-1].role != "assistant":
-            report.note("the last turn is not the assistant's; it is not trained", example.place)
-    text = "\n".join(texts)
-    found = PLACEHOLDER.search(text)
-    if found:
-        report.note(f"placeholder left in the text: {found.group(0)}", example.place)
-    if isinstance(example, Conversation) and any(special in text for special in specials):
-        report.note("the text holds special tokens of this tokenizer", example.place)
 
 
 def _render(
@@ -237,43 +204,6 @@ def _render_markers(example: Conversation, template: ChatTemplate) -> tuple[str,
     )
     text = template.render(template.messages(example), example)
     return text, list(output["assistant_masks"])
-
-
-def _encode(rendered: list[Rendered], tokenizer: Any) -> list[Encoded]:
-    """Ids and character offsets of each text; chats bring their special tokens themselves."""
-    encoded: dict[int, Encoded] = {}
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token_id
-    for is_chat in (True, False):
-        numbers = [n for n, item in enumerate(rendered) if item.is_chat is is_chat]
-        if not numbers:
-            continue
-        texts = [rendered[n].text for n in numbers]
-        if not is_chat and bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
-            texts = [text.removeprefix(bos) for text in texts]
-        output = _call(tokenizer, texts, add_special_tokens=not is_chat)
-        for position, number in enumerate(numbers):
-            removed = len(rendered[number].text) - len(texts[position])
-            ids = np.asarray(output["input_ids"][position], np.int32)
-            offsets = np.asarray(output["offset_mapping"][position]).reshape(-1, 2)
-            if not is_chat and len(ids) and ids[-1] == eos and offsets[-1, 0] == offsets[-1, 1]:
-                ids, offsets = ids[:-1], offsets[:-1]  # the tokenizer adds EOS to ours
-            encoded[number] = Encoded(ids, offsets + removed)
-    return [encoded[number] for number in range(len(rendered))]
-
-
-def _call(tokenizer: Any, texts: list[str], *, add_special_tokens: bool) -> Any:
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"{type(tokenizer).__name__} has no character offsets, which the prompt mask needs",
-            hint="save the tokenizer as a fast one (tokenizer.json) and name that folder",
-        )
-    return tokenizer(
-        texts,
-        add_special_tokens=add_special_tokens,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
 
 
 def _fit(

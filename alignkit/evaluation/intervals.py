@@ -52,3 +52,22 @@ def calibration_error(margins: npt.NDArray[np.float64], bins: int = 10) -> float
             gap = abs(float(right[inside].mean() - confidence[inside].mean()))
             error += gap * float(inside.mean())
     return error
+
+
+def mean_interval(values: npt.NDArray[np.float64]) -> tuple[float, float, float]:
+    """Mean with its 95% interval, from the standard error.
+
+    Args:
+        values: `[n]`, at least one.
+
+    Returns:
+        `(mean, low, high)`; a single value has no interval, and low and high are NaN.
+
+    Example:
+        0, 1, 2: 1, -0.132 to 2.132.
+    """
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, float("nan"), float("nan")
+    half = _Z * float(values.std(ddof=1)) / len(values) ** 0.5
+    return mean, mean - half, mean + half

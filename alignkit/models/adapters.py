@@ -155,24 +155,31 @@ def trainable_report(model: nn.Module) -> TrainableReport:
 
 
 def save_adapter(
-    model: PeftModel, folder: Path, base_name: str, head: nn.Linear | None = None
+    model: PeftModel,
+    folder: Path,
+    base_name: str,
+    head: nn.Linear | None = None,
+    adapter: str = "default",
 ) -> None:
     """Write the adapter as PEFT does.
 
     Args:
-        model: carries the adapter `default`.
+        model: carries the adapter.
         folder: gets `adapter_model.safetensors` and `adapter_config.json`.
         base_name: recorded as the base the adapter belongs to.
         head: scalar head of a reward model; saved where PEFT keeps the `score` layer of a
             sequence classifier, so that plain PEFT loads both.
+        adapter: its name in the model.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = get_peft_model_state_dict(model, adapter_name="default")
+    weights = get_peft_model_state_dict(model, adapter_name=adapter)
     if head is not None:
         weights = {**weights, HEAD_KEY: head.weight}
+        if head.bias is not None:
+            weights[HEAD_KEY.replace("weight", "bias")] = head.bias
     contiguous = {name: w.detach().cpu().contiguous() for name, w in sorted(weights.items())}
     save_file(contiguous, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = model.peft_config["default"].to_dict()
+    config = model.peft_config[adapter].to_dict()
     config["base_model_name_or_path"] = base_name
     config["inference_mode"] = True
     if head is not None:

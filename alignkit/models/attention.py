@@ -2,7 +2,9 @@
 
 Registered with transformers' `AttentionInterface`, so it works under any model that uses it. The
 segments travel as a keyword argument through the model's forward. No padding, no T×T mask: a
-segment without a window or a prefix runs the causal kernel, which skips half of the work.
+segment without a window or a prefix runs the causal kernel, which skips half of the work. A
+processor has a path of its own, `cpu_attention`, for all but capped scores, dropout and values of
+another width.
 
 Shapes: `B` = 1 packed row, `H` query heads, `K` key heads, `T` tokens, `D` head dimension.
 """
@@ -15,13 +17,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from alignkit.models.cpu_attention import cpu_attention
+from alignkit.models import cpu_attention
 from alignkit.packed import Segment
 
 PACKED = "alignkit_packed"
-
-CPU_ROUNDING = 32
-"""On a processor, segments are computed at lengths that are multiples of this."""
 
 Segments = tuple[Segment, ...]
 
@@ -68,7 +67,7 @@ def packed_attention(
         if options.get(name) is not None:
             raise NotImplementedError(f"packed attention does not know {name}")
     if _fits_processor(query, value, dropout, softcap):
-        output = cpu_attention(
+        output = cpu_attention.cpu_attention(
             query, key, value, segments, scaling=scaling, sliding_window=sliding_window
         )
         return output, None
@@ -120,12 +119,14 @@ def plain_attention(
     lengths = [segment.length for segment in segments]
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     by_start = {segment.start: number for number, segment in enumerate(segments)}
-    masks = _masks(segments, sliding_window, query.device, CPU_ROUNDING)
+    # A processor's kernels are generated and kept for each length: few distinct ones reach them.
+    rounding = cpu_attention.ROUNDING if query.device.type == "cpu" else 1
+    masks = _masks(segments, sliding_window, query.device, rounding)
     outputs = []
     for number, segment in enumerate(segments):
         # Rows appended to a causal segment change nothing before them.
-        extra = _rounding(segment.length, query.device)
-        filler = _rounding(segment.prefix_length, query.device)
+        extra = -segment.length % rounding
+        filler = -segment.prefix_length % rounding
         q, k, v = (_append(x[number], extra) for x in (queries, keys, values))
         if segment.prefix_length:
             prefix = by_start[segment.prefix_start]
@@ -149,14 +150,6 @@ def plain_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _rounding(length: int, device: torch.device) -> int:
-    """Rows to append so that few distinct lengths reach the kernels.
-
-    The processor's kernels are generated and kept for each length, at several megabytes apiece.
-    """
-    return -length % CPU_ROUNDING if device.type == "cpu" else 0
-
-
 def _append(x: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, rows)) if rows else x
 
@@ -168,9 +161,9 @@ def _masks(
     """The mask of each segment: the same in every layer, so those of the last batches are kept."""
     return [
         segment_mask(
-            segment.length + _rounding(segment.length, device),
+            segment.length + -segment.length % rounding,
             segment.prefix_length,
-            _rounding(segment.prefix_length, device),
+            -segment.prefix_length % rounding,
             sliding_window,
             device,
         )

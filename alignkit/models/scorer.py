@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -60,6 +60,13 @@ def round_up(batch: PackedBatch, multiple: int) -> PackedBatch:
     )
 
 
+Reading = Literal["ends", "targets", "both"]
+"""Where a scalar head reads: at the last token of each sequence; at the states that predict the
+targets; or there, beside the log-probs."""
+
+Scores = TokenScores | torch.Tensor | tuple[TokenScores, torch.Tensor]
+
+
 class Scorer(nn.Module):
     """What all scorers are: a model, what it scores with, and in which precision.
 
@@ -67,13 +74,25 @@ class Scorer(nn.Module):
         model: a transformers causal language model, or PEFT around one.
         dtype: compute precision; trainable weights may be stored wider.
         head: `[1, H]` scalar head; without one the scorer gives log-probs.
+        reading: where the head reads.
+        temperature: divides the logits, as sampling did.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype, head: nn.Linear | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        dtype: torch.dtype,
+        head: nn.Linear | None = None,
+        *,
+        reading: Reading = "ends",
+        temperature: float = 1.0,
+    ) -> None:
         super().__init__()
         self.model = model
         self.dtype = dtype
         self.head = head
+        self.reading = reading
+        self.temperature = temperature
 
     @property
     def causal(self) -> Any:
@@ -94,22 +113,32 @@ class Scorer(nn.Module):
 class TokenScorer(Scorer):
     """Scores packed batches; the root module that accelerate wraps."""
 
-    def __init__(self, model: Any, dtype: torch.dtype, head: nn.Linear | None = None) -> None:
-        super().__init__(model, dtype, head)
+    def __init__(
+        self,
+        model: Any,
+        dtype: torch.dtype,
+        head: nn.Linear | None = None,
+        *,
+        reading: Reading = "ends",
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(model, dtype, head, reading=reading, temperature=temperature)
         inner = self.causal
         with quiet_transformers():
             inner.set_attn_implementation(PACKED)
-        self.transform = logit_transform(inner.config.get_text_config())
+        transform = logit_transform(inner.config.get_text_config())
+        self.transform = dataclasses.replace(transform, temperature=temperature)
 
-    def forward(self, batch: PackedBatch) -> TokenScores | torch.Tensor:
-        """Log-probs of the batch's targets, or rewards of its sequences.
+    def forward(self, batch: PackedBatch) -> Scores:
+        """Log-probs of the batch's targets, or what the head reads.
 
         Args:
             batch: `T` tokens, `N` targets, `S` sequences.
 
         Returns:
             `[N]` scores in the order of the batch's targets; with a head `[S]` float32 rewards,
-            read at the last token of each sequence.
+            read at the last token of each sequence, or `[N]` float32 values at the targets, alone
+            or after the scores.
         """
         batch = round_up(batch, ROUNDING)
         with compute_context(self.causal, self.dtype):
@@ -119,11 +148,14 @@ class TokenScorer(Scorer):
                 use_cache=False,
                 segments=batch.segments,
             ).last_hidden_state[0]
-            if self.head is not None:
+            if self.head is not None and self.reading == "ends":
                 return self.rewards(hidden.index_select(0, self.tensor(batch.sequence_ends)))
             picked = hidden.index_select(0, self.tensor(batch.target_rows))
+            if self.head is not None and self.reading == "targets":
+                return self.rewards(picked)
             head = self.causal.get_output_embeddings()
-            return score_targets(picked, head, self.tensor(batch.target_ids), self.transform)
+            scores = score_targets(picked, head, self.tensor(batch.target_ids), self.transform)
+            return scores if self.head is None else (scores, self.rewards(picked))
 
 
 class PaddedScorer(Scorer):
@@ -133,6 +165,8 @@ class PaddedScorer(Scorer):
         model: as for `Scorer`.
         dtype: compute precision.
         head: as for `Scorer`.
+        reading: as for `Scorer`.
+        temperature: as for `Scorer`.
         attention: an implementation of transformers that takes padded batches.
     """
 
@@ -142,9 +176,11 @@ class PaddedScorer(Scorer):
         dtype: torch.dtype,
         head: nn.Linear | None = None,
         *,
+        reading: Reading = "ends",
+        temperature: float = 1.0,
         attention: str = "sdpa",
     ) -> None:
-        super().__init__(model, dtype, head)
+        super().__init__(model, dtype, head, reading=reading, temperature=temperature)
         try:
             self.causal.set_attn_implementation(attention)
         except ValueError:
@@ -152,31 +188,35 @@ class PaddedScorer(Scorer):
                 raise
             self.causal.set_attn_implementation("eager")  # Gemma 2 and others have no sdpa
 
-    def forward(self, batch: PackedBatch) -> TokenScores | torch.Tensor:
-        """Log-probs of the batch's targets or rewards; see `TokenScorer.forward`."""
+    def forward(self, batch: PackedBatch) -> Scores:
+        """Log-probs of the batch's targets, or what the head reads; see `TokenScorer.forward`."""
         rows = sequence_rows(batch)
         ids = [torch.from_numpy(batch.input_ids[row]) for row in rows]
         ones = [torch.ones_like(row) for row in ids]
         device = next(self.causal.parameters()).device
-        padded = pad_sequence(ids, batch_first=True).to(device)
-        mask = pad_sequence(ones, batch_first=True).to(device)
+        inputs = {
+            "input_ids": pad_sequence(ids, batch_first=True).to(device),
+            "attention_mask": pad_sequence(ones, batch_first=True).to(device),
+            "use_cache": False,
+        }
+        sequences = self.tensor(batch.target_sequences)
+        columns = self.tensor(batch.position_ids[batch.target_rows])
         with compute_context(self.causal, self.dtype):
+            read = None
             if self.head is not None:
-                hidden = (
-                    self.causal.get_decoder()(
-                        input_ids=padded, attention_mask=mask, use_cache=False
-                    )
-                ).last_hidden_state
-                last = torch.tensor([len(row) - 1 for row in rows], device=device)
-                return self.rewards(hidden[torch.arange(len(rows), device=device), last])
-            logits = self.causal(input_ids=padded, attention_mask=mask, use_cache=False).logits
-        logprobs = torch.log_softmax(logits.float(), dim=-1)
-        sequences = torch.from_numpy(batch.target_sequences)
-        columns = torch.from_numpy(batch.position_ids[batch.target_rows])
-        targets = torch.from_numpy(batch.target_ids)
-        picked = logprobs[sequences.to(device), columns.to(device)]
-        chosen = picked.gather(1, targets.to(device)[:, None])[:, 0]
-        return TokenScores(chosen, chosen.detach() >= picked.detach().amax(1))
+                hidden = self.causal.get_decoder()(**inputs).last_hidden_state
+                if self.reading == "ends":
+                    last = torch.tensor([len(row) - 1 for row in rows], device=device)
+                    return self.rewards(hidden[torch.arange(len(rows), device=device), last])
+                read = self.rewards(hidden[sequences, columns])
+                if self.reading == "targets":
+                    return read
+            logits = self.causal(**inputs).logits
+        logprobs = torch.log_softmax(logits.float() / self.temperature, dim=-1)
+        picked = logprobs[sequences, columns]
+        chosen = picked.gather(1, self.tensor(batch.target_ids)[:, None])[:, 0]
+        scores = TokenScores(chosen, chosen.detach() >= picked.detach().amax(1))
+        return scores if read is None else (scores, read)
 
 
 @contextlib.contextmanager

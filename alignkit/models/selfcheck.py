@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from alignkit.errors import ModelError
-from alignkit.models.scorer import PaddedScorer, TokenScorer, causal_model
+from alignkit.models.scorer import PaddedScorer, Reading, Scorer, TokenScorer, causal_model
 from alignkit.packed import PackedBatch, Segment
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
@@ -29,7 +29,10 @@ def build_scorer(
     attention: str,
     say: Callable[[str], None],
     head: nn.Linear | None = None,
-) -> nn.Module:
+    *,
+    reading: Reading = "ends",
+    temperature: float = 1.0,
+) -> Scorer:
     """The scorer that the recipe asks for, checked.
 
     Args:
@@ -37,7 +40,9 @@ def build_scorer(
         dtype: compute precision.
         attention: `auto`, `packed`, or an implementation of transformers for padded batches.
         say: told in one sentence when the packed path cannot be used.
-        head: scalar head of a reward model; None scores tokens.
+        head: scalar head of a reward or value model; None scores tokens.
+        reading: where the head reads.
+        temperature: divides the logits.
 
     Returns:
         A `TokenScorer`, or a `PaddedScorer` where asked for or necessary.
@@ -45,18 +50,19 @@ def build_scorer(
     Raises:
         ModelError: `packed` was demanded and does not agree with the model.
     """
+    how: dict[str, Any] = {"reading": reading, "temperature": temperature}
     if attention not in ("auto", "packed"):
-        return PaddedScorer(model, dtype, head, attention=attention)
+        return PaddedScorer(model, dtype, head, attention=attention, **how)
     fault = packed_fault(model, dtype)
     if fault is None:
-        return TokenScorer(model, dtype, head)
+        return TokenScorer(model, dtype, head, **how)
     if attention == "packed":
         raise ModelError(
             f"packed rows do not reproduce this model: {fault}",
             hint="set model.attention to auto to train on padded rows instead",
         )
     say(f"packed rows do not reproduce this model ({fault}): training on padded rows, slower")
-    return PaddedScorer(model, dtype, head)
+    return PaddedScorer(model, dtype, head, **how)
 
 
 def packed_fault(model: Any, dtype: torch.dtype) -> str | None:

@@ -28,10 +28,12 @@ class LogitTransform:
     Args:
         scale: logits are multiplied by it first.
         softcap: then become `softcap * tanh(logits / softcap)`; None leaves them.
+        temperature: divides what comes out, above 0; sampling may not be at 1.
     """
 
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def score_targets(
     if torch.is_autocast_enabled(hidden.device.type):
         cast = torch.get_autocast_dtype(hidden.device.type)
     logprobs, correct = _ChunkedLogProbs.apply(
-        hidden.to(cast), weight, head.bias, targets, transform.scale, transform.softcap
+        hidden.to(cast), weight, head.bias, targets, transform
     )
     return TokenScores(logprobs, correct)
 
@@ -106,6 +108,8 @@ def _score_with_module(
         logits = head(rows).float() * transform.scale
         if transform.softcap is not None:
             logits = torch.tanh(logits / transform.softcap) * transform.softcap
+        if transform.temperature != 1.0:
+            logits = logits / transform.temperature
         picked = logits.gather(1, ids[:, None])[:, 0]
         logprobs.append(picked - logits.logsumexp(1))
         correct.append(picked.detach() >= logits.detach().amax(1))
@@ -126,8 +130,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
-        scale: float,
-        softcap: float | None,
+        transform: LogitTransform,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         # requires_grad of the inputs survives inside forward; grad mode does not.
@@ -139,7 +142,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             ids = targets[rows, None]
-            logits, slope = _logits(hidden[rows], matrix, bias, scale, softcap)
+            logits, slope = _logits(hidden[rows], matrix, bias, transform)
             peak = logits.amax(1, keepdim=True)
             picked = logits.gather(1, ids)
             weights = logits.sub_(peak).exp_()
@@ -147,9 +150,10 @@ class _ChunkedLogProbs(torch.autograd.Function):
             logprobs[rows] = (picked - peak - total.log())[:, 0]
             correct[rows] = (picked >= peak)[:, 0]
             if unit is not None:
-                unit[rows] = _slope_times(weights, total, ids, slope, scale, hidden.dtype) @ matrix
+                delta = _slope_times(weights, total, ids, slope, transform, hidden.dtype)
+                unit[rows] = delta @ matrix
         ctx.mark_non_differentiable(correct)
-        ctx.scale, ctx.softcap = scale, softcap
+        ctx.transform = transform
         if unit is not None:
             ctx.save_for_backward(unit)
         else:
@@ -161,7 +165,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
         if ctx.unit:
             (unit,) = ctx.saved_tensors
-            return (unit * grad[:, None]).to(unit.dtype), None, None, None, None, None
+            return (unit * grad[:, None]).to(unit.dtype), None, None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
         matrix = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -171,10 +175,10 @@ class _ChunkedLogProbs(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             ids = targets[rows, None]
-            logits, slope = _logits(hidden[rows], matrix, bias, ctx.scale, ctx.softcap)
+            logits, slope = _logits(hidden[rows], matrix, bias, ctx.transform)
             weights = logits.sub_(logits.amax(1, keepdim=True)).exp_()
             total = weights.sum(1, keepdim=True)
-            delta = _slope_times(weights, total, ids, slope, ctx.scale, torch.float32)
+            delta = _slope_times(weights, total, ids, slope, ctx.transform, torch.float32)
             delta.mul_(grad[rows, None])
             if grad_bias is not None:
                 grad_bias += delta.sum(0)
@@ -188,7 +192,6 @@ class _ChunkedLogProbs(torch.autograd.Function):
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
             None,
             None,
-            None,
         )
 
 
@@ -196,19 +199,21 @@ def _logits(
     hidden: torch.Tensor,
     matrix: torch.Tensor,
     bias: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
+    transform: LogitTransform,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`[C, V]` float32 logits, and the slope of the softcap where there is one."""
     logits = (hidden @ matrix.T).float()
     if bias is not None:
         logits += bias
+    scale, slope = transform.scale, None
+    if transform.softcap is not None:
+        capped = torch.tanh(logits * (scale / transform.softcap))
+        slope = 1.0 - capped.square()
+        logits, scale = capped, transform.softcap
+    scale /= transform.temperature
     if scale != 1.0:
         logits *= scale
-    if softcap is None:
-        return logits, None
-    capped = torch.tanh(logits / softcap)
-    return capped * softcap, 1.0 - capped.square()
+    return logits, slope
 
 
 def _slope_times(
@@ -216,17 +221,19 @@ def _slope_times(
     total: torch.Tensor,
     ids: torch.Tensor,
     slope: torch.Tensor | None,
-    scale: float,
+    transform: LogitTransform,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Gradient of the log-prob with respect to the raw projection, (onehot - p) · slope · scale.
+    """Gradient of the log-prob with respect to the raw projection.
 
-    Consumes `weights`, the `[C, V]` exponentials whose rows sum to `total`.
+    (onehot - p) · slope · scale / temperature. Consumes `weights`, the `[C, V]` exponentials whose
+    rows sum to `total`.
     """
     delta = weights.mul_(-1.0 / total)
     delta.scatter_add_(1, ids, torch.ones_like(ids, dtype=delta.dtype))
     if slope is not None:
         delta.mul_(slope)
-    if scale != 1.0:
-        delta.mul_(scale)
+    factor = transform.scale / transform.temperature
+    if factor != 1.0:
+        delta.mul_(factor)
     return delta.to(dtype)

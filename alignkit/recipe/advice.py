@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from alignkit.recipe.facts import DataFacts, HardwareFacts
 from alignkit.recipe.memory import ROOM, MemoryEstimate
-from alignkit.recipe.schema import KtoRecipe, LoraSpec, Recipe
+from alignkit.recipe.schema import KtoRecipe, LoraSpec, PpoRecipe, Recipe, examples_per_step
 
 _USUAL_RATES = {
     "sft": {"lora": (1e-5, 1e-3), "full": (5e-7, 1e-4)},
     "reward": {"lora": (1e-5, 1e-3), "full": (1e-6, 1e-4)},
     "dpo": {"lora": (1e-6, 5e-4), "full": (5e-8, 1e-5)},
     "kto": {"lora": (1e-6, 5e-4), "full": (5e-8, 1e-5)},
+    "ppo": {"lora": (1e-6, 5e-4), "full": (5e-8, 1e-5)},
 }
 """Stage -> adapter -> usual range of the learning rate."""
 
@@ -45,9 +46,10 @@ def find_warnings(
         if not 0.25 <= ratio <= 8:
             found.append(f"adapter.alpha / rank = {ratio:g} is outside the usual 0.25 to 8")
     if steps < 10:
-        found.append(f"only {steps} optimizer steps: lower batch_size or raise epochs")
-    epochs = steps * training.batch_size / data.rows
-    if epochs > 10:
+        key = "prompts_per_step" if recipe.stage == "ppo" else "batch_size"
+        found.append(f"only {steps} optimizer steps: lower {key} or raise epochs")
+    epochs = steps * examples_per_step(recipe) / data.rows
+    if epochs > 10 and recipe.stage != "ppo":  # a prompt may be answered many times
         found.append(f"{epochs:.0f} passes over {data.rows} rows: expect memorised answers")
     if data.overlap:
         found.append(
@@ -55,7 +57,8 @@ def find_warnings(
             "the held-out loss flatters"
         )
     if not data.eval_rows:
-        found.append("no held-out rows: set data.eval or data.eval_fraction to see overfitting")
+        why = "the reward before and after" if recipe.stage == "ppo" else "overfitting"
+        found.append(f"no held-out rows: set data.eval or data.eval_fraction to see {why}")
     if memory.peak > ROOM * hardware.memory:
         found.append(
             f"about {memory.peak / 1e9:.1f} GB needed, {hardware.memory / 1e9:.1f} GB free: "
@@ -63,6 +66,23 @@ def find_warnings(
         )
     if isinstance(recipe, KtoRecipe):
         found += _kto_warnings(recipe, data)
+    if isinstance(recipe, PpoRecipe):
+        found += _ppo_warnings(recipe)
+    return found
+
+
+def _ppo_warnings(recipe: PpoRecipe) -> list[str]:
+    found, objective = [], recipe.objective
+    updates = objective.epochs * objective.minibatches
+    if updates > 16:
+        found.append(
+            f"{updates} updates on each batch of responses: beyond 16 the policy usually leaves "
+            "the clipping range"
+        )
+    if objective.kl_coef == 0 and objective.kl_target is not None:
+        found.append("objective.kl_target does nothing while kl_coef starts at 0")
+    elif objective.kl_coef == 0:
+        found.append("objective.kl_coef = 0: nothing keeps the policy near the reference")
     return found
 
 

@@ -6,6 +6,7 @@ the command line, with the place of each key for messages to the user.
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,12 +150,37 @@ def _extend(document: Document, parent_name: Any, children: tuple[Path, ...]) ->
         raise RecipeError(
             [AlignkitError(f"{where}: extends {parent_name!r}, which does not exist", hint=hint)]
         )
-    parent = _read(parent_path.resolve(), children)
-    merged = Document(
-        parent.values, dict(parent.places), document.name, (*document.folders, *parent.folders)
-    )
-    _merge(merged, document.values, document.places, ())
+    return lay_over(_read(parent_path.resolve(), children), document)
+
+
+def lay_over(parent: Document, child: Document) -> Document:
+    """The two documents as one: the child's values win, mappings merge key by key.
+
+    Args:
+        parent: its values are used up.
+        child: gives the name, and the folders that are tried first.
+    """
+    folders = (*child.folders, *parent.folders)
+    merged = Document(parent.values, dict(parent.places), child.name, folders)
+    _merge(merged, child.values, child.places, ())
     return merged
+
+
+def part_of(document: Document, path: KeyPath) -> Document:
+    """The mapping at `path` as a document of its own.
+
+    Args:
+        document: stays as it is.
+        path: of a mapping in it.
+    """
+    values: Any = document.values
+    for part in path:
+        values = values[part]
+    length = len(path)
+    places = {
+        known[length:]: place for known, place in document.places.items() if known[:length] == path
+    }
+    return Document(copy.deepcopy(values), places, document.name, document.folders)
 
 
 def _build(node: yaml.Node, path: KeyPath, document: Document) -> Any:

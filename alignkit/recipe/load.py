@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from alignkit.errors import AlignkitError, RecipeError
 from alignkit.recipe.assets import assets_root, find_path
-from alignkit.recipe.document import Document, apply_overrides, read_document, show_file
+from alignkit.recipe.document import (
+    Document,
+    KeyPath,
+    apply_overrides,
+    part_of,
+    read_document,
+    show_file,
+    show_path,
+)
 from alignkit.recipe.problems import describe_problems, file_order
+from alignkit.recipe.rewards import FunctionReward, ModelReward, RewardSource
 from alignkit.recipe.rows import SourceSpec
-from alignkit.recipe.schema import DEFAULT_KINDS, STAGES, Recipe, as_dict, with_defaults
+from alignkit.recipe.schema import DEFAULT_KINDS, STAGES, PpoRecipe, Recipe, as_dict, with_defaults
 
 
 @dataclass(frozen=True)
@@ -33,8 +44,21 @@ class LoadedRecipe:
     document: Document
 
 
+PIPELINES = "pipelines"
+"""Folder of the shipped pipelines among the shipped recipes."""
+
+
 def shipped_recipes() -> list[str]:
     """Names of the shipped recipes, such as `quickstart/sft.yaml`, sorted."""
+    return [name for name in _shipped() if Path(name).parts[0] != PIPELINES]
+
+
+def shipped_pipelines() -> list[str]:
+    """Names of the shipped pipelines, such as `pipelines/sft_dpo.yaml`, sorted."""
+    return [name for name in _shipped() if Path(name).parts[0] == PIPELINES]
+
+
+def _shipped() -> list[str]:
     root = assets_root() / "recipes"
     return sorted(str(path.relative_to(root)) for path in root.rglob("*.yaml"))
 
@@ -58,7 +82,7 @@ def find_recipe(name: str) -> Path:
     if Path(name).is_dir():
         problem = AlignkitError(f"{name}: is a folder, not a recipe", hint="name the .yaml file")
         raise RecipeError([problem])
-    near = difflib.get_close_matches(name, shipped_recipes(), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, _shipped(), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
     hint += "`alignkit recipes list` shows the shipped ones"
     raise RecipeError([AlignkitError(f"{name}: no such recipe", hint=hint)])
@@ -82,7 +106,37 @@ def load_recipe(
     """
     path = find_recipe(name)
     document = read_document(path)
+    if isinstance(document.values.get("stages"), dict):
+        problem = AlignkitError(
+            f"{show_file(path)}: is a pipeline, not a recipe", hint=f"run `alignkit run {name}`"
+        )
+        raise RecipeError([problem])
     apply_overrides(document, overrides or [])
+    recipe = resolve_recipe(document, stage=stage)
+    if stage is not None and recipe.stage != stage:
+        where = document.place(("stage",))
+        hint = f"run `alignkit {recipe.stage} {name}`"
+        problem = AlignkitError(f"{where}: stage is {recipe.stage}, not {stage}", hint=hint)
+        raise RecipeError([problem])
+    return LoadedRecipe(recipe, show_file(path), document)
+
+
+def resolve_recipe(
+    document: Document, *, stage: str | None = None, pending: Collection[KeyPath] = ()
+) -> Recipe:
+    """The recipe that a document holds.
+
+    Args:
+        document: merged; sections without a `kind` get the stage's own.
+        stage: assumed where the document names none.
+        pending: keys of files and folders that are still to be made, which need not exist.
+
+    Returns:
+        The recipe with its defaults filled in and its files found.
+
+    Raises:
+        RecipeError: holds every broken rule of the document, in file order.
+    """
     named = str(document.values.get("stage") or stage or "sft")
     near = difflib.get_close_matches(named, STAGES, n=1)  # its schema finds the other errors
     named = near[0] if near else stage or "sft"
@@ -91,20 +145,27 @@ def load_recipe(
         if isinstance(section, dict):
             section.setdefault("kind", kinds[named])
     model = STAGES[named]
-    problems = _missing_files(document)
+    problems = _missing_files(_without(document, pending))
     try:
         recipe = model.model_validate_json(json.dumps(document.values, allow_nan=True))
     except ValidationError as error:
         problems = describe_problems(error, document, model) + problems
     if problems:
         raise RecipeError(sorted(problems, key=lambda problem: file_order(problem.message)))
-    if stage is not None and recipe.stage != stage:
-        where = document.place(("stage",))
-        hint = f"run `alignkit {recipe.stage} {name}`"
-        problem = AlignkitError(f"{where}: stage is {recipe.stage}, not {stage}", hint=hint)
-        raise RecipeError([problem])
-    recipe = _with_paths(with_defaults(recipe), document)
-    return LoadedRecipe(recipe, show_file(path), document)
+    return _with_paths(with_defaults(recipe), document)
+
+
+def _without(document: Document, keys: Collection[KeyPath]) -> Document:
+    """The document with null at these keys."""
+    if not keys:
+        return document
+    less = part_of(document, ())
+    for *parents, last in keys:
+        here: Any = less.values
+        for part in parents:
+            here = here[part]
+        here[last] = None
+    return less
 
 
 def stored_recipe(path: Path) -> Recipe:
@@ -140,12 +201,24 @@ def _with_paths(recipe: Recipe, document: Document) -> Recipe:
         "base": _place_path(recipe.model.base, document) or recipe.model.base,
         "chat_template": placed or template,
     }
-    return recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update=model),
-            "data": data.model_copy(update=sources),
-        }
-    )
+    changes: dict[str, Any] = {
+        "model": recipe.model.model_copy(update=model),
+        "data": data.model_copy(update=sources),
+    }
+    if isinstance(recipe, PpoRecipe):
+        changes["reward"] = tuple(_placed_reward(source, document) for source in recipe.reward)
+    return recipe.model_copy(update=changes)
+
+
+def _placed_reward(source: RewardSource, document: Document) -> RewardSource:
+    if isinstance(source, FunctionReward):
+        file, _, name = source.function.rpartition(":")
+        found = find_path(file, document.folders)
+        return source.model_copy(update={"function": f"{found}:{name}"})
+    if isinstance(source, ModelReward):
+        placed = _place_path(source.model, document)
+        return source.model_copy(update={"model": placed or source.model})
+    return source
 
 
 def _missing_files(document: Document) -> list[AlignkitError]:
@@ -157,20 +230,36 @@ def _missing_files(document: Document) -> list[AlignkitError]:
         for index, source in enumerate(sources if isinstance(sources, list) else []):
             path = source.get("path") if isinstance(source, dict) else None
             if isinstance(path, str) and find_path(path, document.folders) is None:
-                where = document.place(("data", key, index, "path"))
-                near = _near_file(path, document.folders)
-                hint = "looked in the recipe's folder, the working folder and the shipped examples"
-                problems.append(
-                    AlignkitError(
-                        f"{where}: data.{key}[{index}].path names no file: {path!r}",
-                        hint=f"did you mean {near}?" if near else hint,
-                    )
-                )
+                problems.append(_no_file(("data", key, index, "path"), path, document))
     model = document.values.get("model")
     template = model.get("chat_template") if isinstance(model, dict) else None
     if isinstance(template, str):
         problems += _missing_template(template, document)
+    return problems + _missing_functions(document)
+
+
+def _missing_functions(document: Document) -> list[AlignkitError]:
+    """One error for each reward function whose file does not exist."""
+    problems = []
+    reward = document.values.get("reward")
+    one: list[tuple[KeyPath, Any]] = [(("reward",), reward)]
+    many = enumerate(reward) if isinstance(reward, list) else []
+    for path, source in [*one, *((("reward", index), source) for index, source in many)]:
+        function = source.get("function") if isinstance(source, dict) else None
+        file, _, name = function.rpartition(":") if isinstance(function, str) else ("", "", "")
+        found = find_path(file, document.folders)
+        if file.endswith(".py") and name.isidentifier() and not (found and found.is_file()):
+            problems.append(_no_file((*path, "function"), file, document, suffix=f":{name}"))
     return problems
+
+
+def _no_file(path: KeyPath, value: str, document: Document, *, suffix: str = "") -> AlignkitError:
+    near = _near_file(value, document.folders)
+    hint = "looked in the recipe's folder, the working folder and the shipped examples"
+    return AlignkitError(
+        f"{document.place(path)}: {show_path(path)} names no file: {value!r}",
+        hint=f"did you mean {near}{suffix}?" if near else hint,
+    )
 
 
 def _place_path(value: str, document: Document, *, folders: bool = True) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alignkit.recipe.facts import HardwareFacts, ModelFacts
-from alignkit.recipe.schema import LoraSpec, Recipe
+from alignkit.recipe.schema import LoraSpec, PpoRecipe, Recipe
 
 ROOM = 0.85
 """Share of the free memory that a plan may fill."""
@@ -21,6 +21,9 @@ _BRANCHES = 1.2
 """Further activations where prompts are shared: each branch has its own copy of their keys and
 values. Fitted to runs of 2,800 and 4,000 tokens."""
 
+SAMPLING_TOKENS = 16384
+"""Tokens, prompts and room for responses together, that are sampled at once."""
+
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -31,10 +34,10 @@ class MemoryEstimate:
     Args:
         libraries: Python, torch and transformers themselves.
         weights: the model's weights.
-        reference: a second model to compare with.
+        reference: models beside the trained one: to compare with, for values, for rewards.
         training_state: gradients and optimizer moments.
         activations: kept for the backward pass of one micro-batch.
-        workspace: logits of a chunk and gradients in flight.
+        workspace: logits of a chunk, gradients in flight, keys and values while sampling.
         merging: what verifying the merged model needs beyond `libraries`, after training.
         peak: on the device; merging always runs on the processor.
     """
@@ -56,6 +59,7 @@ def estimate_memory(
     tokens: int,
     checkpointing: bool,
     reference: str | None = None,
+    reward_models: int = 0,
 ) -> MemoryEstimate:
     """Peak of a process that reads `tokens` tokens in one pass.
 
@@ -66,6 +70,7 @@ def estimate_memory(
         tokens: tokens of the largest micro-batch.
         checkpointing: activations are recomputed layer by layer.
         reference: kind of the reference model, if there is one.
+        reward_models: those that are loaded beside the policy's base.
 
     Returns:
         The estimate, term by term.
@@ -88,7 +93,7 @@ def estimate_memory(
     activations += tokens * model.hidden * (wide + 4)
     # Holes between blocks: glibc's heap keeps more of them than CUDA's caching allocator.
     activations = round(activations * (1.35 if on_cpu else 1.1))
-    if recipe.stage != "sft":
+    if recipe.stage not in ("sft", "ppo"):
         activations = round(activations * _BRANCHES)
     chunk = 3 * max(16 * 2**20, 16 * 4 * model.vocabulary)
     workspace = chunk + tokens * (4 * model.intermediate + 4 * model.hidden) * wide
@@ -98,6 +103,17 @@ def estimate_memory(
     second = 0
     if reference == "frozen_copy":  # stored as the policy's own base weights are
         second = _base_bytes(recipe, model, wide) if lora else model.parameters * 4
+    if isinstance(recipe, PpoRecipe):
+        second += reward_models * model.parameters * wide
+        own_value = recipe.value.kind != "head"
+        if lora:
+            # The value adapter is trained too; a reward adapter over the same base is not.
+            second += model.trainable * 4
+            state += model.trainable * 16 if own_value else 0
+        else:
+            second += model.parameters * wide  # the reference
+            state += (weights + model.parameters * 12) if own_value else 0
+        workspace += SAMPLING_TOKENS * 2 * model.layers * model.key_value_width * wide
     training = libraries + weights + second + state + activations + workspace
     return MemoryEstimate(
         libraries=libraries,

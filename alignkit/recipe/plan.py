@@ -15,7 +15,7 @@ from alignkit.errors import AlignkitError
 from alignkit.recipe.advice import find_warnings
 from alignkit.recipe.facts import DataFacts, HardwareFacts, ModelFacts
 from alignkit.recipe.memory import ROOM, MemoryEstimate, estimate_memory
-from alignkit.recipe.schema import LoraSpec, Recipe, needs_reference
+from alignkit.recipe.schema import LoraSpec, Recipe, examples_per_step, needs_reference
 
 _MICROBATCHES = (16384, 8192, 4096, 2048, 1024, 512)
 _SCORE_ONCE = 1.5
@@ -45,6 +45,7 @@ class Plan:
         reference: `adapter_off`, `frozen_copy` or `cached`; None without a reference model.
         reference_reason: why.
         warnings: what a careful practitioner would ask about.
+        roles: what plays each part of PPO, and what it costs; empty for other stages.
     """
 
     stage: str
@@ -65,13 +66,22 @@ class Plan:
     reference: str | None
     reference_reason: str
     warnings: tuple[str, ...]
+    roles: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain values."""
         return dataclasses.asdict(self)
 
 
-def make_plan(recipe: Recipe, model: ModelFacts, data: DataFacts, hardware: HardwareFacts) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    model: ModelFacts,
+    data: DataFacts,
+    hardware: HardwareFacts,
+    *,
+    reward_models: int = 0,
+    roles: tuple[str, ...] = (),
+) -> Plan:
     """Decide everything that the recipe leaves open.
 
     Args:
@@ -79,6 +89,8 @@ def make_plan(recipe: Recipe, model: ModelFacts, data: DataFacts, hardware: Hard
         model: sizes of the base and its adapter.
         data: sizes of the rows.
         hardware: the machine.
+        reward_models: reward models that are loaded beside the policy's base.
+        roles: what plays each part of PPO.
 
     Returns:
         The plan.
@@ -86,11 +98,11 @@ def make_plan(recipe: Recipe, model: ModelFacts, data: DataFacts, hardware: Hard
     Raises:
         AlignkitError: the recipe cannot be run as written.
     """
-    training = recipe.training
-    if training.batch_size < hardware.processes:
+    training, batch_size = recipe.training, examples_per_step(recipe)
+    if batch_size < hardware.processes:
+        key = "rollout.prompts_per_step" if recipe.stage == "ppo" else "training.batch_size"
         raise AlignkitError(
-            f"training.batch_size = {training.batch_size} is less than the "
-            f"{hardware.processes} processes",
+            f"{key} = {batch_size} is less than the {hardware.processes} processes",
             hint="each process needs at least one example of every step",
         )
     if model.context and recipe.data.max_length > model.context:
@@ -99,11 +111,13 @@ def make_plan(recipe: Recipe, model: ModelFacts, data: DataFacts, hardware: Hard
             f"{model.context} tokens",
             hint=f"set data.max_length={model.context} or less",
         )
-    steps_per_epoch = -(-data.rows // training.batch_size)
+    steps_per_epoch = -(-data.rows // batch_size)
     steps = training.max_steps or max(1, math.ceil(training.epochs * steps_per_epoch))
     warmup = training.warmup * steps if training.warmup < 1 else training.warmup
     reference, reason = _choose_reference(recipe, steps / steps_per_epoch)
-    budget, checkpointing, memory = _fit_memory(recipe, model, data, hardware, reference)
+    budget, checkpointing, memory = _fit_memory(
+        recipe, model, data, hardware, reference, reward_models
+    )
     share = steps / steps_per_epoch
     step_tokens = data.tokens / steps_per_epoch
     rate = training.learning_rate
@@ -113,7 +127,7 @@ def make_plan(recipe: Recipe, model: ModelFacts, data: DataFacts, hardware: Hard
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         warmup_steps=min(round(warmup), steps - 1),
-        batch_size=training.batch_size,
+        batch_size=batch_size,
         microbatch_tokens=budget,
         microbatches=max(hardware.processes, math.ceil(step_tokens / budget)),
         gradient_checkpointing=checkpointing,
@@ -127,6 +141,7 @@ def make_plan(recipe: Recipe, model: ModelFacts, data: DataFacts, hardware: Hard
         reference=reference,
         reference_reason=reason,
         warnings=tuple(find_warnings(recipe, data, hardware, steps, memory)),
+        roles=roles,
     )
 
 
@@ -158,11 +173,12 @@ def _fit_memory(
     data: DataFacts,
     hardware: HardwareFacts,
     reference: str | None,
+    reward_models: int,
 ) -> tuple[int, bool, MemoryEstimate]:
     """Largest token budget that fits, without recomputation if possible."""
     training = recipe.training
     step_tokens = math.ceil(
-        min(data.rows, training.batch_size) * data.tokens / data.rows / hardware.processes
+        min(data.rows, examples_per_step(recipe)) * data.tokens / data.rows / hardware.processes
     )
     wanted = training.gradient_checkpointing
     choices = [False, True] if wanted == "auto" else [wanted]
@@ -176,7 +192,9 @@ def _fit_memory(
     for checkpointing in choices:
         for budget in budgets:
             tokens = max(min(budget, round(1.25 * step_tokens)), data.longest)
-            memory = estimate_memory(recipe, model, hardware, tokens, checkpointing, reference)
+            memory = estimate_memory(
+                recipe, model, hardware, tokens, checkpointing, reference, reward_models
+            )
             last = (budget, checkpointing, memory)
             if memory.peak <= ROOM * hardware.memory:
                 return last

@@ -17,8 +17,10 @@ from alignkit.recipe.objectives import (
     KtoSpec,
     PreferenceSpec,
 )
+from alignkit.recipe.ppo import GuardSpec, PpoSpec, RewardSources, RolloutSpec, ValueSpec
 from alignkit.recipe.rows import DataSpec, SftDataSpec
-from alignkit.recipe.section import PositiveInt, Section
+from alignkit.recipe.section import Section
+from alignkit.recipe.training import LoopSpec, TrainingSpec
 
 
 class ModelSpec(Section):
@@ -75,44 +77,6 @@ class ReferenceSpec(Section):
     rounding of its own."""
 
 
-class TrainingSpec(Section):
-    """The optimizer step and the loop around it."""
-
-    epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over the training rows; a fraction stops early in the last pass."""
-    max_steps: PositiveInt | None = None
-    """Optimizer steps; overrides `epochs`."""
-    batch_size: PositiveInt = 16
-    """Examples per optimizer step, over all processes together."""
-    microbatch_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
-    """Tokens of one forward and backward pass; changes speed and memory, never the result."""
-    learning_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Peak learning rate. Unset: that of the stage, for LoRA and full weights in turn:
-    sft 2e-4 and 2e-5, reward 1e-4 and 1e-5, dpo 2e-5 and 5e-7, kto 2e-5 and 1e-6."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after warm-up; cosine and linear end at zero."""
-    warmup: Annotated[float, Field(ge=0.0)] = 0.03
-    """Warm-up: a share of the steps below 1, a number of steps from 1."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """Decoupled weight decay; not applied to biases and norms."""
-    max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
-    """Gradient norm above which gradients are scaled down; null never clips."""
-    optimizer: Literal["adamw"] = "adamw"
-    """AdamW with betas 0.9 and 0.999 and epsilon 1e-8."""
-    gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations to save memory; `auto` only when they would not fit."""
-    log_every: PositiveInt = 1
-    """Steps between progress lines. metrics.jsonl gets every step."""
-    eval_every: PositiveInt | None = None
-    """Steps between evaluations; before the first and after the last step in every case."""
-    save_every: PositiveInt = 50
-    """Steps between checkpoints."""
-    keep: PositiveInt = 2
-    """Checkpoints to keep."""
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
-    """Experiment trackers beside metrics.jsonl, through accelerate."""
-
-
 class BaseRecipe(Section):
     """What the recipes of all stages have in common."""
 
@@ -130,7 +94,7 @@ class BaseRecipe(Section):
     """Rows to train on and rows to hold out."""
     objective: Section
     """The loss."""
-    training: TrainingSpec = TrainingSpec()
+    training: LoopSpec = TrainingSpec()
     """The optimizer step and the loop around it."""
     merge: bool = True
     """Write `merged/`, a checkpoint that plain transformers loads, and verify it."""
@@ -151,6 +115,8 @@ class SftRecipe(BaseRecipe):
 
     stage: Literal["sft"]
     """The training stage."""
+    training: TrainingSpec = TrainingSpec()
+    """The optimizer step and the loop around it."""
     data: SftDataSpec
     """Rows to train on and rows to hold out."""
     objective: CrossEntropySpec = CrossEntropySpec()
@@ -162,6 +128,8 @@ class RewardRecipe(BaseRecipe):
 
     stage: Literal["reward"]
     """The training stage."""
+    training: TrainingSpec = TrainingSpec()
+    """The optimizer step and the loop around it."""
     objective: BradleyTerrySpec = BradleyTerrySpec()
     """The loss."""
 
@@ -171,6 +139,8 @@ class DpoRecipe(BaseRecipe):
 
     stage: Literal["dpo"]
     """The training stage."""
+    training: TrainingSpec = TrainingSpec()
+    """The optimizer step and the loop around it."""
     objective: PreferenceSpec = DpoSpec(kind="dpo")
     """The loss; each kind has its own fields."""
     reference: ReferenceSpec | None = None
@@ -192,13 +162,52 @@ class KtoRecipe(BaseRecipe):
 
     stage: Literal["kto"]
     """The training stage."""
+    training: TrainingSpec = TrainingSpec()
+    """The optimizer step and the loop around it."""
     objective: KtoSpec = KtoSpec()
     """The loss."""
     reference: ReferenceSpec = ReferenceSpec()
     """The model to compare with."""
 
 
-Recipe = SftRecipe | RewardRecipe | DpoRecipe | KtoRecipe
+class PpoRecipe(BaseRecipe):
+    """Reinforcement learning from a reward: policy, reference, reward and value over one base."""
+
+    stage: Literal["ppo"]
+    """The training stage."""
+    objective: PpoSpec = PpoSpec()
+    """The loss."""
+    reward: RewardSources
+    """What responses are worth: a reward model, a Python function, a server, a rule, or a list of
+    these whose weighted scores are added up."""
+    rollout: RolloutSpec = RolloutSpec()
+    """How responses are sampled."""
+    value: ValueSpec = ValueSpec()
+    """The value model."""
+    guard: GuardSpec = GuardSpec()
+    """What happens when the policy moves too far from the reference."""
+    training: LoopSpec = LoopSpec(save_every=10)
+    """The optimizer and the loop around it; a step is one batch of prompts."""
+
+    @field_validator("model")
+    @classmethod
+    def _no_float16(cls, value: ModelSpec) -> ModelSpec:
+        if value.dtype == "float16":
+            raise ValueError("has dtype = float16, whose loss scaling ppo has not: use bfloat16")
+        return value
+
+    @field_validator("adapter")
+    @classmethod
+    def _no_dropout(cls, value: AdapterSpec) -> AdapterSpec:
+        if isinstance(value, LoraSpec) and value.dropout > 0:
+            raise ValueError(
+                f"has dropout = {value.dropout:g}: the policy that samples and the policy that is "
+                "trained would differ; ppo needs 0"
+            )
+        return value
+
+
+Recipe = SftRecipe | RewardRecipe | DpoRecipe | KtoRecipe | PpoRecipe
 """Any recipe; `stage` says which."""
 
 STAGES: dict[str, type[Recipe]] = {
@@ -206,6 +215,7 @@ STAGES: dict[str, type[Recipe]] = {
     "reward": RewardRecipe,
     "dpo": DpoRecipe,
     "kto": KtoRecipe,
+    "ppo": PpoRecipe,
 }
 
 DEFAULT_KINDS = {
@@ -215,6 +225,7 @@ DEFAULT_KINDS = {
         "reward": "bradley_terry",
         "dpo": "dpo",
         "kto": "kto",
+        "ppo": "ppo",
     },
 }
 """Section -> stage -> kind of a section that names none."""
@@ -224,6 +235,7 @@ DEFAULT_LEARNING_RATE = {
     "reward": {"lora": 1.0e-4, "full": 1.0e-5},
     "dpo": {"lora": 2.0e-5, "full": 5.0e-7},
     "kto": {"lora": 2.0e-5, "full": 1.0e-6},
+    "ppo": {"lora": 2.0e-5, "full": 1.0e-6},
 }
 """Stage -> adapter -> peak learning rate. Preference losses move all answers of a kind at once, so
 they take far smaller steps than imitation."""
@@ -236,7 +248,8 @@ def with_defaults(recipe: Recipe) -> Recipe:
         recipe: a validated recipe.
 
     Returns:
-        The same recipe with `training.learning_rate` set, and `reference` where there is one.
+        The same recipe with `training.learning_rate` set, and `reference` and
+        `value.learning_rate` where there is one.
     """
     changes: dict[str, Any] = {}
     if recipe.training.learning_rate is None:
@@ -244,7 +257,17 @@ def with_defaults(recipe: Recipe) -> Recipe:
         changes["training"] = recipe.training.model_copy(update={"learning_rate": rate})
     if needs_reference(recipe) and getattr(recipe, "reference", None) is None:
         changes["reference"] = ReferenceSpec()
+    if isinstance(recipe, PpoRecipe) and recipe.value.learning_rate is None:
+        policy = changes.get("training", recipe.training).learning_rate
+        changes["value"] = recipe.value.model_copy(update={"learning_rate": 3.0 * policy})
     return recipe.model_copy(update=changes)
+
+
+def examples_per_step(recipe: Recipe) -> int:
+    """Rows that one step reads, over all processes together."""
+    if isinstance(recipe, PpoRecipe):
+        return recipe.rollout.prompts_per_step
+    return recipe.training.batch_size
 
 
 def needs_reference(recipe: Recipe) -> bool:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from alignkit.errors import RunError, TrainingError
+from alignkit.runtime.optim import Optimizers
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def save_checkpoint(
     folder: Path,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Optimizers,
     state: dict[str, Any],
     keep: int,
 ) -> Path:
@@ -108,7 +109,7 @@ def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers
 ) -> None:
     """Put the stored weights and optimizer state back.
 

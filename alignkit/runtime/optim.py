@@ -3,29 +3,58 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
+ADAM_EPSILON = 1e-8
+
 
 def build_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    learning_rate: float,
+    weight_decay: float,
+    *,
+    epsilon: float = ADAM_EPSILON,
 ) -> torch.optim.AdamW:
     """AdamW over the trainable weights.
 
     Args:
-        model: with `requires_grad` set.
+        parameters: names and weights; those without `requires_grad` are left out.
         learning_rate: peak; the schedule scales it.
         weight_decay: decoupled; not applied to vectors (biases and norms).
+        epsilon: added to the root of the second moment.
     """
-    named = sorted((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    named = sorted((n, p) for n, p in parameters if p.requires_grad)
     decayed = [p for _, p in named if p.ndim >= 2]
     plain = [p for _, p in named if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}]
     if plain:
         groups.append({"params": plain, "weight_decay": 0.0})
     fused = all(p.device.type in ("cuda", "cpu") for _, p in named)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=epsilon, fused=fused)
+
+
+class Optimizers:
+    """Several optimizers that step together and are stored as one.
+
+    Args:
+        parts: name -> optimizer, each with its weights.
+    """
+
+    def __init__(self, parts: dict[str, torch.optim.Optimizer]) -> None:
+        self.parts = parts
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states by name."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put the states back."""
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
 
 
 def learning_rate_at(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -29,6 +30,18 @@ def show_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def describe_loss(metrics: dict[str, float]) -> str:
+    """Loss, learning rate and gradient norm of a step.
+
+    Args:
+        metrics: of the step.
+    """
+    return (
+        f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
+        f"grad {metrics['grad_norm']:.2f}"
+    )
+
+
 class StepProgress:
     """Progress of the training steps.
 
@@ -37,9 +50,18 @@ class StepProgress:
         first_step: steps already done.
         log_every: steps between plain lines.
         quiet: show nothing.
+        describe: what a step's metrics say, in a few words.
     """
 
-    def __init__(self, steps: int, first_step: int, log_every: int, quiet: bool) -> None:
+    def __init__(
+        self,
+        steps: int,
+        first_step: int,
+        log_every: int,
+        quiet: bool,
+        describe: Callable[[dict[str, float]], str] | None = None,
+    ) -> None:
+        self.describe = describe or describe_loss
         self.steps, self.first, self.log_every, self.quiet = steps, first_step, log_every, quiet
         self.started = time.monotonic()
         self.live: Progress | None = None
@@ -59,15 +81,14 @@ class StepProgress:
 
         Args:
             step: steps done, from 1.
-            metrics: must hold loss, tokens_per_second, memory_gb, learning_rate and grad_norm.
+            metrics: must hold tokens_per_second, memory_gb, and what `describe` reads.
         """
         if self.quiet:
             return
         done = max(1, step - self.first)
         left = (time.monotonic() - self.started) / done * (self.steps - step)
         line = (
-            f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
-            f"grad {metrics['grad_norm']:.2f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
+            f"{self.describe(metrics)}  {metrics['tokens_per_second']:,.0f} tokens/s  "
             f"{metrics['memory_gb']:.1f} GB  {show_duration(left)} left"
         )
         if self.live is not None and self.task is not None:

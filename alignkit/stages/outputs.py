@@ -16,8 +16,8 @@ from alignkit.models.scorer import causal_model
 from alignkit.recipe.schema import FullSpec
 from alignkit.runtime.devices import release_memory
 from alignkit.runtime.metrics import read_metrics
-from alignkit.stages.checking import check_rows
-from alignkit.stages.prepare import Rows
+from alignkit.stages.ppo_step import PpoRun
+from alignkit.stages.prepare import AnyRows
 from alignkit.stages.session import Session
 from alignkit.stages.steps import Run
 
@@ -50,7 +50,7 @@ class RunSummary:
 
 
 def finish_run(
-    session: Session, run: Run, rows: Rows, statistics: RewardStatistics | None = None
+    session: Session, run: Run | PpoRun, rows: AnyRows, statistics: RewardStatistics | None = None
 ) -> RunSummary | None:
     """Write adapter and merged model, verify them, and record the end.
 
@@ -81,15 +81,15 @@ def finish_run(
 
 
 def _write_models(
-    session: Session, run: Run, rows: Rows, statistics: RewardStatistics | None
+    session: Session, run: Run | PpoRun, rows: AnyRows, statistics: RewardStatistics | None
 ) -> MergeReport | ClassifierReport | None:
     recipe, output = session.recipe, session.output
     scorer = session.accelerator.unwrap_model(run.scorer)
     model, head = scorer.model, scorer.head
     settings: dict[str, Any] = {
-        "rows": check_rows(rows.held_out or rows.train),
+        "rows": rows.checks,
         "dtype": stored_dtype(rows.base),
-        "stop_tokens": rows.train.report.stop_tokens,
+        "stop_tokens": rows.stop_tokens,
     }
     if isinstance(recipe.adapter, FullSpec):
         session.say(f"writing all weights to {output / 'merged'}")
@@ -119,7 +119,7 @@ def _write_models(
 def _write_full(
     model: Any,
     head: Any,
-    rows: Rows,
+    rows: AnyRows,
     folder: Path,
     settings: dict[str, Any],
     statistics: RewardStatistics | None,
@@ -134,9 +134,11 @@ def _write_full(
     return report
 
 
-def _summarise(output: Path, run: Run, merge: MergeReport | ClassifierReport | None) -> RunSummary:
+def _summarise(
+    output: Path, run: Run | PpoRun, merge: MergeReport | ClassifierReport | None
+) -> RunSummary:
     metrics = read_metrics(output / "metrics.jsonl")
-    evaluations = [m for m in metrics if "eval/loss" in m]
+    evaluations = [m for m in metrics if any(key.startswith("eval/") for key in m)]
     losses = [m["loss"] for m in metrics if "loss" in m]
 
     def values(found: dict[str, Any]) -> dict[str, float]:
@@ -144,7 +146,7 @@ def _summarise(output: Path, run: Run, merge: MergeReport | ClassifierReport | N
 
     before = values(evaluations[0]) if evaluations else {}
     after = values(evaluations[-1]) if evaluations else {}
-    say = run.stage.say
+    say = run.say
     return RunSummary(
         output=str(output),
         steps=run.plan.steps,

@@ -6,26 +6,36 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from alignkit.data.dataset import TokenDataset, count_overlap, load_dataset, split_dataset
 from alignkit.data.mismatch import with_mismatched
+from alignkit.data.prompts import (
+    PromptSet,
+    count_prompt_overlap,
+    load_prompts,
+    split_prompts,
+)
 from alignkit.data.templates import template_text
 from alignkit.data.tokenize import RowKind, TokenizeSettings
+from alignkit.errors import AlignkitError
 from alignkit.models.classifier import require_classifier
 from alignkit.models.facts import measure_model
 from alignkit.models.loading import BaseModel, load_config, load_tokenizer
-from alignkit.packed import Role
+from alignkit.packed import IntArray, Role
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.facts import DataFacts
 from alignkit.recipe.plan import Plan, make_plan
 from alignkit.recipe.rows import SftDataSpec
-from alignkit.recipe.schema import FullSpec, KtoRecipe, Recipe
+from alignkit.recipe.schema import FullSpec, KtoRecipe, PpoRecipe, Recipe
 from alignkit.runtime.devices import describe_hardware
 from alignkit.stages.base import start_model
+from alignkit.stages.checking import check_rows
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,46 @@ class Rows:
     train: TokenDataset
     held_out: TokenDataset | None
 
+    @property
+    def checks(self) -> Sequence[IntArray]:
+        """Tokens of a few rows, to check a merged model on."""
+        return check_rows(self.held_out or self.train)
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        """Ids that end the trained answers."""
+        return self.train.report.stop_tokens
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """Prompts of a recipe.
+
+    Args:
+        base: where the model is.
+        tokenizer: with the recipe's chat template.
+        train: prompts to answer in training.
+        held_out: prompts to measure on; None without `data.eval` and `data.eval_fraction`.
+    """
+
+    base: BaseModel
+    tokenizer: Any
+    train: PromptSet
+    held_out: PromptSet | None
+
+    @property
+    def checks(self) -> Sequence[IntArray]:
+        """Tokens of a few prompts, to check a merged model on."""
+        chosen = (self.held_out or self.train).prompts[:8]
+        return [prompt.ids.astype(np.int64) for prompt in chosen]
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        """None beyond those that the base names."""
+        return []
+
+
+AnyRows = Rows | PromptRows
 
 ROW_KINDS: dict[str, RowKind] = {
     "sft": "answers",
@@ -78,6 +128,38 @@ def load_rows(recipe: Recipe) -> Rows:
     return Rows(base, tokenizer, train, held_out)
 
 
+def load_prompt_rows(recipe: PpoRecipe) -> PromptRows:
+    """Tokenize the recipe's prompts; `data.max_length` holds a prompt and its response.
+
+    Raises:
+        AlignkitError: no room is left for prompts.
+    """
+    spec, data = recipe.model, recipe.data
+    room = data.max_length - recipe.rollout.max_new_tokens
+    if room < 1:
+        raise AlignkitError(
+            f"data.max_length = {data.max_length} leaves no room for prompts beside "
+            f"rollout.max_new_tokens = {recipe.rollout.max_new_tokens}",
+            hint="raise data.max_length or lower rollout.max_new_tokens",
+        )
+    base = start_model(spec)
+    template = template_text(spec.chat_template) if spec.chat_template else None
+    tokenizer = load_tokenizer(base, template)
+    read = partial(
+        load_prompts,
+        tokenizer=tokenizer,
+        max_length=room,
+        too_long=data.too_long,
+        seed=recipe.seed,
+    )
+    train, held_out = read(data.train), None
+    if data.eval:
+        held_out = read(data.eval)
+    elif data.eval_fraction is not None:
+        train, held_out = split_prompts(train, data.eval_fraction, recipe.seed)
+    return PromptRows(base, tokenizer, train, held_out)
+
+
 def row_settings(recipe: Recipe) -> TokenizeSettings:
     """How the recipe's rows become tokens."""
     data = recipe.data
@@ -103,6 +185,40 @@ def plan_run(recipe: Recipe, rows: Rows, processes: int) -> Plan:
         scalar_head=recipe.stage == "reward",
     )
     return make_plan(recipe, model, data_facts(rows), describe_hardware(processes))
+
+
+def plan_ppo(
+    recipe: PpoRecipe, rows: PromptRows, processes: int, *, reward_models: int, roles: list[str]
+) -> Plan:
+    """The plan of a PPO run on this machine.
+
+    Args:
+        recipe: with its defaults.
+        rows: its prompts.
+        processes: training processes.
+        reward_models: those that are loaded beside the policy's base.
+        roles: what plays each part, one sentence each.
+    """
+    config = load_config(rows.base)
+    trust = recipe.model.trust_remote_code
+    model = measure_model(config, recipe.adapter, trust_remote_code=trust, scalar_head=False)
+    prompts, samples = rows.train, recipe.rollout.samples_per_prompt
+    lengths = [len(prompt.ids) for prompt in prompts.prompts]
+    new = recipe.rollout.max_new_tokens * samples
+    held_out = rows.held_out
+    facts = DataFacts(
+        rows=len(prompts),
+        tokens=sum(lengths) + new * len(prompts),
+        trained_tokens=new * len(prompts),
+        longest=max(lengths) + new,
+        eval_rows=0 if held_out is None else len(held_out),
+        eval_tokens=0 if held_out is None else held_out.report.tokens,
+        overlap=0 if held_out is None else count_prompt_overlap(prompts, held_out),
+    )
+    hardware = describe_hardware(processes)
+    return make_plan(
+        recipe, model, facts, hardware, reward_models=reward_models, roles=tuple(roles)
+    )
 
 
 def data_facts(rows: Rows) -> DataFacts:

@@ -37,9 +37,9 @@ from alignkit.models.selfcheck import build_scorer
 from alignkit.packed import PackedBatch
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.plan import Plan
+from alignkit.stages.loop import share_of
 from alignkit.stages.prepare import Rows
 from alignkit.stages.session import Session
-from alignkit.stages.steps import share_of
 
 Reference = Callable[[nn.Module, PackedBatch], torch.Tensor]
 """Scorer and batch -> `[S]` log-probs of the sequences under the reference model."""

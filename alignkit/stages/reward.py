@@ -15,11 +15,12 @@ from alignkit.evaluation.pairs import PairScores
 from alignkit.models.reward_head import RewardStatistics
 from alignkit.objectives.bradley_terry import bradley_terry_loss
 from alignkit.recipe.schema import RewardRecipe
+from alignkit.stages.loop import share_of
 from alignkit.stages.outputs import RunSummary, finish_run
 from alignkit.stages.pairs import ScorePairs, pair_stage, split_roles
 from alignkit.stages.prepare import Rows, load_rows
 from alignkit.stages.session import RunOptions, Session
-from alignkit.stages.steps import Run, run_steps, share_of
+from alignkit.stages.steps import Run, run_steps
 
 MEASURED_PAIRS = 256
 """Training pairs whose rewards are measured where none are held out."""

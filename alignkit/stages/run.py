@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from alignkit.recipe.schema import DpoRecipe, KtoRecipe, Recipe, RewardRecipe
+from alignkit.recipe.schema import DpoRecipe, KtoRecipe, PpoRecipe, Recipe, RewardRecipe
 from alignkit.stages.kto import run_kto
 from alignkit.stages.outputs import RunSummary
+from alignkit.stages.ppo import run_ppo
 from alignkit.stages.preference import run_preference
 from alignkit.stages.reward import run_reward
 from alignkit.stages.session import RunOptions
@@ -30,4 +31,6 @@ def run_stage(recipe: Recipe, options: RunOptions) -> RunSummary | None:
         return run_preference(recipe, options)
     if isinstance(recipe, KtoRecipe):
         return run_kto(recipe, options)
+    if isinstance(recipe, PpoRecipe):
+        return run_ppo(recipe, options)
     return run_sft(recipe, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from alignkit.runtime.metrics import MetricsFile
 from alignkit.runtime.optim import build_optimizer
 from alignkit.runtime.progress import StepProgress, print_line
 from alignkit.stages.batches import Batches
-from alignkit.stages.prepare import Rows, keep_plan, plan_run
+from alignkit.stages.loop import Loop
+from alignkit.stages.prepare import AnyRows, Rows, keep_plan, plan_run
 from alignkit.stages.run_folder import RunFolder, check_output, read_about, read_plan
 from alignkit.stages.stage import Stage
 from alignkit.stages.steps import Run
@@ -78,7 +79,18 @@ class Session:
 
     def plan(self, rows: Rows) -> Plan:
         """The plan of this run; a resumed run keeps its micro-batches."""
-        plan = plan_run(self.recipe, rows, self.accelerator.num_processes)
+        return self.announce(plan_run(self.recipe, rows, self.accelerator.num_processes), rows)
+
+    def announce(self, plan: Plan, rows: AnyRows) -> Plan:
+        """Say what was read and planned.
+
+        Args:
+            plan: as made now.
+            rows: their reports are shown.
+
+        Returns:
+            The plan; a resumed run's with the micro-batches it was started with.
+        """
         if self.options.resume and (self.output / "plan.json").is_file():
             plan = keep_plan(plan, read_plan(self.output))
         for name, dataset in (("train", rows.train), ("held out", rows.held_out)):
@@ -94,6 +106,8 @@ class Session:
         )
         if plan.reference is not None:
             self.say(f"reference: {plan.reference.replace('_', ' ')}, {plan.reference_reason}")
+        for role in plan.roles:
+            self.say(role)
         for warning in plan.warnings:
             self.say(warning, "warning")
         return plan
@@ -131,7 +145,7 @@ class Session:
         return scorer.train()
 
     @contextlib.contextmanager
-    def running(self, rows: Rows, plan: Plan) -> Iterator[None]:
+    def running(self, rows: AnyRows, plan: Plan) -> Iterator[None]:
         """Own the run folder; record how the run ends."""
         about = _about(rows, self.options)
         if self.options.resume and (self.output / "run.json").is_file():
@@ -157,58 +171,85 @@ class Session:
         Returns:
             The run and the number of steps already done.
         """
+        decay = self.recipe.training.weight_decay
+        optimizer = build_optimizer(scorer.named_parameters(), plan.learning_rate, decay)
+        first_step, _ = self.restore(scorer, optimizer)
+        loop = self.loop(plan, first_step)
+        scorer, optimizer = self.accelerator.prepare(scorer, optimizer)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        batches = Batches(rows.train, stage.weights, plan, self.recipe.seed, rank, world)
+        run = Run(
+            **vars(loop),
+            stage=stage,
+            scorer=scorer,
+            optimizer=optimizer,
+            batches=batches,
+            held_out=rows.held_out,
+        )
+        return run, first_step
+
+    def restore(self, model: nn.Module, optimizer: Any) -> tuple[int, dict[str, Any]]:
+        """Put the newest whole checkpoint back, if this run is to be resumed.
+
+        Args:
+            model: gets the trained weights.
+            optimizer: gets its state.
+
+        Returns:
+            Steps already done, and what the loop stored beside the tensors.
+        """
+        if not self.options.resume:
+            return 0, {}
+        checkpoint, skipped = find_checkpoint(self.output / "checkpoints")
+        for sentence in skipped:
+            self.say(sentence, "warning")
+        if checkpoint is None:
+            self.say("no checkpoint to resume from: starting at step 1")
+            return 0, {}
+        load_checkpoint(checkpoint, model, optimizer)
+        if checkpoint.state.get("processes") != self.accelerator.num_processes:
+            self.say("other number of processes: sums may differ in the last bits", "note")
+        self.say(f"resuming after step {checkpoint.step}")
+        return checkpoint.step, checkpoint.state
+
+    def loop(
+        self,
+        plan: Plan,
+        first_step: int,
+        describe: Callable[[dict[str, float]], str] | None = None,
+    ) -> Loop:
+        """What every loop works with.
+
+        Args:
+            plan: the decisions.
+            first_step: steps already done; what an interrupted run logged later is dropped.
+            describe: what a step's metrics say on the progress line; None tells the loss.
+        """
         training = self.recipe.training
-        optimizer = build_optimizer(scorer, plan.learning_rate, training.weight_decay)
-        first_step = 0
-        if self.options.resume:
-            checkpoint, skipped = find_checkpoint(self.output / "checkpoints")
-            for sentence in skipped:
-                self.say(sentence, "warning")
-            if checkpoint is not None:
-                load_checkpoint(checkpoint, scorer, optimizer)
-                first_step = checkpoint.step
-                if checkpoint.state.get("processes") != self.accelerator.num_processes:
-                    self.say("other number of processes: sums may differ in the last bits", "note")
-                self.say(f"resuming after step {first_step}")
-            else:
-                self.say("no checkpoint to resume from: starting at step 1")
         metrics = None
         if self.folder is not None:
             metrics = MetricsFile(self.folder.path / "metrics.jsonl", first_step or None)
         if training.trackers:
             self.accelerator.init_trackers("alignkit", config={"output": str(self.output)})
-        scorer, optimizer = self.accelerator.prepare(scorer, optimizer)
-        progress = StepProgress(plan.steps, first_step, training.log_every, self.quiet)
-        run = Run(
+        progress = StepProgress(plan.steps, first_step, training.log_every, self.quiet, describe)
+        return Loop(
             plan=plan,
             training=training,
             seed=self.recipe.seed,
-            stage=stage,
-            scorer=scorer,
-            optimizer=optimizer,
             accelerator=self.accelerator,
-            batches=Batches(
-                rows.train,
-                stage.weights,
-                plan,
-                self.recipe.seed,
-                self.accelerator.process_index,
-                self.accelerator.num_processes,
-            ),
-            held_out=rows.held_out,
             folder=self.folder,
             metrics=metrics,
             progress=progress,
         )
-        return run, first_step
 
 
 def describe_rows(name: str, report: DataReport) -> list[str]:
     """The rows' report in lines, with their lengths."""
     lengths = report.percentiles()
     first, *rest = report.lines()
+    trained = "" if report.prompts else f", {report.trained_tokens:,} of them trained"
     head = (
-        f"{name}: {first}, {report.tokens:,} tokens, {report.trained_tokens:,} of them trained; "
+        f"{name}: {first}, {report.tokens:,} tokens{trained}; "
         f"lengths: median {lengths.get('p50', 0)}, 90% {lengths.get('p90', 0)}, "
         f"longest {lengths.get('max', 0)}"
     )
@@ -230,7 +271,7 @@ def _check_same_inputs(now: dict[str, Any], before: dict[str, Any]) -> None:
             )
 
 
-def _about(rows: Rows, options: RunOptions) -> dict[str, Any]:
+def _about(rows: AnyRows, options: RunOptions) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for name, dataset in (("train", rows.train), ("eval", rows.held_out)):
         if dataset is not None:

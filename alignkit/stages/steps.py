@@ -1,4 +1,4 @@
-"""run_steps: the loop of every stage.
+"""run_steps: the steps of every stage that learns from rows.
 
 Losses are summed over micro-batches and processes and divided once by the weight of the whole
 optimizer step, so neither changes the result. Every process knows all rows, so the weight needs
@@ -9,99 +9,61 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from alignkit.data.dataset import TokenDataset
-from alignkit.errors import Interrupted, TrainingError
-from alignkit.evaluation.columns import WHOLE, Share
-from alignkit.recipe.plan import Plan
-from alignkit.recipe.schema import TrainingSpec
-from alignkit.runtime.checkpoint import save_checkpoint
+from alignkit.errors import TrainingError
 from alignkit.runtime.devices import peak_memory
-from alignkit.runtime.metrics import MetricsFile
 from alignkit.runtime.optim import learning_rate_at, set_learning_rate
-from alignkit.runtime.progress import StepProgress
 from alignkit.stages.batches import Batches, MicroBatch, StepBatches
-from alignkit.stages.run_folder import RunFolder
+from alignkit.stages.loop import Loop, Parts, run_loop, save_state, share_of
 from alignkit.stages.stage import Measured, Stage
 
 
 @dataclass
-class Run:
-    """Everything the loop works with.
+class Run(Loop):
+    """Everything the loop of a supervised stage works with.
 
     Args:
-        plan: the decisions.
-        training: intervals and clipping of the recipe.
-        seed: of the recipe.
         stage: loss and weights.
         scorer: prepared by accelerate.
         optimizer: prepared by accelerate.
-        accelerator: device and processes.
         batches: what each step reads.
         held_out: rows to evaluate on, or None.
-        folder: of the run; None on every process but the first.
-        metrics: metrics.jsonl; None on every process but the first.
-        progress: what the user sees.
     """
 
-    plan: Plan
-    training: TrainingSpec
-    seed: int
     stage: Stage
     scorer: Any
     optimizer: Any
-    accelerator: Accelerator
     batches: Batches
     held_out: TokenDataset | None
-    folder: RunFolder | None
-    metrics: MetricsFile | None
-    progress: StepProgress
+
+    def say(self, values: dict[str, float]) -> str:
+        """Held-out values in one line."""
+        return self.stage.say(values)
 
 
 def run_steps(run: Run, first_step: int) -> None:
-    """Train from `first_step` to the end of the plan.
+    """Train from `first_step` to the end of the plan; see `run_loop`.
 
     Args:
         run: what to work with.
         first_step: optimizer steps already done.
-
-    Raises:
-        Interrupted: the user pressed Ctrl-C; a checkpoint was saved.
-        TrainingError: the loss is not finite, memory ran out, or a checkpoint could not be
-            written.
     """
-    training, steps = run.training, run.plan.steps
-    with _stop_on_signal() as stop:
-        if first_step < steps:
-            _rehearse(run)
-        if first_step == 0:
-            _evaluate(run, 0)
-        for step in range(first_step, steps):
-            metrics = _train_step(run, step)
-            done = step + 1
-            if run.metrics is not None:
-                run.metrics.write(done, metrics)
-            run.accelerator.log(metrics, step=done)
-            run.progress.step(done, metrics)
-            stopped = _any_process(run.accelerator, stop)
-            if done == steps or (training.eval_every and done % training.eval_every == 0):
-                _evaluate(run, done)
-            if done % training.save_every == 0 or done == steps or stopped:
-                _save(run, done)
-            if stopped and done < steps:
-                raise Interrupted(
-                    f"stopped after step {done} of {steps}; a checkpoint was saved",
-                    hint="continue with --resume",
-                )
+    parts = Parts(
+        partial(_rehearse, run),
+        partial(_train_step, run),
+        partial(_evaluate, run),
+        partial(_save, run),
+    )
+    run_loop(run, parts, first_step)
 
 
 def _rehearse(run: Run) -> None:
@@ -224,69 +186,15 @@ def _trainable(scorer: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in scorer.parameters() if parameter.requires_grad]
 
 
-def _evaluate(run: Run, step: int) -> None:
+def _evaluate(run: Run, step: int) -> tuple[dict[str, float], str] | None:
     if run.held_out is None:
-        return
-    accelerator = run.accelerator
+        return None
     found = run.stage.evaluate(
-        run.scorer, run.held_out, run.plan.microbatch_tokens, share_of(accelerator)
+        run.scorer, run.held_out, run.plan.microbatch_tokens, share_of(run.accelerator)
     )
-    named = {f"eval/{name}": value for name, value in found.items()}
-    if run.metrics is not None:
-        run.metrics.write(step, named)
-    accelerator.log(named, step=step)
-    when = "before training" if step == 0 else f"after step {step}"
-    run.progress.say(f"held out, {when}: {run.stage.say(found)}")
-
-
-def share_of(accelerator: Accelerator) -> Share:
-    """This process's part of an evaluation."""
-    if accelerator.num_processes == 1:
-        return WHOLE
-    return Share(
-        accelerator.process_index,
-        accelerator.num_processes,
-        lambda sums: accelerator.reduce(sums.to(accelerator.device), "sum").cpu(),
-    )
+    return found, run.stage.say(found)
 
 
 def _save(run: Run, step: int) -> None:
-    run.accelerator.wait_for_everyone()
-    if run.folder is None:
-        return
-    save_checkpoint(
-        run.folder.checkpoints,
-        step,
-        run.accelerator.unwrap_model(run.scorer),
-        getattr(run.optimizer, "optimizer", run.optimizer),
-        {"processes": run.accelerator.num_processes},
-        run.training.keep,
-    )
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[list[bool]]:
-    """A list that becomes non-empty at the first Ctrl-C; the second one interrupts at once."""
-    stop: list[bool] = []
-    before = {}
-
-    def handle(number: int, frame: Any) -> None:
-        if stop:
-            raise KeyboardInterrupt
-        stop.append(True)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(ValueError):  # not in the main thread
-            before[number] = signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _any_process(accelerator: Accelerator, stop: list[bool]) -> bool:
-    if accelerator.num_processes == 1:
-        return bool(stop)
-    flag = torch.tensor(float(bool(stop)), device=accelerator.device)
-    return bool(accelerator.reduce(flag, "sum") > 0)
+    scorer = run.accelerator.unwrap_model(run.scorer)
+    save_state(run, step, scorer, getattr(run.optimizer, "optimizer", run.optimizer), {})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from alignkit.models import attention
-from alignkit.models.attention import packed_attention, segment_mask
+from alignkit.models import attention, cpu_attention
+from alignkit.models.attention import packed_attention, plain_attention, segment_mask
 from alignkit.packed import Segment
 
 # A row of 9, a prompt of 5 with branches of 4 and 7, a row of 1.
@@ -57,6 +58,19 @@ def draw(seed: int = 0) -> list[torch.Tensor]:
     ]
 
 
+def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    found, weights = packed_attention(
+        torch.nn.Identity(), q, k, v, None, segments=SEGMENTS, **options
+    )
+    assert weights is None
+    return found
+
+
+def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    return plain_attention(q, k, v, SEGMENTS, **options)
+
+
+@pytest.mark.parametrize("path", [packed, plain])
 @pytest.mark.parametrize("rounding", [1, 32])
 @pytest.mark.parametrize("scaling", [None, 0.2])
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -66,16 +80,14 @@ def test_output_and_gradients(
     softcap: float | None,
     scaling: float | None,
     rounding: int,
+    path: Callable[..., torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attention, "CPU_ROUNDING", rounding)
+    monkeypatch.setattr(cpu_attention, "ROUNDING", rounding)
+    monkeypatch.setattr(cpu_attention, "_layout", cpu_attention._layout.__wrapped__)  # no cache
     q, k, v = draw()
-    found, weights = packed_attention(
-        torch.nn.Identity(), q, k, v, None,
-        segments=SEGMENTS, sliding_window=window, softcap=softcap, scaling=scaling,
-    )  # fmt: skip
+    found = path(q, k, v, sliding_window=window, softcap=softcap, scaling=scaling)
     expected = naive(q, k, v, window, softcap, scaling)
-    assert weights is None
     assert found.shape == (1, TOKENS, HEADS, WIDTH)
     # float32 sums of at most 12 products: some 1e-6.
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
@@ -84,6 +96,34 @@ def test_output_and_gradients(
         (one,) = torch.autograd.grad((found * factors).sum(), x, retain_graph=True)
         (two,) = torch.autograd.grad((expected * factors).sum(), x, retain_graph=True)
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_processor_path_lacks_takes_the_plain_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q, k, v = (x.detach() for x in draw())
+    taken: list[str] = []
+    for module, name in ((attention, "plain_attention"), (cpu_attention, "cpu_attention")):
+
+        def noted(*inputs: Any, name: str = name, **options: Any) -> torch.Tensor:
+            taken.append(name)
+            return v
+
+        monkeypatch.setattr(module, name, noted)
+    packed(q, k, v, sliding_window=3, scaling=0.2)
+    assert taken == ["cpu_attention"]
+    packed(q, k, v, softcap=2.0)
+    packed(q, k, v, dropout=0.1)
+    packed(q, k, v[..., :5])
+    assert taken[1:] == ["plain_attention"] * 3
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_values_of_another_width(window: int | None) -> None:
+    q, k, v = (x.detach() for x in draw())
+    found = packed(q, k, v[..., :5], sliding_window=window)
+    expected = naive(q, k, v[..., :5], window, None, None)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_drops_weights() -> None:

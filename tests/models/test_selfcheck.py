@@ -13,7 +13,7 @@ from tiny import MODELS, tiny_model
 
 from alignkit.data.packing import pack_documents
 from alignkit.errors import ModelError
-from alignkit.models import attention, scorer
+from alignkit.models import attention, cpu_attention, scorer
 from alignkit.models.adapters import attach_adapter
 from alignkit.models.scorer import PaddedScorer, TokenScorer
 from alignkit.models.selfcheck import build_scorer, packed_fault, probe_batch
@@ -90,11 +90,27 @@ def wrong_transform(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def window_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cpu_attention._layout
+    monkeypatch.setattr(
+        cpu_attention, "_layout", lambda segments, window, *rest: right(segments, None, *rest)
+    )
+
+
+def window_forgotten_by_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
     right = attention._masks
     monkeypatch.setattr(
         attention,
         "_masks",
         lambda segments, window, device, rounding: right(segments, None, device, rounding),
+    )
+
+
+def wrong_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cpu_attention.cpu_attention
+    monkeypatch.setattr(
+        cpu_attention,
+        "cpu_attention",
+        lambda *inputs, **options: right(*inputs, **{**options, "scaling": 0.5}),
     )
 
 
@@ -112,7 +128,10 @@ def branches_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FAULTS = {
     "logits scaled": ("llama", wrong_transform),
+    "scores scaled": ("llama", wrong_scaling),
     "window forgotten": ("mistral", window_forgotten),
+    # capped scores, which take the plain path on a processor too
+    "window forgotten there": ("gemma2", window_forgotten_by_the_plain_path),
     "branches joined": ("llama", branches_see_each_other),
 }
 
@@ -128,7 +147,8 @@ def test_a_fault_is_found_and_said(
     said: list[str] = []
     chosen = build_scorer(model, dtype, "auto", said.append)
     assert isinstance(chosen, PaddedScorer)
-    assert model.config._attn_implementation == "sdpa"
+    capped = family == "gemma2"  # no kernel of torch caps scores
+    assert model.config._attn_implementation == ("eager" if capped else "sdpa")
     (sentence,) = said
     assert sentence.startswith("packed rows do not reproduce this model (log-probs differ by up to")
     assert sentence.endswith("training on padded rows, slower")

@@ -401,7 +401,7 @@ def test_a_recipe_of_another_stage(stage: str, command: str, hint: str) -> None:
 def test_a_misspelt_stage(stage: str, line: str, messages: list[str]) -> None:
     meant = {"dop": "dpo", "rewrad": "reward", "ktoo": "kto"}[stage]
     assert failure(stage, line).splitlines() == [
-        f"r.yaml:1: stage must be 'sft', 'reward', 'dpo' or 'kto', got '{stage}'",
+        f"r.yaml:1: stage must be 'sft', 'reward', 'dpo', 'kto' or 'ppo', got '{stage}'",
         f"hint: did you mean {meant}?",
         *messages,
     ]

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from alignkit.recipe.assets import assets_root
-from alignkit.recipe.load import load_recipe
+from alignkit.recipe.load import load_recipe, shipped_pipelines, shipped_recipes
 from alignkit.recipe.schema import as_dict
 
 FOLDER = assets_root() / "recipes"
-NAMES = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml"))
+NAMES = shipped_recipes()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -24,7 +24,12 @@ def test_recipe_loads(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert source["path"] is None or not Path(source["path"]).is_absolute()
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_every_file_is_a_recipe_or_a_pipeline() -> None:
+    files = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml"))
+    assert sorted([*NAMES, *shipped_pipelines()]) == files
+
+
+@pytest.mark.parametrize("name", [*NAMES, *shipped_pipelines()])
 def test_recipe_reads_like_a_lab_note(name: str) -> None:
     lines = (FOLDER / name).read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# "), "the first lines say what it does and what it takes"

@@ -28,7 +28,7 @@ def trained(seed: int = 0, steps: int = 2) -> tuple[nn.Module, torch.optim.Optim
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     model[1].bias.requires_grad_(False)
-    optimizer = build_optimizer(model, 1e-2, 0.1)
+    optimizer = build_optimizer(model.named_parameters(), 1e-2, 0.1)
     for _ in range(steps):
         model(torch.randn(5, 3)).square().sum().backward()
         optimizer.step()
@@ -143,7 +143,7 @@ def test_weights_of_another_recipe(tmp_path: Path) -> None:
     assert found is not None
     model = nn.Sequential(nn.Linear(3, 4))
     with pytest.raises(RunError, match=r"holds other weights than the recipe trains, first 1\.we"):
-        load_checkpoint(found, model, build_optimizer(model, 1e-2, 0.0))
+        load_checkpoint(found, model, build_optimizer(model.named_parameters(), 1e-2, 0.0))
 
 
 def refused(tmp_path: Path, model: nn.Module, optimizer: Any, reason: str) -> None:

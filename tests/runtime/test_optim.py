@@ -48,7 +48,7 @@ def test_every_step_moves_and_none_beyond_the_peak(schedule: str, steps: int, wa
 def test_vectors_do_not_decay() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     model[0].weight.requires_grad_(True)
-    optimizer = build_optimizer(model, 0.1, weight_decay=0.5)
+    optimizer = build_optimizer(model.named_parameters(), 0.1, weight_decay=0.5)
     before = {name: value.clone() for name, value in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -63,7 +63,7 @@ def test_the_first_step_of_adam_in_closed_form() -> None:
     # m / (1 - β1) = g and v / (1 - β2) = g², so the weight moves by lr · g / (|g| + ε): by lr.
     model = nn.Linear(2, 1, bias=False)
     before = model.weight.detach().clone()
-    optimizer = build_optimizer(model, 0.1, 0.0)
+    optimizer = build_optimizer(model.named_parameters(), 0.1, 0.0)
     model.weight.grad = torch.tensor([[3.0, -0.01]])
     optimizer.step()
     moved = model.weight.detach() - before
@@ -73,11 +73,11 @@ def test_the_first_step_of_adam_in_closed_form() -> None:
 def test_frozen_weights_stay_out() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     model[0].requires_grad_(False)
-    held = [p for group in build_optimizer(model, 1e-3, 0.0).param_groups for p in group["params"]]
+    held = [p for group in build_optimizer(model.named_parameters(), 1e-3, 0.0).param_groups for p in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in model[1].parameters()}
 
 
 def test_set_learning_rate_reaches_every_group() -> None:
-    optimizer = build_optimizer(nn.Linear(2, 2), 1e-3, 0.1)
+    optimizer = build_optimizer(nn.Linear(2, 2).named_parameters(), 1e-3, 0.1)
     set_learning_rate(optimizer, 5e-5)
     assert [group["lr"] for group in optimizer.param_groups] == [5e-5, 5e-5]

@@ -1,0 +1,125 @@
+"""Rows of any format -> what is asked, and the answer that the row knows.
+
+Every format of answers and of pairs holds prompts; so do rows that have nothing else:
+
+    {"prompt"} as text or messages    {"messages"} or {"conversations"} that end with the user
+    {"instruction", "input"?}         {"text"}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from alignkit.data.formats import (
+    KEYS,
+    PARSERS,
+    Completion,
+    Example,
+    Message,
+    make_conversation,
+    match_format,
+)
+from alignkit.data.pairs import PAIR_PARSERS, detect_pairs, read_pair
+from alignkit.data.sources import Row
+from alignkit.errors import DataError
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One row as a question.
+
+    Args:
+        asked: turns that end with the user's or a tool's, or plain text as a `prompt` that has
+            no completion.
+        answer: text of the row's answer, the chosen one of a pair; None where it has none, or
+            one that is labelled undesirable.
+        row: with all of its values.
+    """
+
+    asked: Example
+    answer: str | None
+    row: Row
+
+
+def parse_prompts(rows: list[Row], row_format: str) -> list[PromptRow]:
+    """Every row as a prompt.
+
+    Args:
+        rows: of one source, at least one.
+        row_format: a format of pairs or of single answers, or `auto` to detect it from the first
+            row.
+
+    Returns:
+        One item per row, in order.
+
+    Raises:
+        DataError: a row does not fit the format, or asks nothing.
+    """
+    name = _detect(rows[0]) if row_format == "auto" else row_format
+    return [_split_answer(row, _parse(row, name)) for row in rows]
+
+
+def _detect(row: Row) -> str:
+    keys = row.values
+    if "chosen" in keys and "rejected" in keys:
+        return detect_pairs(row)
+    name = match_format(row, answered=False)
+    if name is None:
+        raise DataError(
+            f"{row.place}: no known row format with a prompt has the keys "
+            f"{', '.join(map(str, keys))}",
+            hint="rows are prompt | messages | conversations | instruction | text, with or without "
+            "an answer, or pairs; rename with columns, as in columns: {prompt: question}",
+        )
+    return name
+
+
+def _parse(row: Row, row_format: str) -> Example:
+    """The row with its answer, if it has one: the chosen one of a pair."""
+    if row_format in PAIR_PARSERS:
+        prompt, chosen, _ = read_pair(row, row_format)
+        if isinstance(prompt, str):
+            return Completion(prompt, chosen, row.place)
+        return make_conversation(row, prompt + chosen, answered=False)
+    key = KEYS[row_format][0]
+    if key in row.values and row.values[key] is None:
+        raise _no_prompt(row, f"`{key}` is null")
+    return PARSERS[row_format](row, False)
+
+
+def _split_answer(row: Row, example: Example) -> PromptRow:
+    """What stands before the row's last answer, and that answer."""
+    if isinstance(example, Completion):
+        if not example.prompt.strip():
+            raise _no_prompt(row, f"its text is {example.prompt!r}")
+        asked: Example = replace(example, completion="")
+        answer = example.completion
+    else:
+        turns, answer = example.messages, ""
+        if turns and turns[-1].role == "assistant":
+            turns, answer = turns[:-1], turns[-1].content
+        _check_turns(row, turns)
+        asked = replace(example, messages=turns)
+    known = bool(answer.strip()) and row.values.get("label") is not False
+    return PromptRow(asked, answer if known else None, row)
+
+
+def _check_turns(row: Row, turns: tuple[Message, ...]) -> None:
+    if not turns:
+        raise _no_prompt(row, "no turn stands before the assistant's")
+    last = turns[-1]
+    if last.role not in ("user", "tool"):
+        raise DataError(
+            f"{row.place}: a prompt ends with the user's or a tool's turn, and turn "
+            f"{len(turns) - 1} is by {last.role!r}",
+            hint="remove the row, or add what the user asks",
+        )
+    if last.role == "user" and not last.content.strip():
+        raise _no_prompt(row, f"the user's turn {len(turns) - 1} is {last.content!r}")
+
+
+def _no_prompt(row: Row, value: str) -> DataError:
+    return DataError(
+        f"{row.place}: the row has no prompt: {value}",
+        hint="remove the row, or name the column that asks, as in columns: {prompt: question}",
+    )

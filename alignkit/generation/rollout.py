@@ -1,0 +1,235 @@
+"""Sampled responses with their log-probs: the engine that PPO and best-of-n draw from.
+
+An engine takes token ids and gives token ids, log-probs and the reason each response ended. Text
+never stands between: what is trained is exactly what was sampled. Each response has its own random
+numbers, so it does not depend on what else is in the batch, on the number of processes or on an
+interruption; only the rounding of the batched products may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from alignkit.models.cached_attention import cached_forward, keep_rows, new_cache
+from alignkit.models.scorer import compute_context
+from alignkit.packed import IntArray
+
+COMPACT = 0.75
+"""Finished rows leave the batch once so small a share of it is still running."""
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How responses are sampled.
+
+    Args:
+        max_new_tokens: tokens at most, the stop token included, from 1.
+        temperature: divides the logits, above 0. Nothing else shapes the distribution, so the
+            log-probs are those of what was sampled from.
+        stop_tokens: ids that end a response.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    stop_tokens: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """One response.
+
+    Args:
+        ids: `[n]` sampled tokens, the stop token included.
+        logprobs: `[n]` float32, of the sampled tokens under the sampling distribution.
+        finish: `stop`, or `length` where it was cut off.
+        entropy: mean entropy of the distributions it was sampled from, in nats.
+    """
+
+    ids: IntArray
+    logprobs: npt.NDArray[np.float32]
+    finish: Literal["stop", "length"]
+    entropy: float
+
+
+class RolloutEngine(Protocol):
+    """Whatever samples responses: this process, or a server."""
+
+    def generate(
+        self, prompts: Sequence[IntArray], seeds: Sequence[Sequence[int]]
+    ) -> list[Continuation]:
+        """One response to each prompt.
+
+        Args:
+            prompts: token ids, at least one each.
+            seeds: of each response's random numbers.
+        """
+        ...
+
+
+class TransformersEngine:
+    """Batched sampling with a key-value cache in this process.
+
+    Args:
+        inner: transformers causal model; adapters are the caller's business.
+        dtype: compute precision.
+        settings: lengths, temperature, stop tokens.
+        budget: tokens, prompts and room for responses together, of one batch.
+    """
+
+    def __init__(
+        self, inner: Any, dtype: torch.dtype, settings: RolloutSettings, budget: int = 16384
+    ) -> None:
+        self.inner, self.dtype, self.settings, self.budget = inner, dtype, settings, budget
+
+    def generate(
+        self, prompts: Sequence[IntArray], seeds: Sequence[Sequence[int]]
+    ) -> list[Continuation]:
+        """See `RolloutEngine.generate`. Prompts of like length share a batch."""
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+        found: dict[int, Continuation] = {}
+        was_training = self.inner.training
+        self.inner.eval()
+        try:
+            with torch.no_grad(), cached_forward(self.inner):
+                for batch in self._batches([len(prompts[i]) for i in order]):
+                    rows = [order[position] for position in batch]
+                    sampled = self._sample([prompts[i] for i in rows], [seeds[i] for i in rows])
+                    found.update(zip(rows, sampled, strict=True))
+        finally:
+            self.inner.train(was_training)
+        return [found[i] for i in range(len(prompts))]
+
+    def _batches(self, lengths: Sequence[int]) -> list[range]:
+        """Consecutive rows whose room fits the budget; lengths fall."""
+        batches, start = [], 0
+        while start < len(lengths):
+            room = lengths[start] + self.settings.max_new_tokens
+            stop = min(len(lengths), start + max(1, self.budget // room))
+            batches.append(range(start, stop))
+            start = stop
+        return batches
+
+    def _sample(
+        self, prompts: Sequence[IntArray], seeds: Sequence[Sequence[int]]
+    ) -> list[Continuation]:
+        settings, device = self.settings, next(self.inner.parameters()).device
+        draws = np.stack(
+            [np.random.default_rng(list(s)).random(settings.max_new_tokens) for s in seeds]
+        )
+        uniform = torch.from_numpy(draws).to(device)
+        width = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+        mask = torch.zeros(len(prompts), width + settings.max_new_tokens, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):  # on the left, so that new tokens line up
+            ids[row, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, np.int64))
+            mask[row, width - len(prompt) :] = True
+        ids, mask = ids.to(device), mask.to(device)
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        layers = int(self.inner.config.get_text_config().num_hidden_layers)
+        cache = new_cache(layers, width + settings.max_new_tokens)
+        batch = _Batch(len(prompts), settings.max_new_tokens)
+        live = torch.arange(len(prompts), device=device)
+        stops = torch.tensor(sorted(settings.stop_tokens), device=device)
+        step_ids, start = ids, 0
+        for step in range(settings.max_new_tokens):
+            end = width + step
+            logits = self._forward(step_ids, mask[:, :end], positions[:, start:end], cache)
+            chosen, logprobs, entropy = draw_tokens(
+                logits / settings.temperature, uniform[live, step]
+            )
+            batch.add(step, live, chosen, logprobs, entropy)
+            running = ~torch.isin(chosen, stops)
+            batch.stopped[live[~running].cpu()] = True
+            count = int(running.sum())
+            if count == 0:
+                break
+            if count <= COMPACT * len(live):
+                keep = running.nonzero()[:, 0]
+                live, chosen, mask, positions = (x[keep] for x in (live, chosen, mask, positions))
+                keep_rows(cache, keep)
+            step_ids, start = chosen[:, None], end
+        return batch.continuations()
+
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
+        """`[B, V]` float32 logits after the last token of each row."""
+        with compute_context(self.inner, self.dtype):
+            logits = self.inner(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+        return logits.float()
+
+
+class _Batch:
+    """Responses in the making. A row that has stopped but not left the batch adds nothing."""
+
+    def __init__(self, rows: int, tokens: int) -> None:
+        self.ids = np.zeros((rows, tokens), np.int64)
+        self.logprobs = np.zeros((rows, tokens), np.float32)
+        self.entropy = np.zeros((rows, tokens), np.float64)
+        self.lengths = np.zeros(rows, np.int64)
+        self.stopped = np.zeros(rows, np.bool_)
+
+    def add(
+        self,
+        step: int,
+        live: torch.Tensor,
+        chosen: torch.Tensor,
+        logprobs: torch.Tensor,
+        entropy: torch.Tensor,
+    ) -> None:
+        """Put one token behind each running row."""
+        rows = live.cpu().numpy()
+        running = ~self.stopped[rows]
+        rows = rows[running]
+        self.ids[rows, step] = chosen.cpu().numpy()[running]
+        self.logprobs[rows, step] = logprobs.cpu().numpy()[running]
+        self.entropy[rows, step] = entropy.cpu().numpy()[running]
+        self.lengths[rows] = step + 1
+
+    def continuations(self) -> list[Continuation]:
+        """The responses of all rows."""
+        return [
+            Continuation(
+                self.ids[row, :length].copy(),
+                self.logprobs[row, :length].copy(),
+                "stop" if self.stopped[row] else "length",
+                float(self.entropy[row, :length].mean()),
+            )
+            for row, length in enumerate(self.lengths.tolist())
+        ]
+
+
+def draw_tokens(
+    logits: torch.Tensor, uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One token a row by inverting its cumulative distribution.
+
+    Args:
+        logits: `[B, V]` float32.
+        uniform: `[B]` float64 random numbers in [0, 1).
+
+    Returns:
+        `[B]` ids, `[B]` float32 log-probs and `[B]` entropies in nats.
+    """
+    logprobs = torch.log_softmax(logits, dim=-1)
+    probs = logprobs.exp()
+    cumulative = probs.double().cumsum(dim=-1)
+    # Rounding may leave the sum below 1, and a token of probability 0 must never be drawn.
+    threshold = uniform[:, None] * cumulative[:, -1:]
+    ids = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    ids = ids.clamp(max=logits.shape[1] - 1)
+    entropy = -torch.where(probs > 0, probs * logprobs, torch.zeros_like(probs)).sum(-1)
+    return ids, logprobs.gather(1, ids[:, None])[:, 0], entropy

@@ -1,0 +1,192 @@
+"""Rewards that need no model: the right answer, a pattern, a length, valid JSON, a lexicon."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from typing import Any
+
+from alignkit.errors import RewardError
+from alignkit.generation.responses import Response, Score
+from alignkit.recipe.rewards import (
+    ExactReward,
+    FormatReward,
+    JsonReward,
+    LengthReward,
+    NumericReward,
+    RegexReward,
+    RuleReward,
+)
+
+# a sign counts where it cannot be a minus between two numbers or a hyphen
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\]])[-−])?(?:[$€£](?P<inner>[-−])?)?"
+    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
+    r"(?P<power>[eE][-+]?\d{1,3}(?!\w))?"
+)
+_FENCE = re.compile(r"```\w*[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
+
+
+def rule_score(spec: RuleReward) -> Score:
+    """The score of a rule.
+
+    Args:
+        spec: the rule with its settings.
+
+    Returns:
+        A function from responses to one number for each. It raises RewardError where a row lacks
+        the column that the rule compares with, or holds nothing comparable there.
+
+    Raises:
+        RewardError: the rule needs a package that is not installed.
+    """
+    judge = _judge(spec)
+    return lambda responses: [judge(response) for response in responses]
+
+
+def _judge(spec: RuleReward) -> Callable[[Response], float]:
+    if isinstance(spec, ExactReward):
+        return lambda response: exact(response, spec)
+    if isinstance(spec, NumericReward):
+        return lambda response: numeric(response, spec)
+    if isinstance(spec, RegexReward):
+        anywhere = re.compile(spec.pattern, re.DOTALL)
+        return lambda response: float(anywhere.search(response.completion) is not None)
+    if isinstance(spec, FormatReward):
+        whole = re.compile(spec.pattern, re.DOTALL)
+        return lambda response: float(whole.fullmatch(response.completion.strip()) is not None)
+    if isinstance(spec, LengthReward):
+        return lambda response: length(response.completion, spec)
+    if isinstance(spec, JsonReward):
+        return lambda response: valid_json(response.completion, spec.keys)
+    compound = _lexicon()
+    return lambda response: compound(response.completion)
+
+
+def exact(response: Response, spec: ExactReward) -> float:
+    """1 if the answer is the text of the column, else 0.
+
+    Args:
+        response: with the column in its row; a number there counts as its digits.
+        spec: the column, and whether case, outer spaces and a full stop at the end count.
+    """
+    right, answer = str(_column(response, spec.column, spec.rule)), response.completion
+    if spec.ignore_case:
+        right, answer = _bare(right), _bare(answer)
+    return float(answer == right)
+
+
+def _bare(text: str) -> str:
+    return text.strip().removesuffix(".").rstrip().casefold()
+
+
+def numeric(response: Response, spec: NumericReward) -> float:
+    """1 if the last number of the answer is the right one, else 0.
+
+    Args:
+        response: with the column in its row: a number, or text whose last number is the right one;
+            what follows `####` counts where that stands in it, as in GSM8K.
+        spec: the column, and the accepted difference relative to the right number.
+
+    Raises:
+        RewardError: the column holds no number.
+    """
+    told = _column(response, spec.column, spec.rule)
+    right = last_number(str(told).rpartition("####")[2])
+    if right is None:
+        raise RewardError(
+            f"{response.place}: the reward rule `{spec.rule}` finds no number in "
+            f"{spec.column!r}: {_short(told)}",
+            hint="name another column with reward.column, or remove the row",
+        )
+    answer = last_number(response.completion)
+    if answer is None:
+        return 0.0
+    return float(abs(answer - right) <= Decimal(str(spec.tolerance)) * abs(right))
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number of a text, exactly; None if there is none.
+
+    Args:
+        text: `1,234.50`, `$18`, `-3` and the `72` of `is 72.` are numbers; fractions are two.
+    """
+    numbers = list(_NUMBER.finditer(text))
+    if not numbers:
+        return None
+    found = numbers[-1]
+    number = Decimal(found["digits"].replace(",", "") + (found["power"] or ""))
+    return -number if found["sign"] or found["inner"] else number
+
+
+def length(completion: str, spec: LengthReward) -> float:
+    """1 within the range of lengths; outside, 1 less the relative distance, at least 0.
+
+    Args:
+        completion: the answer.
+        spec: the range, in words or characters.
+    """
+    count = len(completion.split()) if spec.unit == "words" else len(completion)
+    if count < spec.min:
+        return count / spec.min
+    return max(0.0, 1.0 - max(0, count - spec.max) / spec.max)
+
+
+def valid_json(completion: str, keys: Sequence[str] = ()) -> float:
+    """1 if the answer is one JSON value, else 0.
+
+    Args:
+        completion: the answer; a code fence around the whole of it is taken off.
+        keys: if there are any, the value must be an object that has them all.
+    """
+    text = completion.strip()
+    fenced = _FENCE.fullmatch(text)
+    try:
+        # numbers stay text: Python refuses to build some that are valid JSON
+        value = json.loads(
+            fenced[1] if fenced else text, parse_int=str, parse_float=str, parse_constant=_refuse
+        )
+    except (ValueError, RecursionError):
+        return 0.0
+    return float(not keys or (isinstance(value, dict) and all(key in value for key in keys)))
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is no JSON, though Python reads it")
+
+
+def _lexicon() -> Callable[[str], float]:
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError:
+        raise RewardError(
+            "the reward rule `sentiment` needs the package vaderSentiment, which is not installed",
+            hint="pip install 'alignkit[sentiment]'",
+        ) from None
+    analyzer = SentimentIntensityAnalyzer()
+    return lambda text: float(analyzer.polarity_scores(text)["compound"])
+
+
+def _column(response: Response, column: str, rule: str) -> Any:
+    """What the row holds: text or a number."""
+    if column not in response.columns:
+        raise RewardError(
+            f"{response.place}: the row has no column {column!r}, with which the reward rule "
+            f"`{rule}` compares",
+            hint=f"its columns are {', '.join(response.columns)}; name one with reward.column",
+        )
+    value = response.columns[column]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise RewardError(
+            f"{response.place}: the reward rule `{rule}` compares with text or a number, and "
+            f"{column!r} is {_short(value)}",
+            hint="name another column with reward.column, or remove the row",
+        )
+    return value
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,307 @@
+"""A pipeline file: named stages that run one after another, and the references between them.
+
+A stage is a recipe written in the file, or `recipe: NAME` with keys that override it. `${name}`
+in any text is the output of an earlier stage. Everything is read and checked before anything runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alignkit.errors import AlignkitError, RecipeError
+from alignkit.recipe.document import (
+    Document,
+    KeyPath,
+    apply_overrides,
+    lay_over,
+    part_of,
+    read_document,
+    show_file,
+    show_path,
+)
+from alignkit.recipe.load import find_recipe, resolve_recipe
+from alignkit.recipe.references import STAGE_NAME, anchor_files, replace_references
+from alignkit.recipe.schema import BaseRecipe
+
+Reader = Callable[[Document, Collection[KeyPath]], Any]
+
+TRAINING = "train"
+
+READERS: dict[str, Reader] = {
+    TRAINING: lambda document, pending: resolve_recipe(document, pending=pending)
+}
+"""Kind of stage -> what checks its mapping and makes its settings of it; the keys given with it
+name files that an earlier stage will make. A stage with another kind's name as its only key, as in
+`label: {...}`, is of that kind; `alignkit.stages.pipeline_steps.RUNNERS` runs it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a pipeline.
+
+    Args:
+        name: as in the file.
+        kind: a key of `READERS`.
+        document: its mapping, with references replaced by absolute paths.
+        references: keys that refer to earlier stages, and to which.
+        settings: what its reader made of it: a Recipe for a training stage. Files of earlier stages
+            may not have been found.
+    """
+
+    name: str
+    kind: str
+    document: Document
+    references: dict[KeyPath, tuple[str, ...]]
+    settings: Any
+
+    @property
+    def output(self) -> str:
+        """The folder or file that it makes."""
+        return str(self.document.values["output"])
+
+    def settle(self) -> Any:
+        """Its settings once the earlier stages are done: their files are found too.
+
+        Raises:
+            RecipeError: a file that it names does not exist.
+        """
+        return READERS[self.kind](self.document, ())
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A validated pipeline.
+
+    Args:
+        name: the file as shown in messages.
+        path: the file.
+        output: folder of the pipeline.
+        steps: in the order in which they run.
+    """
+
+    name: str
+    path: Path
+    output: str
+    steps: tuple[Step, ...]
+
+
+def load_pipeline(name: str, overrides: list[str] | None = None) -> Pipeline:
+    """Read and validate a pipeline with all recipes in it.
+
+    Args:
+        name: file or shipped name.
+        overrides: `output=…`, and `stage.key.sub=value` for the keys of a stage.
+
+    Returns:
+        Its stages, each checked as if it were to run now, save that what an earlier one will make
+        need not exist.
+
+    Raises:
+        RecipeError: holds every broken rule of every stage.
+    """
+    path = find_recipe(name)
+    document = read_document(path)
+    _require_pipeline(document, name)
+    own, theirs = _split_overrides(document, overrides or [])
+    apply_overrides(document, own)
+    reading = _Reading(document)
+    for stage in document.values["stages"]:
+        reading.add(stage, theirs.get(stage, []))
+    reading.check_kinds()
+    reading.check_outputs()
+    if reading.problems:
+        raise RecipeError(list({str(problem): problem for problem in reading.problems}.values()))
+    return Pipeline(show_file(path), path.resolve(), reading.output, tuple(reading.steps))
+
+
+def _require_pipeline(document: Document, name: str) -> None:
+    values = document.values
+    if "stages" not in values and "stage" in values:
+        hint = f"run `alignkit {values['stage']} {name}`"
+        problem = AlignkitError(f"{document.name}: is a recipe, not a pipeline", hint=hint)
+        raise RecipeError([problem])
+    stages = values.get("stages")
+    if not isinstance(stages, dict) or not stages:
+        where = document.place(("stages",))
+        rule = "is required and missing" if stages is None else f"must be a mapping, got {stages!r}"
+        hint = "name each stage, as in stages: {sft: {recipe: quickstart/sft.yaml}}"
+        raise RecipeError([AlignkitError(f"{where}: stages {rule}", hint=hint)])
+
+
+def _split_overrides(
+    document: Document, overrides: list[str]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Overrides of the pipeline file itself, and those of each stage's recipe."""
+    stages = list(document.values["stages"])
+    own: list[str] = []
+    theirs: dict[str, list[str]] = {}
+    problems = []
+    for text in overrides:
+        first, _, rest = text.removeprefix("stages.").partition("=")[0].partition(".")
+        if "=" not in text or (first == "output" and not rest):
+            own.append(text)
+        elif first not in stages:
+            near = difflib.get_close_matches(first, stages, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"stages: {', '.join(stages)}"
+            problems.append(AlignkitError(f"command line: there is no stage {first!r}", hint=hint))
+        elif rest in ("", "recipe"):
+            own.append(f"stages.{text.removeprefix('stages.')}")
+        else:
+            short = text.removeprefix("stages.").partition(".")[2]
+            theirs.setdefault(first, []).append(short)
+    if problems:
+        raise RecipeError(problems)
+    return own, theirs
+
+
+@dataclass
+class _Reading:
+    """A pipeline file while its stages are read.
+
+    Args:
+        document: the pipeline file with its own overrides.
+        steps: read so far.
+        outputs: stage -> what it makes, of all stages read so far, broken ones too.
+        problems: found so far.
+    """
+
+    document: Document
+    steps: list[Step] = field(default_factory=list)
+    outputs: dict[str, str] = field(default_factory=dict)
+    problems: list[AlignkitError] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        output = self.document.values.get("output")
+        self.output = output if isinstance(output, str) and output else "runs"
+        if self.output is not output:
+            rule = "is required and missing" if output is None else f"must be text, got {output!r}"
+            self._problem(("output",), f"output {rule}", "as in output: runs/my-pipeline")
+        for key in self.document.values:
+            if key not in ("output", "stages"):
+                near = difflib.get_close_matches(key, ["output", "stages"], n=1)
+                hint = f"did you mean {near[0]}?" if near else "keys here: output, stages"
+                self._problem((key,), f"{key} is no key of a pipeline", hint)
+
+    def add(self, name: str, overrides: list[str]) -> None:
+        """Read one stage; what is wrong with it is kept as problems."""
+        folder = f"{self.output.rstrip('/')}/{name}"
+        try:
+            kind, document = self._mapping(name, overrides)
+            document.values.setdefault("output", folder)
+            later = list(self.document.values["stages"])
+            references = replace_references(document, name, self.outputs, later)
+            settings = READERS[kind](document, references)
+            self.steps.append(Step(name, kind, document, references, settings))
+            folder = document.values["output"]
+        except RecipeError as error:
+            self.problems += [_of_stage(problem, name) for problem in error.problems]
+        self.outputs[name] = folder
+
+    def check_kinds(self) -> None:
+        """A reward model is no base, and nothing else gives rewards."""
+        stages = {
+            step.name: step.settings.stage
+            for step in self.steps
+            if isinstance(step.settings, BaseRecipe)
+        }
+        for step in self.steps:
+            for key, names in step.references.items():
+                made = stages.get(names[0])
+                if key == ("model", "base") and made == "reward":
+                    rule = f"model.base is the reward model of stage {names[0]}, which cannot write"
+                    hint = "name the stage whose model it was trained from"
+                elif key[0] == "reward" and key[-1] == "model" and made not in ("reward", None):
+                    rule = f"{show_path(key)} is stage {names[0]}, which trains no reward model"
+                    hint = "name a stage with stage: reward"
+                else:
+                    continue
+                where = step.document.place(key)
+                self.problems.append(AlignkitError(f"{where}: {rule}", hint=hint))
+
+    def check_outputs(self) -> None:
+        """No stage may delete the pipeline's folder or what another one made."""
+        folders = {step.name: Path(step.output).resolve() for step in self.steps}
+        for index, step in enumerate(self.steps):
+            here = folders[step.name]
+            if Path(self.output).resolve().is_relative_to(here):
+                rule = f"output is the folder of the pipeline or holds it: {step.output}"
+            else:
+                others = [
+                    other.name
+                    for other in self.steps[:index]
+                    if here.is_relative_to(folders[other.name])
+                    or folders[other.name].is_relative_to(here)
+                ]
+                if not others:
+                    continue
+                rule = f"output meets that of stage {others[0]}: {step.output}"
+            where = step.document.place(("output",))
+            hint = f"without the key it is {self.output}/{step.name}"
+            self.problems.append(AlignkitError(f"{where}: {rule}", hint=hint))
+
+    def _mapping(self, name: str, overrides: list[str]) -> tuple[str, Document]:
+        """Kind and merged mapping of a stage, overrides applied."""
+        path: KeyPath = ("stages", name)
+        where = self.document.place(path)
+        values = self.document.values["stages"][name]
+        if not isinstance(values, dict):
+            _fail(f"{where}: stages.{name} must be a mapping of keys to values, got {values!r}")
+        if not STAGE_NAME.fullmatch(name):
+            hint = "letters, digits, - and _, as in sft-2"
+            _fail(f"{where}: stages.{name} is no name of a stage", hint)
+        document = part_of(self.document, path)
+        document.places[()] = where
+        if "recipe" in values:
+            document = self._with_recipe(document, name)
+        if "extends" in document.values:
+            hint = "write recipe: FILE; the keys beside it win"
+            _fail(f"{document.place(('extends',))}: a stage extends nothing", hint)
+        apply_overrides(document, overrides)
+        kind = next((key for key in READERS if key in document.values and key != TRAINING), None)
+        if kind is None:
+            return TRAINING, document
+        others = [key for key in document.values if key != kind]
+        if others or not isinstance(document.values[kind], dict):
+            rule = f"stages.{name} must hold the mapping {kind} and nothing else"
+            _fail(f"{where}: {rule}", f"move {', '.join(others)} into it" if others else "")
+        return kind, part_of(document, (kind,))
+
+    def _with_recipe(self, document: Document, name: str) -> Document:
+        """The stage over the recipe file that it names."""
+        where, wanted = document.place(("recipe",)), document.values.pop("recipe")
+        if not isinstance(wanted, str):
+            _fail(f"{where}: stages.{name}.recipe must be a file or shipped name, got {wanted!r}")
+        beside = [folder / wanted for folder in document.folders]
+        try:
+            found = next((path for path in beside if path.is_file()), None) or find_recipe(wanted)
+        except RecipeError as error:
+            rule = f"stages.{name}.recipe names no recipe: {wanted!r}"
+            _fail(f"{where}: {rule}", error.problems[0].hint)
+        recipe = read_document(found)
+        if isinstance(recipe.values.get("stages"), dict):
+            _fail(f"{where}: stages.{name}.recipe names a pipeline: {wanted!r}")
+        # Every recipe file has an output of its own; here the pipeline's folder holds the run.
+        recipe.values.pop("output", None)
+        merged = lay_over(anchor_files(recipe), anchor_files(document))
+        merged.places = {(): document.places[()]} | {k: p for k, p in merged.places.items() if k}
+        return merged
+
+    def _problem(self, key: KeyPath, rule: str, hint: str) -> None:
+        self.problems.append(AlignkitError(f"{self.document.place(key)}: {rule}", hint=hint))
+
+
+def _fail(message: str, hint: str = "") -> None:
+    raise RecipeError([AlignkitError(message, hint=hint)])
+
+
+def _of_stage(problem: AlignkitError, name: str) -> AlignkitError:
+    """A problem of the command line says which stage it is about; a file's line says it already."""
+    start = "command line: "
+    if not problem.message.startswith(start):
+        return problem
+    message = f"{start}{name}: {problem.message.removeprefix(start)}"
+    return AlignkitError(message, hint=problem.hint)

@@ -1,0 +1,53 @@
+"""The optimizer step and the loop around it, as recipes name them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from alignkit.recipe.section import PositiveInt, Section
+
+
+class LoopSpec(Section):
+    """The optimizer and the loop around it."""
+
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training rows; a fraction stops early in the last pass."""
+    max_steps: PositiveInt | None = None
+    """Steps of the run; overrides `epochs`."""
+    microbatch_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
+    """Tokens of one forward and backward pass; changes speed and memory, never the result."""
+    learning_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Peak learning rate. Unset: that of the stage, for LoRA and full weights in turn:
+    sft 2e-4 and 2e-5, reward 1e-4 and 1e-5, dpo 2e-5 and 5e-7, kto 2e-5 and 1e-6, ppo 2e-5 and
+    1e-6."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after warm-up; cosine and linear end at zero."""
+    warmup: Annotated[float, Field(ge=0.0)] = 0.03
+    """Warm-up: a share of the steps below 1, a number of steps from 1."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay; not applied to biases and norms."""
+    max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    """Gradient norm above which gradients are scaled down; null never clips."""
+    optimizer: Literal["adamw"] = "adamw"
+    """AdamW with betas 0.9 and 0.999 and epsilon 1e-8; 1e-5 for ppo."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations to save memory; `auto` only when they would not fit."""
+    log_every: PositiveInt = 1
+    """Steps between progress lines. metrics.jsonl gets every step."""
+    eval_every: PositiveInt | None = None
+    """Steps between evaluations; before the first and after the last step in every case."""
+    save_every: PositiveInt = 50
+    """Steps between checkpoints."""
+    keep: PositiveInt = 2
+    """Checkpoints to keep."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Experiment trackers beside metrics.jsonl, through accelerate."""
+
+
+class TrainingSpec(LoopSpec):
+    """The optimizer step and the loop around it."""
+
+    batch_size: PositiveInt = 16
+    """Examples per optimizer step, over all processes together."""

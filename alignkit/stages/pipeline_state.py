@@ -1,0 +1,114 @@
+"""pipeline.json: what a pipeline has started and finished. Whole at any moment, even of a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alignkit.errors import RunError
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a stage since it was last started.
+
+    Args:
+        output: the folder or file that it makes.
+        inputs: what it is made of.
+        status: `running`, `finished`, `failed` or `interrupted`.
+        replaces: mark of what stood in its output and is replaced; empty if there was nothing.
+        mark: of what stood there when it had finished.
+        seconds: that its runs took, those before a resume too, as far as they could be counted.
+        numbers: its results.
+    """
+
+    output: str
+    inputs: dict[str, str]
+    status: str = "running"
+    replaces: str = ""
+    mark: str = ""
+    seconds: float = 0.0
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+class PipelineState:
+    """The records of a pipeline's stages, owned by this process until `close`.
+
+    Args:
+        folder: of the pipeline; created.
+        source: the pipeline file.
+        overwrite: take over the folder of another pipeline.
+
+    Raises:
+        RunError: the folder is in use or serves something else.
+    """
+
+    def __init__(self, folder: Path, source: Path, *, overwrite: bool) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise RunError(f"{folder} is a file", hint="choose another output for the pipeline")
+        if (folder / "run.json").is_file():
+            raise RunError(
+                f"{folder} is the folder of a run, not of a pipeline",
+                hint="choose another output for the pipeline",
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.source = folder / "pipeline.json", str(source)
+        self.lock = (folder / ".lock").open("a+")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.records = self._read(overwrite)
+        except BlockingIOError:
+            self.lock.close()
+            raise RunError(
+                f"{folder} is in use by another process", hint="wait for it, or choose another"
+            ) from None
+        except RunError:
+            self.lock.close()
+            raise
+
+    def _read(self, overwrite: bool) -> dict[str, Record]:
+        if not self.path.is_file():
+            return {}
+        try:
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            records = {name: Record(**values) for name, values in stored["stages"].items()}
+            source = stored["pipeline"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if overwrite:
+                return {}
+            raise RunError(
+                f"{self.path} cannot be read: {error}",
+                hint="restore it, or add --overwrite to run all stages anew",
+            ) from None
+        if source != self.source and not overwrite:
+            raise RunError(
+                f"{self.path.parent} belongs to the pipeline {source}",
+                hint="choose another folder with output=runs/another-name, or add --overwrite",
+            )
+        return records
+
+    def write(self, name: str, record: Record) -> None:
+        """Store a stage's record; it is on the disk when this returns."""
+        self.records[name] = record
+        stages = {name: dataclasses.asdict(record) for name, record in self.records.items()}
+        text = json.dumps({"pipeline": self.source, "stages": stages}, indent=2) + "\n"
+        scratch = self.path.with_name(f".{self.path.name}.writing")
+        with open(scratch, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, self.path)
+        handle = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def close(self) -> None:
+        """Let other processes use the folder."""
+        self.lock.close()

@@ -1,0 +1,103 @@
+"""How one stage of a pipeline is checked, recognised and run: one entry for each kind of stage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignkit.errors import ModelError, RunError
+from alignkit.recipe.pipeline import TRAINING, Step
+from alignkit.recipe.schema import FullSpec, Recipe
+from alignkit.stages.fingerprints import model_place, training_inputs
+from alignkit.stages.run import run_stage
+from alignkit.stages.run_folder import check_output
+from alignkit.stages.session import RunOptions
+
+
+@dataclass(frozen=True)
+class Found:
+    """What stands in the output of a stage.
+
+    Args:
+        mark: a hash that every run of the stage changes.
+        status: `finished`, or anything else.
+        resumable: whether the stage can go on with it.
+        numbers: its results, if it finished.
+    """
+
+    mark: str
+    status: str
+    resumable: bool
+    numbers: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """How stages of one kind are run; `settings` are what the kind's reader has made.
+
+    Args:
+        check: raises an AlignkitError for what is wrong with a step before anything has run.
+        inputs: settings -> flat entries of everything that decides the result.
+        look: settings -> what stands in their output; None for nothing.
+        run: settings and options -> numbers, such as `steps`, `loss`, `before` and `after`.
+    """
+
+    check: Callable[[Step], None]
+    inputs: Callable[[Any], dict[str, str]]
+    look: Callable[[Any], Found | None]
+    run: Callable[[Any, RunOptions], dict[str, Any]]
+
+
+def _check_training(step: Step) -> None:
+    recipe: Recipe = step.settings
+    check_output(recipe, resume=False, overwrite=True)
+    if ("model", "base") not in step.references:
+        try:
+            model_place(recipe.model.base, trust_remote_code=recipe.model.trust_remote_code)
+        except ModelError as error:
+            where = step.document.place(("model", "base"))
+            raise ModelError(f"{where}: model.base: {error.message}", hint=error.hint) from None
+
+
+def _look_at_run(recipe: Recipe) -> Found | None:
+    folder = Path(recipe.output)
+    try:
+        content = (folder / "run.json").read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        about = json.loads(content)
+    except ValueError:  # a power cut: the run starts anew
+        about = {"status": "unreadable"}
+    full = isinstance(recipe.adapter, FullSpec)
+    made = [*([] if full else ["adapter"]), *(["merged"] if full or recipe.merge else [])]
+    status = about["status"]
+    if status == "finished" and not all((folder / name).is_dir() for name in made):
+        status = "incomplete"
+    resumable = status != "unreadable"
+    try:
+        check_output(recipe, resume=True, overwrite=False)
+    except RunError:  # its rows or its base have been moved: --resume would refuse them
+        resumable = False
+    numbers = _numbers(about.get("summary") or {})
+    return Found(hashlib.sha256(content).hexdigest(), status, resumable, numbers)
+
+
+def _train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
+    summary = run_stage(recipe, options)
+    return {} if summary is None else _numbers(summary.to_json())
+
+
+def _numbers(summary: dict[str, Any]) -> dict[str, Any]:
+    kept = ("steps", "loss", "before", "after")
+    return {key: summary[key] for key in kept if key in summary}
+
+
+RUNNERS: dict[str, Runner] = {
+    TRAINING: Runner(_check_training, training_inputs, _look_at_run, _train)
+}
+"""Kind of stage, as in `alignkit.recipe.pipeline.READERS` -> how it is run."""
