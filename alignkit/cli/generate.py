@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from alignkit.cli.best_of import answer_best, check_best_of, print_best
 from alignkit.cli.output import print_json, stdout
 from alignkit.errors import AlignkitError
 
@@ -37,11 +38,18 @@ def generate(
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 takes the likeliest token, the default; 1 with --best-of."),
+    ] = None,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from so many tokens; 0 is all.")] = 0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 repeats less.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    best_of: Annotated[
+        int | None, typer.Option(help="Sample so many answers; --reward picks the best.", min=2)
+    ] = None,
+    reward: Annotated[str | None, typer.Option(help="Reward model of --best-of.")] = None,
     dtype: DtypeOption = "bfloat16",
     base: BaseOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answers as JSON.")] = False,
@@ -50,37 +58,28 @@ def generate(
     from alignkit.generation.answers import generate_answers
     from alignkit.generation.sampling import SamplingSettings
 
-    settings = SamplingSettings(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    usual = 0.0 if best_of is None else 1.0
+    warmth = usual if temperature is None else temperature
+    settings = SamplingSettings(max_new_tokens, warmth, top_p, top_k, repetition_penalty, seed)
+    if best_of is not None or reward is not None:
+        check_best_of(best_of, reward, against, settings)
+        _check_dtype(dtype)
     asked = _prompts(prompts or [], file)
     head = [{"role": "system", "content": system}] if system else []
     turns = [[*head, {"role": "user", "content": prompt}] for prompt in asked]
+    if best_of is not None and reward is not None:
+        found = answer_best(model, reward, turns, best_of, settings, dtype, base)
+        print_best(found, asked, as_json)
+        return
     answers = {}
     for name in [against, model] if against else [model]:
         opened = open_for_inference(name, dtype, base if name == model else None)
         answers[name] = generate_answers(opened, turns, settings)
         del opened
-    if as_json:
-        rows = [
-            {
-                "prompt": prompt,
-                **(
-                    {"answer": answers[model][n]}
-                    if not against
-                    else {"answers": {name: found[n] for name, found in answers.items()}}
-                ),
-            }
-            for n, prompt in enumerate(asked)
-        ]
-        print_json(rows)
-    elif against:
-        stdout.print(_table(asked, answers))
+    if against:
+        _print_both(asked, answers, as_json)
     else:
-        for number, prompt in enumerate(asked):
-            if len(asked) > 1:
-                stdout.print(Text(f"> {prompt}", style="bold"))
-            stdout.print(Text(answers[model][number]))
-            if number < len(asked) - 1:
-                stdout.print()
+        _print_answers(asked, answers[model], as_json)
 
 
 def open_for_inference(name: str, dtype: str, base: str | None = None) -> Any:
@@ -89,9 +88,15 @@ def open_for_inference(name: str, dtype: str, base: str | None = None) -> Any:
     from alignkit.models.opening import open_language_model
     from alignkit.runtime.devices import find_device
 
+    _check_dtype(dtype)
+    return open_language_model(name, dtype=DTYPES[dtype], device=find_device(), base=base)
+
+
+def _check_dtype(dtype: str) -> None:
+    from alignkit.models.loading import DTYPES
+
     if dtype not in DTYPES:
         raise AlignkitError(f"--dtype cannot be {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
-    return open_language_model(name, dtype=DTYPES[dtype], device=find_device(), base=base)
 
 
 def _prompts(given: list[str], file: Path | None) -> list[str]:
@@ -109,6 +114,30 @@ def _prompts(given: list[str], file: Path | None) -> list[str]:
     if not found:
         raise AlignkitError("there is no prompt", hint='as in: alignkit generate MODEL "Hello"')
     return found
+
+
+def _print_answers(asked: list[str], answers: list[str], as_json: bool) -> None:
+    if as_json:
+        pairs = zip(asked, answers, strict=True)
+        print_json([{"prompt": prompt, "answer": answer} for prompt, answer in pairs])
+        return
+    for number, prompt in enumerate(asked):
+        if len(asked) > 1:
+            stdout.print(Text(f"> {prompt}", style="bold"))
+        stdout.print(Text(answers[number]))
+        if number < len(asked) - 1:
+            stdout.print()
+
+
+def _print_both(asked: list[str], answers: dict[str, list[str]], as_json: bool) -> None:
+    """The answers of two models side by side."""
+    if as_json:
+        rows = enumerate(asked)
+        print_json(
+            [{"prompt": p, "answers": {k: v[n] for k, v in answers.items()}} for n, p in rows]
+        )
+    else:
+        stdout.print(_table(asked, answers))
 
 
 def _table(prompts: list[str], answers: dict[str, list[str]]) -> Table:

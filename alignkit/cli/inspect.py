@@ -23,9 +23,10 @@ def inspect(
 
     loaded = load_recipe(recipe, overrides)
     from alignkit.errors import DataError
-    from alignkit.stages.prepare import load_rows
+    from alignkit.stages.prepare import load_prompt_rows, load_rows
 
-    found = load_rows(loaded.recipe)
+    read = load_prompt_rows if loaded.recipe.stage == "ppo" else load_rows
+    found = read(loaded.recipe)
     dataset = found.held_out if held_out else found.train
     if dataset is None:
         raise DataError(
@@ -53,6 +54,9 @@ def inspect(
     stops = ", ".join(repr(found.tokenizer.decode([token])) for token in report.stop_tokens)
     pairs = [("rows", line) for line in report.lines()]
     pairs += [("lengths", lengths), ("tokens", f"{report.tokens:,}")]
+    if report.prompts:
+        print_pairs([*pairs, ("answers", "are sampled in training")])
+        return
     pairs += [
         ("trained", f"{report.trained_tokens:,} ({report.trained_tokens / report.tokens:.0%})")
     ]

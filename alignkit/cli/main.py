@@ -12,6 +12,7 @@ import typer
 
 import alignkit
 from alignkit.cli.chat import chat
+from alignkit.cli.data import data
 from alignkit.cli.doctor import doctor
 from alignkit.cli.evaluate import evaluate
 from alignkit.cli.fetch import fetch
@@ -43,6 +44,7 @@ app.command("merge-lora")(merge_lora)
 app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("eval")(evaluate)
+app.add_typer(data, name="data")
 app.add_typer(recipes, name="recipes")
 app.command("fetch")(fetch)
 app.command("doctor")(doctor)

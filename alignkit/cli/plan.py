@@ -20,11 +20,10 @@ def plan(
     from alignkit.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from alignkit.stages.prepare import load_rows, plan_run
+    from alignkit.stages.run import plan_stage
     from alignkit.stages.session import describe_rows
 
-    rows = load_rows(loaded.recipe)
-    made = plan_run(loaded.recipe, rows, processes)
+    rows, made = plan_stage(loaded.recipe, processes)
     if as_json:
         print_json(made.to_json())
         return
@@ -48,6 +47,7 @@ def plan(
                 f"longest {data.longest}; held out {data.eval_rows:,}",
             ),
             *([("reference", f"{reference}, {made.reference_reason}")] if reference else []),
+            *(tuple(role.split(": ", 1)) for role in made.roles),
             (
                 "steps",
                 f"{made.steps:,} of {made.batch_size} examples ({made.steps_per_epoch:,} an "

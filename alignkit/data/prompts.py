@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alignkit.data.dataset import tokenizer_identity
+from alignkit.data.documents import Document
 from alignkit.data.formats import Completion, Example
 from alignkit.data.masks import Rendered
 from alignkit.data.prompt_rows import PromptRow, parse_prompts
@@ -67,6 +68,15 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def __getitem__(self, item: int) -> Document:
+        """A prompt as a document without answers."""
+        return Document(self.prompts[item].ids, (), item)
+
+    @property
+    def places(self) -> list[str]:
+        """`file:line` of each prompt."""
+        return [prompt.place for prompt in self.prompts]
 
     def subset(self, indices: Iterable[int]) -> PromptSet:
         """The same set with only these prompts, in this order."""

@@ -9,15 +9,16 @@ interruption; only the rounding of the batched products may.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from alignkit.models.cached_attention import cached_forward, keep_rows, new_cache
+from alignkit.models.cached_attention import cached_forward, keep_rows, new_cache, round_up
 from alignkit.models.scorer import compute_context
+from alignkit.models.vocab_head import logit_transform, next_logits
 from alignkit.packed import IntArray
 
 COMPACT = 0.75
@@ -86,6 +87,8 @@ class TransformersEngine:
         self, inner: Any, dtype: torch.dtype, settings: RolloutSettings, budget: int = 16384
     ) -> None:
         self.inner, self.dtype, self.settings, self.budget = inner, dtype, settings, budget
+        transform = logit_transform(inner.config.get_text_config())
+        self.transform = replace(transform, temperature=settings.temperature)
 
     def generate(
         self, prompts: Sequence[IntArray], seeds: Sequence[Sequence[int]]
@@ -125,27 +128,28 @@ class TransformersEngine:
         uniform = torch.from_numpy(draws).to(device)
         width = max(map(len, prompts))
         ids = torch.zeros(len(prompts), width, dtype=torch.int64)
-        mask = torch.zeros(len(prompts), width + settings.max_new_tokens, dtype=torch.bool)
+        room = width + settings.max_new_tokens
+        mask = torch.zeros(len(prompts), round_up(room), dtype=torch.bool)
         for row, prompt in enumerate(prompts):  # on the left, so that new tokens line up
             ids[row, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, np.int64))
-            mask[row, width - len(prompt) :] = True
+            mask[row, width - len(prompt) : room] = True
         ids, mask = ids.to(device), mask.to(device)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         layers = int(self.inner.config.get_text_config().num_hidden_layers)
-        cache = new_cache(layers, width + settings.max_new_tokens)
+        cache = new_cache(layers, room)
         batch = _Batch(len(prompts), settings.max_new_tokens)
         live = torch.arange(len(prompts), device=device)
         stops = torch.tensor(sorted(settings.stop_tokens), device=device)
+        columns = torch.arange(mask.shape[1], device=device)
         step_ids, start = ids, 0
         for step in range(settings.max_new_tokens):
             end = width + step
-            logits = self._forward(step_ids, mask[:, :end], positions[:, start:end], cache)
-            chosen, logprobs, entropy = draw_tokens(
-                logits / settings.temperature, uniform[live, step]
-            )
+            seen = mask[:, : round_up(end)] & (columns[: round_up(end)] < end)
+            logits = self._forward(step_ids, seen, positions[:, start:end], cache)
+            chosen, logprobs, entropy = draw_tokens(logits, uniform[live, step])
             batch.add(step, live, chosen, logprobs, entropy)
-            running = ~torch.isin(chosen, stops)
-            batch.stopped[live[~running].cpu()] = True
+            batch.stopped[live[torch.isin(chosen, stops)].cpu().numpy()] = True
+            running = torch.from_numpy(~batch.stopped[live.cpu().numpy()]).to(device)
             count = int(running.sum())
             if count == 0:
                 break
@@ -159,17 +163,18 @@ class TransformersEngine:
     def _forward(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any
     ) -> torch.Tensor:
-        """`[B, V]` float32 logits after the last token of each row."""
+        """`[B, V]` float32 logits after the last token of each row, over the temperature."""
         with compute_context(self.inner, self.dtype):
-            logits = self.inner(
+            hidden = self.inner.get_decoder()(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-        return logits.float()
+            ).last_hidden_state[:, -1]
+            return next_logits(
+                hidden.contiguous(), self.inner.get_output_embeddings(), self.transform
+            )
 
 
 class _Batch:

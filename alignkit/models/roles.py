@@ -123,6 +123,7 @@ def add_stored_adapter(model: Any, name: str, folder: Path) -> None:
     """
     config = read_adapter_config(folder)
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
+    config.lora_dropout = 0.0  # roles score in training mode
     weights = load_file(folder / "adapter_model.safetensors")
     weights.pop(HEAD_KEY, None)
     try:

@@ -95,6 +95,24 @@ def score_targets(
     return TokenScores(logprobs, correct)
 
 
+def next_logits(hidden: torch.Tensor, head: nn.Module, transform: LogitTransform) -> torch.Tensor:
+    """Logits of the next token, as sampling needs them.
+
+    Args:
+        hidden: `[B, H]` final hidden states, contiguous: torch repeats the whole head for each row
+            of any other.
+        head: the output projection.
+        transform: from the projection to the model's logits, the temperature included.
+
+    Returns:
+        `[B, V]` float32.
+    """
+    logits: torch.Tensor = head(hidden).float() * transform.scale
+    if transform.softcap is not None:
+        logits = torch.tanh(logits / transform.softcap) * transform.softcap
+    return logits / transform.temperature
+
+
 def _score_with_module(
     hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, transform: LogitTransform
 ) -> TokenScores:
@@ -105,11 +123,7 @@ def _score_with_module(
         targets.split(_chunk_tokens(out_features)),
         strict=True,
     ):
-        logits = head(rows).float() * transform.scale
-        if transform.softcap is not None:
-            logits = torch.tanh(logits / transform.softcap) * transform.softcap
-        if transform.temperature != 1.0:
-            logits = logits / transform.temperature
+        logits = next_logits(rows, head, transform)
         picked = logits.gather(1, ids[:, None])[:, 0]
         logprobs.append(picked - logits.logsumexp(1))
         correct.append(picked.detach() >= logits.detach().amax(1))

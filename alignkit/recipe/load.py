@@ -44,23 +44,25 @@ class LoadedRecipe:
     document: Document
 
 
-PIPELINES = "pipelines"
-"""Folder of the shipped pipelines among the shipped recipes."""
-
-
 def shipped_recipes() -> list[str]:
     """Names of the shipped recipes, such as `quickstart/sft.yaml`, sorted."""
-    return [name for name in _shipped() if Path(name).parts[0] != PIPELINES]
+    return _shipped(pipelines=False)
 
 
 def shipped_pipelines() -> list[str]:
-    """Names of the shipped pipelines, such as `pipelines/sft_dpo.yaml`, sorted."""
-    return [name for name in _shipped() if Path(name).parts[0] == PIPELINES]
+    """Names of the shipped pipelines, such as `quickstart/rlhf.yaml`, sorted."""
+    return _shipped(pipelines=True)
 
 
-def _shipped() -> list[str]:
+def _shipped(*, pipelines: bool) -> list[str]:
+    """A file with `stages` is a pipeline, wherever it lies."""
     root = assets_root() / "recipes"
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*.yaml"))
+    found = []
+    for path in root.rglob("*.yaml"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if any(line.startswith("stages:") for line in lines) is pipelines:
+            found.append(str(path.relative_to(root)))
+    return sorted(found)
 
 
 def find_recipe(name: str) -> Path:
@@ -82,7 +84,9 @@ def find_recipe(name: str) -> Path:
     if Path(name).is_dir():
         problem = AlignkitError(f"{name}: is a folder, not a recipe", hint="name the .yaml file")
         raise RecipeError([problem])
-    near = difflib.get_close_matches(name, _shipped(), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(
+        name, [*shipped_recipes(), *shipped_pipelines()], n=1, cutoff=0.5
+    )
     hint = f"did you mean {near[0]}? " if near else ""
     hint += "`alignkit recipes list` shows the shipped ones"
     raise RecipeError([AlignkitError(f"{name}: no such recipe", hint=hint)])
@@ -145,7 +149,7 @@ def resolve_recipe(
         if isinstance(section, dict):
             section.setdefault("kind", kinds[named])
     model = STAGES[named]
-    problems = _missing_files(_without(document, pending))
+    problems = _missing_files(without(document, pending))
     try:
         recipe = model.model_validate_json(json.dumps(document.values, allow_nan=True))
     except ValidationError as error:
@@ -155,7 +159,7 @@ def resolve_recipe(
     return _with_paths(with_defaults(recipe), document)
 
 
-def _without(document: Document, keys: Collection[KeyPath]) -> Document:
+def without(document: Document, keys: Collection[KeyPath]) -> Document:
     """The document with null at these keys."""
     if not keys:
         return document
@@ -190,15 +194,15 @@ def _with_paths(recipe: Recipe, document: Document) -> Recipe:
     """The recipe with existing files as absolute paths (shipped ones keep their short name)."""
 
     def place(source: SourceSpec) -> SourceSpec:
-        found = _place_path(source.path, document) if source.path else None
+        found = place_path(source.path, document) if source.path else None
         return source.model_copy(update={"path": found}) if found else source
 
     data = recipe.data
     sources = {"train": tuple(map(place, data.train)), "eval": tuple(map(place, data.eval))}
     template = recipe.model.chat_template
-    placed = _place_path(template, document, folders=False) if template else None
+    placed = place_path(template, document, folders=False) if template else None
     model = {
-        "base": _place_path(recipe.model.base, document) or recipe.model.base,
+        "base": place_path(recipe.model.base, document) or recipe.model.base,
         "chat_template": placed or template,
     }
     changes: dict[str, Any] = {
@@ -214,9 +218,9 @@ def _placed_reward(source: RewardSource, document: Document) -> RewardSource:
     if isinstance(source, FunctionReward):
         file, _, name = source.function.rpartition(":")
         found = find_path(file, document.folders)
-        return source.model_copy(update={"function": f"{found}:{name}"})
+        return source.model_copy(update={"function": f"{found or file}:{name}"})
     if isinstance(source, ModelReward):
-        placed = _place_path(source.model, document)
+        placed = place_path(source.model, document)
         return source.model_copy(update={"model": placed or source.model})
     return source
 
@@ -230,7 +234,7 @@ def _missing_files(document: Document) -> list[AlignkitError]:
         for index, source in enumerate(sources if isinstance(sources, list) else []):
             path = source.get("path") if isinstance(source, dict) else None
             if isinstance(path, str) and find_path(path, document.folders) is None:
-                problems.append(_no_file(("data", key, index, "path"), path, document))
+                problems.append(no_file(("data", key, index, "path"), path, document))
     model = document.values.get("model")
     template = model.get("chat_template") if isinstance(model, dict) else None
     if isinstance(template, str):
@@ -249,11 +253,12 @@ def _missing_functions(document: Document) -> list[AlignkitError]:
         file, _, name = function.rpartition(":") if isinstance(function, str) else ("", "", "")
         found = find_path(file, document.folders)
         if file.endswith(".py") and name.isidentifier() and not (found and found.is_file()):
-            problems.append(_no_file((*path, "function"), file, document, suffix=f":{name}"))
+            problems.append(no_file((*path, "function"), file, document, suffix=f":{name}"))
     return problems
 
 
-def _no_file(path: KeyPath, value: str, document: Document, *, suffix: str = "") -> AlignkitError:
+def no_file(path: KeyPath, value: str, document: Document, *, suffix: str = "") -> AlignkitError:
+    """The error of a key whose file is nowhere; names a file that is spelled alike."""
     near = _near_file(value, document.folders)
     hint = "looked in the recipe's folder, the working folder and the shipped examples"
     return AlignkitError(
@@ -262,7 +267,8 @@ def _no_file(path: KeyPath, value: str, document: Document, *, suffix: str = "")
     )
 
 
-def _place_path(value: str, document: Document, *, folders: bool = True) -> str | None:
+def place_path(value: str, document: Document, *, folders: bool = True) -> str | None:
+    """Where an existing file or folder is; shipped ones keep their short name."""
     found = find_path(value, document.folders)
     if found is None or not (folders or found.is_file()):
         return None

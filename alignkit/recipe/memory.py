@@ -111,7 +111,7 @@ def estimate_memory(
             second += model.trainable * 4
             state += model.trainable * 16 if own_value else 0
         else:
-            second += model.parameters * wide  # the reference
+            second += model.parameters * 4  # the reference, stored as the policy is
             state += (weights + model.parameters * 12) if own_value else 0
         workspace += SAMPLING_TOKENS * 2 * model.layers * model.key_value_width * wide
     training = libraries + weights + second + state + activations + workspace

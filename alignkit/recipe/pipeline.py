@@ -23,6 +23,7 @@ from alignkit.recipe.document import (
     show_file,
     show_path,
 )
+from alignkit.recipe.label import LABEL, LabelSpec, resolve_label
 from alignkit.recipe.load import find_recipe, resolve_recipe
 from alignkit.recipe.references import STAGE_NAME, anchor_files, replace_references
 from alignkit.recipe.schema import BaseRecipe
@@ -32,7 +33,8 @@ Reader = Callable[[Document, Collection[KeyPath]], Any]
 TRAINING = "train"
 
 READERS: dict[str, Reader] = {
-    TRAINING: lambda document, pending: resolve_recipe(document, pending=pending)
+    TRAINING: lambda document, pending: resolve_recipe(document, pending=pending),
+    LABEL: lambda document, pending: resolve_label(document, pending=pending),
 }
 """Kind of stage -> what checks its mapping and makes its settings of it; the keys given with it
 name files that an earlier stage will make. A stage with another kind's name as its only key, as in
@@ -202,7 +204,7 @@ class _Reading:
         self.outputs[name] = folder
 
     def check_kinds(self) -> None:
-        """A reward model is no base, and nothing else gives rewards."""
+        """A reward model writes no answers, and nothing else gives rewards."""
         stages = {
             step.name: step.settings.stage
             for step in self.steps
@@ -211,10 +213,12 @@ class _Reading:
         for step in self.steps:
             for key, names in step.references.items():
                 made = stages.get(names[0])
-                if key == ("model", "base") and made == "reward":
-                    rule = f"model.base is the reward model of stage {names[0]}, which cannot write"
+                own = ("model",) if isinstance(step.settings, LabelSpec) else ("model", "base")
+                if key == own and made == "reward":
+                    what = f"the reward model of stage {names[0]}"
+                    rule = f"{show_path(key)} is {what}, which cannot write"
                     hint = "name the stage whose model it was trained from"
-                elif key[0] == "reward" and key[-1] == "model" and made not in ("reward", None):
+                elif _gives_reward(key) and made not in ("reward", None):
                     rule = f"{show_path(key)} is stage {names[0]}, which trains no reward model"
                     hint = "name a stage with stage: reward"
                 else:
@@ -292,6 +296,11 @@ class _Reading:
 
     def _problem(self, key: KeyPath, rule: str, hint: str) -> None:
         self.problems.append(AlignkitError(f"{self.document.place(key)}: {rule}", hint=hint))
+
+
+def _gives_reward(key: KeyPath) -> bool:
+    """Whether the key names a reward model: `reward.model`, or a label stage's `reward`."""
+    return key[0] == "reward" and key[-1] in ("reward", "model")
 
 
 def _fail(message: str, hint: str = "") -> None:

@@ -1,4 +1,4 @@
-"""What a training stage is made of, so that a pipeline knows whether it has to run again.
+"""What a stage of a pipeline is made of, so that a pipeline knows whether it has to run again.
 
 Files count by their contents: moved or renamed ones change nothing. Rows of the hub count by their
 name and split only.
@@ -18,6 +18,7 @@ from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import BaseModel, find_base
 from alignkit.models.opening import adapter_in, base_of_adapter
 from alignkit.recipe.assets import find_path
+from alignkit.recipe.label import LabelSpec
 from alignkit.recipe.rewards import FunctionReward, ModelReward
 from alignkit.recipe.schema import Recipe, as_dict
 
@@ -64,9 +65,35 @@ def training_inputs(recipe: Recipe) -> dict[str, str]:
             if path is not None:
                 inputs[f"reward function {index + 1}"] = _hash_file(path)
                 values["reward"][index]["function"] = name
-    inputs |= {key: json.dumps(value, ensure_ascii=False) for key, value in _flat(values, "")}
-    inputs["alignkit"] = ".".join(alignkit.__version__.split(".")[:2])
-    return inputs
+    return inputs | _settings(values)
+
+
+def label_inputs(spec: LabelSpec) -> dict[str, str]:
+    """The same of a stage that labels a model's answers.
+
+    Args:
+        spec: every file that it names exists.
+
+    Raises:
+        ModelError: a model that it names does not exist.
+    """
+    values = json.loads(spec.model_dump_json(exclude={"output"}))
+    inputs = {}
+    for index, source in enumerate(spec.prompts):
+        path = find_path(source.path) if source.path else None
+        if path is not None:
+            inputs[f"rows of prompts[{index}]"] = _hash_file(path)
+            values["prompts"][index]["path"] = None
+    for key in ("model", "reward"):
+        inputs[f"weights of {key}"] = model_identity(values[key])
+        values[key] = None
+    return inputs | _settings(values)
+
+
+def _settings(values: dict[str, Any]) -> dict[str, str]:
+    """Each value as JSON, and the version that reads them."""
+    entries = {key: json.dumps(value, ensure_ascii=False) for key, value in _flat(values, "")}
+    return entries | {"alignkit": ".".join(alignkit.__version__.split(".")[:2])}
 
 
 def model_identity(name: str, *, trust_remote_code: bool = False) -> str:

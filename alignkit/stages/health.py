@@ -118,6 +118,8 @@ class Health:
         said = []
         for band in BANDS:
             value = metrics.get(band.metric, math.nan)
+            if not math.isfinite(value):
+                continue
             fault = _fault(band, value)
             steps = self.outside.get(band.metric, 0)
             if fault is not None:

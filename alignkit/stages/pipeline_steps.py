@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignkit.errors import ModelError, RunError
+from alignkit.recipe.label import LABEL, LabelSpec
 from alignkit.recipe.pipeline import TRAINING, Step
 from alignkit.recipe.schema import FullSpec, Recipe
-from alignkit.stages.fingerprints import model_place, training_inputs
+from alignkit.runtime.progress import print_line
+from alignkit.stages.fingerprints import label_inputs, model_place, training_inputs
+from alignkit.stages.label import label_prompts
+from alignkit.stages.reward_models import require_reward_model
 from alignkit.stages.run import run_stage
-from alignkit.stages.run_folder import check_output
+from alignkit.stages.run_folder import check_output, write_text
 from alignkit.stages.session import RunOptions
 
 
@@ -97,7 +102,75 @@ def _numbers(summary: dict[str, Any]) -> dict[str, Any]:
     return {key: summary[key] for key in kept if key in summary}
 
 
+PAIRS, ABOUT = "pairs.jsonl", "label.json"
+"""What a label stage leaves: the pairs, and then what made them and when."""
+
+
+def _check_label(step: Step) -> None:
+    spec: LabelSpec = step.settings
+    folder = Path(spec.output)
+    if (folder.exists() and not folder.is_dir()) or (folder / "run.json").is_file():
+        what = "the folder of a run" if folder.is_dir() else "a file"
+        raise RunError(f"{folder} is {what}", hint="choose another output for the stage")
+    checks: dict[str, Callable[[str], Any]] = {"model": model_place, "reward": require_reward_model}
+    for key, check in checks.items():
+        if (key,) in step.references:
+            continue
+        try:
+            check(getattr(spec, key))
+        except ModelError as error:
+            where = step.document.place((key,))
+            raise ModelError(f"{where}: {key}: {error.message}", hint=error.hint) from None
+
+
+def _look_at_pairs(spec: LabelSpec) -> Found | None:
+    digest, found, about = hashlib.sha256(), [], b""
+    for name in (PAIRS, ABOUT):
+        path = Path(spec.output) / name
+        if path.is_file():
+            about = path.read_bytes()
+            digest.update(about)
+            found.append(name)
+    if not found:
+        return None
+    if found != [PAIRS, ABOUT]:
+        return Found(digest.hexdigest(), "incomplete", False, {})
+    try:
+        numbers = _label_numbers(json.loads(about)["summary"])
+    except (ValueError, KeyError, TypeError):  # a power cut: it is labelled anew
+        return Found(digest.hexdigest(), "unreadable", False, {})
+    return Found(digest.hexdigest(), "finished", False, numbers)
+
+
+def _label(spec: LabelSpec, options: RunOptions) -> dict[str, Any]:
+    folder = Path(spec.output)
+    about = folder / ABOUT
+    about.unlink(missing_ok=True)  # its pairs count only once it stands there
+    (folder / PAIRS).unlink(missing_ok=True)
+
+    def say(text: str) -> None:
+        if not options.quiet:
+            print_line(text)
+
+    summary = label_prompts(spec, folder / PAIRS, say)
+    for line in summary.lines():
+        say(line)
+    content = {
+        "settings": json.loads(spec.model_dump_json()),
+        "summary": summary.to_json(),
+        "finished": time.time(),  # also tells two runs with the same pairs apart
+    }
+    write_text(about, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return _label_numbers(summary.to_json())
+
+
+def _label_numbers(summary: dict[str, Any]) -> dict[str, Any]:
+    kept = ("pairs", "prompts", "cut_off", "rewards/mean", "rewards/best", "rewards/worst")
+    return {key: summary[key] for key in kept}
+
+
 RUNNERS: dict[str, Runner] = {
-    TRAINING: Runner(_check_training, training_inputs, _look_at_run, _train)
+    TRAINING: Runner(_check_training, training_inputs, _look_at_run, _train),
+    LABEL: Runner(_check_label, label_inputs, _look_at_pairs, _label),
 }
 """Kind of stage, as in `alignkit.recipe.pipeline.READERS` -> how it is run."""

@@ -90,7 +90,7 @@ def run_ppo(recipe: PpoRecipe, options: RunOptions) -> RunSummary | None:
             train=partial(take_step, run),
             evaluate=partial(evaluate_policy, run),
             save=partial(save_ppo, run),
-            halt=partial(run.guard.verdict, run.kl),
+            halt=lambda: run.guard.verdict(run.kl),
         )
         run_loop(run, parts, first_step)
         session.say(f"health: {run.health.summary(run.last)}")

@@ -25,6 +25,9 @@ ANSWERS = 64
 REHEARSAL = 13
 """First number of the rehearsal's seed."""
 
+DRIFT = {"float32": 1e-3, "bfloat16": 0.1}
+"""Largest mean difference of log-probs between two correct passes, one with a cache, in nats."""
+
 SAME = 1e-4
 """Largest log-ratio, in nats, of two passes that should be one."""
 
@@ -57,11 +60,13 @@ def rehearse(run: PpoRun, first_step: int) -> None:
             kl, "the policy differs from the reference before it is trained", "other weights"
         )
         line += f", KL 0 (largest difference {kl:.1g})"
-    drift = _largest(_sampled_logprobs(rollouts, scored) - scored.policy)
+    drift = (_sampled_logprobs(rollouts, scored) - scored.policy)[scored.mask].abs()
+    _check_drift(float(drift.mean()), run.recipe.model.dtype)
     check_gradients(run, rollouts, scored, groups)
     run.progress.say(
         f"before step {first_step + 1}: {line}, only the policy and the value model get gradients, "
-        f"sampling and scoring agree to {drift:.2g} nats"
+        f"sampling and scoring agree to {float(drift.mean()):.1g} nats a token (at most "
+        f"{float(drift.max()):.1g})"
     )
     if first_step == 0:
         _say_reference_rewards(run)
@@ -76,6 +81,16 @@ def _must_vanish(found: float, what: str, why: str) -> None:
         raise TrainingError(
             f"{what}: by up to {found:.3g} nats at a token",
             hint=f"{why}; set model.attention=sdpa, or report it",
+        )
+
+
+def _check_drift(mean: float, dtype: str) -> None:
+    """Rounding apart, the engine must sample from the distribution that is scored."""
+    if not mean <= DRIFT[dtype]:
+        raise TrainingError(
+            f"sampling and scoring differ by {mean:.3g} nats a token, more than rounding to "
+            f"{dtype} explains",
+            hint="the model's logits are transformed in a way that alignkit does not know",
         )
 
 

@@ -260,6 +260,7 @@ def _rollout_metrics(
     sums = [value.double().sum() for value in per_response.values()]
     counts = [torch.tensor(float(x), dtype=torch.float64) for x in (len(found), reads)]
     totals = run.share.reduce(torch.stack([*sums, *counts])).tolist()
+    columns = _of_all_processes(run.share, torch.stack([scored.values[mask], returns[mask]], 1))
     *means, count, read = totals
     named = {name: total / count for name, total in zip(per_response, means, strict=True)}
     spread = max(named.pop("squares") - named["reward"] ** 2, 0.0) ** 0.5
@@ -267,11 +268,23 @@ def _rollout_metrics(
         **named,
         "reward_std": spread,
         "kl_coef": run.kl_coef,
-        "explained_variance": explained_variance(scored.values[mask], returns[mask]),
+        "explained_variance": explained_variance(*columns.unbind(1)),
         "distinct_2": distinct_pairs([text for r in rollouts for text in r.texts]),
         "responses": count,
         "tokens": read,
     }
+
+
+def _of_all_processes(share: Share, rows: torch.Tensor) -> torch.Tensor:
+    """`[N, C]` rows of every process, those of the first one first."""
+    if share.world == 1:
+        return rows
+    counts = torch.zeros(share.world, dtype=torch.float64)
+    counts[share.rank] = len(rows)
+    ends = share.reduce(counts).cumsum(0).long().tolist()
+    whole = torch.zeros(ends[-1], rows.shape[1], dtype=torch.float64)
+    whole[ends[share.rank] - len(rows) : ends[share.rank]] = rows.double()
+    return share.reduce(whole)
 
 
 def _after(

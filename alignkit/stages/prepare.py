@@ -163,6 +163,12 @@ def load_prompt_rows(recipe: PpoRecipe) -> PromptRows:
 def row_settings(recipe: Recipe) -> TokenizeSettings:
     """How the recipe's rows become tokens."""
     data = recipe.data
+    if recipe.stage not in ROW_KINDS:
+        raise AlignkitError(
+            f"the rows of a {recipe.stage} run are prompts without answers",
+            hint="name a file of answers or pairs with --data; what its answers earn on held-out "
+            "prompts is in metrics.jsonl",
+        )
     train_on = data.train_on if isinstance(data, SftDataSpec) else "completions"
     return TokenizeSettings(data.max_length, data.too_long, train_on, ROW_KINDS[recipe.stage])
 

@@ -15,6 +15,7 @@ from alignkit.models.loading import BaseModel, find_base, is_classifier, load_to
 from alignkit.models.opening import adapter_in, base_of_adapter
 from alignkit.models.reward_head import RewardStatistics, read_head, read_statistics
 from alignkit.recipe.rewards import ModelReward
+from alignkit.stages.fingerprints import model_place
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,33 @@ def find_reward_model(
             f"reward.model {name} is no reward model: it has no scalar head",
             hint="name a run of the reward stage, its adapter/ or its merged/",
         )
-    _check_tokens(name, load_tokenizer(place), tokenizer)
+    check_tokens(name, load_tokenizer(place), tokenizer)
     folder = Path(place.location)
     return _checked(RewardModel(spec, folder, False, read_statistics(folder)))
+
+
+def require_reward_model(name: str) -> BaseModel:
+    """Where a reward model that stands alone has its tokenizer.
+
+    Args:
+        name: run of the reward stage, its adapter or its merged model.
+
+    Raises:
+        ModelError: there is no such model, or it has no scalar head.
+    """
+    if not Path(name).expanduser().exists():
+        raise ModelError(
+            f"there is no reward model {name!r}",
+            hint="name a run of the reward stage; `alignkit reward RECIPE` trains one",
+        )
+    adapter, place = adapter_in(name), model_place(name)
+    if not is_classifier(place) and not (adapter is not None and has_head(adapter)):
+        raise ModelError(
+            f"{name} is no reward model: it has no scalar head",
+            hint="name a run of the reward stage, its adapter/ or its merged/",
+        )
+    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    return BaseModel(str(adapter)) if own else place
 
 
 def _over_adapter(
@@ -105,8 +130,17 @@ def _over_adapter(
     return None
 
 
-def _check_tokens(name: str, theirs: Any, ours: Any) -> None:
-    """The same text must be the same ids; further tokens, such as padding, do no harm."""
+def check_tokens(name: str, theirs: Any, ours: Any) -> None:
+    """The same text must be the same ids; further tokens, such as padding, do no harm.
+
+    Args:
+        name: of the reward model.
+        theirs: its tokenizer.
+        ours: of the model that answers.
+
+    Raises:
+        ModelError: a token has another id, or is unknown to the reward model.
+    """
     known = theirs.get_vocab()
     odd = next((token for token, i in ours.get_vocab().items() if known.get(token) != i), None)
     if odd is not None:

@@ -189,17 +189,18 @@ def _apart(
     session: Session, recipe: PpoRecipe, rows: PromptRows, plan: Plan, found: Sequence[RewardModel]
 ) -> Roles:
     """All weights are trained: every part is a model."""
-    device, dtype = session.accelerator.device, DTYPES[recipe.model.dtype]
+    device = session.accelerator.device
 
-    def load(stored: torch.dtype) -> Any:
-        return load_model(rows.base, stored, device, "none")
+    def load() -> Any:
+        return load_model(rows.base, torch.float32, device, "none")
 
-    model = load(torch.float32).requires_grad_(True)
-    frozen = load(dtype).requires_grad_(False)
+    model = load().requires_grad_(True)
+    # As wide as the policy: narrower weights would round its every sum otherwise.
+    frozen = load().requires_grad_(False)
     own_value, source = recipe.value.kind != "head", _starts_from_reward(recipe, found)
     second = None
     if own_value:
-        second = load(torch.float32) if source is None else _open(session, source, torch.float32)
+        second = load() if source is None else _open(session, source, torch.float32)
         second.requires_grad_(True)
         freeze_unused_head(second)
     if plan.gradient_checkpointing:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from alignkit.recipe.plan import Plan
 from alignkit.recipe.schema import DpoRecipe, KtoRecipe, PpoRecipe, Recipe, RewardRecipe
 from alignkit.stages.kto import run_kto
 from alignkit.stages.outputs import RunSummary
-from alignkit.stages.ppo import run_ppo
+from alignkit.stages.ppo import prepare_ppo, run_ppo
 from alignkit.stages.preference import run_preference
+from alignkit.stages.prepare import AnyRows, load_rows, plan_run
 from alignkit.stages.reward import run_reward
 from alignkit.stages.session import RunOptions
 from alignkit.stages.sft import run_sft
+
+
+def plan_stage(recipe: Recipe, processes: int) -> tuple[AnyRows, Plan]:
+    """Rows and plan of any recipe, without weights.
+
+    Args:
+        recipe: with its defaults.
+        processes: training processes.
+    """
+    if isinstance(recipe, PpoRecipe):
+        made = prepare_ppo(recipe, processes)
+        return made.rows, made.plan
+    rows = load_rows(recipe)
+    return rows, plan_run(recipe, rows, processes)
 
 
 def run_stage(recipe: Recipe, options: RunOptions) -> RunSummary | None:

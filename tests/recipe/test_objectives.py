@@ -52,7 +52,8 @@ def load(stage: str, *lines: str, overrides: tuple[str, ...] = ()) -> LoadedReci
     """A recipe whose own lines begin with line 5."""
     head = (f"stage: {stage}", "output: runs/x", "model: {base: some/model}")
     data = "data: {train: [{path: rows.jsonl}]}"
-    Path("r.yaml").write_text("\n".join([*head, data, *lines]) + "\n", encoding="utf-8")
+    more = ["reward: {rule: json}"] if stage == "ppo" else []
+    Path("r.yaml").write_text("\n".join([*head, data, *lines, *more]) + "\n", encoding="utf-8")
     return load_recipe("r.yaml", list(overrides))
 
 
@@ -341,7 +342,9 @@ FIELDS = ("stage", "output", "seed", "model", "adapter", "data", "objective", "t
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_fields_of_every_stage_in_their_order(stage: str) -> None:
-    more = ("reference",) if stage in ("dpo", "kto") else ()
+    more: tuple[str, ...] = ("reference",) if stage in ("dpo", "kto") else ()
+    if stage == "ppo":
+        more = ("reward", "rollout", "value", "guard")
     assert tuple(STAGES[stage].model_fields) == (*FIELDS, *more)
 
 

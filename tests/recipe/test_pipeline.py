@@ -344,5 +344,10 @@ def test_shipped_pipelines_load(name: str) -> None:
     assert name not in shipped_recipes()
     for step in found.steps:
         assert Path(step.output) == Path(found.output) / step.name
-        for source in step.settings.data.train:
-            assert not Path(source.path).is_absolute()
+        made = {key[:-1] for key in step.references}
+        label = step.kind == "label"
+        key = ("prompts",) if label else ("data", "train")
+        for number, source in enumerate(
+            step.settings.prompts if label else step.settings.data.train
+        ):
+            assert (*key, number) in made or not Path(source.path).is_absolute()

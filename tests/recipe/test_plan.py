@@ -46,6 +46,7 @@ def recipe(stage: str, **fields: Any) -> Recipe:
         "output": "runs/x",
         "model": {"base": "some/model"},
         "data": {"train": [{"path": "rows.jsonl"}]},
+        **({"reward": {"rule": "json"}} if stage == "ppo" else {}),
         **fields,
     }
     return with_defaults(STAGES[stage].model_validate_json(json.dumps(values)))

@@ -1,0 +1,117 @@
+"""`--best-of` of `alignkit generate`: several answers to each prompt, and the one that is best."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.text import Text
+
+from alignkit.cli.output import print_json, say, stdout
+from alignkit.errors import AlignkitError
+
+
+def check_best_of(
+    best_of: int | None, reward: str | None, against: str | None, settings: Any
+) -> None:
+    """Refuse what best-of-n would ignore.
+
+    Args:
+        best_of: number of answers.
+        reward: the reward model.
+        against: a second model.
+        settings: decoding.
+
+    Raises:
+        AlignkitError: options that do not go together.
+    """
+    if best_of is None or reward is None:
+        raise AlignkitError(
+            "--best-of and --reward go together",
+            hint="as in --best-of 8 --reward runs/reward",
+        )
+    if against is not None:
+        raise AlignkitError(
+            "--best-of and --against exclude each other", hint="generate with one model at a time"
+        )
+    if settings.temperature == 0:
+        raise AlignkitError(
+            "--best-of needs a temperature above 0: at 0 all answers are the same",
+            hint="leave --temperature out; it is 1 then",
+        )
+    for name, plain in (("top_p", 1.0), ("top_k", 0), ("repetition_penalty", 1.0)):
+        if getattr(settings, name) != plain:
+            raise AlignkitError(
+                f"--{name.replace('_', '-')} is not available with --best-of: its answers are "
+                "drawn from the model's whole distribution",
+                hint="leave it out; a lower --temperature narrows the distribution",
+            )
+
+
+def answer_best(
+    model: str,
+    reward: str,
+    turns: list[list[dict[str, str]]],
+    samples: int,
+    settings: Any,
+    dtype: str,
+    base: str | None,
+) -> Any:
+    """The answers to each prompt with their rewards.
+
+    Args:
+        model: who answers.
+        reward: who judges.
+        turns: of each prompt.
+        samples: answers to each.
+        settings: decoding.
+        dtype: of both models.
+        base: of an adapter that names another.
+    """
+    from alignkit.stages.candidates import (
+        SampleSettings,
+        best_of,
+        judge_answers,
+        open_answering,
+    )
+
+    sampling = SampleSettings(
+        samples, settings.max_new_tokens, settings.temperature, settings.seed, dtype
+    )
+    opened = open_answering(model, reward, dtype, base)
+    rollouts = best_of(opened, turns, sampling, say)
+    del opened  # the reward model takes its place in memory
+    return judge_answers(rollouts, reward, dtype, say)
+
+
+def print_best(found: Any, prompts: list[str], as_json: bool) -> None:
+    """The best answer to each prompt; as JSON all of them.
+
+    Args:
+        found: the answers to each prompt with their rewards.
+        prompts: as they were given.
+        as_json: one document instead of text.
+    """
+    rows = []
+    for number, (prompt, answers) in enumerate(zip(prompts, found, strict=True)):
+        rewards = [answer.reward for answer in answers]
+        chosen = rewards.index(max(rewards))
+        candidates = [
+            {"answer": a.text, "reward": a.reward, "tokens": a.tokens, "finish": a.finish}
+            for a in answers
+        ]
+        rows.append({"prompt": prompt, "chosen": chosen, **candidates[chosen]})
+        rows[-1]["candidates"] = candidates
+        if as_json:
+            continue
+        if len(prompts) > 1:
+            stdout.print(Text(f"> {prompt}", style="bold"))
+        stdout.print(Text(answers[chosen].text))
+        mean = sum(rewards) / len(rewards)
+        say(
+            f"reward {max(rewards):.4f}, the best of {len(rewards)}: mean {mean:.4f}, worst "
+            f"{min(rewards):.4f}"
+        )
+        if number < len(prompts) - 1:
+            stdout.print()
+    if as_json:
+        print_json(rows)
