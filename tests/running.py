@@ -93,6 +93,22 @@ def make_labelled(count: int = 16, seed: int = 0, *, evident: bool = False) -> l
     ]
 
 
+def make_prompts(count: int = 12, seed: int = 0) -> list[dict[str, Any]]:
+    """Questions of different lengths, some behind a system message."""
+    rng = random.Random(seed)
+
+    def text() -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(2, 10)))
+
+    rows = []
+    for number in range(count):
+        prompt = [{"role": "user", "content": text()}]
+        if number % 4 == 1:
+            prompt = [{"role": "system", "content": text()}, *prompt]
+        rows.append({"prompt": prompt})
+    return rows
+
+
 def write_rows(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -131,6 +147,22 @@ def make_preference_recipe(folder: Path, base: Path, stage: str, **overrides: An
     return make_recipe(folder, base, **{"stage": stage, "merge": False, **overrides})
 
 
+def make_ppo_recipe(folder: Path, base: Path, **overrides: Any) -> Path:
+    """A recipe of PPO beside its prompts: short responses that earn 1 with an `e` in them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "rows.jsonl").exists():
+        write_rows(folder / "rows.jsonl", make_prompts())
+    fields: dict[str, Any] = {
+        "stage": "ppo",
+        "reward": {"rule": "regex", "pattern": "e"},
+        "rollout": {"prompts_per_step": 4, "max_new_tokens": 6},
+        "objective": {},
+        "training": {"max_steps": 4, "learning_rate": 2e-3, "warmup": 0},
+        "merge": False,
+    }
+    return make_recipe(folder, base, **{**fields, **overrides})
+
+
 def train(recipe: Path, *overrides: str, resume: bool = False) -> RunSummary:
     """Run a recipe of any stage in this process."""
     loaded = load_recipe(str(recipe), list(overrides))
@@ -160,6 +192,6 @@ def furthest(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> floa
 
 def without_times(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock or the memory decides."""
-    clock = ("step_seconds", "tokens_per_second", "memory_gb")
+    clock = ("step_seconds", "sampling_seconds", "tokens_per_second", "memory_gb")
     lines = read_metrics(run / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]

@@ -172,6 +172,11 @@ def cached_attention(
     return output.unflatten(2, (groups, new)).flatten(1, 2).transpose(1, 2), None
 
 
+def whole_mask(*args: Any, **options: Any) -> torch.Tensor | None:
+    """transformers' mask, made even where every row is full and a causal flag would do."""
+    return sdpa_mask(*args, **{**options, "allow_is_causal_skip": False})
+
+
 @contextlib.contextmanager
 def cached_forward(inner: Any) -> Iterator[None]:
     """The model attends over a cache for the length of the block.
@@ -191,4 +196,4 @@ def cached_forward(inner: Any) -> Iterator[None]:
 
 
 AttentionInterface.register(CACHED, cached_attention)
-AttentionMaskInterface.register(CACHED, sdpa_mask)
+AttentionMaskInterface.register(CACHED, whole_mask)

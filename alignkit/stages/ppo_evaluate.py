@@ -23,8 +23,8 @@ def evaluate_policy(run: PpoRun, step: int) -> tuple[dict[str, float], str] | No
 
     Returns:
         `reward` with its 95% interval, `kl/k1`, `response_length` and `eos_rate`; after training
-        also `reward_gain`, the mean difference to the first evaluation prompt by prompt; and all
-        of it in one line. None without held-out prompts.
+        in one process also `reward_gain`, the mean difference to the first evaluation prompt by
+        prompt; and all of it in one line. None without held-out prompts.
     """
     held_out, share = run.rows.held_out, run.share
     if held_out is None:
@@ -61,8 +61,11 @@ def evaluate_policy(run: PpoRun, step: int) -> tuple[dict[str, float], str] | No
 
 
 def _gain(run: PpoRun, step: int) -> dict[str, float]:
-    """Difference to the first evaluation, prompt by prompt; what this process has sampled."""
-    if step == 0 or run.samples is None:
+    """Difference to the first evaluation, prompt by prompt.
+
+    None where several processes share the prompts: the file holds those of the first alone.
+    """
+    if step == 0 or run.samples is None or run.share.world > 1:
         return {}
     before = read_rewards(run.samples.path, 0, "held_out")
     after = read_rewards(run.samples.path, step, "held_out")

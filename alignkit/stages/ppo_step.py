@@ -14,14 +14,13 @@ import torch
 
 from alignkit.data.packing import step_items
 from alignkit.data.prompts import PromptSet
-from alignkit.errors import TrainingError
 from alignkit.evaluation.columns import Share
 from alignkit.objectives.kl import adapt_kl_coef, k1, k3
 from alignkit.objectives.ppo import advantages, explained_variance, moments, token_rewards, whiten
-from alignkit.recipe.ppo import GuardSpec
 from alignkit.recipe.schema import PpoRecipe
 from alignkit.runtime.devices import peak_memory
 from alignkit.runtime.optim import learning_rate_at, set_learning_rate
+from alignkit.stages.guard import GUARD_FACTOR, Guard
 from alignkit.stages.health import Health, distinct_pairs
 from alignkit.stages.loop import Loop
 from alignkit.stages.ppo_update import Batch, group_rollouts, split_minibatches
@@ -32,40 +31,8 @@ from alignkit.stages.samples import SamplesFile
 TRAIN, HELD_OUT = 11, 12
 """First numbers of the seeds of responses."""
 
-GUARD_FACTOR = 1.5
-"""By which the guard raises the price of KL."""
-
 SHOWN = 8
 """Responses of a step that samples.jsonl keeps."""
-
-
-@dataclass(frozen=True)
-class Guard:
-    """Acts when the policy has moved too far.
-
-    Args:
-        spec: limit and action.
-    """
-
-    spec: GuardSpec
-
-    def verdict(self, kl: Sequence[float]) -> TrainingError | None:
-        """The error that ends the run; None lets it go on.
-
-        Args:
-            kl: KL of a response in the last step, if there was one.
-        """
-        if self.spec.action != "stop" or not kl or not self.exceeded(kl[-1]):
-            return None
-        return TrainingError(
-            f"the guard stopped the run: the KL of a response is {kl[-1]:.3g} nats, above "
-            f"guard.max_kl = {self.spec.max_kl:g}; a checkpoint was saved",
-            hint="start anew with a higher objective.kl_coef or a lower learning rate",
-        )
-
-    def exceeded(self, kl: float) -> bool:
-        """Whether a KL is above the limit."""
-        return self.spec.max_kl is not None and kl > self.spec.max_kl
 
 
 @dataclass

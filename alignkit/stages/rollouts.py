@@ -203,9 +203,12 @@ def score_rollouts(
 
     Args:
         roles: who scores.
-        rollouts: of this process, at least one.
+        rollouts: of this process; none where a short step leaves it nothing.
         groups: rollouts of each pass; the same as in training, so that the ratio starts at 1.
     """
+    if not rollouts:
+        nothing = torch.zeros(0, 1)
+        return Scored(nothing, nothing, nothing, nothing.bool())
     lengths = [[len(c.ids) for c in rollout.continuations] for rollout in rollouts]
     rows: dict[int, list[torch.Tensor]] = {}
     for group in groups:
