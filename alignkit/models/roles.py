@@ -161,6 +161,20 @@ def train_only(model: nn.Module, names: set[str]) -> None:
                     part[name].requires_grad_(True)
 
 
+def freeze_head_adapter(model: Any, name: str) -> None:
+    """Leave an adapter's part of the vocabulary head untrained: a value model never uses it.
+
+    Args:
+        model: carries the adapter.
+        name: of the adapter.
+    """
+    head = model.get_base_model().get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        for part, weight in head.named_parameters():
+            if f".{name}." in part:
+                weight.requires_grad_(False)
+
+
 def adapter_parameters(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
     """Name and weight of everything that belongs to one adapter, sorted by name."""
     return sorted((n, p) for n, p in model.named_parameters() if f".{name}." in n)

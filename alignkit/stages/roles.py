@@ -20,6 +20,7 @@ from alignkit.models.roles import (
     Role,
     add_adapter,
     add_stored_adapter,
+    freeze_head_adapter,
     recompute_as_run,
     train_only,
 )
@@ -159,6 +160,7 @@ def _over_one_base(
         if reward.shared:
             add_stored_adapter(model, f"reward{number}", reward.folder)
     train_only(model, {POLICY, VALUE} if own_value else {POLICY})
+    freeze_head_adapter(model, VALUE)
     if plan.gradient_checkpointing:
         options = {"use_reentrant": False, "context_fn": recompute_as_run(model)}
         model.gradient_checkpointing_enable(options)

@@ -73,7 +73,11 @@ def test_the_first_step_of_adam_in_closed_form() -> None:
 def test_frozen_weights_stay_out() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     model[0].requires_grad_(False)
-    held = [p for group in build_optimizer(model.named_parameters(), 1e-3, 0.0).param_groups for p in group["params"]]
+    held = [
+        p
+        for group in build_optimizer(model.named_parameters(), 1e-3, 0.0).param_groups
+        for p in group["params"]
+    ]
     assert {id(p) for p in held} == {id(p) for p in model[1].parameters()}
 
 
