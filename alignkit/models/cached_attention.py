@@ -119,6 +119,7 @@ def keep_rows(cache: Cache, rows: torch.Tensor) -> None:
     """Keep these rows of every layer."""
     for layer in cache.layers:
         layer.keep(rows)
+        layer.store.buffer = None
 
 
 def cached_attention(

@@ -161,6 +161,20 @@ def train_only(model: nn.Module, names: set[str]) -> None:
                     part[name].requires_grad_(True)
 
 
+def remove_dropout(model: nn.Module) -> None:
+    """Turn off what a model's own configuration drops: a ratio of two passes would not be 1.
+
+    Args:
+        model: changed in place.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def freeze_head_adapter(model: Any, name: str) -> None:
     """Leave an adapter's part of the vocabulary head untrained: a value model never uses it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from alignkit.errors import ModelError
-from alignkit.models.scorer import PaddedScorer, Reading, Scorer, TokenScorer, causal_model
+from alignkit.models.scorer import PaddedScorer, Scorer, TokenScorer, causal_model
 from alignkit.packed import PackedBatch, Segment
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
@@ -23,26 +24,52 @@ MEAN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01
 """The same for the mean absolute difference."""
 
 
-def build_scorer(
-    model: Any,
-    dtype: torch.dtype,
-    attention: str,
-    say: Callable[[str], None],
-    head: nn.Linear | None = None,
-    *,
-    reading: Reading = "ends",
-    temperature: float = 1.0,
-) -> Scorer:
-    """The scorer that the recipe asks for, checked.
+def scorer_factory(
+    model: Any, dtype: torch.dtype, attention: str, say: Callable[[str], None]
+) -> Callable[..., Scorer]:
+    """The kind of scorer that the recipe asks for, checked once for any number of them.
 
     Args:
         model: causal language model, adapters attached.
         dtype: compute precision.
         attention: `auto`, `packed`, or an implementation of transformers for padded batches.
         say: told in one sentence when the packed path cannot be used.
-        head: scalar head of a reward or value model; None scores tokens.
-        reading: where the head reads.
-        temperature: divides the logits.
+
+    Returns:
+        A function from a head (or None) and a scorer's options to the scorer.
+
+    Raises:
+        ModelError: `packed` was demanded and does not agree with the model.
+    """
+    if attention not in ("auto", "packed"):
+        return partial(PaddedScorer, model, dtype, attention=attention)
+    fault = packed_fault(model, dtype)
+    if fault is None:
+        return partial(TokenScorer, model, dtype)
+    if attention == "packed":
+        raise ModelError(
+            f"packed rows do not reproduce this model: {fault}",
+            hint="set model.attention to auto to train on padded rows instead",
+        )
+    say(f"packed rows do not reproduce this model ({fault}): training on padded rows, slower")
+    return partial(PaddedScorer, model, dtype)
+
+
+def build_scorer(
+    model: Any,
+    dtype: torch.dtype,
+    attention: str,
+    say: Callable[[str], None],
+    head: nn.Linear | None = None,
+) -> Scorer:
+    """One scorer of the kind that the recipe asks for.
+
+    Args:
+        model: causal language model, adapters attached.
+        dtype: compute precision.
+        attention: see `scorer_factory`.
+        say: told in one sentence when the packed path cannot be used.
+        head: scalar head of a reward model; None scores tokens.
 
     Returns:
         A `TokenScorer`, or a `PaddedScorer` where asked for or necessary.
@@ -50,19 +77,7 @@ def build_scorer(
     Raises:
         ModelError: `packed` was demanded and does not agree with the model.
     """
-    how: dict[str, Any] = {"reading": reading, "temperature": temperature}
-    if attention not in ("auto", "packed"):
-        return PaddedScorer(model, dtype, head, attention=attention, **how)
-    fault = packed_fault(model, dtype)
-    if fault is None:
-        return TokenScorer(model, dtype, head, **how)
-    if attention == "packed":
-        raise ModelError(
-            f"packed rows do not reproduce this model: {fault}",
-            hint="set model.attention to auto to train on padded rows instead",
-        )
-    say(f"packed rows do not reproduce this model ({fault}): training on padded rows, slower")
-    return PaddedScorer(model, dtype, head, **how)
+    return scorer_factory(model, dtype, attention, say)(head)
 
 
 def packed_fault(model: Any, dtype: torch.dtype) -> str | None:

@@ -196,6 +196,17 @@ class PpoRecipe(BaseRecipe):
             raise ValueError("has dtype = float16, whose loss scaling ppo has not: use bfloat16")
         return value
 
+    @field_validator("rollout")
+    @classmethod
+    def _enough_prompts(cls, value: RolloutSpec, info: ValidationInfo) -> RolloutSpec:
+        objective = info.data.get("objective")
+        if objective is not None and objective.minibatches > value.prompts_per_step:
+            raise ValueError(
+                f"has prompts_per_step = {value.prompts_per_step}, fewer than "
+                f"objective.minibatches = {objective.minibatches}"
+            )
+        return value
+
     @field_validator("adapter")
     @classmethod
     def _no_dropout(cls, value: AdapterSpec) -> AdapterSpec:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from alignkit.models.loading import BaseModel, find_base
 from alignkit.models.opening import adapter_in, base_of_adapter
 from alignkit.recipe.assets import find_path
 from alignkit.recipe.label import LabelSpec
-from alignkit.recipe.rewards import FunctionReward, ModelReward
+from alignkit.recipe.rewards import FunctionReward, ModelReward, RewardSource
 from alignkit.recipe.schema import Recipe, as_dict
 
 _BLOCK = 1 << 20
@@ -57,15 +57,30 @@ def training_inputs(recipe: Recipe) -> dict[str, str]:
         values["model"]["chat_template"] = None
     for index, reward in enumerate(getattr(recipe, "reward", ())):
         if isinstance(reward, ModelReward):
-            inputs[f"reward model {index + 1}"] = model_identity(reward.model)
             values["reward"][index]["model"] = None
+        if isinstance(reward, FunctionReward) and find_path(reward.function.rpartition(":")[0]):
+            values["reward"][index]["function"] = reward.function.rpartition(":")[2]
+    return inputs | reward_inputs(getattr(recipe, "reward", ())) | _settings(values)
+
+
+def reward_inputs(rewards: Sequence[RewardSource]) -> dict[str, str]:
+    """Hashes of the reward models and of the files of reward functions.
+
+    Args:
+        rewards: of a recipe.
+
+    Returns:
+        `reward model 1` and so on -> hash.
+    """
+    inputs = {}
+    for index, reward in enumerate(rewards):
+        if isinstance(reward, ModelReward):
+            inputs[f"reward model {index + 1}"] = model_identity(reward.model)
         if isinstance(reward, FunctionReward):
-            file, _, name = reward.function.rpartition(":")
-            path = find_path(file)
+            path = find_path(reward.function.rpartition(":")[0])
             if path is not None:
                 inputs[f"reward function {index + 1}"] = _hash_file(path)
-                values["reward"][index]["function"] = name
-    return inputs | _settings(values)
+    return inputs
 
 
 def label_inputs(spec: LabelSpec) -> dict[str, str]:

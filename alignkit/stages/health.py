@@ -104,10 +104,14 @@ BANDS = (
 
 
 class Health:
-    """Watches the bands over the steps of a run."""
+    """Watches the bands over the steps of a run.
 
-    def __init__(self) -> None:
-        self.outside: dict[str, int] = {}
+    Args:
+        outside: steps that each metric has been outside its band, of a run that is resumed.
+    """
+
+    def __init__(self, outside: dict[str, int] | None = None) -> None:
+        self.outside = dict(outside or {})
 
     def look(self, metrics: dict[str, float]) -> list[str]:
         """What is worth saying after a step: a metric that has left its band, or come back.

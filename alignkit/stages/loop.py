@@ -90,7 +90,7 @@ def run_loop(loop: Loop, parts: Parts, first_step: int) -> None:
         saved = first_step
         for step in range(first_step, steps):
             try:
-                metrics = parts.train(step)
+                metrics = _within_memory(parts.train, step)
             except RewardError:
                 if step > saved:
                     parts.save(step)
@@ -102,7 +102,11 @@ def run_loop(loop: Loop, parts: Parts, first_step: int) -> None:
             loop.progress.step(done, metrics)
             stopped, halted = _any_process(loop.accelerator, stop), parts.halt()
             if done == steps or (training.eval_every and done % training.eval_every == 0):
-                _evaluate(loop, parts, done)
+                try:
+                    _evaluate(loop, parts, done)
+                except RewardError:
+                    parts.save(done)
+                    raise
             if done % training.save_every == 0 or done == steps or stopped or halted:
                 parts.save(done)
                 saved = done
@@ -113,6 +117,19 @@ def run_loop(loop: Loop, parts: Parts, first_step: int) -> None:
                     f"stopped after step {done} of {steps}; a checkpoint was saved",
                     hint="continue with --resume",
                 )
+
+
+def _within_memory(train: Callable[[int], dict[str, float]], step: int) -> dict[str, float]:
+    try:
+        return train(step)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error).lower():
+            raise
+        raise TrainingError(
+            f"step {step + 1} does not fit the memory",
+            hint="lower training.microbatch_tokens or data.max_length, or set "
+            "training.gradient_checkpointing=true",
+        ) from error
 
 
 def _evaluate(loop: Loop, parts: Parts, step: int) -> None:

@@ -85,7 +85,7 @@ def _write_models(
 ) -> MergeReport | ClassifierReport | None:
     recipe, output = session.recipe, session.output
     scorer = session.accelerator.unwrap_model(run.scorer)
-    model, head = scorer.model, scorer.head
+    model, head = scorer.model, run.written_head
     settings: dict[str, Any] = {
         "rows": rows.checks,
         "dtype": stored_dtype(rows.base),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from alignkit.errors import ModelError
 from alignkit.generation.rewards import build_score
 from alignkit.generation.rollout import RolloutSettings, TransformersEngine
 from alignkit.models.adapters import save_adapter
@@ -17,6 +18,7 @@ from alignkit.recipe.plan import Plan
 from alignkit.recipe.rewards import ModelReward, reward_name
 from alignkit.recipe.schema import FullSpec, LoraSpec, PpoRecipe
 from alignkit.runtime.optim import Optimizers, build_optimizer
+from alignkit.stages.fingerprints import reward_inputs
 from alignkit.stages.health import Health
 from alignkit.stages.loop import Loop, Parts, run_loop, save_state, share_of
 from alignkit.stages.outputs import RunSummary, finish_run
@@ -26,7 +28,13 @@ from alignkit.stages.ppo_step import PpoRun, take_step
 from alignkit.stages.ppo_update import Updater
 from alignkit.stages.prepare import PromptRows, load_prompt_rows, plan_ppo
 from alignkit.stages.reward_models import RewardModel, find_reward_model
-from alignkit.stages.roles import VALUE, Roles, build_roles, describe_roles
+from alignkit.stages.roles import (
+    VALUE,
+    Roles,
+    build_roles,
+    describe_roles,
+    starts_from_reward,
+)
 from alignkit.stages.rollouts import Judge, RewardPart
 from alignkit.stages.samples import SamplesFile
 from alignkit.stages.session import RunOptions, Session
@@ -64,8 +72,15 @@ def prepare_ppo(recipe: PpoRecipe, processes: int) -> Prepared:
         for spec in recipe.reward
         if isinstance(spec, ModelReward)
     ]
+    if recipe.value.init == "reward" and starts_from_reward(recipe, found) is None:
+        raise ModelError(
+            "value.init = reward, and no reward model can be the value model's start: it must be "
+            "an adapter over the policy's base, or with all weights trained a model of its own",
+            hint="set value.init=auto",
+        )
     alone = sum(not model.shared for model in found)
     roles = describe_roles(recipe, found)
+    rows = replace(rows, rewards=reward_inputs(recipe.reward))
     return Prepared(
         rows, found, plan_ppo(recipe, rows, processes, reward_models=alone, roles=roles)
     )
@@ -85,6 +100,7 @@ def run_ppo(recipe: PpoRecipe, options: RunOptions) -> RunSummary | None:
     judge = build_judge(session, recipe, plan, roles)
     with session.running(rows, plan):
         run, first_step = start_ppo(session, recipe, rows, plan, roles, judge)
+        del roles, judge  # the run alone holds the weights, so that merging can let them go
         parts = Parts(
             rehearse=partial(rehearse, run, first_step),
             train=partial(take_step, run),
@@ -93,7 +109,8 @@ def run_ppo(recipe: PpoRecipe, options: RunOptions) -> RunSummary | None:
             halt=lambda: run.guard.verdict(run.kl),
         )
         run_loop(run, parts, first_step)
-        session.say(f"health: {run.health.summary(run.last)}")
+        if run.last:
+            session.say(f"health: {run.health.summary(run.last)}")
         save_value(session, run)
         return finish_run(session, run.let_go(), rows)
 
@@ -119,7 +136,7 @@ def build_judge(session: Session, recipe: PpoRecipe, plan: Plan, roles: Roles) -
         number = names.count(name)
         name = name if number == 1 else f"{name}_{number}"
         if isinstance(source, ModelReward):
-            parts.append(RewardPart(name, 1.0, next(models)))
+            parts.append(RewardPart(name, source.weight, next(models)))
         else:
             parts.append(RewardPart(name, source.weight, build_score(source)))
     penalty, share = recipe.rollout.missing_eos_penalty, share_of(session.accelerator)
@@ -173,7 +190,7 @@ def start_ppo(
         updater=Updater(roles, optimizers, recipe.objective, limit, budget, share),
         share=share,
         samples=samples,
-        health=Health(),
+        health=Health(state.get("health")),
         kl_coef=float(state.get("kl_coef", recipe.objective.kl_coef)),
     )
     return run, first_step
@@ -211,7 +228,7 @@ def save_ppo(run: PpoRun, step: int) -> None:
         run: what to store.
         step: steps done.
     """
-    state = {"kl_coef": run.kl_coef}
+    state = {"kl_coef": run.kl_coef, "health": run.health.outside}
     save_state(run, step, run.roles.trained, run.updater.optimizers, state)
 
 
@@ -221,4 +238,4 @@ def save_value(session: Session, run: PpoRun) -> None:
     if folder is None or isinstance(recipe.adapter, FullSpec) or run.roles.value is None:
         return
     model, head = run.roles.trained.policy, run.roles.trained.head
-    save_adapter(model, folder.path / VALUE, run.rows.base.name, head, adapter=VALUE)
+    save_adapter(model, folder.path / "value", run.rows.base.name, head, adapter=VALUE)

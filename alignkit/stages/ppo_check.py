@@ -132,12 +132,25 @@ def check_gradients(
         part.zero_grad(set_to_none=True)
 
 
+def _end_of_turn(run: PpoRun) -> int:
+    """The token that ends an answer in the chat template, else the tokenizer's EOS."""
+    tokenizer, stops = run.rows.tokenizer, run.engine.settings.stop_tokens
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        found = next((i for i in reversed(ids) if i in stops), None)
+        if found is not None:
+            return int(found)
+    return int(tokenizer.eos_token_id)
+
+
 def _say_reference_rewards(run: PpoRun) -> None:
     """What the data's own answers earn, where the rows have any."""
     chosen = [prompt for prompt in run.rows.train.prompts if prompt.answer][:ANSWERS]
-    if not chosen:
+    if not chosen or not run.engine.settings.stop_tokens:
         return
-    end = min(run.engine.settings.stop_tokens)
+    end = _end_of_turn(run)
     answered = []
     for prompt in chosen:
         assert prompt.answer is not None

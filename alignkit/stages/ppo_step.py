@@ -76,6 +76,11 @@ class PpoRun(Loop):
         """Of the recipe."""
         return Guard(self.recipe.guard)
 
+    @property
+    def written_head(self) -> None:
+        """A policy is a language model, even where it carries the value head."""
+        return None
+
     def let_go(self) -> PpoRun:
         """The run with nothing but the policy's scorer, so that merging can let that go too."""
         self.scorer = self.roles.policy.scorer
@@ -130,7 +135,7 @@ def take_step(run: PpoRun, step: int) -> dict[str, float]:
         [
             group_rollouts(rollouts, part, plan.microbatch_tokens)
             for part in split_minibatches(
-                len(rollouts), spec.minibatches, (seed, step, epoch, run.share.rank)
+                len(items), spec.minibatches, (seed, step, epoch), run.share
             )
         ]
         for epoch in range(spec.epochs)
@@ -236,6 +241,7 @@ def _rollout_metrics(
         "reward_std": spread,
         "kl_coef": run.kl_coef,
         "explained_variance": explained_variance(*columns.unbind(1)),
+        # Of this process: pairs of words cannot be added up.
         "distinct_2": distinct_pairs([text for r in rollouts for text in r.texts]),
         "responses": count,
         "tokens": read,

@@ -46,18 +46,22 @@ class Batch:
         return values[picked][self.scored.mask[picked]]
 
 
-def split_minibatches(count: int, minibatches: int, seed: Sequence[int]) -> list[list[int]]:
-    """Rollouts of each optimizer step of one pass.
+def split_minibatches(
+    count: int, minibatches: int, seed: Sequence[int], share: Share
+) -> list[list[int]]:
+    """This process's rollouts in each optimizer step of one pass.
 
     Args:
-        count: rollouts of this process.
-        minibatches: steps; each gets its share, even if that is none.
+        count: prompts of the step over all processes, which take them in turn.
+        minibatches: optimizer steps; over all processes together each has its share of prompts.
         seed: of the order; one minibatch keeps the rollouts' own.
+        share: this process's part.
     """
-    if minibatches == 1:
-        return [list(range(count))]
-    order = np.random.default_rng(list(seed)).permutation(count)
-    return [sorted(part.tolist()) for part in np.array_split(order, minibatches)]
+    order = np.arange(count)
+    if minibatches > 1:
+        order = np.random.default_rng(list(seed)).permutation(count)
+    parts = (np.sort(part) for part in np.array_split(order, minibatches))
+    return [(part[part % share.world == share.rank] // share.world).tolist() for part in parts]
 
 
 def group_rollouts(
@@ -113,7 +117,9 @@ class Updater:
         for minibatch in groups:
             mine = sum(int(batch.scored.mask[rows[i]].sum()) for group in minibatch for i in group)
             count = self.share.reduce(torch.tensor([float(mine)], dtype=torch.float64)).item()
-            tokens = max(count, 1.0)
+            if count == 0:  # a short step has fewer prompts than minibatches
+                continue
+            tokens = count
             sums = torch.zeros(4, dtype=torch.float64)
             for group in minibatch:
                 sums += self.backward(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -74,12 +74,14 @@ class PromptRows:
         tokenizer: with the recipe's chat template.
         train: prompts to answer in training.
         held_out: prompts to measure on; None without `data.eval` and `data.eval_fraction`.
+        rewards: hashes of the reward models and functions.
     """
 
     base: BaseModel
     tokenizer: Any
     train: PromptSet
     held_out: PromptSet | None
+    rewards: dict[str, str] = field(default_factory=dict)
 
     @property
     def checks(self) -> Sequence[IntArray]:

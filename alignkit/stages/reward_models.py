@@ -38,7 +38,7 @@ class RewardModel:
     def factor(self) -> float:
         """What a raw reward is multiplied by, after the mean is taken off."""
         normalize = self.spec.normalize and self.statistics is not None
-        return self.spec.weight / (self.statistics.std if normalize and self.statistics else 1.0)
+        return 1.0 / (self.statistics.std if normalize and self.statistics else 1.0)
 
     @property
     def mean(self) -> float:
@@ -74,7 +74,7 @@ def find_reward_model(
         )
     adapter = adapter_in(name)
     if adapter is not None and has_head(adapter):
-        found = _over_adapter(spec, adapter, base, can_share)
+        found = _over_adapter(spec, adapter, base, tokenizer, can_share)
         if found is not None:
             return _checked(found)
     place = find_base(name)
@@ -113,12 +113,14 @@ def require_reward_model(name: str) -> BaseModel:
 
 
 def _over_adapter(
-    spec: ModelReward, adapter: Path, base: BaseModel, can_share: bool
+    spec: ModelReward, adapter: Path, base: BaseModel, tokenizer: Any, can_share: bool
 ) -> RewardModel | None:
     """The model as an adapter over the policy's base; None where it has to stand alone."""
     own = base_of_adapter(adapter, None)
     same = weights_fingerprint(own) == weights_fingerprint(base)
     if same and can_share and not spec.separate:
+        if (adapter / "tokenizer_config.json").is_file():
+            check_tokens(spec.model, load_tokenizer(BaseModel(str(adapter))), tokenizer)
         return RewardModel(spec, adapter, True, read_statistics(adapter))
     if not same and not spec.separate:
         raise ModelError(

@@ -22,16 +22,18 @@ from alignkit.models.roles import (
     add_stored_adapter,
     freeze_head_adapter,
     recompute_as_run,
+    remove_dropout,
     train_only,
 )
-from alignkit.models.selfcheck import build_scorer
+from alignkit.models.selfcheck import build_scorer, scorer_factory
 from alignkit.recipe.plan import Plan
 from alignkit.recipe.schema import LoraSpec, PpoRecipe
 from alignkit.stages.prepare import PromptRows
 from alignkit.stages.reward_models import RewardModel
 from alignkit.stages.session import Session
 
-VALUE = "value"
+VALUE = "ppo_value"
+"""Adapter of the value model."""
 
 
 class TrainedWeights(nn.Module):
@@ -98,7 +100,7 @@ def describe_roles(recipe: PpoRecipe, found: Sequence[RewardModel]) -> list[str]
         f"policy: {'a LoRA adapter' if lora else 'all weights'}",
         "reference: the same base with adapters off" if lora else "reference: a second model",
     ]
-    start = "the reward model" if _starts_from_reward(recipe, found) else "zero"
+    start = "the reward model" if starts_from_reward(recipe, found) else "zero"
     if head:
         lines.append("value: a linear head on the policy's hidden states")
     elif lora:
@@ -111,7 +113,7 @@ def describe_roles(recipe: PpoRecipe, found: Sequence[RewardModel]) -> list[str]
     return lines
 
 
-def _starts_from_reward(recipe: PpoRecipe, found: Sequence[RewardModel]) -> RewardModel | None:
+def starts_from_reward(recipe: PpoRecipe, found: Sequence[RewardModel]) -> RewardModel | None:
     """The reward model whose weights the value model starts from."""
     if recipe.value.kind == "head" or recipe.value.init == "fresh":
         return None
@@ -150,7 +152,7 @@ def _over_one_base(
     spec, device = recipe.model, session.accelerator.device
     model = load_model(rows.base, session.weights_dtype, device, spec.quantization)
     model = attach_adapter(model, recipe.adapter, recipe.seed)
-    own_value, source = recipe.value.kind != "head", _starts_from_reward(recipe, found)
+    own_value, source = recipe.value.kind != "head", starts_from_reward(recipe, found)
     if own_value and source is not None:
         add_stored_adapter(model, VALUE, source.folder)
     elif own_value:
@@ -165,6 +167,7 @@ def _over_one_base(
         options = {"use_reentrant": False, "context_fn": recompute_as_run(model)}
         model.gradient_checkpointing_enable(options)
         model.enable_input_require_grads()
+    remove_dropout(model)
     head = _value_head(model, source)
     make = _scorers(session, recipe, model)
     policy = Role(make(None if own_value else head, "both", sampled=True), POLICY)
@@ -199,7 +202,7 @@ def _apart(
     model = load().requires_grad_(True)
     # As wide as the policy: narrower weights would round its every sum otherwise.
     frozen = load().requires_grad_(False)
-    own_value, source = recipe.value.kind != "head", _starts_from_reward(recipe, found)
+    own_value, source = recipe.value.kind != "head", starts_from_reward(recipe, found)
     second = None
     if own_value:
         second = load() if source is None else _open(session, source, torch.float32)
@@ -208,6 +211,8 @@ def _apart(
     if plan.gradient_checkpointing:
         for part in filter(None, (model, second)):
             part.gradient_checkpointing_enable({"use_reentrant": False})
+    for part in filter(None, (model, frozen, second)):
+        remove_dropout(part)
     head = _value_head(model if second is None else second, source)
     make = _scorers(session, recipe, model)
     policy = Role(make(None if own_value else head, "both", sampled=True))
@@ -228,12 +233,12 @@ def _apart(
 def _scorers(session: Session, recipe: PpoRecipe, model: Any) -> Callable[..., Any]:
     """A maker of scorers around one model, whose layout is checked once."""
     spec, dtype = recipe.model, DTYPES[recipe.model.dtype]
-    kind = type(build_scorer(model, dtype, spec.attention, session.say))
+    build = scorer_factory(model, dtype, spec.attention, session.say)
 
     def make(head: nn.Linear | None, reading: str, *, sampled: bool) -> Any:
         temperature = recipe.rollout.temperature if sampled else 1.0
         options: Any = {"reading": reading, "temperature": temperature}
-        return kind(model, dtype, head, **options).train()
+        return build(head, **options).train()
 
     return make
 
@@ -246,8 +251,9 @@ def _value_head(model: Any, source: RewardModel | None) -> nn.Linear:
         made.weight.zero_()
         made.bias.zero_()
         if source is not None:
-            made.weight.copy_(source.head().weight * source.factor)
-            made.bias.fill_(-source.mean * source.factor)
+            scale = source.spec.weight * source.factor
+            made.weight.copy_(source.head().weight * scale)
+            made.bias.fill_(-source.mean * scale)
     return made
 
 
@@ -261,6 +267,7 @@ def _alone(session: Session, reward: RewardModel) -> Role:
     dtype = DTYPES[session.recipe.model.dtype]
     model = _open(session, reward, dtype)
     model.requires_grad_(False)
+    remove_dropout(model)
     head = reward.head().to(session.accelerator.device)
     scorer = build_scorer(model, dtype, session.recipe.model.attention, session.say, head)
     return Role(scorer.train())

@@ -28,7 +28,7 @@ from alignkit.runtime.optim import build_optimizer
 from alignkit.runtime.progress import StepProgress, print_line
 from alignkit.stages.batches import Batches
 from alignkit.stages.loop import Loop
-from alignkit.stages.prepare import AnyRows, Rows, keep_plan, plan_run
+from alignkit.stages.prepare import AnyRows, PromptRows, Rows, keep_plan, plan_run
 from alignkit.stages.run_folder import RunFolder, check_output, read_about, read_plan
 from alignkit.stages.stage import Stage
 from alignkit.stages.steps import Run
@@ -263,6 +263,13 @@ def _check_same_inputs(now: dict[str, Any], before: dict[str, Any]) -> None:
         (f"data.{name}", now["data"][name], before.get("data", {}).get(name))
         for name in now["data"]
     ]
+    stored = before.get("rewards", {})
+    # A function may be mended after it has failed; a model must stay what it was.
+    models = {name: new for name, new in now["rewards"].items() if "model" in name}
+    pairs += [
+        (name, {"fingerprint": new}, {"fingerprint": stored[name]} if name in stored else None)
+        for name, new in models.items()
+    ]
     for name, new, old in pairs:
         if old is not None and new["fingerprint"] != old["fingerprint"]:
             raise RunError(
@@ -277,4 +284,5 @@ def _about(rows: AnyRows, options: RunOptions) -> dict[str, Any]:
         if dataset is not None:
             data[name] = {"fingerprint": dataset.fingerprint, **dataset.report.to_json()}
     base = {"location": rows.base.location, "fingerprint": weights_fingerprint(rows.base)}
-    return {"command": options.command, "base": base, "data": data}
+    rewards = rows.rewards if isinstance(rows, PromptRows) else {}
+    return {"command": options.command, "base": base, "data": data, "rewards": rewards}

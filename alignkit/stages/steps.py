@@ -45,6 +45,11 @@ class Run(Loop):
     batches: Batches
     held_out: TokenDataset | None
 
+    @property
+    def written_head(self) -> Any:
+        """The scalar head that belongs into the written model, or None."""
+        return self.accelerator.unwrap_model(self.scorer).head
+
     def say(self, values: dict[str, float]) -> str:
         """Held-out values in one line."""
         return self.stage.say(values)

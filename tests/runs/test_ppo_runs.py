@@ -574,6 +574,20 @@ def test_processes(rows: int, tiny_base: Path, reward_run: Path, tmp_path: Path)
             assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
 
 
+@pytest.mark.parametrize("adapter", [{}, FULL])
+def test_a_policy_that_carries_the_value_head_is_written_as_a_language_model(
+    adapter: dict[str, Any], tiny_base: Path, tmp_path: Path
+) -> None:
+    folder = run_of(tmp_path, tiny_base, **{**adapter, "value": {"kind": "head"}, "merge": True})
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    config = json.loads((folder / "merged" / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    if not adapter:
+        stored = json.loads((folder / "adapter" / "adapter_config.json").read_text("utf-8"))
+        assert stored["task_type"] == "CAUSAL_LM"
+
+
 # Resuming --------------------------------------------------------------------------------------
 
 RESUMED: dict[str, tuple[dict[str, Any], list[str]]] = {
