@@ -495,10 +495,10 @@ def test_a_bug_exits_with_1_and_its_traceback(
 ) -> None:
     recipe = make_recipe(folder, tiny_base)
     spoil = """
-import alignkit.stages.prepare as prepare
+import alignkit.stages.run as run
 def broken(recipe):
     raise AssertionError("never so")
-prepare.load_rows = broken
+run.load_rows = broken
 """
     done = alignkit("plan", recipe, cwd=folder, before=spoil)
     assert done.code == 1

@@ -371,7 +371,7 @@ def test_the_report_says_nothing_that_is_only_true_of_answers() -> None:
     longest = len(load(spec).prompts[0].ids)
     report = load(spec, max_length=length, too_long="truncate_left").report
     assert describe_rows("train", report) == [
-        f"train: 2 of 2 rows used, {2 * length} tokens, 0 of them trained; "
+        f"train: 2 of 2 rows used, {2 * length} tokens; "
         f"lengths: median {longest}, 90% {longest}, longest {longest}",
         "1 prompts truncated; they lost their beginning",
         f"2 rows: {PLAIN} (a.jsonl:1, a.jsonl:2)",

@@ -253,14 +253,14 @@ def test_a_full_disk_stops_with_a_sentence(
     # No file may grow beyond 10 kB: the second checkpoint does not fit, as on a full disk.
     limit = """
 import resource
-import alignkit.stages.steps as steps
-save, count = steps.save_checkpoint, []
+import alignkit.stages.loop as loop
+save, count = loop.save_checkpoint, []
 def save_in_little_room(*args):
     count.append(1)
     if len(count) == 2:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
     return save(*args)
-steps.save_checkpoint = save_in_little_room
+loop.save_checkpoint = save_in_little_room
 """
     done = alignkit("sft", recipe, cwd=tmp_path, before=limit)
     assert done.code == 2, done.stderr
