@@ -38,15 +38,11 @@ class _LoraProduct(torch.autograd.Function):
         bias: torch.Tensor | None,
         lora_a: torch.Tensor,
         lora_b: torch.Tensor,
+        narrow_a: torch.Tensor,
+        narrow_b: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        narrow_a, narrow_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        low = torch.mm(x, narrow_a.T).mul_(scale)
-        # The small term first, so that the sum is rounded once. Added to an xWᵀ that is already
-        # rounded to bfloat16, an update below half a unit in its last place would vanish.
-        y = torch.mm(low, narrow_b.T).addmm_(x, dense_weight(weight).T)
-        if bias is not None:
-            y += bias
+        y, low = _product(x, weight, bias, narrow_a, narrow_b, scale)
         ctx.save_for_backward(x, narrow_a, narrow_b, low)
         ctx.weight, ctx.scale = weight, scale  # frozen: no in-place change to guard against
         return y
@@ -60,7 +56,38 @@ class _LoraProduct(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.mm(grad_low, narrow_a).addmm_(grad, dense_weight(ctx.weight))
-        return grad_x, None, None, grad_a, grad_b, None
+        return grad_x, None, None, grad_a, grad_b, None, None, None
+
+
+def _product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    narrow_a: torch.Tensor,
+    narrow_b: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y `[T, O]`, and s · x Aᵀ `[T, r]`."""
+    low = torch.mm(x, narrow_a.T).mul_(scale)
+    # The small term first, so that the sum is rounded once. Added to an xWᵀ that is already
+    # rounded to bfloat16, an update below half a unit in its last place would vanish.
+    y = torch.mm(low, narrow_b.T).addmm_(x, dense_weight(weight).T)
+    if bias is not None:
+        y += bias
+    return y, low
+
+
+def _narrow(module: Any, name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The low-rank factors in the compute dtype, cast once for each state of the weights."""
+    factors = module.lora_A[name].weight, module.lora_B[name].weight
+    if dtype == factors[0].dtype:
+        return factors[0].detach(), factors[1].detach()
+    # Every in-place change, an optimizer's step included, raises a tensor's version.
+    state = (dtype, *((weight._version, weight.data_ptr(), weight.device) for weight in factors))
+    kept = module.__dict__.setdefault("_alignkit_narrow", {})
+    if name not in kept or kept[name][0] != state:
+        kept[name] = (state, *(weight.detach().to(dtype) for weight in factors))
+    return kept[name][1], kept[name][2]
 
 
 def use_fast_lora(model: nn.Module) -> int:
@@ -108,12 +135,10 @@ def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
         plain = plain if base.bias is None else plain + base.bias
         return plain.view(*x.shape[:-1], -1)
     name = names[0]
-    product = _LoraProduct.apply(
-        flat,
-        base.weight,
-        base.bias,
-        module.lora_A[name].weight,
-        module.lora_B[name].weight,
-        module.scaling[name],
-    )
+    narrow, scale = _narrow(module, name, flat.dtype), module.scaling[name]
+    if torch.is_grad_enabled():
+        factors = module.lora_A[name].weight, module.lora_B[name].weight
+        product = _LoraProduct.apply(flat, base.weight, base.bias, *factors, *narrow, scale)
+    else:
+        product, _ = _product(flat, base.weight, base.bias, *narrow, scale)
     return product.view(*x.shape[:-1], -1)
