@@ -77,19 +77,6 @@ def _product(
     return y, low
 
 
-def _narrow(module: Any, name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The low-rank factors in the compute dtype, cast once for each state of the weights."""
-    factors = module.lora_A[name].weight, module.lora_B[name].weight
-    if dtype == factors[0].dtype:
-        return factors[0].detach(), factors[1].detach()
-    # Every in-place change, an optimizer's step included, raises a tensor's version.
-    state = (dtype, *((weight._version, weight.data_ptr(), weight.device) for weight in factors))
-    kept = module.__dict__.setdefault("_alignkit_narrow", {})
-    if name not in kept or kept[name][0] != state:
-        kept[name] = (state, *(weight.detach().to(dtype) for weight in factors))
-    return kept[name][1], kept[name][2]
-
-
 def use_fast_lora(model: nn.Module) -> int:
     """Let every eligible LoRA layer of a PEFT model compute with one function.
 
@@ -135,9 +122,10 @@ def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
         plain = plain if base.bias is None else plain + base.bias
         return plain.view(*x.shape[:-1], -1)
     name = names[0]
-    narrow, scale = _narrow(module, name, flat.dtype), module.scaling[name]
+    factors, scale = (module.lora_A[name].weight, module.lora_B[name].weight), module.scaling[name]
+    # Not kept from call to call: a fused optimizer changes weights without raising their version.
+    narrow = [factor.detach().to(flat.dtype) for factor in factors]
     if torch.is_grad_enabled():
-        factors = module.lora_A[name].weight, module.lora_B[name].weight
         product = _LoraProduct.apply(flat, base.weight, base.bias, *factors, *narrow, scale)
     else:
         product, _ = _product(flat, base.weight, base.bias, *narrow, scale)

@@ -226,3 +226,24 @@ def test_files_are_those_of_peft(tmp_path: Path) -> None:
         torch.testing.assert_close(
             loaded(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_every_forward_sees_what_the_optimizer_has_changed(grad: bool) -> None:
+    """A fused optimizer changes weights without raising their version: nothing may be kept."""
+    model = adapted().to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    trained = [p for n, p in model.named_parameters() if "lora_" in n]
+    optimizer = torch.optim.AdamW(trained, lr=0.1, fused=True)
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(2)).bfloat16()
+    outputs = []
+    for _ in range(3):
+        with torch.set_grad_enabled(grad):
+            outputs.append(model(x).detach())
+        model(x).float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
