@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
-from alignkit.data.documents import Document
+from alignkit.data.documents import Branch, Document
 from alignkit.packed import IntArray, PackedBatch, Segment
+
+MIN_COMMON = 16
+"""Tokens with which prompts must begin alike before their start is looked at."""
+
+MIN_SAVED = 1 / 8
+"""Share of their documents' tokens that a shared start must save. Attention to a prefix needs a
+mask, which costs a little; most of what is shared saves much more than this or nothing."""
+
+NOTHING = slice(0, 0)
+"""No prefix."""
 
 
 def step_items(step: int, num_items: int, batch_size: int, seed: int) -> IntArray:
@@ -55,6 +67,39 @@ def split_documents(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return groups
 
 
+def common_starts(documents: Sequence[Document]) -> list[tuple[list[int], int]]:
+    """Prompts that begin alike, where computing their start once is worth a prefix.
+
+    Args:
+        documents: of one packed row.
+
+    Returns:
+        Indices of documents and how many first tokens of their prompts are the same; no document
+        twice. Only documents with one branch: several branches have their prompt as prefix.
+    """
+    alike: dict[bytes, list[int]] = {}
+    for index, document in enumerate(documents):
+        if len(document.branches) == 1 and len(document.prompt) >= MIN_COMMON:
+            alike.setdefault(document.prompt[:MIN_COMMON].tobytes(), []).append(index)
+    found = []
+    for members in alike.values():
+        length = _common_length([documents[index].prompt for index in members])
+        tokens = sum(documents[index].num_tokens for index in members)
+        if length * (len(members) - 1) >= MIN_SAVED * tokens:
+            found.append((members, length))
+    return found
+
+
+def _common_length(prompts: Sequence[npt.NDArray[np.int32]]) -> int:
+    """Tokens that all prompts begin with."""
+    shortest = min(len(prompt) for prompt in prompts)
+    differs = np.zeros(shortest + 1, np.bool_)
+    differs[-1] = True
+    for prompt in prompts[1:]:
+        differs[:-1] |= prompt[:shortest] != prompts[0][:shortest]
+    return int(differs.argmax())
+
+
 def pack_documents(documents: Sequence[Document]) -> PackedBatch:
     """One packed row.
 
@@ -62,56 +107,100 @@ def pack_documents(documents: Sequence[Document]) -> PackedBatch:
         documents: at least one, with at least one token each.
 
     Returns:
-        The documents side by side, branches after their prompt. A document with one branch is one
-        causal segment; several branches are a prompt segment and one segment per branch with the
-        prompt as prefix.
+        The documents side by side, after the starts that some of their prompts share. Several
+        branches stand behind their prompt and have it as prefix. A document with one branch is one
+        causal run; its prefix is the shared start of its prompt, if it has one.
     """
-    ids, positions, segments = [], [], []
-    rows, targets, sequences = [], [], []
-    ends: list[int] = []
-    owners: list[int] = []
-    branches = [branch for document in documents for branch in document.branches]
-    start = 0
+    row = _Row()
+    starts = {
+        index: prefix
+        for members, length in common_starts(documents)
+        for prefix in [row.add(documents[members[0]].prompt[:length])]
+        for index in members
+    }
+    sequences: list[_Sequence] = []
     for number, document in enumerate(documents):
-        prompt = len(document.prompt)
-        ids.append(document.prompt)
-        positions.append(np.arange(prompt))
-        branch_start = start + prompt
-        shared = len(document.branches) > 1 and prompt > 0
-        if shared:
-            segments.append(Segment(start, prompt))
+        prefix = starts.get(number, NOTHING)
+        if len(document.branches) > 1 and len(document.prompt):
+            prefix = row.add(document.prompt)
+        rest = document.prompt[_length(prefix) :]
         for branch in document.branches:
-            length = len(branch.ids)
-            if shared:
-                segments.append(Segment(branch_start, length, start, prompt))
-            elif len(document.branches) == 1:
-                segments.append(Segment(start, prompt + length))
-            else:
-                segments.append(Segment(branch_start, length))
-            trained = np.flatnonzero(branch.trained)
-            predictors = branch_start + trained - 1
-            if prompt:
-                predictors[trained == 0] = start + prompt - 1
-            rows.append(predictors)
-            targets.append(branch.ids[trained])
-            sequences.append(np.full(len(trained), len(ends)))
-            ids.append(branch.ids)
-            positions.append(prompt + np.arange(length))
-            branch_start += length
-            ends.append(branch_start - 1)
-            owners.append(number)
-        start = branch_start
+            own = row.add(np.concatenate([rest, branch.ids]), prefix)
+            start = own.stop - len(branch.ids)
+            sequences.append(_Sequence(branch, number, prefix, own.start, start))
+    branches = [sequence.branch for sequence in sequences]
     return PackedBatch(
-        input_ids=np.concatenate(ids).astype(np.int64),
-        position_ids=np.concatenate(positions).astype(np.int64),
-        segments=tuple(segments),
-        target_rows=np.concatenate(rows).astype(np.int64),
-        target_ids=np.concatenate(targets).astype(np.int64),
-        target_sequences=np.concatenate(sequences).astype(np.int64),
-        sequence_ends=np.asarray(ends, np.int64),
-        sequence_documents=np.asarray(owners, np.int64),
+        input_ids=np.concatenate(row.ids).astype(np.int64),
+        position_ids=np.concatenate(row.positions).astype(np.int64),
+        segments=tuple(row.segments),
+        target_rows=np.concatenate([s.predictors() for s in sequences]).astype(np.int64),
+        target_ids=np.concatenate([b.ids[b.trained] for b in branches]).astype(np.int64),
+        target_sequences=np.repeat(np.arange(len(branches)), [b.trained.sum() for b in branches]),
+        sequence_ends=np.asarray([sequence.stop - 1 for sequence in sequences], np.int64),
+        sequence_documents=np.asarray([sequence.document for sequence in sequences], np.int64),
         sequence_roles=np.asarray([branch.role for branch in branches], np.int64),
         sequence_references=np.asarray([branch.reference for branch in branches], np.float64),
         margins=np.asarray([document.margin for document in documents], np.float64),
         rows=tuple(document.row for document in documents),
     )
+
+
+@dataclass
+class _Row:
+    """A row that grows by runs of tokens.
+
+    Args:
+        ids: of each run.
+        positions: of each run.
+        segments: the runs.
+        length: tokens so far.
+    """
+
+    ids: list[npt.NDArray[np.int32]] = field(default_factory=list)
+    positions: list[IntArray] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    length: int = 0
+
+    def add(self, ids: npt.NDArray[np.int32], prefix: slice = NOTHING) -> slice:
+        """Append a run behind a prefix that the row holds; where it stands."""
+        seen = _length(prefix)
+        self.ids.append(ids)
+        self.positions.append(seen + np.arange(len(ids)))
+        self.segments.append(Segment(self.length, len(ids), prefix.start, seen))
+        self.length += len(ids)
+        return slice(self.length - len(ids), self.length)
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """Where one branch stands.
+
+    Args:
+        branch: what it is.
+        document: index of its document.
+        prefix: earlier tokens that its run sees.
+        first: first token of its run, of the prompt where that is not all in the prefix.
+        start: first token of the branch.
+    """
+
+    branch: Branch
+    document: int
+    prefix: slice
+    first: int
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """One after its last token."""
+        return self.start + len(self.branch.ids)
+
+    def predictors(self) -> IntArray:
+        """Row of the state that predicts each target: the token before it in reading order."""
+        rows = self.start + np.flatnonzero(self.branch.trained) - 1
+        if self.start == self.first and self.prefix.stop:
+            rows[rows < self.first] = self.prefix.stop - 1
+        return rows
+
+
+def _length(prefix: slice) -> int:
+    return int(prefix.stop - prefix.start)

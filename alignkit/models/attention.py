@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from alignkit.models import cpu_attention
+from alignkit.models import attention_blocks, cpu_attention
 from alignkit.packed import Segment
 
 PACKED = "alignkit_packed"
@@ -120,7 +120,7 @@ def plain_attention(
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     by_start = {segment.start: number for number, segment in enumerate(segments)}
     # A processor's kernels are generated and kept for each length: few distinct ones reach them.
-    rounding = cpu_attention.ROUNDING if query.device.type == "cpu" else 1
+    rounding = attention_blocks.ROUNDING if query.device.type == "cpu" else 1
     masks = _masks(segments, sliding_window, query.device, rounding)
     outputs = []
     for number, segment in enumerate(segments):

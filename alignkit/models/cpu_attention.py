@@ -12,26 +12,17 @@ arXiv:2307.08691). A bfloat16 product rounds its result, and a rounded score of 
 what is rounded is then log P itself, which moves P by P |log P| / 256 < 0.0015 at most. The parts
 of a prompt's gradient that come from its branches are summed in float32 and rounded once.
 
-Shapes: `T` tokens, `H` query heads, `K` key heads, `G = H / K`, `D` head dimension. Rows of a
-segment are filled up to a multiple of `ROUNDING`; `R` counts rows with these fillers.
+Shapes: `D` head dimension; the others as in `attention_blocks`.
 """
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from alignkit.packed import Segment
-
-ROUNDING = 32
-"""Rows of a segment are filled up to a multiple of it: the kernels are generated and kept for each
-length, at several megabytes apiece. Divides `BLOCK`."""
-
-BLOCK = 192
-"""Queries of a block; measured on two cores, flat from 128 to 512."""
+from alignkit.models import attention_blocks
+from alignkit.models.attention_blocks import Group, Layout, Segments
 
 EXTRA = 32
 """Columns beside the head dimension, of which four are used: the matrix unit takes 32 at once."""
@@ -39,61 +30,7 @@ EXTRA = 32
 FAR = 3e4
 """Taken from the products of filler keys: their weight is exp(-s · FAR) = 0."""
 
-Segments = tuple[Segment, ...]
-
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Queries of one segment and the keys they see.
-
-    Args:
-        queries: number of query rows of one key head, fillers included, `n = G * R`.
-        keys: number of keys, fillers included, `m`.
-        prefix: tokens of the prefix that are among the keys.
-        own: the segment's own tokens that are.
-        mask: `[n, m]`, 0 where a key is seen and -inf elsewhere.
-        edge: `[n, w]`, the same of the last `w` keys; all others are seen or fillers.
-    """
-
-    queries: int
-    keys: int
-    prefix: slice
-    own: slice
-    mask: torch.Tensor
-    edge: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where the rows of all blocks come from. A row is one head of one token.
-
-    Args:
-        blocks: in order.
-        queries: `[ΣKn]` rows of a `[T * H, ...]` tensor: of each block `[K, n]`, together.
-        fillers: those entries of `queries` that stand for no token.
-        homes: `[T * H]` entry of `queries` that holds a row, the inverse of `queries`.
-        keys: `[ΣKm]` rows of a `[T * K, ...]` tensor: of each block `[K, m]`.
-        far: those entries of `keys` that stand for no token.
-    """
-
-    blocks: tuple[_Block, ...]
-    queries: torch.Tensor
-    fillers: torch.Tensor
-    homes: torch.Tensor
-    keys: torch.Tensor
-    far: torch.Tensor
-
-    def split_queries(self, x: torch.Tensor, heads: int) -> list[torch.Tensor]:
-        """Rows of all blocks `[ΣKn, ...]` -> those of each block, `[K, n, ...]`."""
-        parts = x.split([heads * block.queries for block in self.blocks])
-        return [part.unflatten(0, (heads, -1)) for part in parts]
-
-    def split_keys(self, x: torch.Tensor, heads: int) -> list[torch.Tensor]:
-        """Rows of all blocks `[ΣKm, ...]` -> those of each block, `[K, m, ...]`."""
-        parts = x.split([heads * block.keys for block in self.blocks])
-        return [part.unflatten(0, (heads, -1)) for part in parts]
 
 
 def cpu_attention(
@@ -124,7 +61,7 @@ def cpu_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     about = (segments, sliding_window, query.shape[1], key.shape[1], query.dtype)
     tokens = (x[0].transpose(0, 1) for x in (query, key, value))
-    output: torch.Tensor = _CpuAttention.apply(*tokens, _layout(*about), scale)
+    output: torch.Tensor = _CpuAttention.apply(*tokens, attention_blocks.layout(*about), scale)
     return output[None]
 
 
@@ -137,7 +74,7 @@ class _CpuAttention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        layout: _Layout,
+        layout: Layout,
         scale: float,
     ) -> torch.Tensor:
         heads = key.shape[1]
@@ -145,9 +82,9 @@ class _CpuAttention(torch.autograd.Function):
         keys = layout.split_keys(_pick(key, layout.keys), heads)
         values = layout.split_keys(_pick(value, layout.keys), heads)
         outputs, sums = [], []
-        for block, q, k, v in zip(layout.blocks, queries, keys, values, strict=True):
-            found, total = _flash(q[None], k[None], v[None], attn_mask=block.mask, scale=scale)
-            outputs.append(found[0].flatten(0, 1))
+        for group, q, k, v in zip(layout.groups, queries, keys, values, strict=True):
+            found, total = _flash(q, k, v, attn_mask=group.mask, scale=scale)
+            outputs.append(found.flatten(0, 2))
             sums.append(total.flatten())
         output = torch.cat(outputs).index_select(0, layout.homes).view(query.shape)
         normalizer = torch.cat(sums).index_select(0, layout.homes).view(query.shape[:2])
@@ -170,8 +107,8 @@ class _CpuAttention(torch.autograd.Function):
         grad_queries = query.new_empty(len(layout.queries), width)
         grad_key, grad_value = (torch.zeros(heads, len(key), width, dtype=wide) for _ in range(2))
         none = query.new_empty(())
-        for block, q, slope, k, v, grad_q in zip(
-            layout.blocks,
+        for group, q, slope, k, v, grad_q in zip(
+            layout.groups,
             layout.split_queries(all_queries, heads),
             layout.split_queries(all_slopes, heads),
             layout.split_keys(all_keys, heads),
@@ -179,13 +116,15 @@ class _CpuAttention(torch.autograd.Function):
             layout.split_queries(grad_queries, heads),
             strict=True,
         ):
+            shape = (*q.shape[:3], k.shape[2])
+            q, slope, k, v = (x.flatten(0, 1) for x in (q, slope, k, v))
             weights = torch.baddbmm(none, q, k.mT, beta=0, alpha=scale)
-            weights[..., block.keys - block.edge.shape[1] :].add_(block.edge)
+            weights.view(shape)[..., -group.edge.shape[-1] :].add_(group.edge)
             weights.exp_()
             inner = torch.bmm(slope, v.mT).mul_(weights)
-            torch.bmm(inner, k[..., :width], out=grad_q)
-            _add_keys(grad_value, weights.mT @ slope[..., :width], block)
-            _add_keys(grad_key, inner.mT @ q[..., :width], block)
+            torch.bmm(inner, k[..., :width], out=grad_q.flatten(0, 1))
+            _add_keys(grad_value, weights.mT @ slope[..., :width], group)
+            _add_keys(grad_key, inner.mT @ q[..., :width], group)
         grad_query = grad_queries.index_select(0, layout.homes).view(query.shape).mul_(scale)
         grad_key = grad_key.mul_(scale).transpose(0, 1).to(key.dtype)
         return grad_query, grad_key, grad_value.transpose(0, 1).to(value.dtype), None, None
@@ -218,81 +157,12 @@ def _with_ones(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([x, rest], dim=-1)
 
 
-def _add_keys(total: torch.Tensor, part: torch.Tensor, block: _Block) -> None:
-    """Add `[K, m, D]` of a block's keys to the tokens that they came from, `[K, T, D]`."""
-    prefix = block.prefix.stop - block.prefix.start
-    own = block.own.stop - block.own.start
-    if prefix:
-        total[:, block.prefix] += part[:, :prefix]
-    room = prefix + -prefix % ROUNDING
-    total[:, block.own] += part[:, room : room + own]
-
-
-@functools.lru_cache(maxsize=4)
-def _layout(
-    segments: Segments,
-    sliding_window: int | None,
-    query_heads: int,
-    key_heads: int,
-    dtype: torch.dtype,
-) -> _Layout:
-    """The same in every layer, so those of the last batches are kept."""
-    groups = query_heads // key_heads
-    by_head = torch.arange(key_heads)[:, None]
-    blocks, queries, fillers, keys, far = [], [], [], [], []
-    for segment in segments:
-        for first in range(0, segment.length, BLOCK):
-            count = min(BLOCK, segment.length - first)
-            tokens, filler = _filled(segment.start + first, count)
-            rows = tokens[:, None] * query_heads + torch.arange(groups)
-            queries.append((rows.flatten() + by_head * groups).flatten())
-            fillers.append(filler.repeat_interleave(groups).repeat(key_heads))
-            block, tokens, filler = _block(segment, first, count, sliding_window, groups, dtype)
-            blocks.append(block)
-            keys.append((tokens * key_heads + by_head).flatten())
-            far.append(filler.repeat(key_heads))
-    picked, empty = torch.cat(queries), torch.cat(fillers)
-    held = (~empty).nonzero()[:, 0]
-    homes = torch.empty(len(held), dtype=torch.int64)
-    homes[picked[held]] = held
-    nowhere = (x.nonzero()[:, 0] for x in (empty, torch.cat(far)))
-    return _Layout(tuple(blocks), picked, next(nowhere), homes, torch.cat(keys), next(nowhere))
-
-
-def _filled(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens from `start` on, filled up with repetitions of the last, and which ones these are."""
-    steps = torch.arange(count + -count % ROUNDING)
-    return start + steps.clamp(max=count - 1), steps >= count
-
-
-def _block(
-    segment: Segment,
-    first: int,
-    count: int,
-    sliding_window: int | None,
-    groups: int,
-    dtype: torch.dtype,
-) -> tuple[_Block, torch.Tensor, torch.Tensor]:
-    """The block of a segment's queries from `first` on, its keys' tokens and their fillers."""
-    prefix = segment.prefix_length
-    oldest = 0 if sliding_window is None else max(0, prefix + first - sliding_window + 1)
-    before = slice(segment.prefix_start + min(oldest, prefix), segment.prefix_start + prefix)
-    own = slice(segment.start + max(0, oldest - prefix), segment.start + first + count)
-    tokens, positions, fillers = [], [], []
-    for part, shift in ((before, -segment.prefix_start), (own, prefix - segment.start)):
-        if part.stop > part.start:
-            held, filler = _filled(part.start, part.stop - part.start)
-            tokens.append(held)
-            positions.append((held + shift).masked_fill(filler, torch.iinfo(torch.int64).max))
-            fillers.append(filler)
-    where = torch.cat(positions)
-    asking = torch.arange(prefix + first, prefix + first + count + -count % ROUNDING)[:, None]
-    seen = where <= asking
-    if sliding_window is not None:
-        seen &= asking - where < sliding_window
-    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
-    mask = mask.repeat_interleave(groups, 0)
-    cut = sliding_window is not None and prefix + first + count > sliding_window
-    edge = mask if cut else mask[:, -len(asking) :].contiguous()
-    block = _Block(len(mask), len(where), before, own, mask, edge)
-    return block, torch.cat(tokens), torch.cat(fillers)
+def _add_keys(total: torch.Tensor, parts: torch.Tensor, group: Group) -> None:
+    """Add `[BK, m, D]` of blocks' keys to the tokens that they came from, `[K, T, D]`."""
+    each = parts.unflatten(0, (len(group.blocks), -1)).unbind(0)
+    for block, part in zip(group.blocks, each, strict=True):
+        prefix = block.prefix.stop - block.prefix.start
+        own = block.own.stop - block.own.start
+        if prefix:
+            total[:, block.prefix] += part[:, :prefix]
+        total[:, block.own] += part[:, block.first : block.first + own]

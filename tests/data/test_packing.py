@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from alignkit.data.documents import Branch, Document
-from alignkit.data.packing import pack_documents, split_documents, step_items
+from alignkit.data.packing import (
+    MIN_COMMON,
+    common_starts,
+    pack_documents,
+    split_documents,
+    step_items,
+)
 from alignkit.packed import Role, Segment
 
 
@@ -155,10 +161,57 @@ def test_a_branch_without_targets_has_an_end_all_the_same() -> None:
     assert packed.sequence_ends.tolist() == [1, 2]
 
 
+START = tuple(range(50, 50 + MIN_COMMON))
+
+
+def test_prompts_that_begin_alike_share_their_start() -> None:
+    one = document([*START, 1, 2], branch([3, 4], [1, 1]))
+    other = document(START, branch([5, 6], [1, 1]))
+    alone = document([*range(MIN_COMMON)], branch([9], [1]))
+    n = MIN_COMMON
+    packed = pack_documents([one, alone, other])
+    assert packed.input_ids.tolist() == [*START, 1, 2, 3, 4, *range(n), 9, 5, 6]
+    steps = [*range(n), n, n + 1, n + 2, n + 3, *range(n + 1), n, n + 1]
+    assert packed.position_ids.tolist() == steps
+    assert packed.segments == (
+        *(Segment(0, n), Segment(n, 4, 0, n)),
+        *(Segment(n + 4, n + 1), Segment(2 * n + 5, 2, 0, n)),
+    )
+    # Where nothing stands between the start and the answer, the start's last token predicts it.
+    assert packed.target_rows.tolist() == [n + 1, n + 2, 2 * n + 3, n - 1, 2 * n + 5]
+    assert packed.target_ids.tolist() == [3, 4, 9, 5, 6]
+    assert packed.sequence_ends.tolist() == [n + 3, 2 * n + 4, 2 * n + 6]
+    assert packed.sequence_documents.tolist() == [0, 1, 2]
+
+
+def test_what_is_worth_sharing() -> None:
+    def starts(*prompts: Sequence[int], answer: int = 1) -> list[tuple[list[int], int]]:
+        tokens = branch([0] * answer, [1] * answer)
+        return common_starts([document(prompt, tokens) for prompt in prompts])
+
+    assert starts(START) == []
+    assert starts(START, START) == [([0, 1], MIN_COMMON)]
+    assert starts((*START, 1, 2), (*START, 1, 3)) == [([0, 1], MIN_COMMON + 1)]
+    assert starts(START[1:], START[1:]) == []  # too short
+    assert starts(START, START[::-1], START, START[::-1]) == [
+        ([0, 2], MIN_COMMON),
+        ([1, 3], MIN_COMMON),
+    ]
+    # 16 of 128 tokens are saved, then 16 of 130.
+    assert starts(START, START, answer=64 - MIN_COMMON) == [([0, 1], MIN_COMMON)]
+    assert starts(START, START, answer=65 - MIN_COMMON) == []
+    # A pair has its own prompt as prefix.
+    pair = document(START, branch([1], [1]), branch([2], [1]))
+    assert common_starts([pair, pair]) == []
+
+
 def random_documents(rng: np.random.Generator) -> list[Document]:
     documents = []
+    alike = rng.random() < 0.5
     for row in range(rng.integers(1, 6)):
         prompt = rng.integers(0, 99, size=rng.integers(0, 5))
+        if alike and rng.random() < 0.8:
+            prompt = np.concatenate([START, prompt])
         branches = []
         for _ in range(rng.integers(1, 4)):
             ids = rng.integers(0, 99, size=rng.integers(1, 6))
@@ -221,7 +274,8 @@ def test_packing_equals_the_sequences_written_out(seed: int) -> None:
             ]
             sequence += 1
     assert sequence == packed.num_sequences
-    assert packed.num_tokens == sum(doc.num_tokens for doc in documents)
+    shared = sum(length * (len(members) - 1) for members, length in common_starts(documents))
+    assert packed.num_tokens == sum(doc.num_tokens for doc in documents) - shared
     assert packed.rows == tuple(range(len(documents)))
 
 

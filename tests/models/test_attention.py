@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from alignkit.models import attention, cpu_attention
+from alignkit.models import attention, attention_blocks, cpu_attention
 from alignkit.models.attention import packed_attention, plain_attention, segment_mask
 from alignkit.packed import Segment
 
@@ -83,8 +83,8 @@ def test_output_and_gradients(
     path: Callable[..., torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cpu_attention, "ROUNDING", rounding)
-    monkeypatch.setattr(cpu_attention, "_layout", cpu_attention._layout.__wrapped__)  # no cache
+    monkeypatch.setattr(attention_blocks, "ROUNDING", rounding)
+    monkeypatch.setattr(attention_blocks, "layout", attention_blocks.layout.__wrapped__)  # no cache
     q, k, v = draw()
     found = path(q, k, v, sliding_window=window, softcap=softcap, scaling=scaling)
     expected = naive(q, k, v, window, softcap, scaling)

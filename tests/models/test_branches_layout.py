@@ -212,6 +212,41 @@ def test_rewards_equal_plain_padded_rows(
     require_equal((rewards.detach(), found), plain_reward(case, adapter, shapes))
 
 
+@functools.cache
+def alike_documents() -> list[Document]:
+    """One answer each, to prompts that begin alike; two of them are nothing but that start."""
+    rng = np.random.default_rng(11)
+    start, documents = _ids(rng, 19), []
+    for row, (rest, length) in enumerate([(0, 5), (6, 9), (13, 3), (0, 12), (1, 1), (22, 7)]):
+        trained = rng.random(length) < 0.8
+        trained[0] = True  # predicted by the start's last token where nothing stands between
+        branch = Branch(_ids(rng, length), trained)
+        documents.append(Document(np.concatenate([start, _ids(rng, rest)]), (branch,), row))
+    other = Branch(_ids(rng, 8), np.ones(8, bool))
+    return [*documents[:3], Document(_ids(rng, 20), (other,), 6), *documents[3:]]
+
+
+@both_modes
+@every_adapter
+@every_case
+def test_prompts_that_begin_alike_equal_plain_padded_rows(
+    case: int, adapter: str, checkpointing: bool
+) -> None:
+    family, overrides = CASES[case]
+    documents = alike_documents()
+    weights = torch.linspace(-0.5, 0.8, len(documents))
+    batch = pack_documents(documents)
+    assert batch.num_tokens == sum(d.num_tokens for d in documents) - 5 * 19
+    model = trained_model(family, adapter, checkpointing, **overrides)
+    sums = sum_by_sequence(TokenScorer(model, torch.float32)(batch).logprobs, batch)
+    found = gradients_of(model, (sums * weights).sum())
+    plain = plain_lora(trained_model(family, adapter, **overrides))
+    causal_model(plain).set_attn_implementation("eager")
+    expected = plain_sums(plain, documents)
+    gradients = gradients_of(plain, (expected * weights).sum())
+    require_equal((sums.detach(), found), (expected.detach(), gradients))
+
+
 @every_adapter
 @pytest.mark.parametrize("shapes", SHAPES)
 @every_case

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from alignkit.models import cpu_attention
+from alignkit.models import attention_blocks, cpu_attention
 from alignkit.models.attention import plain_attention
-from alignkit.models.cpu_attention import BLOCK
+from alignkit.models.attention_blocks import BLOCK
 from alignkit.models.cpu_attention import cpu_attention as attend
 from alignkit.packed import Segment
 
@@ -47,6 +47,9 @@ def row(*documents: tuple[int, tuple[int, ...]]) -> tuple[Segment, ...]:
 ROWS = {
     "rows": row((0, (1,)), (0, (BLOCK,)), (0, (BLOCK + 1,)), (0, (2 * BLOCK + 70,)), (0, (1,))),
     "short prefixes": row((1, (7,)), (31, (9, 1)), (32, (40, 5, 33)), (33, (BLOCK + 8,))),
+    "many alike": row(
+        (25, (41, 40, 38, 41, 64, 12, 41, 33)), *[(0, (n,)) for n in (20, 65, 9, 31)]
+    ),
     "long prefixes": row((BLOCK + 5, (1, 60, BLOCK + 1)), (0, (2,)), (2 * BLOCK, (BLOCK, 32))),
 }
 MIXED = row((0, (1,)), (33, (BLOCK + 60, 20)), (31, (1, 40)), (BLOCK + 5, (30, BLOCK)), (0, (90,)))
@@ -110,8 +113,8 @@ def faults(inputs: list[torch.Tensor], segments: tuple[Segment, ...], **options:
 def sized(monkeypatch: pytest.MonkeyPatch, **constants: int) -> None:
     """Other constants, and no layout that was made with the usual ones."""
     for name, value in constants.items():
-        monkeypatch.setattr(cpu_attention, name, value)
-    monkeypatch.setattr(cpu_attention, "_layout", cpu_attention._layout.__wrapped__)
+        monkeypatch.setattr(attention_blocks, name, value)
+    monkeypatch.setattr(attention_blocks, "layout", attention_blocks.layout.__wrapped__)
 
 
 @pytest.mark.parametrize("width", [64, 80, 128])
@@ -132,6 +135,23 @@ def test_rows_and_windows(name: str, window: int | None) -> None:
 def test_scaling_and_large_scores(scaling: float | None, size: float, window: int | None) -> None:
     inputs = draw(MIXED, (6, 2), 64, size)
     assert faults(inputs, MIXED, scaling=scaling, sliding_window=window) == []
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_blocks_together_are_the_blocks_alone(
+    dtype: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segments = ROWS["many alike"]
+    inputs = draw(segments, (6, 2), 32)
+    groups = attention_blocks.layout(segments, window, 6, 2, dtype).groups
+    assert len(groups) < len(segments)  # some were computed together
+    together = results(attend, inputs, segments, dtype, sliding_window=window)
+    sized(monkeypatch, TOGETHER=1)
+    assert len(attention_blocks.layout(segments, window, 6, 2, dtype).groups) == len(segments)
+    alone = results(attend, inputs, segments, dtype, sliding_window=window)
+    close = 1e-6 if dtype == torch.float32 else 4e-3
+    assert all(off < close for off in errors(together, alone).values())
 
 
 @pytest.mark.parametrize("window", [None, 20, BLOCK + 40])
@@ -184,9 +204,9 @@ def test_a_prompt_gets_the_parts_of_all_branches(window: int | None) -> None:
 
 
 def test_a_window_bounds_the_keys() -> None:
-    layout = cpu_attention._layout(row((500, (3, 400))), 40, 4, 2, torch.float32)
-    fillers = 2 * (cpu_attention.ROUNDING - 1)
-    assert max(block.keys for block in layout.blocks) <= 39 + BLOCK + fillers
+    layout = attention_blocks.layout(row((500, (3, 400))), 40, 4, 2, torch.float32)
+    fillers = 2 * (attention_blocks.ROUNDING - 1)
+    assert max(group.mask.shape[-1] for group in layout.groups) <= 39 + BLOCK + fillers
 
 
 def test_offsets_keep_float32_inside_bfloat16_products() -> None:
@@ -232,11 +252,11 @@ def test_layouts_of_memory() -> None:
 def test_a_layout_made_without_autograd_serves_training() -> None:
     inputs = draw(MIXED, (4, 2), 16)
     expected = results(attend, inputs, MIXED)
-    cpu_attention._layout.cache_clear()
+    attention_blocks.layout.cache_clear()
     with torch.inference_mode():
         attend(*inputs[:3], MIXED, scaling=None, sliding_window=None)
     found = results(attend, inputs, MIXED)
-    assert cpu_attention._layout.cache_info().misses == 1
+    assert attention_blocks.layout.cache_info().misses == 1
     assert all(torch.equal(found[name], expected[name]) for name in NAMES)
 
 
@@ -254,37 +274,38 @@ def test_autocast_computes_in_its_dtype() -> None:
 
 
 def window_too_long(patch: pytest.MonkeyPatch) -> None:
-    right = cpu_attention._layout
+    right = attention_blocks.layout
     patch.setattr(
-        cpu_attention, "_layout", lambda segments, window, *rest: right(segments, window + 1, *rest)
+        attention_blocks,
+        "layout",
+        lambda segments, window, *rest: right(segments, window + 1, *rest),
     )
 
 
 def causal_rule_forgotten(patch: pytest.MonkeyPatch) -> None:
-    right = cpu_attention._block
+    right = attention_blocks._block
 
-    def seeing(*about: Any) -> tuple[Any, ...]:
-        block, *rest = right(*about)
-        return dataclasses.replace(block, edge=torch.zeros_like(block.edge)), *rest
+    def seeing(*about: Any) -> Any:
+        block = right(*about)
+        return dataclasses.replace(block, edge=torch.zeros_like(block.edge))
 
     sized(patch)
-    patch.setattr(cpu_attention, "_block", seeing)
+    patch.setattr(attention_blocks, "_block", seeing)
 
 
 def filler_queries_counted(patch: pytest.MonkeyPatch) -> None:
-    right, none = cpu_attention._layout, torch.arange(0)
+    right, none = attention_blocks.layout, torch.arange(0)
     patch.setattr(
-        cpu_attention, "_layout", lambda *about: dataclasses.replace(right(*about), fillers=none)
+        attention_blocks, "layout", lambda *about: dataclasses.replace(right(*about), fillers=none)
     )
 
 
 def prompt_without_branches(patch: pytest.MonkeyPatch) -> None:
     right = cpu_attention._add_keys
 
-    def own_only(total: torch.Tensor, part: torch.Tensor, block: Any) -> None:
-        before = total[:, block.prefix].clone()
-        right(total, part, block)
-        total[:, block.prefix] = before
+    def own_only(total: torch.Tensor, parts: torch.Tensor, group: Any) -> None:
+        bare = [dataclasses.replace(block, prefix=slice(0, 0)) for block in group.blocks]
+        right(total, parts, dataclasses.replace(group, blocks=tuple(bare)))
 
     patch.setattr(cpu_attention, "_add_keys", own_only)
 

@@ -27,7 +27,7 @@ from tiny import MODELS, plain_lora, tiny_model, trained_model
 
 from alignkit.data.documents import Branch, Document
 from alignkit.data.packing import pack_documents
-from alignkit.models import cpu_attention, scorer
+from alignkit.models import attention_blocks, scorer
 from alignkit.models.adapters import attach_adapter
 from alignkit.models.scorer import PaddedScorer, TokenScorer, causal_model, sequence_rows
 from alignkit.packed import PackedBatch
@@ -193,10 +193,10 @@ def test_no_cache_is_built(family: str) -> None:
 def test_filling_up_rows_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = random_batch(PAIRS, VOCABULARY)
     results = []
-    monkeypatch.setattr(cpu_attention, "_layout", cpu_attention._layout.__wrapped__)  # no cache
+    monkeypatch.setattr(attention_blocks, "layout", attention_blocks.layout.__wrapped__)  # no cache
     for row, segment in ((64, 32), (1, 1), (128, 16)):
         monkeypatch.setattr(scorer, "ROUNDING", row)
-        monkeypatch.setattr(cpu_attention, "ROUNDING", segment)
+        monkeypatch.setattr(attention_blocks, "ROUNDING", segment)
         model = trained_model(family, "full")
         logprobs = TokenScorer(model, torch.float32)(batch).logprobs
         results.append((logprobs.detach(), gradients(model, logprobs)))

@@ -13,7 +13,7 @@ from tiny import MODELS, tiny_model
 
 from alignkit.data.packing import pack_documents
 from alignkit.errors import ModelError
-from alignkit.models import attention, cpu_attention, scorer
+from alignkit.models import attention, attention_blocks, cpu_attention, scorer
 from alignkit.models.adapters import attach_adapter
 from alignkit.models.scorer import PaddedScorer, TokenScorer
 from alignkit.models.selfcheck import build_scorer, packed_fault, probe_batch
@@ -90,9 +90,9 @@ def wrong_transform(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def window_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cpu_attention._layout
+    right = attention_blocks.layout
     monkeypatch.setattr(
-        cpu_attention, "_layout", lambda segments, window, *rest: right(segments, None, *rest)
+        attention_blocks, "layout", lambda segments, window, *rest: right(segments, None, *rest)
     )
 
 

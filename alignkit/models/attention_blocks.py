@@ -1,0 +1,206 @@
+"""Packed rows in blocks: which queries see which keys, and where their rows are.
+
+A block is some queries of one segment with only the keys that they see. Its rows are filled up to a
+multiple of `ROUNDING`; blocks of one shape form a group that one batched product computes, so that
+many short segments cost few calls.
+
+Shapes: `T` tokens, `H` query heads, `K` key heads, `G = H / K`; `R` rows of a block's tokens with
+fillers, `n = G * R` query rows of one key head, `m` keys, `B` blocks of a group.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from alignkit.packed import Segment
+
+ROUNDING = 32
+"""Rows of a segment are filled up to a multiple of it: the kernels are generated and kept for each
+length, at several megabytes apiece. Divides `BLOCK`."""
+
+BLOCK = 192
+"""Queries of a block; measured on two cores, flat from 128 to 512."""
+
+TOGETHER = 1 << 20
+"""Weights `B K n m` of the blocks that are computed in one product, at most."""
+
+Segments = tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries of one segment and the keys they see.
+
+    Args:
+        prefix: tokens of the prefix that are among the keys.
+        own: the segment's own tokens that are.
+        first: the first of these among the keys.
+        mask: `[n, m]`, 0 where a key is seen and -inf elsewhere; `n = G * R` query rows of one key
+            head and `m` keys, fillers included.
+        edge: `[n, w]`, the same of the last `w` keys; all others are seen or fillers.
+        queries: `[Kn]` rows of a `[T * H, ...]` tensor.
+        empty: `[Kn]` True where a query row stands for no token.
+        keys: `[Km]` rows of a `[T * K, ...]` tensor.
+        far: `[Km]` True where a key stands for no token.
+    """
+
+    prefix: slice
+    own: slice
+    first: int
+    mask: torch.Tensor
+    edge: torch.Tensor
+    queries: torch.Tensor
+    empty: torch.Tensor
+    keys: torch.Tensor
+    far: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`n`, `m` and `w`: blocks that agree are computed together."""
+        return (*self.mask.shape, self.edge.shape[1])  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Group:
+    """`B` blocks of one shape.
+
+    Args:
+        blocks: in order.
+        mask: `[B, 1, n, m]` of the blocks.
+        edge: `[B, 1, n, w]` of the blocks.
+    """
+
+    blocks: tuple[Block, ...]
+    mask: torch.Tensor
+    edge: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows of all blocks come from. A row is one head of one token.
+
+    Args:
+        groups: of all blocks.
+        queries: `[ΣBKn]` rows of a `[T * H, ...]` tensor: of each group `[B, K, n]`, together.
+        fillers: those entries of `queries` that stand for no token.
+        homes: `[T * H]` entry of `queries` that holds a row, the inverse of `queries`.
+        keys: `[ΣBKm]` rows of a `[T * K, ...]` tensor: of each group `[B, K, m]`.
+        far: those entries of `keys` that stand for no token.
+    """
+
+    groups: tuple[Group, ...]
+    queries: torch.Tensor
+    fillers: torch.Tensor
+    homes: torch.Tensor
+    keys: torch.Tensor
+    far: torch.Tensor
+
+    def split_queries(self, x: torch.Tensor, heads: int) -> list[torch.Tensor]:
+        """Rows of all groups `[ΣBKn, ...]` -> those of each group, `[B, K, n, ...]`."""
+        return self._split(x, heads, -2)
+
+    def split_keys(self, x: torch.Tensor, heads: int) -> list[torch.Tensor]:
+        """Rows of all groups `[ΣBKm, ...]` -> those of each group, `[B, K, m, ...]`."""
+        return self._split(x, heads, -1)
+
+    def _split(self, x: torch.Tensor, heads: int, axis: int) -> list[torch.Tensor]:
+        shapes = [(len(group.blocks), heads, group.mask.shape[axis]) for group in self.groups]
+        parts = x.split([math.prod(shape) for shape in shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+@functools.lru_cache(maxsize=4)
+def layout(
+    segments: Segments,
+    sliding_window: int | None,
+    query_heads: int,
+    key_heads: int,
+    dtype: torch.dtype,
+) -> Layout:
+    """Blocks of a packed row. The same in every layer, so those of the last batches are kept.
+
+    Args:
+        segments: cover `0..T-1` in order.
+        sliding_window: tokens that a token sees, itself included; None is all before it.
+        query_heads: `H`.
+        key_heads: `K`.
+        dtype: of the masks.
+
+    Returns:
+        Its blocks, those of one shape together.
+    """
+    about = (sliding_window, query_heads, key_heads, dtype)
+    alike: dict[tuple[int, ...], list[Block]] = {}
+    for segment in segments:
+        for first in range(0, segment.length, BLOCK):
+            block = _block(segment, first, *about)
+            alike.setdefault(block.shape, []).append(block)
+    groups = []
+    for (rows, columns, _), blocks in alike.items():
+        count = max(1, TOGETHER // (key_heads * rows * columns))
+        for start in range(0, len(blocks), count):
+            part = tuple(blocks[start : start + count])
+            masks, edges = torch.stack([b.mask for b in part]), torch.stack([b.edge for b in part])
+            groups.append(Group(part, masks[:, None], edges[:, None]))
+    ordered = [block for group in groups for block in group.blocks]
+    picked, empty = torch.cat([b.queries for b in ordered]), torch.cat([b.empty for b in ordered])
+    keys, far = torch.cat([b.keys for b in ordered]), torch.cat([b.far for b in ordered])
+    held = (~empty).nonzero()[:, 0]
+    homes = torch.empty(len(held), dtype=torch.int64)
+    homes[picked[held]] = held
+    return Layout(tuple(groups), picked, empty.nonzero()[:, 0], homes, keys, far.nonzero()[:, 0])
+
+
+def _filled(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens from `start` on, filled up with repetitions of the last, and which ones these are."""
+    steps = torch.arange(count + -count % ROUNDING)
+    return start + steps.clamp(max=count - 1), steps >= count
+
+
+def _block(
+    segment: Segment,
+    first: int,
+    sliding_window: int | None,
+    query_heads: int,
+    key_heads: int,
+    dtype: torch.dtype,
+) -> Block:
+    """The block of a segment's queries from `first` on."""
+    groups, by_head = query_heads // key_heads, torch.arange(key_heads)[:, None]
+    count = min(BLOCK, segment.length - first)
+    prefix = segment.prefix_length
+    oldest = 0 if sliding_window is None else max(0, prefix + first - sliding_window + 1)
+    before = slice(segment.prefix_start + min(oldest, prefix), segment.prefix_start + prefix)
+    own = slice(segment.start + max(0, oldest - prefix), segment.start + first + count)
+    tokens, positions, fillers = [], [], []
+    for part, shift in ((before, -segment.prefix_start), (own, prefix - segment.start)):
+        if part.stop > part.start:
+            held, filler = _filled(part.start, part.stop - part.start)
+            tokens.append(held)
+            positions.append((held + shift).masked_fill(filler, torch.iinfo(torch.int64).max))
+            fillers.append(filler)
+    where = torch.cat(positions)
+    asking = torch.arange(prefix + first, prefix + first + count + -count % ROUNDING)[:, None]
+    seen = where <= asking
+    if sliding_window is not None:
+        seen &= asking - where < sliding_window
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
+    mask = mask.repeat_interleave(groups, 0)
+    cut = sliding_window is not None and prefix + first + count > sliding_window
+    asked, empty = _filled(segment.start + first, count)
+    rows = (asked[:, None] * query_heads + torch.arange(groups)).flatten()
+    return Block(
+        prefix=before,
+        own=own,
+        first=len(where) - (own.stop - own.start) - (-(own.stop - own.start) % ROUNDING),
+        mask=mask,
+        edge=mask if cut else mask[:, -len(asking) :].contiguous(),
+        queries=(rows + by_head * groups).flatten(),
+        empty=empty.repeat_interleave(groups).repeat(key_heads),
+        keys=(torch.cat(tokens) * key_heads + by_head).flatten(),
+        far=torch.cat(fillers).repeat(key_heads),
+    )
