@@ -39,6 +39,7 @@ class Block:
         prefix: tokens of the prefix that are among the keys.
         own: the segment's own tokens that are.
         first: the first of these among the keys.
+        whole: the segment has no other block.
         mask: `[n, m]`, 0 where a key is seen and -inf elsewhere; `n = G * R` query rows of one key
             head and `m` keys, fillers included.
         edge: `[n, w]`, the same of the last `w` keys; all others are seen or fillers.
@@ -51,6 +52,7 @@ class Block:
     prefix: slice
     own: slice
     first: int
+    whole: bool
     mask: torch.Tensor
     edge: torch.Tensor
     queries: torch.Tensor
@@ -59,22 +61,26 @@ class Block:
     far: torch.Tensor
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """`n`, `m` and `w`: blocks that agree are computed together."""
-        return (*self.mask.shape, self.edge.shape[1])  # type: ignore[return-value]
+    def kind(self) -> tuple[int | bool, ...]:
+        """Blocks that agree in it are computed together."""
+        return *self.mask.shape, self.edge.shape[1], self.whole, self.prefix.start, self.prefix.stop
 
 
 @dataclass(frozen=True)
 class Group:
-    """`B` blocks of one shape.
+    """`B` blocks of one kind.
 
     Args:
         blocks: in order.
+        prefix: tokens of the prefix that are among the keys of each.
+        whole: each is a segment.
         mask: `[B, 1, n, m]` of the blocks.
         edge: `[B, 1, n, w]` of the blocks.
     """
 
     blocks: tuple[Block, ...]
+    prefix: slice
+    whole: bool
     mask: torch.Tensor
     edge: torch.Tensor
 
@@ -90,6 +96,8 @@ class Layout:
         homes: `[T * H]` entry of `queries` that holds a row, the inverse of `queries`.
         keys: `[ΣBKm]` rows of a `[T * K, ...]` tensor: of each group `[B, K, m]`.
         far: those entries of `keys` that stand for no token.
+        key_homes: `[K * T]` entry of the `keys` of whole groups, these together, that a token has
+            as one of its segment's own; one past the end where the segment has several blocks.
     """
 
     groups: tuple[Group, ...]
@@ -98,6 +106,7 @@ class Layout:
     homes: torch.Tensor
     keys: torch.Tensor
     far: torch.Tensor
+    key_homes: torch.Tensor
 
     def split_queries(self, x: torch.Tensor, heads: int) -> list[torch.Tensor]:
         """Rows of all groups `[ΣBKn, ...]` -> those of each group, `[B, K, n, ...]`."""
@@ -134,25 +143,47 @@ def layout(
         Its blocks, those of one shape together.
     """
     about = (sliding_window, query_heads, key_heads, dtype)
-    alike: dict[tuple[int, ...], list[Block]] = {}
+    alike: dict[tuple[int | bool, ...], list[Block]] = {}
     for segment in segments:
         for first in range(0, segment.length, BLOCK):
             block = _block(segment, first, *about)
-            alike.setdefault(block.shape, []).append(block)
+            alike.setdefault(block.kind, []).append(block)
     groups = []
-    for (rows, columns, _), blocks in alike.items():
+    for (rows, columns, *_), blocks in alike.items():
         count = max(1, TOGETHER // (key_heads * rows * columns))
         for start in range(0, len(blocks), count):
             part = tuple(blocks[start : start + count])
             masks, edges = torch.stack([b.mask for b in part]), torch.stack([b.edge for b in part])
-            groups.append(Group(part, masks[:, None], edges[:, None]))
+            shared = part[0].prefix, part[0].whole
+            groups.append(Group(part, *shared, masks[:, None], edges[:, None]))
     ordered = [block for group in groups for block in group.blocks]
     picked, empty = torch.cat([b.queries for b in ordered]), torch.cat([b.empty for b in ordered])
     keys, far = torch.cat([b.keys for b in ordered]), torch.cat([b.far for b in ordered])
     held = (~empty).nonzero()[:, 0]
     homes = torch.empty(len(held), dtype=torch.int64)
     homes[picked[held]] = held
-    return Layout(tuple(groups), picked, empty.nonzero()[:, 0], homes, keys, far.nonzero()[:, 0])
+    tokens = sum(segment.length for segment in segments)
+    return Layout(
+        groups=tuple(groups),
+        queries=picked,
+        fillers=empty.nonzero()[:, 0],
+        homes=homes,
+        keys=keys,
+        far=far.nonzero()[:, 0],
+        key_homes=_key_homes([block for block in ordered if block.whole], key_heads, tokens),
+    )
+
+
+def _key_homes(blocks: list[Block], heads: int, tokens: int) -> torch.Tensor:
+    """`[K * T]` of `Layout`, for its whole blocks."""
+    homes = torch.full((heads, tokens), sum(len(block.keys) for block in blocks))
+    start = 0
+    for block in blocks:
+        own = block.first + torch.arange(block.own.stop - block.own.start)
+        columns = block.mask.shape[1]
+        homes[:, block.own] = start + torch.arange(heads)[:, None] * columns + own
+        start += len(block.keys)
+    return homes.flatten()
 
 
 def _filled(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,6 +228,7 @@ def _block(
         prefix=before,
         own=own,
         first=len(where) - (own.stop - own.start) - (-(own.stop - own.start) % ROUNDING),
+        whole=segment.length <= BLOCK,
         mask=mask,
         edge=mask if cut else mask[:, -len(asking) :].contiguous(),
         queries=(rows + by_head * groups).flatten(),

@@ -105,7 +105,7 @@ class _CpuAttention(torch.autograd.Function):
         all_keys[layout.far, -1] = -FAR
         all_values = _pick(_with_ones(value), layout.keys)
         grad_queries = query.new_empty(len(layout.queries), width)
-        grad_key, grad_value = (torch.zeros(heads, len(key), width, dtype=wide) for _ in range(2))
+        grad_key, grad_value = (_KeyGradient(x, layout, wide) for x in (key, value))
         none = query.new_empty(())
         for group, q, slope, k, v, grad_q in zip(
             layout.groups,
@@ -123,11 +123,45 @@ class _CpuAttention(torch.autograd.Function):
             weights.exp_()
             inner = torch.bmm(slope, v.mT).mul_(weights)
             torch.bmm(inner, k[..., :width], out=grad_q.flatten(0, 1))
-            _add_keys(grad_value, weights.mT @ slope[..., :width], group)
-            _add_keys(grad_key, inner.mT @ q[..., :width], group)
+            grad_value.add(weights.mT @ slope[..., :width], group)
+            grad_key.add(inner.mT @ q[..., :width], group)
         grad_query = grad_queries.index_select(0, layout.homes).view(query.shape).mul_(scale)
-        grad_key = grad_key.mul_(scale).transpose(0, 1).to(key.dtype)
-        return grad_query, grad_key, grad_value.transpose(0, 1).to(value.dtype), None, None
+        return grad_query, grad_key.sum(scale), grad_value.sum(), None, None
+
+
+class _KeyGradient:
+    """Collects the gradient of keys or values.
+
+    Args:
+        x: `[T, K, D]` keys or values.
+        layout: of the row.
+        wide: dtype of sums.
+    """
+
+    def __init__(self, x: torch.Tensor, layout: Layout, wide: torch.dtype) -> None:
+        self.layout, self.dtype = layout, x.dtype
+        self.total = x.new_zeros(x.shape[1], x.shape[0], x.shape[2], dtype=wide)
+        self.whole: list[torch.Tensor] = []
+
+    def add(self, parts: torch.Tensor, group: Group) -> None:
+        """Add the share of a group's queries, `[BK, m, D]`, to the tokens of its keys."""
+        prefix = group.prefix.stop - group.prefix.start
+        each = parts.unflatten(0, (len(group.blocks), -1))
+        if prefix:
+            self.total[:, group.prefix] += each[:, :, :prefix].sum(0, dtype=self.total.dtype)
+        if group.whole:
+            self.whole.append(parts.flatten(0, 1))
+            return
+        for block, part in zip(group.blocks, each.unbind(0), strict=True):
+            own = block.own.stop - block.own.start
+            self.total[:, block.own] += part[:, block.first : block.first + own]
+
+    def sum(self, scale: float = 1.0) -> torch.Tensor:
+        """`[T, K, D]` of all groups together, times a factor."""
+        if self.whole:
+            rows = torch.cat([*self.whole, self.whole[0].new_zeros(1, self.total.shape[-1])])
+            self.total += rows.index_select(0, self.layout.key_homes).view(self.total.shape)
+        return self.total.mul_(scale).transpose(0, 1).to(self.dtype)
 
 
 def _pick(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -155,14 +189,3 @@ def _with_ones(x: torch.Tensor) -> torch.Tensor:
     rest = x.new_zeros(*x.shape[:2], EXTRA)
     rest[..., :3] = 1.0
     return torch.cat([x, rest], dim=-1)
-
-
-def _add_keys(total: torch.Tensor, parts: torch.Tensor, group: Group) -> None:
-    """Add `[BK, m, D]` of blocks' keys to the tokens that they came from, `[K, T, D]`."""
-    each = parts.unflatten(0, (len(group.blocks), -1)).unbind(0)
-    for block, part in zip(group.blocks, each, strict=True):
-        prefix = block.prefix.stop - block.prefix.start
-        own = block.own.stop - block.own.start
-        if prefix:
-            total[:, block.prefix] += part[:, :prefix]
-        total[:, block.own] += part[:, block.first : block.first + own]

@@ -21,6 +21,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from alignkit.models.products import add_product, product
 from alignkit.models.quantized import dense_weight, is_quantized, weight_dtype
 
 
@@ -55,7 +56,7 @@ class _LoraProduct(torch.autograd.Function):
         grad_b = torch.mm(grad.T, low).float()
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad_low, narrow_a).addmm_(grad, dense_weight(ctx.weight))
+            grad_x = add_product(torch.mm(grad_low, narrow_a), grad, dense_weight(ctx.weight))
         return grad_x, None, None, grad_a, grad_b, None, None, None
 
 
@@ -71,7 +72,7 @@ def _product(
     low = torch.mm(x, narrow_a.T).mul_(scale)
     # The small term first, so that the sum is rounded once. Added to an xWᵀ that is already
     # rounded to bfloat16, an update below half a unit in its last place would vanish.
-    y = torch.mm(low, narrow_b.T).addmm_(x, dense_weight(weight).T)
+    y = add_product(torch.mm(low, narrow_b.T), x, dense_weight(weight).T)
     if bias is not None:
         y += bias
     return y, low
@@ -118,7 +119,7 @@ def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
     flat = x.to(weight_dtype(base.weight)).reshape(-1, x.shape[-1])
     if module.disable_adapters:
         # In the same steps as below: a fresh adapter must change no bit.
-        plain = torch.mm(flat, dense_weight(base.weight).T)
+        plain = product(flat, dense_weight(base.weight).T)
         plain = plain if base.bias is None else plain + base.bias
         return plain.view(*x.shape[:-1], -1)
     name = names[0]
@@ -126,7 +127,7 @@ def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
     # Not kept from call to call: a fused optimizer changes weights without raising their version.
     narrow = [factor.detach().to(flat.dtype) for factor in factors]
     if torch.is_grad_enabled():
-        product = _LoraProduct.apply(flat, base.weight, base.bias, *factors, *narrow, scale)
+        result = _LoraProduct.apply(flat, base.weight, base.bias, *factors, *narrow, scale)
     else:
-        product, _ = _product(flat, base.weight, base.bias, *narrow, scale)
-    return product.view(*x.shape[:-1], -1)
+        result, _ = _product(flat, base.weight, base.bias, *narrow, scale)
+    return result.view(*x.shape[:-1], -1)

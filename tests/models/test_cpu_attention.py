@@ -301,13 +301,12 @@ def filler_queries_counted(patch: pytest.MonkeyPatch) -> None:
 
 
 def prompt_without_branches(patch: pytest.MonkeyPatch) -> None:
-    right = cpu_attention._add_keys
+    right = cpu_attention._KeyGradient.add
 
-    def own_only(total: torch.Tensor, parts: torch.Tensor, group: Any) -> None:
-        bare = [dataclasses.replace(block, prefix=slice(0, 0)) for block in group.blocks]
-        right(total, parts, dataclasses.replace(group, blocks=tuple(bare)))
+    def own_only(gradient: Any, parts: torch.Tensor, group: Any) -> None:
+        right(gradient, parts, dataclasses.replace(group, prefix=slice(0, 0)))
 
-    patch.setattr(cpu_attention, "_add_keys", own_only)
+    patch.setattr(cpu_attention._KeyGradient, "add", own_only)
 
 
 def offsets_rounded(patch: pytest.MonkeyPatch) -> None:
