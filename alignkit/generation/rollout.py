@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from alignkit.models.cached_attention import cached_forward, keep_rows, new_cache, round_up
+from alignkit.models.lora_linear import fixed_factors
 from alignkit.models.scorer import compute_context
 from alignkit.models.vocab_head import logit_transform, next_logits
 from alignkit.packed import IntArray
@@ -99,7 +100,7 @@ class TransformersEngine:
         was_training = self.inner.training
         self.inner.eval()
         try:
-            with torch.no_grad(), cached_forward(self.inner):
+            with torch.no_grad(), cached_forward(self.inner), fixed_factors(self.inner):
                 for batch in self._batches([len(prompts[i]) for i in order]):
                     rows = [order[position] for position in batch]
                     sampled = self._sample([prompts[i] for i in rows], [seeds[i] for i in rows])

@@ -3,9 +3,9 @@
 PEFT computes the same with several autograd nodes: a float32 copy of the input, a cast back under
 autocast, a scaled product and an addition, each with its own buffers. Here the input is kept once
 and shared by the layers that read it, products are added in place, and the low-rank factors are
-cast to the compute dtype for the product only. In bfloat16 PEFT adds the update to an output that
-is rounded already, where small updates vanish; here the sum is rounded once. Modules, parameter
-names and files stay PEFT's.
+cast to the compute dtype for the product only, or once for all of a sampling. In bfloat16 PEFT adds
+the update to an output that is rounded already, where small updates vanish; here the sum is rounded
+once. Modules, parameter names and files stay PEFT's.
 
 Layers with dropout, DoRA or several active adapters keep PEFT's code. A 4-bit weight is dense only
 while it is multiplied, once in each direction.
@@ -13,7 +13,9 @@ while it is multiplied, once in each direction.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +95,40 @@ def use_fast_lora(model: nn.Module) -> int:
     return len(eligible)
 
 
+@contextlib.contextmanager
+def fixed_factors(model: nn.Module) -> Iterator[None]:
+    """Cast the factors of each adapter once, at its first use within.
+
+    Only where no weight changes meanwhile, as in sampling: a step on few tokens would spend a tenth
+    of its time on casts. Elsewhere they are cast at every use, because a fused optimizer changes
+    weights without raising the version by which a kept copy could be told.
+
+    Args:
+        model: carries LoRA layers.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.kept_factors = {}
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.kept_factors
+
+
+def _narrow(
+    module: Any, name: str, factors: Sequence[torch.Tensor], dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """A and B of an adapter in the compute dtype."""
+    kept = module.__dict__.get("kept_factors")
+    if kept is None:
+        return tuple(factor.detach().to(dtype) for factor in factors)
+    if (name, dtype) not in kept:
+        kept[name, dtype] = tuple(factor.detach().to(dtype) for factor in factors)
+    found: tuple[torch.Tensor, ...] = kept[name, dtype]
+    return found
+
+
 def _is_eligible(module: nn.Module) -> bool:
     if not isinstance(module, LoraLayer) or not hasattr(module, "get_base_layer"):
         return False
@@ -124,8 +160,7 @@ def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
         return plain.view(*x.shape[:-1], -1)
     name = names[0]
     factors, scale = (module.lora_A[name].weight, module.lora_B[name].weight), module.scaling[name]
-    # Not kept from call to call: a fused optimizer changes weights without raising their version.
-    narrow = [factor.detach().to(flat.dtype) for factor in factors]
+    narrow = _narrow(module, name, factors, flat.dtype)
     if torch.is_grad_enabled():
         result = _LoraProduct.apply(flat, base.weight, base.bias, *factors, *narrow, scale)
     else:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from alignkit.models.attention import PACKED
+from alignkit.models.cpu_norm import use_cpu_norms
 from alignkit.models.loading import quiet_transformers
 from alignkit.models.vocab_head import TokenScores, logit_transform, score_targets
 from alignkit.packed import PackedBatch, Segment
@@ -126,6 +127,7 @@ class TokenScorer(Scorer):
         inner = self.causal
         with quiet_transformers():
             inner.set_attn_implementation(PACKED)
+        use_cpu_norms(inner)
         transform = logit_transform(inner.config.get_text_config())
         self.transform = dataclasses.replace(transform, temperature=temperature)
 

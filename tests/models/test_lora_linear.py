@@ -18,7 +18,7 @@ from tiny import tiny_model
 from torch import nn
 
 from alignkit.models.adapters import attach_adapter, save_adapter
-from alignkit.models.lora_linear import use_fast_lora
+from alignkit.models.lora_linear import fixed_factors, use_fast_lora
 from alignkit.recipe.schema import LoraSpec
 
 
@@ -247,3 +247,28 @@ def test_every_forward_sees_what_the_optimizer_has_changed(grad: bool) -> None:
         optimizer.zero_grad()
     assert not torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[1], outputs[2])
+
+
+def test_fixed_factors_are_those_of_each_adapter_until_the_end() -> None:
+    model = adapted()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["up"]))
+    randomise(model)
+    use_fast_lora(model)
+    x = torch.randn(3, 12)
+    expected = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        expected[name] = model(x).detach()
+    assert not torch.equal(expected["default"], expected["other"])
+    with torch.no_grad(), fixed_factors(model):
+        for name in ("default", "other", "default"):
+            model.set_adapter(name)
+            assert torch.equal(model(x), expected[name])
+    weight = model.base_model.model.up.lora_B["default"].weight
+    with torch.no_grad():
+        weight += 1.0
+        assert not torch.equal(model(x), expected["default"])
+        with fixed_factors(model):
+            model(x)
+        weight -= 1.0
+        torch.testing.assert_close(model(x), expected["default"])

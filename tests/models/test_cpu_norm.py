@@ -1,0 +1,112 @@
+"""RMSNorm in blocks: forward the bits of transformers, backward autograd's numbers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny import MODELS, tiny_model
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from alignkit.models import cpu_norm
+from alignkit.models.cpu_norm import rms_norm, use_cpu_norms
+
+HIDDEN, EPSILON = 40, 1e-5
+SHAPES = [(1, 1, HIDDEN), (1, 23, HIDDEN), (2, 5, 3, HIDDEN)]
+DTYPES = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
+
+
+@pytest.fixture(params=[1, 7 * HIDDEN, 1 << 18], ids=["row by row", "seven rows", "whole"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_norm, "ELEMENTS", request.param)
+
+
+def inputs(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> tuple[Any, Any, Any]:
+    """x, w and the slope of y, of which two rows are large and one is zero."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator)
+    rows = x.view(-1, HIDDEN)
+    rows[:2] *= 300
+    rows[2:3] = 0
+    weight = 1 + 0.3 * torch.randn(HIDDEN, generator=generator)
+    slope = torch.randn(shape, generator=generator)
+    return x.to(dtypes[0]), weight.to(dtypes[1]), slope
+
+
+def naive(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return weight * x / torch.sqrt(x.square().mean(-1, keepdim=True) + EPSILON)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("dtypes", DTYPES, ids=["float32", "bfloat16", "mixed"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_has_the_bits_of_transformers(
+    shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    x, weight, _ = inputs(shape, dtypes)
+    norm = LlamaRMSNorm(HIDDEN, EPSILON).to(dtypes[1])
+    norm.weight.data.copy_(weight)
+    expected = norm(x)
+    found = rms_norm(x, weight, EPSILON)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("trained", ["x", "weight", "both"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=["float32", "bfloat16", "mixed"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_are_those_of_the_formula(
+    shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], trained: str
+) -> None:
+    x, weight, slope = inputs(shape, dtypes)
+    exact = [t.double().requires_grad_() for t in (x, weight)]
+    y = rms_norm(
+        x.requires_grad_(trained != "weight"), weight.requires_grad_(trained != "x"), EPSILON
+    )
+    slope = slope.to(y.dtype)
+    y.backward(slope)
+    naive(*exact).backward(slope.double())
+    close = 3e-6 if torch.bfloat16 not in dtypes else 8e-3
+    for found, reference, wanted in ((x, exact[0], "weight"), (weight, exact[1], "x")):
+        if trained == wanted:
+            assert found.grad is None
+            continue
+        assert found.grad.dtype == found.dtype
+        rows = found.grad.double() - reference.grad
+        assert (rows.norm(dim=-1) <= close * reference.grad.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_model_computes_the_same_bits(family: str) -> None:
+    plain = tiny_model(family).eval()
+    fast = copy.deepcopy(plain)
+    count = use_cpu_norms(fast)
+    assert count == (0 if family.startswith("gemma") else 2 * plain.config.num_hidden_layers + 1)
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        assert torch.equal(fast(ids).logits, plain(ids).logits)
+    twin = copy.deepcopy(fast)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(1.5)
+        assert torch.equal(fast(ids).logits, plain(ids).logits)  # the copy has its own weights
+        assert not torch.equal(twin(ids).logits, plain(ids).logits)
+
+
+def test_other_formulas_and_devices_keep_their_code() -> None:
+    class Shifted(LlamaRMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states) + self.weight * 1e-3
+
+    class Plain(LlamaRMSNorm):
+        pass
+
+    assert use_cpu_norms(Shifted(HIDDEN)) == 0
+    assert use_cpu_norms(Plain(HIDDEN)) == 1
+    assert use_cpu_norms(Plain(HIDDEN).to("meta")) == 0
+    moved = Plain(HIDDEN)
+    use_cpu_norms(moved)
+    assert moved.to("meta")(torch.empty(2, HIDDEN, device="meta")).device.type == "meta"
