@@ -25,7 +25,7 @@ length, at several megabytes apiece. Divides `BLOCK`."""
 BLOCK = 192
 """Queries of a block; measured on two cores, flat from 128 to 512."""
 
-TOGETHER = 1 << 20
+TOGETHER = 1 << 21
 """Weights `B K n m` of the blocks that are computed in one product, at most."""
 
 Segments = tuple[Segment, ...]
@@ -153,9 +153,8 @@ def layout(
         count = max(1, TOGETHER // (key_heads * rows * columns))
         for start in range(0, len(blocks), count):
             part = tuple(blocks[start : start + count])
-            masks, edges = torch.stack([b.mask for b in part]), torch.stack([b.edge for b in part])
-            shared = part[0].prefix, part[0].whole
-            groups.append(Group(part, *shared, masks[:, None], edges[:, None]))
+            masks, edges = _stack([b.mask for b in part]), _stack([b.edge for b in part])
+            groups.append(Group(part, part[0].prefix, part[0].whole, masks, edges))
     ordered = [block for group in groups for block in group.blocks]
     picked, empty = torch.cat([b.queries for b in ordered]), torch.cat([b.empty for b in ordered])
     keys, far = torch.cat([b.keys for b in ordered]), torch.cat([b.far for b in ordered])
@@ -172,6 +171,11 @@ def layout(
         far=far.nonzero()[:, 0],
         key_homes=_key_homes([block for block in ordered if block.whole], key_heads, tokens),
     )
+
+
+def _stack(masks: list[torch.Tensor]) -> torch.Tensor:
+    """`[B, 1, n, m]`; that of a long block alone stays one piece of memory."""
+    return masks[0][None, None] if len(masks) == 1 else torch.stack(masks)[:, None]
 
 
 def _key_homes(blocks: list[Block], heads: int, tokens: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from alignkit.models import attention_blocks
-from alignkit.models.attention_blocks import Group, Layout, Segments
+from alignkit.models.attention_blocks import BLOCK, Group, Layout, Segments
 
 EXTRA = 32
 """Columns beside the head dimension, of which four are used: the matrix unit takes 32 at once."""
@@ -97,7 +97,7 @@ class _CpuAttention(torch.autograd.Function):
         query, key, value, output, normalizer = ctx.saved_tensors
         layout, scale, (heads, width) = ctx.layout, ctx.scale, key.shape[1:]
         wide = torch.promote_types(query.dtype, torch.float32)
-        delta = torch.linalg.vecdot(grad.to(wide), output.to(wide))
+        delta = _row_products(grad, output, wide)
         all_queries = _pick(_with_offset(query, normalizer / scale), layout.queries)
         all_slopes = _pick(_with_offset(grad, delta), layout.queries)
         all_slopes.index_fill_(0, layout.fillers, 0)  # no token, no gradient
@@ -122,11 +122,12 @@ class _CpuAttention(torch.autograd.Function):
             weights.view(shape)[..., -group.edge.shape[-1] :].add_(group.edge)
             weights.exp_()
             inner = torch.bmm(slope, v.mT).mul_(weights)
-            torch.bmm(inner, k[..., :width], out=grad_q.flatten(0, 1))
-            grad_value.add(weights.mT @ slope[..., :width], group)
-            grad_key.add(inner.mT @ q[..., :width], group)
-        grad_query = grad_queries.index_select(0, layout.homes).view(query.shape).mul_(scale)
-        return grad_query, grad_key.sum(scale), grad_value.sum(), None, None
+            scaled = {"beta": 0, "alpha": scale}
+            torch.baddbmm(none, inner, k[..., :width], **scaled, out=grad_q.flatten(0, 1))
+            grad_value.add(torch.bmm(weights.mT, slope[..., :width]), group)
+            grad_key.add(torch.baddbmm(none, inner.mT, q[..., :width], **scaled), group)
+        grad_query = grad_queries.index_select(0, layout.homes).view(query.shape)
+        return grad_query, grad_key.sum(), grad_value.sum(), None, None
 
 
 class _KeyGradient:
@@ -156,12 +157,18 @@ class _KeyGradient:
             own = block.own.stop - block.own.start
             self.total[:, block.own] += part[:, block.first : block.first + own]
 
-    def sum(self, scale: float = 1.0) -> torch.Tensor:
-        """`[T, K, D]` of all groups together, times a factor."""
+    def sum(self) -> torch.Tensor:
+        """`[T, K, D]` of all groups together."""
         if self.whole:
             rows = torch.cat([*self.whole, self.whole[0].new_zeros(1, self.total.shape[-1])])
             self.total += rows.index_select(0, self.layout.key_homes).view(self.total.shape)
-        return self.total.mul_(scale).transpose(0, 1).to(self.dtype)
+        return self.total.transpose(0, 1).to(self.dtype)
+
+
+def _row_products(a: torch.Tensor, b: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    """`[T, H]` of `[T, H, D]`: Σ_d a ∘ b. Few tokens at a time: their wide copies stay in cache."""
+    parts = zip(a.split(BLOCK), b.split(BLOCK), strict=True)
+    return torch.cat([(x.to(wide) * y).sum(-1) for x, y in parts])
 
 
 def _pick(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
