@@ -237,5 +237,6 @@ def draw_tokens(
     threshold = uniform[:, None] * cumulative[:, -1:]
     ids = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
     ids = ids.clamp(max=logits.shape[1] - 1)
-    entropy = -torch.where(probs > 0, probs * logprobs, torch.zeros_like(probs)).sum(-1)
+    # A probability that is 0 in float32 has a finite log here, and adds nothing.
+    entropy = -(probs * logprobs.clamp(min=-1e4)).sum(-1)
     return ids, logprobs.gather(1, ids[:, None])[:, 0], entropy

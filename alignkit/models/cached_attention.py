@@ -140,7 +140,7 @@ def cached_attention(
         query: `[B, H, q, D]`.
         key: `[B, K, n, D]`.
         value: `[B, K, n, D]`.
-        attention_mask: `[B, 1, q, n]` True where a token is seen.
+        attention_mask: `[B, 1, q, n]` 0 where a token is seen and -inf elsewhere.
         scaling: factor on the scores; None is 1 / sqrt(D).
         softcap: scores become `softcap * tanh(scores / softcap)`.
         options: further arguments of transformers; the mask holds sliding windows.
@@ -160,6 +160,7 @@ def cached_attention(
     if mask is None:
         raise NotImplementedError("cached attention needs a mask: keys beyond the last are empty")
     folded = query.unflatten(1, (-1, groups)).flatten(2, 3)
+    mask = mask.to(folded.dtype)
     if groups > 1:
         mask = mask[..., None, :, :].expand(-1, -1, groups, -1, -1).flatten(2, 3)
     if softcap is None:
@@ -168,14 +169,21 @@ def cached_attention(
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         scores = torch.tanh(folded @ key.mT * (scale / softcap)).float() * softcap
         # Finite: padding on the left sees nothing at all, and must not become NaN.
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(mask < 0, torch.finfo(scores.dtype).min)
         output = torch.softmax(scores, dim=-1).to(value.dtype) @ value
     return output.unflatten(2, (groups, new)).flatten(1, 2).transpose(1, 2), None
 
 
 def whole_mask(*args: Any, **options: Any) -> torch.Tensor | None:
-    """transformers' mask, made even where every row is full and a causal flag would do."""
-    return sdpa_mask(*args, **{**options, "allow_is_causal_skip": False})
+    """What is added to the scores, made even where every row is full and a causal flag would do.
+
+    Added, not True and False: torch would turn that into this once more in every layer.
+    """
+    seen = sdpa_mask(*args, **{**options, "allow_is_causal_skip": False})
+    if seen is None:
+        return None
+    added = torch.zeros(seen.shape, dtype=options.get("dtype", torch.float32), device=seen.device)
+    return added.masked_fill_(~seen, float("-inf"))
 
 
 @contextlib.contextmanager

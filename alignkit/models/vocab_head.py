@@ -107,10 +107,12 @@ def next_logits(hidden: torch.Tensor, head: nn.Module, transform: LogitTransform
     Returns:
         `[B, V]` float32.
     """
-    logits: torch.Tensor = head(hidden).float() * transform.scale
+    logits: torch.Tensor = head(hidden).float()
+    if transform.scale != 1.0:  # a pass over the vocabulary less for each token
+        logits = logits * transform.scale
     if transform.softcap is not None:
         logits = torch.tanh(logits / transform.softcap) * transform.softcap
-    return logits / transform.temperature
+    return logits if transform.temperature == 1.0 else logits / transform.temperature
 
 
 def _score_with_module(

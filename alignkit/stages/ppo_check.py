@@ -49,8 +49,8 @@ def rehearse(run: PpoRun, first_step: int) -> None:
     rollouts = run.collect(prompts, items, (run.seed, REHEARSAL))
     run.judge(rollouts)
     groups = group_rollouts(rollouts, items, run.plan.microbatch_tokens)
-    scored = score_rollouts(run.roles, rollouts, groups)
-    again = score_rollouts(run.roles, rollouts, groups)
+    scored = score_rollouts(run.roles, rollouts, groups)[0]
+    again = score_rollouts(run.roles, rollouts, groups)[0]
     ratio = _largest(log_ratio(again.policy, scored.policy))
     _must_vanish(ratio, "two passes of the policy over the same responses differ", "a bug")
     line = f"ratio 1 (largest log-ratio {ratio:.1g})"

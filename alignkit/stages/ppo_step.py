@@ -140,7 +140,8 @@ def take_step(run: PpoRun, step: int) -> dict[str, float]:
         ]
         for epoch in range(spec.epochs)
     ]
-    scored = score_rollouts(run.roles, rollouts, [g for part in passes[0] for g in part])
+    first = [group for part in passes[0] for group in part]
+    scored, outputs = score_rollouts(run.roles, rollouts, first)
     kl = k1(scored.policy, scored.reference) * scored.mask
     earned = token_rewards(rewards.total, kl, scored.mask, kl_coef=run.kl_coef)
     raw, returns = advantages(
@@ -151,8 +152,9 @@ def take_step(run: PpoRun, step: int) -> dict[str, float]:
     rates = _set_rates(run, step)
     sums: dict[str, float] = {}
     for groups in passes:
-        for name, value in run.updater.run(batch, groups).items():
+        for name, value in run.updater.run(batch, groups, outputs).items():
             sums[name] = sums.get(name, 0.0) + value
+        outputs = None  # the weights have changed
     metrics = {
         **_update_metrics(sums, spec.epochs * spec.minibatches, spec.value_weight),
         **_rollout_metrics(run, rollouts, rewards, scored, kl, returns),

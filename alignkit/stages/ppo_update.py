@@ -19,7 +19,7 @@ from alignkit.objectives.ppo import clip_fraction, policy_losses, value_losses
 from alignkit.recipe.ppo import PpoSpec
 from alignkit.runtime.optim import Optimizers
 from alignkit.stages.roles import Roles
-from alignkit.stages.rollouts import Rollout, Scored, forward_policy, response_rows
+from alignkit.stages.rollouts import Outputs, Rollout, Scored, forward_policy, response_rows
 
 POLICY, VALUE = "policy", "value"
 
@@ -98,12 +98,15 @@ class Updater:
     budget: int
     share: Share
 
-    def run(self, batch: Batch, groups: list[list[list[int]]]) -> dict[str, float]:
+    def run(
+        self, batch: Batch, groups: list[list[list[int]]], outputs: Outputs | None = None
+    ) -> dict[str, float]:
         """One pass over the responses.
 
         Args:
             batch: what to learn from.
             groups: of each minibatch, the rollouts of each forward and backward pass.
+            outputs: of the policy in the only one of these, if it has run already.
 
         Returns:
             Sums over the tokens of all processes: `policy_loss`, `value_loss`, `clip_fraction`,
@@ -122,9 +125,8 @@ class Updater:
             tokens = count
             sums = torch.zeros(4, dtype=torch.float64)
             for group in minibatch:
-                sums += self.backward(
-                    batch, group, np.concatenate([rows[i] for i in group]), tokens
-                )
+                own = np.concatenate([rows[i] for i in group])
+                sums += self.backward(batch, group, own, tokens, outputs)
             found = self.share.reduce(sums).tolist()
             if not all(map(math.isfinite, found)):
                 raise TrainingError(
@@ -144,7 +146,12 @@ class Updater:
         return totals
 
     def backward(
-        self, batch: Batch, group: Sequence[int], rows: np.ndarray, tokens: float
+        self,
+        batch: Batch,
+        group: Sequence[int],
+        rows: np.ndarray,
+        tokens: float,
+        outputs: Outputs | None = None,
     ) -> torch.Tensor:
         """Add the gradients of one pass.
 
@@ -153,13 +160,14 @@ class Updater:
             group: rollouts of the pass.
             rows: of their responses among all of this process.
             tokens: of the whole minibatch; the losses are divided by it.
+            outputs: of the policy, if it has run already.
 
         Returns:
             `[4]` float64 sums: policy loss, value loss, clipped tokens, KL to the sampler.
         """
         spec, roles = self.spec, self.roles
         packed = pack_documents([batch.rollouts[i].document for i in group])
-        new, joint = forward_policy(roles, packed)
+        new, joint = forward_policy(roles, packed) if outputs is None else outputs
         device = new.device
         old = batch.flat(batch.scored.policy, rows).to(device)
         advantage = batch.flat(batch.advantages, rows).to(device)

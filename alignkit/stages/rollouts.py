@@ -188,7 +188,11 @@ class Scored:
     mask: torch.Tensor
 
 
-def forward_policy(roles: Roles, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+Outputs = tuple[torch.Tensor, torch.Tensor | None]
+"""`[N]` log-probs, and `[N]` values where the policy carries the head."""
+
+
+def forward_policy(roles: Roles, batch: PackedBatch) -> Outputs:
     """`[N]` log-probs of a batch, and `[N]` values where the policy carries the head."""
     found: Any = roles.policy(batch)
     if roles.value is None:
@@ -198,28 +202,33 @@ def forward_policy(roles: Roles, batch: PackedBatch) -> tuple[torch.Tensor, torc
 
 def score_rollouts(
     roles: Roles, rollouts: Sequence[Rollout], groups: Sequence[Sequence[int]]
-) -> Scored:
-    """Policy, reference and value passes, without gradients.
+) -> tuple[Scored, Outputs | None]:
+    """Policy, reference and value passes.
 
     Args:
         roles: who scores.
         rollouts: of this process; none where a short step leaves it nothing.
-        groups: rollouts of each pass; the same as in training, so that the ratio starts at 1.
+        groups: rollouts of each pass until the first optimizer step; the same as in training, so
+            that the ratio starts at 1.
+
+    Returns:
+        What they gave, without gradients. And where all rollouts are one pass, what the policy gave
+        with its graph: the first update would compute the same again.
     """
     if not rollouts:
         nothing = torch.zeros(0, 1)
-        return Scored(nothing, nothing, nothing, nothing.bool())
+        return Scored(nothing, nothing, nothing, nothing.bool()), None
     lengths = [[len(c.ids) for c in rollout.continuations] for rollout in rollouts]
     rows: dict[int, list[torch.Tensor]] = {}
     for group in groups:
         batch = pack_documents([rollouts[i].document for i in group])
+        with torch.set_grad_enabled(len(groups) == 1):
+            outputs = forward_policy(roles, batch)
         with torch.no_grad():
-            policy, values = forward_policy(roles, batch)
             reference: Any = roles.reference(batch)
-            if values is None:
-                assert roles.value is not None
-                values = roles.value(batch)  # type: ignore[assignment]
-        columns = torch.stack([policy, reference.logprobs, values.float()]).cpu()  # type: ignore[union-attr]
+            values: Any = outputs[1] if roles.value is None else roles.value(batch)
+        found = (outputs[0].detach(), reference.logprobs, values.detach().float())
+        columns = torch.stack(found).cpu()
         parts = iter(columns.split([n for i in group for n in lengths[i]], dim=1))
         for i in group:
             rows[i] = [next(parts) for _ in lengths[i]]
@@ -227,7 +236,8 @@ def score_rollouts(
     padded = pad_sequence([row.T for row in ordered], batch_first=True)
     counts = torch.tensor([row.shape[1] for row in ordered])
     mask = torch.arange(padded.shape[1]) < counts[:, None]
-    return Scored(padded[..., 0], padded[..., 1], padded[..., 2], mask)
+    scored = Scored(padded[..., 0], padded[..., 1], padded[..., 2], mask)
+    return scored, outputs if len(groups) == 1 else None
 
 
 def response_rows(rollouts: Sequence[Rollout]) -> list[np.ndarray]:

@@ -289,9 +289,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     score = ppo_step.score_rollouts
 
     def keep(roles: Any, rollouts: Any, groups: Any) -> Any:
-        scored = score(roles, rollouts, groups)
+        scored, outputs = score(roles, rollouts, groups)
         found.append((rollouts, scored))
-        return scored
+        return scored, outputs
 
     monkeypatch.setattr(ppo_step, "score_rollouts", keep)
     return found
