@@ -108,7 +108,10 @@ class Scorer(nn.Module):
         """`[S]` float32 rewards of `[S, H]` last hidden states."""
         assert self.head is not None
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.head(hidden.float())[:, 0]
+            # Row by row: a matrix-vector product rounds a row by its place among the others, and
+            # equal answers would earn unequal rewards.
+            rewards = (hidden.float() * self.head.weight[0].float()).sum(-1)
+            return rewards if self.head.bias is None else rewards + self.head.bias.float()
 
 
 class TokenScorer(Scorer):
@@ -241,11 +244,18 @@ def sum_by_sequence(logprobs: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         batch: says which sequence each target belongs to.
 
     Returns:
-        `[S]` float32 sums, at most 0.
+        `[S]` sums, at most 0: float64, where the device has it. A float32 sum near -1,000 is 6e-5
+        off, and objectives subtract two of them.
     """
-    owners = torch.from_numpy(batch.target_sequences).to(logprobs.device)
-    zeros = torch.zeros(batch.num_sequences, dtype=logprobs.dtype, device=logprobs.device)
-    return zeros.index_add(0, owners, logprobs)
+    device, wide = logprobs.device, sum_dtype(logprobs.device)
+    owners = torch.from_numpy(batch.target_sequences).to(device)
+    zeros = torch.zeros(batch.num_sequences, dtype=wide, device=device)
+    return zeros.index_add(0, owners, logprobs.to(wide))
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Of log-probs of whole sequences."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def sequence_rows(batch: PackedBatch) -> list[np.ndarray]:

@@ -19,9 +19,9 @@ from alignkit.recipe.schema import LoraSpec, Recipe, examples_per_step, needs_re
 
 _MICROBATCHES = (16384, 8192, 4096, 2048, 1024, 512)
 _PROCESSOR_TOP, _PROCESSOR_TOP_PPO = 4096, 8192
-"""Largest token budgets on a processor. Beyond 4096, DPO was no faster and took 3 GB more. PPO reads
-each token some twelve times, which fewer and larger passes made 8% faster; a step in one pass also
-reads its policy's once less."""
+"""Largest token budgets on a processor. Beyond 4096, DPO was no faster and took 3 GB more. PPO
+reads each token some twelve times, which fewer and larger passes made 8% faster; and where a step
+is one pass, the policy reads it once less."""
 
 _SCORE_ONCE = 1.5
 """Passes over the rows from which on a float32 reference is scored once and kept."""

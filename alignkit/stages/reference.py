@@ -32,7 +32,7 @@ from alignkit.evaluation.columns import score_documents
 from alignkit.models.adapters import adapters_off
 from alignkit.models.identity import weights_version
 from alignkit.models.loading import DTYPES, load_model
-from alignkit.models.scorer import evaluating, sum_by_sequence
+from alignkit.models.scorer import evaluating, sum_by_sequence, sum_dtype
 from alignkit.models.selfcheck import build_scorer
 from alignkit.packed import PackedBatch
 from alignkit.recipe.assets import alignkit_home
@@ -61,7 +61,7 @@ def adapter_off(scorer: nn.Module, batch: PackedBatch) -> torch.Tensor:
 def known(scorer: nn.Module, batch: PackedBatch) -> torch.Tensor:
     """Log-probs that the rows carry."""
     device = next(scorer.parameters()).device
-    return torch.from_numpy(batch.sequence_references).float().to(device)
+    return torch.from_numpy(batch.sequence_references).to(sum_dtype(device)).to(device)
 
 
 def frozen_copy(session: Session, rows: Rows) -> Reference:
@@ -159,7 +159,7 @@ def score_sequences(
     def score(scorer: nn.Module, documents: Sequence[Document]) -> dict[str, torch.Tensor]:
         batch = pack_documents(documents)
         scores: Any = scorer(batch)
-        sums = sum_by_sequence(scores.logprobs.double(), batch).view(len(documents), -1)
+        sums = sum_by_sequence(scores.logprobs, batch).view(len(documents), -1)
         return {str(branch): sums[:, branch] for branch in branches}
 
     columns = score_documents(score, scorer, documents, BUDGET, share)

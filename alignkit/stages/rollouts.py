@@ -261,6 +261,6 @@ def mean_kl(roles: Roles, rollouts: Sequence[Rollout], budget: int) -> torch.Ten
         with torch.no_grad():
             policy, _ = forward_policy(roles, batch)
             reference: Any = roles.reference(batch)
-            sums = sum_by_sequence(policy - reference.logprobs, batch).cpu()
+            sums = sum_by_sequence(policy - reference.logprobs, batch).float().cpu()
         found[torch.from_numpy(np.concatenate([rows[i] for i in group]))] = sums
     return found

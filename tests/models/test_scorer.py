@@ -29,7 +29,13 @@ from alignkit.data.documents import Branch, Document
 from alignkit.data.packing import pack_documents
 from alignkit.models import attention_blocks, scorer
 from alignkit.models.adapters import attach_adapter
-from alignkit.models.scorer import PaddedScorer, TokenScorer, causal_model, sequence_rows
+from alignkit.models.scorer import (
+    PaddedScorer,
+    TokenScorer,
+    causal_model,
+    sequence_rows,
+    sum_by_sequence,
+)
 from alignkit.packed import PackedBatch
 from alignkit.recipe.schema import LoraSpec
 
@@ -286,3 +292,16 @@ def test_sequence_rows_are_prompt_and_branch() -> None:
     batch = random_batch(((2, (3, 1)), (0, (2,))), VOCABULARY)
     rows = [row.tolist() for row in sequence_rows(batch)]
     assert rows == [[0, 1, 2, 3, 4], [0, 1, 5], [6, 7]]
+
+
+def test_sums_keep_what_float32_would_round_away() -> None:
+    count = 1500
+    rng = np.random.default_rng(0)
+    answers = [Branch(np.ones(count, np.int32), np.ones(count, bool)) for _ in range(2)]
+    batch = pack_documents([Document(np.ones(3, np.int32), tuple(answers), 0)])
+    logprobs = torch.from_numpy(rng.normal(-0.7, 0.3, 2 * count)).float().requires_grad_()
+    sums = sum_by_sequence(logprobs, batch)
+    exact = logprobs.detach().double().view(2, count).sum(1)
+    torch.testing.assert_close(sums.detach(), exact, rtol=0, atol=1e-9)
+    sums[1].backward()
+    assert torch.equal(logprobs.grad, torch.tensor([0.0, 1.0]).repeat_interleave(count))
