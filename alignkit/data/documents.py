@@ -47,7 +47,7 @@ class Document:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens the model reads for this document."""
+        """Tokens of this document, a start that it may share with others included."""
         return len(self.prompt) + sum(len(branch.ids) for branch in self.branches)
 
     def only(self, *roles: Role) -> Document:

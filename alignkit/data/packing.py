@@ -76,6 +76,7 @@ def common_starts(documents: Sequence[Document]) -> list[tuple[list[int], int]]:
     Returns:
         Indices of documents and how many first tokens of their prompts are the same; no document
         twice. Only documents with one branch: several branches have their prompt as prefix.
+        An adapter's dropout is drawn once for what is shared.
     """
     alike: dict[bytes, list[int]] = {}
     for index, document in enumerate(documents):

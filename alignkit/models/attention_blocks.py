@@ -71,14 +71,14 @@ class Group:
     """`B` blocks of one kind.
 
     Args:
-        blocks: in order.
+        own: of each block, the segment's own tokens among its keys, and the first of them there.
         prefix: tokens of the prefix that are among the keys of each.
         whole: each is a segment.
         mask: `[B, 1, n, m]` of the blocks.
         edge: `[B, 1, n, w]` of the blocks.
     """
 
-    blocks: tuple[Block, ...]
+    own: tuple[tuple[slice, int], ...]
     prefix: slice
     whole: bool
     mask: torch.Tensor
@@ -117,7 +117,7 @@ class Layout:
         return self._split(x, heads, -1)
 
     def _split(self, x: torch.Tensor, heads: int, axis: int) -> list[torch.Tensor]:
-        shapes = [(len(group.blocks), heads, group.mask.shape[axis]) for group in self.groups]
+        shapes = [(len(group.own), heads, group.mask.shape[axis]) for group in self.groups]
         parts = x.split([math.prod(shape) for shape in shapes])
         return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -148,14 +148,15 @@ def layout(
         for first in range(0, segment.length, BLOCK):
             block = _block(segment, first, *about)
             alike.setdefault(block.kind, []).append(block)
-    groups = []
+    groups, ordered = [], []
     for (rows, columns, *_), blocks in alike.items():
         count = max(1, TOGETHER // (key_heads * rows * columns))
         for start in range(0, len(blocks), count):
-            part = tuple(blocks[start : start + count])
+            part = blocks[start : start + count]
+            ordered += part
             masks, edges = _stack([b.mask for b in part]), _stack([b.edge for b in part])
-            groups.append(Group(part, part[0].prefix, part[0].whole, masks, edges))
-    ordered = [block for group in groups for block in group.blocks]
+            own = tuple((block.own, block.first) for block in part)
+            groups.append(Group(own, part[0].prefix, part[0].whole, masks, edges))
     picked, empty = torch.cat([b.queries for b in ordered]), torch.cat([b.empty for b in ordered])
     keys, far = torch.cat([b.keys for b in ordered]), torch.cat([b.far for b in ordered])
     held = (~empty).nonzero()[:, 0]

@@ -147,15 +147,14 @@ class _KeyGradient:
     def add(self, parts: torch.Tensor, group: Group) -> None:
         """Add the share of a group's queries, `[BK, m, D]`, to the tokens of its keys."""
         prefix = group.prefix.stop - group.prefix.start
-        each = parts.unflatten(0, (len(group.blocks), -1))
+        each = parts.unflatten(0, (len(group.own), -1))
         if prefix:
             self.total[:, group.prefix] += each[:, :, :prefix].sum(0, dtype=self.total.dtype)
         if group.whole:
             self.whole.append(parts.flatten(0, 1))
             return
-        for block, part in zip(group.blocks, each.unbind(0), strict=True):
-            own = block.own.stop - block.own.start
-            self.total[:, block.own] += part[:, block.first : block.first + own]
+        for (own, first), part in zip(group.own, each.unbind(0), strict=True):
+            self.total[:, own] += part[:, first : first + own.stop - own.start]
 
     def sum(self) -> torch.Tensor:
         """`[T, K, D]` of all groups together."""

@@ -12,11 +12,13 @@ than a processor keep the class's own forward.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 ELEMENTS = 1 << 18
 """Numbers of a block: one megabyte of float32, half of a core's second-level cache."""
@@ -94,16 +96,28 @@ def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _is_rms_norm(module: Any) -> bool:
-    weight = getattr(module, "weight", None)
+    weight, own = getattr(module, "weight", None), type(module).forward
     if not hasattr(module, "variance_epsilon") or not isinstance(weight, torch.Tensor):
         return False
-    if weight.ndim != 1 or weight.device.type != "cpu":
+    if (
+        weight.ndim != 1
+        or weight.device.type != "cpu"
+        or len(inspect.signature(own).parameters) != 2
+    ):
         return False
+    # Where a class rounds only shows where the input is narrower than weights that are not 1.
+    return all(_same_bits(module, dtype) for dtype in (weight.dtype, torch.bfloat16, torch.float32))
+
+
+def _same_bits(module: Any, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, len(weight), generator=generator).to(weight.dtype)
+    size, kind = len(module.weight), module.weight.dtype
+    x = torch.randn(2, 3, size, generator=generator).to(dtype)
+    weight = torch.randn(size, generator=generator).to(kind)
     with torch.no_grad():
-        own: Callable[..., torch.Tensor] = type(module).forward
-        return torch.equal(own(module, x), rms_norm(x, weight, module.variance_epsilon))
+        expected = functional_call(module, {"weight": weight}, (x,))
+        found = rms_norm(x, weight, module.variance_epsilon)
+    return found.dtype == expected.dtype and torch.equal(found, expected)
 
 
 def _blocks(x: torch.Tensor) -> Iterator[slice]:

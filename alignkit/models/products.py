@@ -49,10 +49,10 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Returns:
         `[T, O]`.
     """
-    result = x.new_empty(len(x), weight.shape[1])
-    for rows in row_blocks(result):
-        torch.mm(x[rows], weight, out=result[rows])
-    return result
+    blocks = row_blocks(x.new_empty(len(x), weight.shape[1]))
+    if len(blocks) == 1:
+        return torch.mm(x, weight)
+    return torch.cat([torch.mm(x[rows], weight) for rows in blocks])
 
 
 def row_blocks(total: torch.Tensor) -> list[slice]:

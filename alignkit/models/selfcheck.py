@@ -90,7 +90,8 @@ def packed_fault(model: Any, dtype: torch.dtype) -> str | None:
         with torch.no_grad():
             expected = PaddedScorer(model, dtype)(batch).logprobs
             packed = TokenScorer(model, dtype)
-            found = packed(batch).logprobs
+            with torch.enable_grad():  # layers of training
+                found = packed(batch).logprobs.detach()
             others = batch.target_sequences > 0
             apart = packed(_with_other_start(batch)).logprobs[others]
     except (NotImplementedError, TypeError, AttributeError, ValueError, RuntimeError) as error:

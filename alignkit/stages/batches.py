@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alignkit.data.dataset import Document, TokenDataset
-from alignkit.data.packing import split_documents, step_items
+from alignkit.data.packing import common_starts, split_documents, step_items
 from alignkit.recipe.plan import Plan
 
 _LOOKAHEAD = 1000
@@ -27,8 +27,14 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens the model reads."""
+        """Tokens of the documents."""
         return sum(document.num_tokens for document in self.documents)
+
+    @property
+    def num_read(self) -> int:
+        """Tokens the model reads: those of a start that documents share count once."""
+        starts = common_starts(self.documents)
+        return self.num_tokens - sum(n * (len(members) - 1) for members, n in starts)
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,12 @@ class Batches:
         return StepBatches(items, weight, [filler] * missing + mine)
 
     def largest(self) -> MicroBatch:
-        """The micro-batch with the most tokens among the steps to come."""
+        """The micro-batch of which the model reads most tokens among the steps to come."""
         best: tuple[int, int, int] | None = None
         for step in range(min(self.plan.steps, self.plan.steps_per_epoch, _LOOKAHEAD)):
             for number, batch in enumerate(self.step(step).micro_batches):
-                if best is None or batch.num_tokens > best[0]:
-                    best = (batch.num_tokens, step, number)
+                if best is None or batch.num_read > best[0]:
+                    best = (batch.num_read, step, number)
         assert best is not None
         return self.step(best[1]).micro_batches[best[2]]
 

@@ -141,7 +141,9 @@ def take_step(run: PpoRun, step: int) -> dict[str, float]:
         for epoch in range(spec.epochs)
     ]
     first = [group for part in passes[0] for group in part]
-    scored, outputs = score_rollouts(run.roles, rollouts, first)
+    # Of several minibatches, another process may step before this one's only group has its turn.
+    keep = spec.minibatches == 1
+    scored, outputs = score_rollouts(run.roles, rollouts, first, keep=keep)
     kl = k1(scored.policy, scored.reference) * scored.mask
     earned = token_rewards(rewards.total, kl, scored.mask, kl_coef=run.kl_coef)
     raw, returns = advantages(

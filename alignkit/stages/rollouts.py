@@ -201,20 +201,25 @@ def forward_policy(roles: Roles, batch: PackedBatch) -> Outputs:
 
 
 def score_rollouts(
-    roles: Roles, rollouts: Sequence[Rollout], groups: Sequence[Sequence[int]]
+    roles: Roles,
+    rollouts: Sequence[Rollout],
+    groups: Sequence[Sequence[int]],
+    *,
+    keep: bool = False,
 ) -> tuple[Scored, Outputs | None]:
     """Policy, reference and value passes.
 
     Args:
         roles: who scores.
         rollouts: of this process; none where a short step leaves it nothing.
-        groups: rollouts of each pass until the first optimizer step; the same as in training, so
-            that the ratio starts at 1.
+        groups: rollouts of each pass; the same as in training, so that the ratio starts at 1.
+        keep: all of them come before the first optimizer step.
 
     Returns:
-        What they gave, without gradients. And where all rollouts are one pass, what the policy gave
-        with its graph: the first update would compute the same again.
+        What they gave, without gradients. And where that is one pass and is kept, what the policy
+        gave with its graph: the first update would compute the same again.
     """
+    keep = keep and len(groups) == 1
     if not rollouts:
         nothing = torch.zeros(0, 1)
         return Scored(nothing, nothing, nothing, nothing.bool()), None
@@ -222,7 +227,7 @@ def score_rollouts(
     rows: dict[int, list[torch.Tensor]] = {}
     for group in groups:
         batch = pack_documents([rollouts[i].document for i in group])
-        with torch.set_grad_enabled(len(groups) == 1):
+        with torch.set_grad_enabled(keep):
             outputs = forward_policy(roles, batch)
         with torch.no_grad():
             reference: Any = roles.reference(batch)
@@ -237,7 +242,7 @@ def score_rollouts(
     counts = torch.tensor([row.shape[1] for row in ordered])
     mask = torch.arange(padded.shape[1]) < counts[:, None]
     scored = Scored(padded[..., 0], padded[..., 1], padded[..., 2], mask)
-    return scored, outputs if len(groups) == 1 else None
+    return scored, outputs if keep else None
 
 
 def response_rows(rollouts: Sequence[Rollout]) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import MODELS, tiny_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from alignkit.models import cpu_norm
 from alignkit.models.cpu_norm import rms_norm, use_cpu_norms
@@ -80,20 +81,27 @@ def test_gradients_are_those_of_the_formula(
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_a_model_computes_the_same_bits(family: str) -> None:
+def test_a_model_computes_the_same_bits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = tiny_model(family).eval()
     fast = copy.deepcopy(plain)
     count = use_cpu_norms(fast)
     assert count == (0 if family.startswith("gemma") else 2 * plain.config.num_hidden_layers + 1)
     ids = torch.arange(30)[None]
-    with torch.no_grad():
-        assert torch.equal(fast(ids).logits, plain(ids).logits)
+    called: list[int] = []
+    right = cpu_norm.rms_norm
+    monkeypatch.setattr(cpu_norm, "rms_norm", lambda *about: called.append(1) or right(*about))
+    assert torch.equal(fast(ids).logits, plain(ids).logits)
+    assert len(called) == count
     twin = copy.deepcopy(fast)
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.mul_(1.5)
-        assert torch.equal(fast(ids).logits, plain(ids).logits)  # the copy has its own weights
-        assert not torch.equal(twin(ids).logits, plain(ids).logits)
+    assert torch.equal(fast(ids).logits, plain(ids).logits)  # the copy has its own weights
+    assert not torch.equal(twin(ids).logits, plain(ids).logits)
+    for model in (fast, plain):
+        model(ids).logits.square().mean().backward()
+    gradients = zip(fast.parameters(), plain.parameters(), strict=True)
+    assert all(torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-7) for a, b in gradients)
 
 
 def test_other_formulas_and_devices_keep_their_code() -> None:
@@ -104,6 +112,13 @@ def test_other_formulas_and_devices_keep_their_code() -> None:
     class Plain(LlamaRMSNorm):
         pass
 
+    class Gated(LlamaRMSNorm):
+        def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+            return super().forward(x if gate is None else x * gate)
+
+    assert use_cpu_norms(Gated(HIDDEN)) == 0
+    assert use_cpu_norms(Olmo2RMSNorm(HIDDEN)) == 0  # rounds after the weight, not before
+    assert use_cpu_norms(Olmo2RMSNorm(HIDDEN).bfloat16()) == 0
     assert use_cpu_norms(Shifted(HIDDEN)) == 0
     assert use_cpu_norms(Plain(HIDDEN)) == 1
     assert use_cpu_norms(Plain(HIDDEN).to("meta")) == 0

@@ -49,6 +49,10 @@ def test_results(height: int, dtype: torch.dtype) -> None:
         {"rtol": 1e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     )
     torch.testing.assert_close(product(x, weight).double(), exact, **close)
+    traced = product(x.requires_grad_(), weight)
+    (slope,) = torch.autograd.grad(traced.float().sum(), x)
+    torch.testing.assert_close(slope[0].double(), weight.double().sum(1), rtol=1e-2, atol=1e-2)
+    x = x.detach()
     assert torch.equal(add_product(torch.zeros_like(total), x, weight), product(x, weight))
     expected = total.double() + exact
     assert add_product(total, x, weight) is total

@@ -288,12 +288,12 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     found: Recorded = []
     score = ppo_step.score_rollouts
 
-    def keep(roles: Any, rollouts: Any, groups: Any) -> Any:
-        scored, outputs = score(roles, rollouts, groups)
+    def record(roles: Any, rollouts: Any, groups: Any, **options: Any) -> Any:
+        scored, outputs = score(roles, rollouts, groups, **options)
         found.append((rollouts, scored))
         return scored, outputs
 
-    monkeypatch.setattr(ppo_step, "score_rollouts", keep)
+    monkeypatch.setattr(ppo_step, "score_rollouts", record)
     return found
 
 
@@ -468,6 +468,33 @@ def test_four_plain_models_and_a_naive_loop_agree(
 def test_micro_batches(tokens: int, reference: Path, tiny_base: Path, tmp_path: Path) -> None:
     run = run_of(tmp_path, tiny_base, f"training.microbatch_tokens={tokens}")
     assert_equal_runs(run, reference)
+
+
+@pytest.mark.parametrize(
+    ("minibatches", "tokens", "kept"), [(1, 4096, True), (1, 16, False), (2, 4096, False)]
+)
+def test_only_the_same_pass_is_taken_over(
+    minibatches: int,
+    tokens: int,
+    kept: bool,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After another minibatch's step, what the policy gave before is of another policy."""
+    found: list[bool] = []
+    score = ppo_step.score_rollouts
+
+    def record(*about: Any, **options: Any) -> Any:
+        scored, outputs = score(*about, **options)
+        found.append(outputs is not None)
+        return scored, outputs
+
+    monkeypatch.setattr(ppo_step, "score_rollouts", record)
+    fields = {"training__microbatch_tokens": tokens, "merge": False}
+    run_of(tmp_path, tiny_base, objective={"minibatches": minibatches}, **fields)
+    assert found
+    assert set(found) == {kept}
 
 
 def test_gradient_checkpointing(reference: Path, tiny_base: Path, tmp_path: Path) -> None:
