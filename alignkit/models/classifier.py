@@ -34,6 +34,11 @@ CHECK_ROWS = 8
 MAX_SHIFT = 0.1
 """Largest accepted difference of a reward, as a share of the rewards' spread."""
 
+MIN_SHIFT = 0.05
+"""Accepted whatever the spread: it moves the probability that one answer is preferred to another,
+σ(r_w - r_l), by 1.25 percentage points at most. Rounding a 135M model's update to bfloat16 moved one
+of eight rewards by 0.018 in one run and by 0.023 in another."""
+
 
 @dataclass(frozen=True)
 class ClassifierReport:
@@ -227,7 +232,7 @@ def _write(
             rows=len(samples),
             pad_token=pad,
         )
-        limit = max(0.02, MAX_SHIFT * report.spread)
+        limit = max(MIN_SHIFT, MAX_SHIFT * report.spread)
         if not report.max_difference <= limit:
             raise ModelError(
                 f"the merged reward model is not faithful: a reward differs by "
