@@ -36,8 +36,8 @@ MAX_SHIFT = 0.1
 
 MIN_SHIFT = 0.05
 """Accepted whatever the spread: it moves the probability that one answer is preferred to another,
-σ(r_w - r_l), by 1.25 percentage points at most. Rounding a 135M model's update to bfloat16 moved one
-of eight rewards by 0.018 in one run and by 0.023 in another."""
+σ(r_w - r_l), by 1.25 percentage points at most. Rounding a 135M model's update to bfloat16 moved
+one of eight rewards by 0.018 in one run and by 0.023 in another."""
 
 
 @dataclass(frozen=True)
