@@ -46,6 +46,10 @@ class ModelError(AlignkitError):
     """A model, tokenizer, adapter or template cannot be used."""
 
 
+class RoundingError(ModelError):
+    """A merged model is further from the trained one than its check allows; wider weights help."""
+
+
 class RunError(AlignkitError):
     """A run folder is in use, incomplete, or does not fit the recipe."""
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from alignkit.errors import RoundingError
 from alignkit.models.adapters import save_adapter
 from alignkit.models.classifier import ClassifierReport, merge_reward, write_reward
 from alignkit.models.loading import stored_dtype
@@ -106,14 +109,16 @@ def _write_models(
         return None
     session.say("merging and checking against base + adapter")
     merge = merge_adapter if head is None else merge_reward
-    return merge(
-        rows.base,
-        output / "adapter",
-        output / "merged",
-        tokenizer=rows.tokenizer,
-        overwrite=True,
-        **settings,
-    )
+    folders = rows.base, output / "adapter", output / "merged"
+    settings |= {"tokenizer": rows.tokenizer, "overwrite": True}
+    try:
+        return merge(*folders, **settings)
+    except RoundingError as error:
+        if settings["dtype"] == torch.float32:
+            raise
+        # Nobody asked for narrow weights: a run that is trained ends in a model that is faithful.
+        session.say(f"{error.message}: merging into float32 weights instead")
+        return merge(*folders, **{**settings, "dtype": torch.float32})
 
 
 def _write_full(

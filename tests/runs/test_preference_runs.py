@@ -32,12 +32,16 @@ from running import (
     write_rows,
 )
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alignkit.errors import ModelError
+from alignkit.models import classifier
 from alignkit.models.adapters import HEAD_KEY
 from alignkit.runtime.metrics import read_metrics
+from alignkit.stages import outputs
+from alignkit.stages.session import Session
 
 ADAPTER = "adapter/adapter_model.safetensors"
 DENSE = "merged/model.safetensors"
@@ -670,3 +674,25 @@ def test_the_margin_of_one_pair_exactly(tiny_base: Path, tmp_path: Path) -> None
     chosen, rejected = step["rewards/chosen"], step["rewards/rejected"]
     expected = math.log1p(math.exp(1.5 - (chosen - rejected))) + 0.25 * (chosen + rejected) ** 2
     assert step["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_reward_model_that_narrow_weights_would_change_is_merged_wide(
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Session, "say", lambda session, line, *_: said.append(line))
+    monkeypatch.setattr(outputs, "stored_dtype", lambda base: torch.bfloat16)
+    monkeypatch.setattr(classifier, "MAX_SHIFT", 0.0)
+    monkeypatch.setattr(classifier, "MIN_SHIFT", 2e-5)  # rounding a tiny model moves more
+    run = run_of(tmp_path, tiny_base, "reward", merge=True, training__max_steps=1)
+    weights = load_file(run / "merged" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    (line,) = (line for line in said if "is not faithful" in line)
+    assert line.endswith("merging into float32 weights instead")
+    # What is no rounding is not helped by wider weights.
+    monkeypatch.setattr(classifier, "MIN_SHIFT", -1.0)
+    with pytest.raises(ModelError, match="is not faithful"):
+        run_of(tmp_path / "other", tiny_base, "reward", merge=True, training__max_steps=1)
+    assert not (tmp_path / "other" / "run" / "merged").exists()
