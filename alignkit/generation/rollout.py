@@ -18,12 +18,16 @@ import torch
 
 from alignkit.models.cached_attention import cached_forward, keep_rows, new_cache, round_up
 from alignkit.models.lora_linear import fixed_factors
-from alignkit.models.scorer import compute_context
+from alignkit.models.precision import compute_context
 from alignkit.models.vocab_head import logit_transform, next_logits
 from alignkit.packed import IntArray
 
 COMPACT = 0.75
 """Finished rows leave the batch once so small a share of it is still running."""
+
+
+SUMMED = 256
+"""Probabilities that are added up together."""
 
 
 @dataclass(frozen=True)
@@ -232,11 +236,35 @@ def draw_tokens(
     """
     logprobs = torch.log_softmax(logits, dim=-1)
     probs = logprobs.exp()
-    cumulative = probs.double().cumsum(dim=-1)
-    # Rounding may leave the sum below 1, and a token of probability 0 must never be drawn.
-    threshold = uniform[:, None] * cumulative[:, -1:]
-    ids = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    ids = ids.clamp(max=logits.shape[1] - 1)
+    ids = _inverse(probs, uniform)
     # A probability that is 0 in float32 has a finite log here, and adds nothing.
     entropy = -(probs * logprobs.clamp(min=-1e4)).sum(-1)
     return ids, logprobs.gather(1, ids[:, None])[:, 0], entropy
+
+
+def _inverse(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """`[B]` first ids up to which the float64 sum of `[B, V]` probabilities exceeds `uniform`.
+
+    First among sums of blocks, then inside one block: a float64 sum over a whole vocabulary took a
+    third of all sampling.
+    """
+    count = probs.shape[1]
+    full = count // SUMMED * SUMMED
+    blocks = [probs[:, :full].unflatten(1, (-1, SUMMED)).sum(-1)]
+    if full < count:
+        blocks.append(probs[:, full:].sum(-1, keepdim=True))
+    sums = torch.cat(blocks, dim=1).double().cumsum(1)
+    # Rounding may leave the sum below 1, and a token of probability 0 must never be drawn.
+    threshold = uniform[:, None] * sums[:, -1:]
+    block = torch.searchsorted(sums, threshold, right=True).clamp(max=sums.shape[1] - 1)
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
+    columns = block * SUMMED + torch.arange(SUMMED, device=probs.device)
+    inside = probs.gather(1, columns.clamp(max=count - 1)).double()
+    inside = inside.masked_fill(columns >= count, 0.0)
+    reached = before + inside.cumsum(1)
+    # A block's sum is rounded: the threshold may lie beyond its last token of any probability.
+    found = torch.minimum(
+        torch.searchsorted(reached, threshold, right=True),
+        (inside > 0).long().mul(torch.arange(SUMMED, device=probs.device)).amax(1, keepdim=True),
+    )
+    return (block * SUMMED + found)[:, 0]

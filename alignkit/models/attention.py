@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from alignkit.models import attention_blocks, cpu_attention
+from alignkit.models.precision import product_dtype
 from alignkit.packed import Segment
 
 PACKED = "alignkit_packed"
@@ -66,6 +67,8 @@ def packed_attention(
     for name in ("s_aux", "position_bias", "cache"):
         if options.get(name) is not None:
             raise NotImplementedError(f"packed attention does not know {name}")
+    # Rotated queries and keys may come wider than values.
+    query, key, value = (x.to(product_dtype(x)) for x in (query, key, value))
     if _fits_processor(query, value, dropout, softcap):
         output = cpu_attention.cpu_attention(
             query, key, value, segments, scaling=scaling, sliding_window=sliding_window

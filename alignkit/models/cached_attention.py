@@ -82,6 +82,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new keys and values; all of them so far, `[B, K, n, D]` with `n` rounded up."""
+        key_states = key_states.to(value_states.dtype)  # rotation leaves some models' keys wide
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = self.store.place(self.layer, key_states, value_states)

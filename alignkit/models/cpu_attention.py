@@ -55,9 +55,6 @@ def cpu_attention(
     Returns:
         `[1, T, H, D]`.
     """
-    if torch.is_autocast_enabled("cpu"):  # rotated queries and keys may come wider than values
-        narrow = torch.get_autocast_dtype("cpu")
-        query, key, value = (x.to(narrow) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     about = (segments, sliding_window, query.shape[1], key.shape[1], query.dtype)
     tokens = (x[0].transpose(0, 1) for x in (query, key, value))

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -26,9 +27,35 @@ from torch import nn
 from alignkit.models.products import add_product, product
 from alignkit.models.quantized import dense_weight, is_quantized, weight_dtype
 
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names in transformers' models of layers that read the same input."""
+
+
+class _Frozen(NamedTuple):
+    """What a layer multiplies with beside its factors.
+
+    Args:
+        weight: `[O, I]`, or in 4 bits.
+        bias: `[O]`.
+        scale: s, of the update.
+        rank: r, of the factors.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float
+    rank: int
+
+
+class _Factors(NamedTuple):
+    """Factors in the compute dtype: `[Σr, I]` all A in one, and each layer's B, `[O, r]`."""
+
+    a: torch.Tensor
+    b: tuple[torch.Tensor, ...]
+
 
 class _LoraProduct(torch.autograd.Function):
-    """y = x Wᵀ + b + s · (x Aᵀ) Bᵀ with W and b frozen.
+    """y = x Wᵀ + b + s · (x Aᵀ) Bᵀ of each layer that reads x, with W and b frozen.
 
     Shapes: x `[T, I]`, W `[O, I]`, A `[r, I]`, B `[O, r]`, y `[T, O]`.
     """
@@ -37,47 +64,54 @@ class _LoraProduct(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        lora_a: torch.Tensor,
-        lora_b: torch.Tensor,
-        narrow_a: torch.Tensor,
-        narrow_b: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        y, low = _product(x, weight, bias, narrow_a, narrow_b, scale)
-        ctx.save_for_backward(x, narrow_a, narrow_b, low)
-        ctx.weight, ctx.scale = weight, scale  # frozen: no in-place change to guard against
-        return y
+        layers: Sequence[_Frozen],
+        narrow: _Factors,
+        *factors: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        outputs, low = _products(x, layers, narrow)
+        ctx.save_for_backward(x, low, narrow.a, *narrow.b)
+        ctx.layers = layers  # frozen: no in-place change to guard against
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        x, narrow_a, narrow_b, low = ctx.saved_tensors
-        grad_low = torch.mm(grad, narrow_b).mul_(ctx.scale)
-        grad_a = torch.mm(grad_low.T, x).float()
-        grad_b = torch.mm(grad.T, low).float()
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        x, low, narrow_a, *narrow_b = ctx.saved_tensors
+        ranks = [layer.rank for layer in ctx.layers]
+        grad_low = torch.cat(
+            [
+                torch.mm(grad, b).mul_(layer.scale)
+                for grad, b, layer in zip(grads, narrow_b, ctx.layers, strict=True)
+            ],
+            dim=1,
+        )
+        grad_a = torch.mm(grad_low.T, x).float().split(ranks)
+        grad_b = [
+            torch.mm(part.T, grad).T.float()
+            for part, grad in zip(low.split(ranks, dim=1), grads, strict=True)
+        ]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = add_product(torch.mm(grad_low, narrow_a), grad, dense_weight(ctx.weight))
-        return grad_x, None, None, grad_a, grad_b, None, None, None
+            grad_x = torch.mm(grad_low, narrow_a)
+            for grad, layer in zip(grads, ctx.layers, strict=True):
+                add_product(grad_x, grad, dense_weight(layer.weight))
+        return grad_x, None, None, *itertools.chain(*zip(grad_a, grad_b, strict=True))
 
 
-def _product(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    narrow_a: torch.Tensor,
-    narrow_b: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """y `[T, O]`, and s · x Aᵀ `[T, r]`."""
-    low = torch.mm(x, narrow_a.T).mul_(scale)
-    # The small term first, so that the sum is rounded once. Added to an xWᵀ that is already
-    # rounded to bfloat16, an update below half a unit in its last place would vanish.
-    y = add_product(torch.mm(low, narrow_b.T), x, dense_weight(weight).T)
-    if bias is not None:
-        y += bias
-    return y, low
+def _products(
+    x: torch.Tensor, layers: Sequence[_Frozen], narrow: _Factors
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """y `[T, O]` of each layer, and all s · x Aᵀ, `[T, Σr]`."""
+    low, outputs = torch.mm(x, narrow.a.T), []
+    parts = low.split([layer.rank for layer in layers], dim=1)
+    for layer, part, b in zip(layers, parts, narrow.b, strict=True):
+        part.mul_(layer.scale)
+        # The small term first, so that the sum is rounded once. Added to an xWᵀ that is already
+        # rounded to bfloat16, an update below half a unit in its last place would vanish.
+        y = add_product(torch.mm(part, b.T), x, dense_weight(layer.weight).T)
+        if layer.bias is not None:
+            y += layer.bias
+        outputs.append(y)
+    return outputs, low
 
 
 def use_fast_lora(model: nn.Module) -> int:
@@ -91,7 +125,15 @@ def use_fast_lora(model: nn.Module) -> int:
     """
     eligible = [module for module in model.modules() if _is_eligible(module)]
     for module in eligible:
+        module.readers = Readers([module])
         module.forward = functools.partial(_forward, module)
+    among = set(eligible)
+    for parent in model.modules():
+        for names in TOGETHER:
+            found = [getattr(parent, name, None) for name in names]
+            readers = Readers([module for module in found if module in among])
+            for module in readers.layers:
+                module.readers = readers
     return len(eligible)
 
 
@@ -116,17 +158,73 @@ def fixed_factors(model: nn.Module) -> Iterator[None]:
             del layer.kept_factors
 
 
-def _narrow(
-    module: Any, name: str, factors: Sequence[torch.Tensor], dtype: torch.dtype
-) -> tuple[torch.Tensor, ...]:
-    """A and B of an adapter in the compute dtype."""
-    kept = module.__dict__.get("kept_factors")
+def _factors(layers: Sequence[Any], name: str, dtype: torch.dtype) -> _Factors:
+    """Factors of an adapter of layers that read the same input, in the compute dtype."""
+
+    def cast() -> _Factors:
+        a = [layer.lora_A[name].weight.detach().to(dtype) for layer in layers]
+        b = tuple(layer.lora_B[name].weight.detach().to(dtype) for layer in layers)
+        return _Factors(torch.cat(a) if len(a) > 1 else a[0], b)
+
+    kept = layers[0].__dict__.get("kept_factors")
     if kept is None:
-        return tuple(factor.detach().to(dtype) for factor in factors)
-    if (name, dtype) not in kept:
-        kept[name, dtype] = tuple(factor.detach().to(dtype) for factor in factors)
-    found: tuple[torch.Tensor, ...] = kept[name, dtype]
+        return cast()
+    key = name, dtype, len(layers)
+    if key not in kept:
+        kept[key] = cast()
+    found: _Factors = kept[key]
     return found
+
+
+class Readers:
+    """Layers of one parent that read the same input: the first that is called computes for all.
+
+    A(x) of all is one product then, and so are the gradients of all A; the gradients of x are added
+    up as they are computed. A layer that is called with another input computes alone. Weights must
+    not change between the calls of one pass.
+
+    Args:
+        layers: in the order in which their parent calls them.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = list(layers)
+        self.input: torch.Tensor | None = None
+        self.how = ("", False)
+        self.outputs: dict[int, torch.Tensor] = {}
+
+    def alike(self, first: Any, name: str) -> list[Any]:
+        """`first`, and with it those for which it may compute: nothing else in their state."""
+        if first is not self.layers[0]:
+            return [first]
+        dtype = weight_dtype(first.get_base_layer().weight)
+        return [layer for layer in self.layers if layer is first or _computes(layer, name, dtype)]
+
+    def give(
+        self, layers: Sequence[Any], name: str, x: torch.Tensor, outputs: Sequence[torch.Tensor]
+    ) -> None:
+        """Keep outputs until their layers are called."""
+        self.outputs = {id(layer): y for layer, y in zip(layers, outputs, strict=True)}
+        self.input = x if self.outputs else None
+        self.how = name, torch.is_grad_enabled()
+
+    def take(self, layer: Any, name: str, x: torch.Tensor) -> torch.Tensor | None:
+        """The output of a layer if it is there; once."""
+        if x is not self.input or (name, torch.is_grad_enabled()) != self.how:
+            return None
+        found = self.outputs.pop(id(layer), None)
+        if not self.outputs:
+            self.input = None
+        return found
+
+
+def _computes(layer: Any, name: str, dtype: torch.dtype) -> bool:
+    return (
+        not layer.merged
+        and not layer.disable_adapters
+        and [other for other in layer.active_adapters if other in layer.lora_A] == [name]
+        and weight_dtype(layer.get_base_layer().weight) == dtype
+    )
 
 
 def _is_eligible(module: nn.Module) -> bool:
@@ -159,10 +257,23 @@ def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
         plain = plain if base.bias is None else plain + base.bias
         return plain.view(*x.shape[:-1], -1)
     name = names[0]
-    factors, scale = (module.lora_A[name].weight, module.lora_B[name].weight), module.scaling[name]
-    narrow = _narrow(module, name, factors, flat.dtype)
+    taken = module.readers.take(module, name, x)
+    if taken is not None:
+        return taken
+    layers = module.readers.alike(module, name)
+    frozen = [_frozen(layer, name) for layer in layers]
+    narrow = _factors(layers, name, flat.dtype)
     if torch.is_grad_enabled():
-        result = _LoraProduct.apply(flat, base.weight, base.bias, *factors, *narrow, scale)
+        pairs = ((layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers)
+        outputs = _LoraProduct.apply(flat, frozen, narrow, *itertools.chain(*pairs))
     else:
-        result, _ = _product(flat, base.weight, base.bias, *narrow, scale)
-    return result.view(*x.shape[:-1], -1)
+        outputs, _ = _products(flat, frozen, narrow)
+    first, *others = (y.view(*x.shape[:-1], -1) for y in outputs)
+    if module is module.readers.layers[0]:
+        module.readers.give(layers[1:], name, x, others)
+    return first
+
+
+def _frozen(layer: Any, name: str) -> _Frozen:
+    base = layer.get_base_layer()
+    return _Frozen(base.weight, base.bias, layer.scaling[name], layer.r[name])

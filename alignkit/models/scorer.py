@@ -20,7 +20,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from alignkit.models.attention import PACKED
 from alignkit.models.cpu_norm import use_cpu_norms
+from alignkit.models.cpu_residual import use_cpu_residuals
+from alignkit.models.cpu_rotary import use_cpu_rotation
 from alignkit.models.loading import quiet_transformers
+from alignkit.models.precision import compute_context
 from alignkit.models.vocab_head import TokenScores, logit_transform, score_targets
 from alignkit.packed import PackedBatch, Segment
 
@@ -28,14 +31,6 @@ from alignkit.packed import PackedBatch, Segment
 def causal_model(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
-def compute_context(model: nn.Module, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to `dtype` where weights are stored wider; nothing for float32."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    device = next(model.parameters()).device.type
-    return torch.autocast(device, dtype=dtype)
 
 
 ROUNDING = 64
@@ -131,6 +126,8 @@ class TokenScorer(Scorer):
         with quiet_transformers():
             inner.set_attn_implementation(PACKED)
         use_cpu_norms(inner)
+        use_cpu_rotation(inner)
+        use_cpu_residuals(inner)
         transform = logit_transform(inner.config.get_text_config())
         self.transform = dataclasses.replace(transform, temperature=temperature)
 

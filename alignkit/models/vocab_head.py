@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignkit.models.precision import product_dtype
+
 CHUNK_BYTES = 16 * 2**20
 """Size of one chunk's float32 logits; measured on two CPU cores, flat between 8 and 64 MiB."""
 
@@ -86,11 +88,8 @@ def score_targets(
     if type(head) is not nn.Linear:
         return _score_with_module(hidden, head, targets, transform)
     weight = head.weight
-    cast = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type):
-        cast = torch.get_autocast_dtype(hidden.device.type)
     logprobs, correct = _ChunkedLogProbs.apply(
-        hidden.to(cast), weight, head.bias, targets, transform
+        hidden.to(product_dtype(hidden)), weight, head.bias, targets, transform
     )
     return TokenScores(logprobs, correct)
 
@@ -158,7 +157,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             ids = targets[rows, None]
-            logits, slope = _logits(hidden[rows], matrix, bias, transform)
+            logits, slope = _logits(hidden[rows], matrix, bias, ids, transform)
             peak = logits.amax(1, keepdim=True)
             picked = logits.gather(1, ids)
             weights = logits.sub_(peak).exp_()
@@ -191,7 +190,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             ids = targets[rows, None]
-            logits, slope = _logits(hidden[rows], matrix, bias, ctx.transform)
+            logits, slope = _logits(hidden[rows], matrix, bias, ids, ctx.transform)
             weights = logits.sub_(logits.amax(1, keepdim=True)).exp_()
             total = weights.sum(1, keepdim=True)
             delta = _slope_times(weights, total, ids, slope, ctx.transform, torch.float32)
@@ -215,10 +214,11 @@ def _logits(
     hidden: torch.Tensor,
     matrix: torch.Tensor,
     bias: torch.Tensor | None,
+    ids: torch.Tensor,
     transform: LogitTransform,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`[C, V]` float32 logits, and the slope of the softcap where there is one."""
-    logits = (hidden @ matrix.T).float()
+    logits = _projection(hidden, matrix, ids)
     if bias is not None:
         logits += bias
     scale, slope = transform.scale, None
@@ -230,6 +230,22 @@ def _logits(
     if scale != 1.0:
         logits *= scale
     return logits, slope
+
+
+def _projection(hidden: torch.Tensor, matrix: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """`[C, V]` float32 products of states and rows of the head, those of the targets exact.
+
+    A narrow product rounds its result: a logit of 20 by up to 0.06 in bfloat16, more than all the
+    layers below. So the product starts at minus the target's logit. What is rounded is the distance
+    to the target then, small for every token that matters to the sum.
+    """
+    if hidden.dtype.itemsize > 2:
+        return (hidden @ matrix.T).float()
+    exact = (hidden.float() * matrix[ids[:, 0]].float()).sum(1, keepdim=True)
+    start = exact.to(hidden.dtype)
+    distances = torch.addmm((-start).expand(-1, len(matrix)), hidden, matrix.T)
+    logits = torch.add(distances, start.float())
+    return logits.scatter_(1, ids, exact)
 
 
 def _slope_times(

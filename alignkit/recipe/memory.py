@@ -87,7 +87,7 @@ def estimate_memory(
     state = model.trainable * 12
     layer = _layer_bytes(model, wide)
     if checkpointing:
-        activations = tokens * (model.layers * model.hidden * wide + layer)
+        activations = tokens * (model.layers * model.hidden * 4 + layer)
     else:
         activations = tokens * model.layers * layer
     activations += tokens * model.hidden * (wide + 4)
@@ -143,7 +143,7 @@ def _layer_bytes(model: ModelFacts, wide: int) -> int:
     """Bytes that one decoder layer keeps for one token."""
     h, i = model.hidden, model.intermediate
     a, k = model.attention_width, model.key_value_width
-    norms = 2 * 4 * h  # the float32 copy of each norm's input
+    norms = 2 * 4 * h  # each norm's input, the residual stream in float32
     attention = (2 * a + 2 * k) * wide  # queries, keys, values, output
     feed_forward = 3 * i * wide  # gate, activated gate, up
     inputs = (2 * h + a + i) * wide  # each kept once, whatever number of layers reads it

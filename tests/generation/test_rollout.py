@@ -23,6 +23,7 @@ from alignkit.generation.rollout import (
     TransformersEngine,
     draw_tokens,
 )
+from alignkit.models.cached_attention import new_cache
 from alignkit.models.scorer import TokenScorer, causal_model
 
 FAMILIES = ["llama", "qwen2", "mistral", "gemma2", "gemma3"]  # the last three with a window of 8
@@ -349,6 +350,19 @@ def test_the_last_token_is_not_drawn_for_want_of_a_sum_of_1() -> None:
     assert bool(torch.isfinite(logprobs).all())
 
 
+@pytest.mark.parametrize("vocabulary", [1, 7, 255, 256, 257, 512, 1000])
+def test_sums_of_blocks_find_the_token_that_one_sum_finds(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 3 * torch.randn(64, vocabulary, generator=generator)
+    logits[32:, : vocabulary // 2] = -math.inf  # whole blocks without probability
+    uniform = torch.rand(64, dtype=torch.float64, generator=generator)
+    uniform[::8] = 0.0
+    cumulative = torch.log_softmax(logits, -1).exp().double().cumsum(-1)
+    threshold = uniform[:, None] * cumulative[:, -1:]
+    expected = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    assert draw_tokens(logits, uniform)[0].tolist() == expected.tolist()
+
+
 def test_entropies_in_closed_form() -> None:
     # Uniform over 4: ln 4. Sure: 0. 1/2, 1/4, 1/4, 0: 1.5 ln 2.
     logits = torch.tensor([[1.0, 1, 1, 1], [0, -math.inf, -math.inf, -math.inf], [2, 1, 1, 0]])
@@ -358,3 +372,15 @@ def test_entropies_in_closed_form() -> None:
     assert entropy.tolist() == pytest.approx([math.log(4), 0.0, 1.5 * math.log(2)], abs=1e-6)
     assert ids.tolist() == [3, 0, 2]
     assert logprobs.tolist() == pytest.approx([-math.log(4), 0.0, -math.log(4)], abs=1e-6)
+
+
+# Keys and values
+
+
+def test_keys_are_kept_as_narrow_as_values() -> None:
+    # A model whose own rotation computes in float32 hands over float32 keys under autocast.
+    layer = new_cache(1, 10).layers[0]
+    key, value = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 3, 4).bfloat16()
+    keys, values = layer.update(key, value)
+    assert (keys.dtype, values.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert torch.equal(keys[:, :, :3], key.bfloat16())

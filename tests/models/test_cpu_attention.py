@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from alignkit.models import attention_blocks, cpu_attention
-from alignkit.models.attention import plain_attention
+from alignkit.models.attention import packed_attention, plain_attention
 from alignkit.models.attention_blocks import BLOCK
 from alignkit.models.cpu_attention import cpu_attention as attend
 from alignkit.packed import Segment
@@ -266,7 +266,7 @@ def test_autocast_computes_in_its_dtype() -> None:
     wide = [x.float().requires_grad_() for x in inputs[:2]]
     value = inputs[2].bfloat16().requires_grad_()  # a projection's result, not rotated
     with torch.autocast("cpu", torch.bfloat16):
-        output = attend(*wide, value, MIXED, scaling=None, sliding_window=None)
+        output, _ = packed_attention(torch.nn.Module(), *wide, value, None, segments=MIXED)
     assert torch.equal(output, expected["output"])
     gradients = torch.autograd.grad(output, [*wide, value], inputs[3].bfloat16())
     for name, found in zip(NAMES[1:], gradients, strict=True):

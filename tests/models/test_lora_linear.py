@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from torch import nn
 
+from alignkit.models import lora_linear
 from alignkit.models.adapters import attach_adapter, save_adapter
 from alignkit.models.lora_linear import fixed_factors, use_fast_lora
 from alignkit.recipe.schema import LoraSpec
@@ -272,3 +273,136 @@ def test_fixed_factors_are_those_of_each_adapter_until_the_end() -> None:
             model(x)
         weight -= 1.0
         torch.testing.assert_close(model(x), expected["default"])
+
+
+# Layers that read the same input
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(12, 20, bias=True)
+        self.k_proj = nn.Linear(12, 8, bias=False)
+        self.v_proj = nn.Linear(12, 8, bias=True)
+        self.other: torch.Tensor | None = None  # what keys are read from instead
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = self.q_proj(x), self.k_proj(x if self.other is None else self.other)
+        return torch.cat([q, torch.tanh(k) * self.v_proj(x)], dim=-1)
+
+
+def attending(fast: bool = True, **options: Any) -> Any:
+    torch.manual_seed(0)
+    names = ["q_proj", "k_proj", "v_proj"]
+    model = get_peft_model(
+        Attention(), LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": names, **options})
+    )
+    randomise(model)
+    if fast:
+        use_fast_lora(model)
+    return model
+
+
+def inner(model: Any) -> Attention:
+    return model.base_model.model
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of layers of every product."""
+    found: list[int] = []
+    right = lora_linear._products
+
+    def counted(x: torch.Tensor, layers: Any, narrow: Any) -> Any:
+        found.append(len(layers))
+        return right(x, layers, narrow)
+
+    monkeypatch.setattr(lora_linear, "_products", counted)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [3]),
+        ({"rank_pattern": {"k_proj": 2, "v_proj": 7}, "alpha_pattern": {"k_proj": 9}}, [3]),
+        ({"target_modules": ["q_proj", "v_proj"]}, [2]),
+        ({"target_modules": ["k_proj", "v_proj"]}, [2]),
+        ({"target_modules": ["v_proj"]}, [1]),
+    ],
+    ids=["all", "own ranks and scales", "without keys", "without queries", "one"],
+)
+def test_layers_of_one_input_are_one_product(
+    options: dict[str, Any], expected: list[int], sizes: list[int]
+) -> None:
+    fast, slow = attending(**options), attending(fast=False, **options)
+    assert_same(outcome(fast, sample(2, 7)), outcome(slow, sample(2, 7)))
+    assert sizes == expected
+    with torch.no_grad():
+        torch.testing.assert_close(fast(sample(5)), slow(sample(5)))
+    assert sizes == expected * 2
+    assert inner(fast).v_proj.readers.outputs == {}  # nothing is held between passes
+    assert inner(fast).v_proj.readers.input is None
+
+
+def test_a_layer_with_another_input_computes_alone(sizes: list[int]) -> None:
+    found = []
+    for model in (attending(), attending(fast=False)):
+        inner(model).other = sample(5) + 1.0
+        found.append(outcome(model, sample(5)))
+    assert_same(*found)
+    assert sizes == [3, 1]
+
+
+@pytest.mark.parametrize("change", ["weights", "gradients", "adapter"])
+def test_what_was_computed_ahead_is_not_used_after_a_change(change: str) -> None:
+    model, x = attending(), sample(5)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "k_proj"]))
+    randomise(model)
+    use_fast_lora(model)
+    slow = copy.deepcopy(model)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        del getattr(inner(slow), name).forward
+    with torch.no_grad():
+        inner(model).q_proj(x)  # and nobody asks for the others
+    for one in (model, slow):
+        if change == "adapter":
+            one.set_adapter("second")
+        if change == "weights":
+            with torch.no_grad():
+                inner(one).k_proj.lora_B["default"].weight.mul_(2.0)
+    if change == "weights":
+        inner(model).q_proj(x)
+    found = inner(model).k_proj(x)
+    assert found.requires_grad
+    torch.testing.assert_close(found, inner(slow).k_proj(x))
+
+
+def test_a_layer_in_another_state_computes_alone(sizes: list[int]) -> None:
+    found = []
+    for model in (attending(), attending(fast=False)):
+        inner(model).k_proj.enable_adapters(False)
+        inner(model).v_proj.merge()
+        found.append({"output": model(sample(5)).detach()})
+    assert_same(*found)
+    assert sizes == [1]
+
+
+def test_checkpointed_layers_compute_together_again(sizes: list[int]) -> None:
+    found = []
+    for checkpointed in (False, True):
+        model = attach_adapter(tiny_model(), LoraSpec(rank=4, alpha=8.0), seed=3)
+        randomise(model)
+        model.train()
+        if checkpointed:
+            model.get_base_model().gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        model(torch.arange(20)[None]).logits.square().mean().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert_same(*found)
+    once = [3, 1, 2, 1] * 2
+    assert sizes[: len(once)] == once
+    assert sorted(sizes[len(once) :]) == sorted(once * 2)
+    layer = model.get_base_model().model.layers[0]
+    assert layer.self_attn.q_proj.readers.outputs == {}
+    assert layer.mlp.up_proj.readers.outputs == {}
