@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,50 +24,6 @@ from alignkit.models.precision import product_dtype
 
 ELEMENTS = 1 << 18
 """Numbers of a block: one megabyte of float32, half of a core's second-level cache."""
-
-
-class Norm(NamedTuple):
-    """What a norm computes with.
-
-    Args:
-        weight: `[H]`.
-        epsilon: added to the mean square.
-        wide: dtype of the input.
-        dtype: of the result.
-    """
-
-    weight: torch.Tensor
-    epsilon: float
-    wide: torch.dtype
-    dtype: torch.dtype
-
-    def empty(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Room for the results of `apply`, for `[N, H]` rows."""
-        inverse = x.new_empty(len(x), 1, dtype=torch.float32)
-        # A wide stream is kept as narrow as what is made of it: all norms' inputs together are as
-        # large as the model, and only the direction of x is read again.
-        kept = (
-            x
-            if self.dtype.itemsize >= self.wide.itemsize
-            else x.new_empty(x.shape, dtype=self.dtype)
-        )
-        return x.new_empty(x.shape, dtype=self.dtype), kept, inverse
-
-    def apply(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[n, H]` rows -> y, not rounded to `dtype` yet, and `[n, 1]` 1 / sqrt(mean(x²) + ε)."""
-        wide = x.float()
-        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
-        return self.weight * (wide * inverse).to(self.wide), inverse
-
-    def slopes(
-        self, kept: torch.Tensor, inverse: torch.Tensor, grad: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of `[n, H]` rows: dx in float32, and x̂ in the dtype of x."""
-        normed = kept.float() * inverse
-        slope = grad.to(torch.promote_types(self.wide, self.weight.dtype)) * self.weight
-        slope = slope.to(self.wide).float()
-        shared = (slope * normed).mean(-1, keepdim=True)
-        return slope.addcmul_(normed, shared, value=-1).mul_(inverse), normed.to(self.wide)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -81,26 +37,35 @@ class _RmsNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: torch.dtype
     ) -> torch.Tensor:
-        norm = Norm(weight, epsilon, x.dtype, dtype)
-        y, kept, inverse = norm.empty(x)
+        y = x.new_empty(x.shape, dtype=dtype)
+        inverse = x.new_empty(len(x), 1, dtype=torch.float32)
+        # A wide stream is kept as narrow as what is made of it. Backward reads no more than its
+        # direction, and the inputs of all norms weigh as much as a tenth of a step's memory.
+        narrow = dtype.itemsize < x.dtype.itemsize
+        kept = torch.empty_like(y) if narrow else x
         for rows in blocks(x):
-            y[rows], inverse[rows] = norm.apply(x[rows])
-            if kept is not x:
+            wide = x[rows].float()
+            inverse[rows] = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+            y[rows] = weight * (wide * inverse[rows]).to(x.dtype)
+            if narrow:
                 kept[rows] = x[rows]
         ctx.save_for_backward(kept, weight, inverse)
-        ctx.about = norm[1:]
+        ctx.dtype = x.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         kept, weight, inverse = ctx.saved_tensors
-        norm = Norm(weight, *ctx.about)
-        grad_x = torch.empty_like(kept, dtype=norm.wide)
+        wide = torch.promote_types(ctx.dtype, weight.dtype)
+        grad_x = torch.empty_like(kept, dtype=ctx.dtype)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for rows in blocks(kept):
-            grad_x[rows], normed = norm.slopes(kept[rows], inverse[rows], grad[rows])
+            normed = kept[rows].float() * inverse[rows]
             if ctx.needs_input_grad[1]:
-                grad_weight += (grad[rows] * normed).sum(0, dtype=torch.float32)
+                grad_weight += (grad[rows] * normed.to(ctx.dtype)).sum(0, dtype=torch.float32)
+            slope = (grad[rows].to(wide) * weight).to(ctx.dtype).float()
+            shared = (slope * normed).mean(-1, keepdim=True)
+            grad_x[rows] = slope.addcmul_(normed, shared, value=-1).mul_(inverse[rows])
         needed = ctx.needs_input_grad[1]
         return grad_x, grad_weight.to(weight.dtype) if needed else None, None, None
 
@@ -117,13 +82,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
         `[..., H]` in the wider dtype of both, x̂ rounded to that of `x` before; under autocast in
         its dtype, because products read it.
     """
-    dtype = output_dtype(x, weight)
+    dtype = _output_dtype(x, weight)
     y: torch.Tensor = _RmsNorm.apply(x.reshape(-1, x.shape[-1]), weight, epsilon, dtype)
     return y.view(x.shape)
 
 
-def output_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """Of a norm: the wider of both; under autocast its dtype."""
+def _output_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     return product_dtype(x, torch.promote_types(x.dtype, weight.dtype))
 
 
@@ -136,7 +100,7 @@ def use_cpu_norms(model: nn.Module) -> int:
     Returns:
         Number of norms that do.
     """
-    norms = [module for module in model.modules() if is_rms_norm(module)]
+    norms = [module for module in model.modules() if _is_rms_norm(module)]
     for norm in norms:
         norm.forward = functools.partial(_forward, norm)
     return len(norms)
@@ -145,19 +109,13 @@ def use_cpu_norms(model: nn.Module) -> int:
 def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     if x.device.type != "cpu":
         return type(module).forward(module, x)  # type: ignore[no-any-return]
-    if is_small(x):
+    if x.numel() <= ELEMENTS and not torch.is_grad_enabled():  # as for a sampled token
         y: torch.Tensor = type(module).forward(module, x)
-        return y.to(output_dtype(x, module.weight))
+        return y.to(_output_dtype(x, module.weight))
     return rms_norm(x, module.weight, module.variance_epsilon)
 
 
-def is_small(x: torch.Tensor) -> bool:
-    """Whether blocks would not help, as for a sampled token."""
-    return x.numel() <= ELEMENTS and not torch.is_grad_enabled()
-
-
-def is_rms_norm(module: Any) -> bool:
-    """Whether a module on a processor computes what `rms_norm` does."""
+def _is_rms_norm(module: Any) -> bool:
     weight, own = getattr(module, "weight", None), type(module).forward
     if not hasattr(module, "variance_epsilon") or not isinstance(weight, torch.Tensor):
         return False

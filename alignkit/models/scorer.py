@@ -20,7 +20,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from alignkit.models.attention import PACKED
 from alignkit.models.cpu_norm import use_cpu_norms
-from alignkit.models.cpu_residual import use_cpu_residuals
 from alignkit.models.cpu_rotary import use_cpu_rotation
 from alignkit.models.loading import quiet_transformers
 from alignkit.models.precision import compute_context
@@ -127,7 +126,6 @@ class TokenScorer(Scorer):
             inner.set_attn_implementation(PACKED)
         use_cpu_norms(inner)
         use_cpu_rotation(inner)
-        use_cpu_residuals(inner)
         transform = logit_transform(inner.config.get_text_config())
         self.transform = dataclasses.replace(transform, temperature=temperature)
 

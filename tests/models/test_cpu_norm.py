@@ -80,6 +80,24 @@ def test_gradients_are_those_of_the_formula(
         assert (rows.norm(dim=-1) <= close * reference.grad.norm(dim=-1)).all()
 
 
+@pytest.mark.usefixtures("blocks")
+def test_under_autocast_the_result_is_rounded_once_to_what_products_read() -> None:
+    x, weight, slope = inputs(SHAPES[2], (torch.float32, torch.bfloat16))
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    expected = rms_norm(x, weight, EPSILON)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = rms_norm(x, weight, EPSILON)
+    assert (expected.dtype, found.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(found, expected.bfloat16())
+    narrow = slope.bfloat16()
+    ours = torch.autograd.grad(found, leaves, narrow)
+    theirs = torch.autograd.grad(expected, leaves, narrow.float())
+    assert [x.dtype for x in ours] == [torch.float32, torch.bfloat16]
+    for a, b in zip(ours, theirs, strict=True):  # the direction of x is kept in bfloat16
+        error = (a.float() - b.float()).norm(dim=-1)
+        assert (error <= 8e-3 * b.float().norm(dim=-1)).all()
+
+
 @pytest.mark.parametrize("family", MODELS)
 def test_a_model_computes_the_same_bits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = tiny_model(family).eval()
