@@ -246,3 +246,14 @@ def test_a_narrow_product_is_rounded_near_the_target_only(
     errors = [float((x.double() - expected).square().mean().sqrt()) for x in (found, rounded)]
     assert errors[0] < 0.25 * errors[1]
     assert bool((found <= 0).all())
+
+
+def test_the_targets_own_logit_is_not_rounded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = 3 * torch.randn(40, 64, generator=generator).bfloat16()
+    matrix = torch.randn(300, 64, generator=generator).bfloat16()
+    ids = torch.randint(0, 300, (40, 1), generator=generator)
+    expected = (hidden.double() @ matrix.double().T).gather(1, ids)
+    found = vocab_head._projection(hidden, matrix, ids).gather(1, ids)
+    assert float(expected.abs().amax()) > 50
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
