@@ -25,7 +25,6 @@ from alignkit.packed import IntArray
 COMPACT = 0.75
 """Finished rows leave the batch once so small a share of it is still running."""
 
-
 SUMMED = 256
 """Probabilities that are added up together."""
 
@@ -245,8 +244,8 @@ def draw_tokens(
 def _inverse(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """`[B]` first ids up to which the float64 sum of `[B, V]` probabilities exceeds `uniform`.
 
-    First among sums of blocks, then inside one block: a float64 sum over a whole vocabulary took a
-    third of all sampling.
+    First among sums of blocks, then inside one block: a float64 sum over a whole vocabulary writes
+    and reads four times what the probabilities themselves take.
     """
     count = probs.shape[1]
     full = count // SUMMED * SUMMED

@@ -143,7 +143,7 @@ def _layer_bytes(model: ModelFacts, wide: int) -> int:
     """Bytes that one decoder layer keeps for one token."""
     h, i = model.hidden, model.intermediate
     a, k = model.attention_width, model.key_value_width
-    norms = 2 * 4 * h  # each norm's input, the residual stream in float32
+    norms = 2 * 4 * h  # each norm's input, as wide as transformers keeps it
     attention = (2 * a + 2 * k) * wide  # queries, keys, values, output
     feed_forward = 3 * i * wide  # gate, activated gate, up
     inputs = (2 * h + a + i) * wide  # each kept once, whatever number of layers reads it

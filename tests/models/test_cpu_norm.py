@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from replaced import assert_copies_and_gradients
 from tiny import MODELS, tiny_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
@@ -110,16 +111,7 @@ def test_a_model_computes_the_same_bits(family: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cpu_norm, "rms_norm", lambda *about: called.append(1) or right(*about))
     assert torch.equal(fast(ids).logits, plain(ids).logits)
     assert len(called) == count
-    twin = copy.deepcopy(fast)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.mul_(1.5)
-    assert torch.equal(fast(ids).logits, plain(ids).logits)  # the copy has its own weights
-    assert not torch.equal(twin(ids).logits, plain(ids).logits)
-    for model in (fast, plain):
-        model(ids).logits.square().mean().backward()
-    gradients = zip(fast.parameters(), plain.parameters(), strict=True)
-    assert all(torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-7) for a, b in gradients)
+    assert_copies_and_gradients(fast, plain, ids)
 
 
 def test_other_formulas_and_devices_keep_their_code() -> None:
