@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from alignkit.models import attention_blocks
-from alignkit.models.attention_blocks import BLOCK, Group, Layout, Segments
+from alignkit.models.attention_blocks import Group, Layout, Segments
+from alignkit.models.cpu_blocks import buffers, row_blocks
 
 EXTRA = 32
 """Columns beside the head dimension, of which four are used: the matrix unit takes 32 at once."""
@@ -162,9 +163,13 @@ class _KeyGradient:
 
 
 def _row_products(a: torch.Tensor, b: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
-    """`[T, H]` of `[T, H, D]`: Σ_d a ∘ b. Few tokens at a time: their wide copies stay in cache."""
-    parts = zip(a.split(BLOCK), b.split(BLOCK), strict=True)
-    return torch.cat([(x.to(wide) * y).sum(-1) for x, y in parts])
+    """`[T, H]` of `[T, H, D]`: Σ_d a ∘ b."""
+    total = a.new_empty(a.shape[:2], dtype=wide)
+    room = buffers(a, 2, wide)
+    for rows in row_blocks(a):
+        product, other = room[:, : rows.stop - rows.start]
+        torch.sum(product.copy_(a[rows]).mul_(other.copy_(b[rows])), -1, out=total[rows])
+    return total
 
 
 def _pick(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

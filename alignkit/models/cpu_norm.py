@@ -1,9 +1,8 @@
 """RMSNorm on a processor, in blocks of rows that stay in its cache.
 
 transformers writes it as a chain of element-wise operations, and autograd's chain backward is three
-times as long. On a long row each link reads and writes the memory: the norms of a 135M model took
-as long as its matrix products. Here a block of rows passes through the whole chain before the next
-one. Forward the operations are the same, so no bit changes; backward is the closed form.
+times as long: the norms of a 135M model took as long as its matrix products. Forward the operations
+here are the same, so no bit changes; backward is the closed form.
 
 A norm is only taken over if its class gives the same bits on a probe: Gemma's do not. Devices other
 than a processor keep the class's own forward.
@@ -13,17 +12,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
+from alignkit.models.cpu_blocks import ELEMENTS, buffers, row_blocks
 from alignkit.models.precision import product_dtype
-
-ELEMENTS = 1 << 18
-"""Numbers of a block: one megabyte of float32, half of a core's second-level cache."""
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -43,12 +39,17 @@ class _RmsNorm(torch.autograd.Function):
         # direction, and the inputs of all norms weigh as much as a tenth of a step's memory.
         narrow = dtype.itemsize < x.dtype.itemsize
         kept = torch.empty_like(y) if narrow else x
-        for rows in blocks(x):
-            wide = x[rows].float()
-            inverse[rows] = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-            y[rows] = weight * (wide * inverse[rows]).to(x.dtype)
+        (room,) = buffers(x, 1, torch.float32)
+        factor = weight.to(torch.promote_types(x.dtype, weight.dtype))
+        for rows in row_blocks(x):
+            wide, scale, normed = x[rows].float(), inverse[rows], room[: rows.stop - rows.start]
+            torch.mul(wide, wide, out=normed)
+            torch.mean(normed, -1, keepdim=True, out=scale).add_(epsilon).rsqrt_()
+            torch.mul(wide, scale, out=normed)
+            # Rounded as the input is: nothing moves where that is float32.
+            y[rows] = normed.to(x.dtype).to(factor.dtype).mul_(factor)
             if narrow:
-                kept[rows] = x[rows]
+                kept[rows] = wide
         ctx.save_for_backward(kept, weight, inverse)
         ctx.dtype = x.dtype
         return y
@@ -56,16 +57,19 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         kept, weight, inverse = ctx.saved_tensors
-        wide = torch.promote_types(ctx.dtype, weight.dtype)
+        factor = weight.to(torch.promote_types(ctx.dtype, weight.dtype))
         grad_x = torch.empty_like(kept, dtype=ctx.dtype)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for rows in blocks(kept):
-            normed = kept[rows].float() * inverse[rows]
+        room = buffers(kept, 3, torch.float32)
+        for rows in row_blocks(kept):
+            normed, slope, product = room[:, : rows.stop - rows.start]
+            normed.copy_(kept[rows]).mul_(inverse[rows])
             if ctx.needs_input_grad[1]:
                 grad_weight += (grad[rows] * normed.to(ctx.dtype)).sum(0, dtype=torch.float32)
-            slope = (grad[rows].to(wide) * weight).to(ctx.dtype).float()
-            shared = (slope * normed).mean(-1, keepdim=True)
-            grad_x[rows] = slope.addcmul_(normed, shared, value=-1).mul_(inverse[rows])
+            slope.copy_(grad[rows]).mul_(factor)
+            shared = torch.mul(slope, normed, out=product).mean(-1, keepdim=True)
+            slope.addcmul_(normed, shared, value=-1)
+            torch.mul(slope, inverse[rows], out=grad_x[rows])
         needed = ctx.needs_input_grad[1]
         return grad_x, grad_weight.to(weight.dtype) if needed else None, None, None
 
@@ -138,9 +142,3 @@ def _same_bits(module: Any, dtype: torch.dtype) -> bool:
         expected = functional_call(module, {"weight": weight}, (x,))
         found = rms_norm(x, weight, module.variance_epsilon)
     return found.dtype == expected.dtype and torch.equal(found, expected)
-
-
-def blocks(x: torch.Tensor) -> Iterator[slice]:
-    """Slices of `[N, H]` that cover its rows in order, each of a size that stays in cache."""
-    step = max(1, ELEMENTS // x.shape[1])
-    return (slice(start, start + step) for start in range(0, len(x), step))

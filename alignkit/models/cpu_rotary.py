@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignkit.models.cpu_norm import blocks
+from alignkit.models.cpu_blocks import buffers, row_blocks
 from alignkit.models.precision import product_dtype
 
 NAME = "apply_rotary_pos_emb"
@@ -29,15 +29,13 @@ NAME = "apply_rotary_pos_emb"
 class _Rotation(torch.autograd.Function):
     """y = x ∘ cos + (-x₂, x₁) ∘ sin for the halves x = (x₁, x₂) (Su et al., arXiv:2104.09864).
 
-    Shapes: x `[N, H, D]`, cos and sin `[N, D]`.
+    Shapes: x `[N, H, D]`, cos and signed = (-sin₁, sin₂) `[N, D]`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype
+        ctx: Any, x: torch.Tensor, cos: torch.Tensor, signed: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
-        half = sin.shape[-1] // 2
-        signed = torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)
         ctx.save_for_backward(cos, signed)
         ctx.dtype = x.dtype
         return _turn(x, cos, signed, dtype)
@@ -55,10 +53,14 @@ def _turn(
     """x ∘ cos + (x₂, x₁) ∘ signed."""
     y = x.new_empty(x.shape, dtype=dtype)
     half = x.shape[-1] // 2
-    for rows in blocks(x.flatten(1)):
-        wide = x[rows].to(cos.dtype)
-        crossed = wide.roll(half, dims=-1).mul_(signed[rows, None])
-        y[rows] = crossed.add_(wide * cos[rows, None])
+    room = buffers(x, 2, cos.dtype)
+    for rows in row_blocks(x):
+        turned, crossed = room[:, : rows.stop - rows.start]
+        turned.copy_(x[rows])
+        angles = signed[rows, None]
+        torch.mul(turned[..., half:], angles[..., :half], out=crossed[..., :half])
+        torch.mul(turned[..., :half], angles[..., half:], out=crossed[..., half:])
+        y[rows] = turned.mul_(cos[rows, None]).add_(crossed)
     return y
 
 
@@ -76,14 +78,16 @@ def rotate(
     Returns:
         Both in the dtype of the angles; under autocast in its dtype, because products read them.
     """
-    return _rotated(query, cos, sin), _rotated(key, cos, sin)
-
-
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    tokens = x.transpose(1, 2)  # as the projection wrote them
-    cos, sin = (angle.expand(len(x), -1, -1).flatten(0, 1) for angle in (cos, sin))
-    turned: torch.Tensor = _Rotation.apply(tokens.flatten(0, 1), cos, sin, product_dtype(cos))
-    return turned.view(tokens.shape).transpose(1, 2)
+    count, half = len(query), sin.shape[-1] // 2
+    signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+    angles = [x.expand(count, -1, -1).flatten(0, 1) for x in (cos, signed)]
+    turn = _Rotation.apply if torch.is_grad_enabled() else _turn
+    outputs = []
+    for x in (query, key):
+        tokens = x.transpose(1, 2)  # as the projection wrote them
+        turned = turn(tokens.flatten(0, 1), *angles, product_dtype(cos))
+        outputs.append(turned.view(tokens.shape).transpose(1, 2))
+    return outputs[0], outputs[1]
 
 
 def use_cpu_rotation(model: nn.Module) -> int:

@@ -77,17 +77,13 @@ class _LoraProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         x, low, narrow_a, *narrow_b = ctx.saved_tensors
         ranks = [layer.rank for layer in ctx.layers]
-        grad_low = torch.cat(
-            [
-                torch.mm(grad, b).mul_(layer.scale)
-                for grad, b, layer in zip(grads, narrow_b, ctx.layers, strict=True)
-            ],
-            dim=1,
-        )
-        grad_a = torch.mm(grad_low.T, x).float().split(ranks)
+        parts = [torch.mm(grad, b) for grad, b in zip(grads, narrow_b, strict=True)]
+        grad_low = _scale(torch.cat(parts, dim=1), ctx.layers)
+        # Transposed in memory first: the products are a third shorter than the copy is long.
+        grad_a = torch.mm(grad_low.T.contiguous(), x).float().split(ranks)
         grad_b = [
-            torch.mm(part.T, grad).T.float()
-            for part, grad in zip(low.split(ranks, dim=1), grads, strict=True)
+            torch.mm(part, grad).T.float()
+            for part, grad in zip(low.T.contiguous().split(ranks), grads, strict=True)
         ]
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -101,10 +97,9 @@ def _products(
     x: torch.Tensor, layers: Sequence[_Frozen], narrow: _Factors
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """y `[T, O]` of each layer, and all s · x Aᵀ, `[T, Σr]`."""
-    low, outputs = torch.mm(x, narrow.a.T), []
+    low, outputs = _scale(torch.mm(x, narrow.a.T), layers), []
     parts = low.split([layer.rank for layer in layers], dim=1)
     for layer, part, b in zip(layers, parts, narrow.b, strict=True):
-        part.mul_(layer.scale)
         # The small term first, so that the sum is rounded once. Added to an xWᵀ that is already
         # rounded to bfloat16, an update below half a unit in its last place would vanish.
         y = add_product(torch.mm(part, b.T), x, dense_weight(layer.weight).T)
@@ -112,6 +107,15 @@ def _products(
             y += layer.bias
         outputs.append(y)
     return outputs, low
+
+
+def _scale(low: torch.Tensor, layers: Sequence[_Frozen]) -> torch.Tensor:
+    """Multiply `[T, Σr]` in place by the scale of the layer that each column belongs to."""
+    if len({layer.scale for layer in layers}) == 1:
+        return low.mul_(layers[0].scale)
+    for layer, part in zip(layers, low.split([one.rank for one in layers], dim=1), strict=True):
+        part.mul_(layer.scale)
+    return low
 
 
 def use_fast_lora(model: nn.Module) -> int:

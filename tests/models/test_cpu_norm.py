@@ -12,7 +12,7 @@ from tiny import MODELS, tiny_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from alignkit.models import cpu_norm
+from alignkit.models import cpu_blocks, cpu_norm
 from alignkit.models.cpu_norm import rms_norm, use_cpu_norms
 
 HIDDEN, EPSILON = 40, 1e-5
@@ -22,7 +22,7 @@ DTYPES = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.fl
 
 @pytest.fixture(params=[1, 7 * HIDDEN, 1 << 18], ids=["row by row", "seven rows", "whole"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_norm, "ELEMENTS", request.param)
+    monkeypatch.setattr(cpu_blocks, "ELEMENTS", request.param)
 
 
 def inputs(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> tuple[Any, Any, Any]:

@@ -13,7 +13,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
 
-from alignkit.models import cpu_norm, cpu_rotary
+from alignkit.models import cpu_blocks, cpu_rotary
 from alignkit.models.cpu_rotary import rotate, use_cpu_rotation
 
 HEADS, KEYS, TOKENS, WIDTH = 6, 2, 23, 16
@@ -22,7 +22,7 @@ Turned = tuple[torch.Tensor, torch.Tensor]
 
 @pytest.fixture(params=[1, 7 * HEADS * WIDTH, 1 << 18], ids=["one by one", "seven", "whole"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_norm, "ELEMENTS", request.param)
+    monkeypatch.setattr(cpu_blocks, "ELEMENTS", request.param)
 
 
 def inputs(rows: int, dtype: torch.dtype, angles: int | None = None) -> list[torch.Tensor]:
