@@ -42,11 +42,10 @@ class Block:
         whole: the segment has no other block.
         mask: `[n, m]`, 0 where a key is seen and -inf elsewhere; `n = G * R` query rows of one key
             head and `m` keys, fillers included.
-        edge: `[n, w]`, the same of the last `w` keys; all others are seen or fillers.
+        edge: `[n, w]`, the same of the last `w` keys; all others are seen.
         queries: `[Kn]` rows of a `[T * H, ...]` tensor.
         empty: `[Kn]` True where a query row stands for no token.
         keys: `[Km]` rows of a `[T * K, ...]` tensor.
-        far: `[Km]` True where a key stands for no token.
     """
 
     prefix: slice
@@ -58,7 +57,6 @@ class Block:
     queries: torch.Tensor
     empty: torch.Tensor
     keys: torch.Tensor
-    far: torch.Tensor
 
     @property
     def kind(self) -> tuple[int | bool, ...]:
@@ -95,7 +93,6 @@ class Layout:
         fillers: those entries of `queries` that stand for no token.
         homes: `[T * H]` entry of `queries` that holds a row, the inverse of `queries`.
         keys: `[ΣBKm]` rows of a `[T * K, ...]` tensor: of each group `[B, K, m]`.
-        far: those entries of `keys` that stand for no token.
         key_homes: `[K * T]` entry of the `keys` of whole groups, these together, that a token has
             as one of its segment's own; one past the end where the segment has several blocks.
     """
@@ -105,7 +102,6 @@ class Layout:
     fillers: torch.Tensor
     homes: torch.Tensor
     keys: torch.Tensor
-    far: torch.Tensor
     key_homes: torch.Tensor
 
     def split_queries(self, x: torch.Tensor, heads: int) -> list[torch.Tensor]:
@@ -158,7 +154,6 @@ def layout(
             own = tuple((block.own, block.first) for block in part)
             groups.append(Group(own, part[0].prefix, part[0].whole, masks, edges))
     picked, empty = torch.cat([b.queries for b in ordered]), torch.cat([b.empty for b in ordered])
-    keys, far = torch.cat([b.keys for b in ordered]), torch.cat([b.far for b in ordered])
     held = (~empty).nonzero()[:, 0]
     homes = torch.empty(len(held), dtype=torch.int64)
     homes[picked[held]] = held
@@ -168,8 +163,7 @@ def layout(
         queries=picked,
         fillers=empty.nonzero()[:, 0],
         homes=homes,
-        keys=keys,
-        far=far.nonzero()[:, 0],
+        keys=torch.cat([b.keys for b in ordered]),
         key_homes=_key_homes([block for block in ordered if block.whole], key_heads, tokens),
     )
 
@@ -191,10 +185,10 @@ def _key_homes(blocks: list[Block], heads: int, tokens: int) -> torch.Tensor:
     return homes.flatten()
 
 
-def _filled(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens from `start` on, filled up with repetitions of the last, and which ones these are."""
-    steps = torch.arange(count + -count % ROUNDING)
-    return start + steps.clamp(max=count - 1), steps >= count
+def _filled(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens filled up with repetitions of the last, and which ones these are."""
+    steps = torch.arange(len(tokens) + -len(tokens) % ROUNDING)
+    return tokens[steps.clamp(max=len(tokens) - 1)], steps >= len(tokens)
 
 
 def _block(
@@ -212,14 +206,11 @@ def _block(
     oldest = 0 if sliding_window is None else max(0, prefix + first - sliding_window + 1)
     before = slice(segment.prefix_start + min(oldest, prefix), segment.prefix_start + prefix)
     own = slice(segment.start + max(0, oldest - prefix), segment.start + first + count)
-    tokens, positions, fillers = [], [], []
-    for part, shift in ((before, -segment.prefix_start), (own, prefix - segment.start)):
-        if part.stop > part.start:
-            held, filler = _filled(part.start, part.stop - part.start)
-            tokens.append(held)
-            positions.append((held + shift).masked_fill(filler, torch.iinfo(torch.int64).max))
-            fillers.append(filler)
-    where = torch.cat(positions)
+    # Fillers stand behind all keys, so that short prefixes cost none of their own.
+    parts = ((before, -segment.prefix_start), (own, prefix - segment.start))
+    tokens, filler = _filled(torch.cat([torch.arange(x.start, x.stop) for x, _ in parts]))
+    nowhere = torch.full((int(filler.sum()),), torch.iinfo(torch.int64).max)
+    where = torch.cat([*(torch.arange(x.start, x.stop) + shift for x, shift in parts), nowhere])
     asking = torch.arange(prefix + first, prefix + first + count + -count % ROUNDING)[:, None]
     seen = where <= asking
     if sliding_window is not None:
@@ -227,17 +218,18 @@ def _block(
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
     mask = mask.repeat_interleave(groups, 0)
     cut = sliding_window is not None and prefix + first + count > sliding_window
-    asked, empty = _filled(segment.start + first, count)
+    # What all queries of the block see: the keys before its first one.
+    far = 0 if cut else len(where) - len(nowhere) - count
+    asked, empty = _filled(torch.arange(segment.start + first, segment.start + first + count))
     rows = (asked[:, None] * query_heads + torch.arange(groups)).flatten()
     return Block(
         prefix=before,
         own=own,
-        first=len(where) - (own.stop - own.start) - (-(own.stop - own.start) % ROUNDING),
+        first=before.stop - before.start,
         whole=segment.length <= BLOCK,
         mask=mask,
-        edge=mask if cut else mask[:, -len(asking) :].contiguous(),
+        edge=mask[:, far:].contiguous(),
         queries=(rows + by_head * groups).flatten(),
         empty=empty.repeat_interleave(groups).repeat(key_heads),
-        keys=(torch.cat(tokens) * key_heads + by_head).flatten(),
-        far=torch.cat(fillers).repeat(key_heads),
+        keys=(tokens * key_heads + by_head).flatten(),
     )

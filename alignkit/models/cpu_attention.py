@@ -26,10 +26,7 @@ from alignkit.models.attention_blocks import Group, Layout, Segments
 from alignkit.models.cpu_blocks import buffers, row_blocks
 
 EXTRA = 32
-"""Columns beside the head dimension, of which four are used: the matrix unit takes 32 at once."""
-
-FAR = 3e4
-"""Taken from the products of filler keys: their weight is exp(-s · FAR) = 0."""
+"""Columns beside the head dimension, of which three are used: the matrix unit takes 32 at once."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -99,9 +96,7 @@ class _CpuAttention(torch.autograd.Function):
         all_queries = _pick(_with_offset(query, normalizer / scale), layout.queries)
         all_slopes = _pick(_with_offset(grad, delta), layout.queries)
         all_slopes.index_fill_(0, layout.fillers, 0)  # no token, no gradient
-        all_keys = _pick(_with_ones(key), layout.keys)
-        all_keys[layout.far, -1] = -FAR
-        all_values = _pick(_with_ones(value), layout.keys)
+        all_keys, all_values = (_pick(_with_ones(x), layout.keys) for x in (key, value))
         grad_queries = query.new_empty(len(layout.queries), width)
         grad_key, grad_value = (_KeyGradient(x, layout, wide) for x in (key, value))
         none = query.new_empty(())
@@ -188,7 +183,6 @@ def _with_offset(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         remaining = remaining - pieces[-1].to(offset.dtype)
     rest = x.new_zeros(*x.shape[:2], EXTRA)
     rest[..., :3] = torch.stack(pieces, dim=-1)
-    rest[..., -1] = 1.0
     return torch.cat([x, rest], dim=-1)
 
 

@@ -300,6 +300,19 @@ def filler_queries_counted(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def filler_keys_seen(patch: pytest.MonkeyPatch) -> None:
+    right = attention_blocks._block
+
+    def seeing(*about: Any) -> Any:
+        block = right(*about)
+        for mask in (block.mask, block.edge):
+            mask[:, mask[-1] == float("-inf")] = 0.0
+        return block
+
+    sized(patch)
+    patch.setattr(attention_blocks, "_block", seeing)
+
+
 def prompt_without_branches(patch: pytest.MonkeyPatch) -> None:
     right = cpu_attention._KeyGradient.add
 
@@ -322,7 +335,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], int | None, set[st
     "window": (window_too_long, 20, set(NAMES)),
     "causal": (causal_rule_forgotten, None, {"query", "key", "value"}),
     "filler queries": (filler_queries_counted, None, {"key", "value"}),
-    "filler keys": (lambda patch: patch.setattr(cpu_attention, "FAR", 0.0), None, {"query"}),
+    "filler keys": (filler_keys_seen, None, set(NAMES)),
     "prompt": (prompt_without_branches, None, {"key", "value"}),
     "offsets": (offsets_rounded, None, {"query", "key", "value"}),
 }
