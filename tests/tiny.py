@@ -29,8 +29,8 @@ from tokenizers import (
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from alignkit.models.adapters import attach_adapter
+from alignkit.recipe.adapters import LoraSpec
 from alignkit.recipe.assets import assets_root
-from alignkit.recipe.schema import LoraSpec
 
 NUM_TEXTS = 200
 NUM_TOKENS = 700

@@ -29,13 +29,23 @@ def merge_lora(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output.")
     ] = False,
+    any_base: Annotated[
+        bool,
+        typer.Option("--any-base", help="Accept other weights than it was trained over."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Merge a LoRA adapter into its base, and check the result against base + adapter."""
     from alignkit.stages.merge import merge_run
 
     report = merge_run(
-        source, base=base, output=output, dtype=dtype, data=data, overwrite=overwrite
+        source,
+        base=base,
+        output=output,
+        dtype=dtype,
+        data=data,
+        overwrite=overwrite,
+        any_base=any_base,
     )
     if as_json:
         print_json(report.to_json())

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from alignkit.errors import ModelError, RoundingError
-from alignkit.models.adapters import load_adapter
+from alignkit.models.adapter_files import load_adapter
 from alignkit.models.loading import BaseModel, load_model, load_tokenizer, quiet_transformers
 from alignkit.models.merging import merge_layers
 from alignkit.models.reward_head import read_head, read_statistics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -10,10 +9,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from alignkit.errors import ModelError
-from alignkit.models.adapters import check_targets
 from alignkit.models.loading import quiet_transformers
+from alignkit.models.targets import adapted_layers, frozen_weights, ia3_names, layer_ranks
+from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec
 from alignkit.recipe.facts import ModelFacts
-from alignkit.recipe.schema import FullSpec, LoraSpec
 
 
 def build_skeleton(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
@@ -38,7 +37,7 @@ def build_skeleton(config: Any, *, trust_remote_code: bool = False) -> nn.Module
 
 def measure_model(
     config: Any,
-    adapter: LoraSpec | FullSpec,
+    adapter: LoraSpec | Ia3Spec | FullSpec,
     *,
     trust_remote_code: bool = False,
     scalar_head: bool = False,
@@ -59,17 +58,19 @@ def measure_model(
     """
     model = build_skeleton(config, trust_remote_code=trust_remote_code)
     total = sum(parameter.numel() for parameter in model.parameters())
-    if isinstance(adapter, LoraSpec):
-        check_targets(model, adapter)
-        trainable = sum(adapter.rank * (i + o) for i, o in _adapted(model, adapter, scalar_head))
+    weights = dict(model.named_parameters())
+    if isinstance(adapter, FullSpec):
+        frozen = frozen_weights(weights, adapter)
+        trainable = sum(w.numel() for name, w in weights.items() if name not in frozen)
     else:
-        trainable = total
+        frozen = set(weights)
+        trainable = _trainable(model, adapter, scalar_head)
     text = config.get_text_config()
     if scalar_head:
         head: Any = model.get_output_embeddings()
-        unused = head is not None and head.weight is not model.get_input_embeddings().weight
+        own = head is not None and head.weight is not model.get_input_embeddings().weight
         trainable += int(text.hidden_size)
-        if unused and not isinstance(adapter, LoraSpec):
+        if own and any(w is head.weight for n, w in weights.items() if n not in frozen):
             trainable -= int(head.weight.numel())
     heads = int(text.num_attention_heads)
     head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
@@ -87,21 +88,23 @@ def measure_model(
     )
 
 
-def _adapted(model: nn.Module, adapter: LoraSpec, scalar_head: bool) -> list[tuple[int, int]]:
-    """Input and output width of every linear layer whose adapter is trained; a reward model's
-    vocabulary head is not."""
+def _trainable(model: nn.Module, spec: LoraSpec | Ia3Spec, scalar_head: bool) -> int:
+    """Weights of the adapter that are trained; on a reward model's vocabulary head none is."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    shapes = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        targets = adapter.targets
-        if targets == "all-linear":
-            chosen = module is not head
-        elif isinstance(targets, str):
-            chosen = re.fullmatch(targets, name) is not None
-        else:
-            chosen = any(name == target or name.endswith(f".{target}") for target in targets)
-        if chosen and not (scalar_head and module is head):
-            shapes.append((module.in_features, module.out_features))
-    return shapes
+    layers = {
+        name: layer
+        for name, layer in adapted_layers(model, spec).items()
+        if not (scalar_head and layer is head)
+    }
+    if isinstance(spec, Ia3Spec):
+        inputs = ia3_names(model, spec)[1]
+        return sum(
+            layer.in_features if name.rsplit(".", 1)[-1] in inputs else layer.out_features
+            for name, layer in layers.items()
+        )
+    ranks = layer_ranks(layers, spec)
+    return sum(
+        ranks[name] * (layer.in_features + layer.out_features)
+        + (layer.out_features if spec.dora else 0)
+        for name, layer in layers.items()
+    )

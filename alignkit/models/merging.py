@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from alignkit.errors import ModelError
-from alignkit.models.adapters import load_adapter
+from alignkit.models.adapter_files import load_adapter
 from alignkit.models.loading import BaseModel, load_model, load_tokenizer, quiet_transformers
 from alignkit.models.rounding import round_stochastically
 from alignkit.models.writing import beside, write_language_model
@@ -219,7 +219,7 @@ def merge_layers(model: nn.Module, dtype: torch.dtype) -> tuple[float, float, in
     modules = 0
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
-        if not isinstance(module, LoraLayer):
+        if not isinstance(module, BaseTunerLayer):
             continue
         weight = module.get_base_layer().weight
         before = weight.detach().clone()

@@ -10,7 +10,12 @@ import torch
 from torch import nn
 
 from alignkit.errors import ModelError
-from alignkit.models.adapters import has_head, load_adapter, read_adapter_config
+from alignkit.models.adapter_files import (
+    has_head,
+    load_adapter,
+    read_adapter_config,
+    require_base,
+)
 from alignkit.models.loading import (
     BaseModel,
     find_base,
@@ -48,25 +53,29 @@ def adapter_in(name: str) -> Path | None:
     return None
 
 
-def base_of_adapter(adapter: Path, base: str | None) -> BaseModel:
+def base_of_adapter(adapter: Path, base: str | None, *, any_base: bool = False) -> BaseModel:
     """The base an adapter belongs to.
 
     Args:
         adapter: PEFT adapter folder.
         base: what the user names instead; None takes what the adapter records.
+        any_base: accept other weights than those that it was trained over.
 
     Raises:
-        ModelError: neither says it, or it does not exist.
+        ModelError: neither says it, it does not exist, or holds other weights.
     """
     recorded = read_adapter_config(adapter).base_model_name_or_path
     name = base or recorded
     if not name:
         raise ModelError(f"{adapter} does not say which base it belongs to", hint="add --base")
     try:
-        return find_base(name)
+        found = find_base(name)
     except ModelError as error:
         hint = error.hint if base else f"the adapter records {name!r}; name the base with --base"
         raise ModelError(error.message, hint=hint) from None
+    if not any_base:
+        require_base(adapter, found)
+    return found
 
 
 def open_model(

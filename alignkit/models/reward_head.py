@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from alignkit.errors import ModelError
-from alignkit.models.adapters import HEAD_KEY
+from alignkit.models.adapter_files import HEAD_KEY
 from alignkit.models.scorer import causal_model
 
 STATISTICS = "reward.json"

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from alignkit.errors import ModelError
-from alignkit.models.adapters import HEAD_KEY, read_adapter_config
+from alignkit.models.adapter_files import HEAD_KEY, read_adapter_config
 from alignkit.models.loading import quiet_transformers
 from alignkit.models.lora_linear import use_fast_lora
 from alignkit.models.scorer import Scores

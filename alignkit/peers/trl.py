@@ -24,7 +24,7 @@ from typing import Any
 
 import datasets
 import torch
-from peft import LoraConfig
+from peft import PeftConfig
 from transformers import TrainerCallback
 from trl import (
     DPOConfig,
@@ -41,11 +41,13 @@ from alignkit.data.dataset import TokenDataset
 from alignkit.data.documents import Document
 from alignkit.data.packing import step_items
 from alignkit.errors import AlignkitError
-from alignkit.models.adapters import attach_adapter
+from alignkit.models.adapters import attach_adapter, peft_config
 from alignkit.models.classifier import choose_padding
-from alignkit.models.loading import BaseModel, load_model, quiet_transformers
+from alignkit.models.facts import build_skeleton
+from alignkit.models.loading import BaseModel, load_config, load_model, quiet_transformers
 from alignkit.models.reward_head import new_head
-from alignkit.recipe.schema import FullSpec, Recipe
+from alignkit.recipe.adapters import FullSpec, b_rate
+from alignkit.recipe.schema import Recipe
 from alignkit.runtime.devices import release_memory
 
 DPO_LOSSES = {
@@ -154,7 +156,7 @@ def run_trl(
             ),
             train_dataset=datasets.Dataset.from_list(columns),
             processing_class=tokenizer,
-            peft_config=_peft_config(recipe),
+            peft_config=_adapter(recipe, base),
             callbacks=[recorder],
         )
         _start_alike(trainer.model, recipe, base)
@@ -209,18 +211,19 @@ def _arguments(recipe: Recipe, folder: Path, steps: int, *, tuned: bool) -> dict
     }
 
 
-def _peft_config(recipe: Recipe) -> LoraConfig | None:
+def _adapter(recipe: Recipe, base: BaseModel) -> PeftConfig | None:
+    """What TRL trains."""
     spec = recipe.adapter
+    if b_rate(spec) != 1.0 or (isinstance(spec, FullSpec) and spec.freeze):
+        raise AlignkitError(
+            "TRL has neither learning rates of single weights nor frozen ones beside trained ones",
+            hint="leave out adapter.b_learning_rate and adapter.freeze",
+        )
     if isinstance(spec, FullSpec):
         return None
-    targets = spec.targets if isinstance(spec.targets, str) else list(spec.targets)
-    return LoraConfig(
-        r=spec.rank,
-        lora_alpha=spec.alpha,
-        lora_dropout=spec.dropout,
-        target_modules=targets,
-        task_type="SEQ_CLS" if recipe.stage == "reward" else "CAUSAL_LM",
-    )
+    skeleton = build_skeleton(load_config(base))
+    task = "SEQ_CLS" if recipe.stage == "reward" else "CAUSAL_LM"
+    return peft_config(skeleton, spec, task)
 
 
 def _row(stage: str, document: Document) -> dict[str, Any]:
@@ -253,7 +256,7 @@ def _start_alike(model: Any, recipe: Recipe, base: BaseModel) -> None:
     if not isinstance(recipe.adapter, FullSpec):
         ours = attach_adapter(ours, recipe.adapter, recipe.seed)
         for name, weight in ours.named_parameters():
-            if "lora_" in name:
+            if name in named and weight.requires_grad:
                 named[name].copy_(weight)
     if head is not None:
         heads = [p for name, p in named.items() if "score" in name and p.requires_grad]

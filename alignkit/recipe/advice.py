@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from alignkit.recipe.adapters import LoraSpec
 from alignkit.recipe.facts import DataFacts, HardwareFacts
 from alignkit.recipe.memory import ROOM, MemoryEstimate
-from alignkit.recipe.schema import KtoRecipe, LoraSpec, PpoRecipe, Recipe, examples_per_step
+from alignkit.recipe.schema import KtoRecipe, PpoRecipe, Recipe, examples_per_step
 
 _USUAL_RATES = {
-    "sft": {"lora": (1e-5, 1e-3), "full": (5e-7, 1e-4)},
-    "reward": {"lora": (1e-5, 1e-3), "full": (1e-6, 1e-4)},
-    "dpo": {"lora": (1e-6, 5e-4), "full": (5e-8, 1e-5)},
-    "kto": {"lora": (1e-6, 5e-4), "full": (5e-8, 1e-5)},
+    "sft": {"lora": (1e-5, 1e-3), "ia3": (3e-4, 3e-2), "full": (5e-7, 1e-4)},
+    "reward": {"lora": (1e-5, 1e-3), "ia3": (3e-4, 3e-2), "full": (1e-6, 1e-4)},
+    "dpo": {"lora": (1e-6, 5e-4), "ia3": (1e-5, 1e-2), "full": (5e-8, 1e-5)},
+    "kto": {"lora": (1e-6, 5e-4), "ia3": (1e-5, 1e-2), "full": (5e-8, 1e-5)},
     "ppo": {"lora": (1e-6, 5e-4), "full": (5e-8, 1e-5)},
 }
 """Stage -> adapter -> usual range of the learning rate."""
+
+_KINDS = {"lora": "LoRA", "ia3": "IA3", "full": "full weights"}
+"""Adapter -> its name in sentences."""
 
 _KTO_BALANCE = (1.0, 4.0 / 3.0)
 """Range of weight × count of desirable over undesirable rows, section 4 of the KTO paper."""
@@ -39,12 +43,14 @@ def find_warnings(
         side = "above" if rate > high else "below"
         found.append(
             f"training.learning_rate = {rate:g} is {side} the usual {low:g} to {high:g} for "
-            f"{recipe.stage} with {'LoRA' if kind == 'lora' else 'full weights'}"
+            f"{recipe.stage} with {_KINDS[kind]}"
         )
     if isinstance(recipe.adapter, LoraSpec):
-        ratio = recipe.adapter.alpha / recipe.adapter.rank
+        spec = recipe.adapter
+        root = "sqrt(rank)" if spec.rslora else "rank"
+        ratio = spec.alpha / (spec.rank**0.5 if spec.rslora else spec.rank)
         if not 0.25 <= ratio <= 8:
-            found.append(f"adapter.alpha / rank = {ratio:g} is outside the usual 0.25 to 8")
+            found.append(f"adapter.alpha / {root} = {ratio:g} is outside the usual 0.25 to 8")
     if steps < 10:
         key = "prompts_per_step" if recipe.stage == "ppo" else "batch_size"
         found.append(f"only {steps} optimizer steps: lower {key} or raise epochs")

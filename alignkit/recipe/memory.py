@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from alignkit.recipe.adapters import has_adapter
 from alignkit.recipe.facts import HardwareFacts, ModelFacts
-from alignkit.recipe.schema import LoraSpec, PpoRecipe, Recipe
+from alignkit.recipe.schema import PpoRecipe, Recipe
 
 ROOM = 0.85
 """Share of the free memory that a plan may fill."""
@@ -76,10 +77,10 @@ def estimate_memory(
         The estimate, term by term.
     """
     wide = _BYTES[recipe.model.dtype]
-    lora = isinstance(recipe.adapter, LoraSpec)
+    adapted = has_adapter(recipe.adapter)
     on_cpu = hardware.device == "cpu"
     libraries = 600_000_000
-    if lora:
+    if adapted:
         weights = _base_bytes(recipe, model, wide) + model.trainable * 4
     else:
         # Trained weights are float32; under autocast their narrow copies live beside them.
@@ -98,15 +99,15 @@ def estimate_memory(
     chunk = 3 * max(16 * 2**20, 16 * 4 * model.vocabulary)
     workspace = chunk + tokens * (4 * model.intermediate + 4 * model.hidden) * wide
     merging = 0
-    if recipe.merge and lora:
+    if recipe.merge and adapted:
         merging = model.parameters * (4 + 4)
     second = 0
     if reference == "frozen_copy":  # stored as the policy's own base weights are
-        second = _base_bytes(recipe, model, wide) if lora else model.parameters * 4
+        second = _base_bytes(recipe, model, wide) if adapted else model.parameters * 4
     if isinstance(recipe, PpoRecipe):
         second += reward_models * model.parameters * wide
         own_value = recipe.value.kind != "head"
-        if lora:
+        if adapted:
             # The value adapter is trained too; a reward adapter over the same base is not.
             second += model.trainable * 4
             state += model.trainable * 16 if own_value else 0

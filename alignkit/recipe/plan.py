@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignkit.errors import AlignkitError
+from alignkit.recipe.adapters import has_adapter
 from alignkit.recipe.advice import find_warnings
 from alignkit.recipe.facts import DataFacts, HardwareFacts, ModelFacts
 from alignkit.recipe.memory import ROOM, MemoryEstimate, estimate_memory
-from alignkit.recipe.schema import LoraSpec, Recipe, examples_per_step, needs_reference
+from alignkit.recipe.schema import Recipe, examples_per_step, needs_reference
 
 _MICROBATCHES = (16384, 8192, 4096, 2048, 1024, 512)
 _PROCESSOR_TOP, _PROCESSOR_TOP_PPO = 4096, 8192
@@ -155,15 +156,15 @@ def _choose_reference(recipe: Recipe, passes: float) -> tuple[str | None, str]:
     spec = getattr(recipe, "reference", None)
     if not needs_reference(recipe) or spec is None:
         return None, ""
-    lora = isinstance(recipe.adapter, LoraSpec)
-    if spec.kind == "adapter_off" and not lora:
+    adapted = has_adapter(recipe.adapter)
+    if spec.kind == "adapter_off" and not adapted:
         raise AlignkitError(
             "reference.kind = adapter_off, and there is no adapter: all weights are trained",
             hint="use cached, or frozen_copy",
         )
     if spec.kind != "auto":
         return spec.kind, "as the recipe says"
-    if not lora:
+    if not adapted:
         return "cached", "all weights are trained: no second model is kept in memory"
     if recipe.model.dtype != "float32":
         return "adapter_off", f"its rounding to {recipe.model.dtype} is the policy's own"

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from alignkit.recipe.adapters import AdapterSpec, FullSpec, Ia3Spec, LoraSpec
 from alignkit.recipe.objectives import (
     REFERENCE_FREE,
     BradleyTerrySpec,
@@ -42,31 +43,6 @@ class ModelSpec(Section):
     """Run Python code that comes with the model. Only for sources you trust."""
 
 
-class LoraSpec(Section):
-    """Low-rank adapters, W + (alpha / rank) · B A (https://arxiv.org/abs/2106.09685)."""
-
-    kind: Literal["lora"] = "lora"
-    """`lora` trains low-rank adapters over a frozen base."""
-    rank: Annotated[int, Field(ge=1, le=4096)] = 16
-    """Inner dimension of the update."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """Scale: the update is multiplied by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Dropout on the adapter's input."""
-    targets: str | tuple[str, ...] = "all-linear"
-    """`all-linear`, a list of module names such as `[q_proj, v_proj]`, or a regular expression."""
-
-
-class FullSpec(Section):
-    """All weights are trained."""
-
-    kind: Literal["full"]
-    """`full` trains every weight: about 16 bytes a parameter instead of 2."""
-
-
-AdapterSpec = Annotated[LoraSpec | FullSpec, Field(discriminator="kind")]
-
-
 class ReferenceSpec(Section):
     """The model that the policy is compared with: the one that training starts from."""
 
@@ -89,7 +65,7 @@ class BaseRecipe(Section):
     model: ModelSpec
     """The model to start from."""
     adapter: AdapterSpec = LoraSpec()
-    """What is trained: a LoRA adapter or all weights."""
+    """What is trained: an adapter or all weights."""
     data: DataSpec
     """Rows to train on and rows to hold out."""
     objective: Section
@@ -210,6 +186,8 @@ class PpoRecipe(BaseRecipe):
     @field_validator("adapter")
     @classmethod
     def _no_dropout(cls, value: AdapterSpec) -> AdapterSpec:
+        if isinstance(value, Ia3Spec):
+            raise ValueError("has kind = ia3, which ppo does not train: use lora, or full")
         if isinstance(value, LoraSpec) and value.dropout > 0:
             raise ValueError(
                 f"has dropout = {value.dropout:g}: the policy that samples and the policy that is "
@@ -242,10 +220,10 @@ DEFAULT_KINDS = {
 """Section -> stage -> kind of a section that names none."""
 
 DEFAULT_LEARNING_RATE = {
-    "sft": {"lora": 2.0e-4, "full": 2.0e-5},
-    "reward": {"lora": 1.0e-4, "full": 1.0e-5},
-    "dpo": {"lora": 2.0e-5, "full": 5.0e-7},
-    "kto": {"lora": 2.0e-5, "full": 1.0e-6},
+    "sft": {"lora": 2.0e-4, "ia3": 3.0e-3, "full": 2.0e-5},
+    "reward": {"lora": 1.0e-4, "ia3": 3.0e-3, "full": 1.0e-5},
+    "dpo": {"lora": 2.0e-5, "ia3": 5.0e-4, "full": 5.0e-7},
+    "kto": {"lora": 2.0e-5, "ia3": 5.0e-4, "full": 1.0e-6},
     "ppo": {"lora": 2.0e-5, "full": 1.0e-6},
 }
 """Stage -> adapter -> peak learning rate. Preference losses move all answers of a kind at once, so

@@ -11,6 +11,9 @@ from torch import nn
 
 ADAM_EPSILON = 1e-8
 
+RATE_FACTOR = "rate_factor"
+"""Key of a parameter group: its learning rate as a multiple of the schedule's."""
+
 
 def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]],
@@ -18,21 +21,33 @@ def build_optimizer(
     weight_decay: float,
     *,
     epsilon: float = ADAM_EPSILON,
+    b_rate: float = 1.0,
 ) -> torch.optim.AdamW:
     """AdamW over the trainable weights.
 
     Args:
         parameters: names and weights; those without `requires_grad` are left out.
         learning_rate: peak; the schedule scales it.
-        weight_decay: decoupled; not applied to vectors (biases and norms).
+        weight_decay: decoupled; not applied to vectors (biases and norms) nor to IA3's scales,
+            whose neutral value is 1.
         epsilon: added to the root of the second moment.
+        b_rate: learning rate of LoRA's B matrices as a multiple of all others' (LoRA+,
+            https://arxiv.org/abs/2402.12354).
     """
     named = sorted((n, p) for n, p in parameters if p.requires_grad)
-    decayed = [p for _, p in named if p.ndim >= 2]
-    plain = [p for _, p in named if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}]
-    if plain:
-        groups.append({"params": plain, "weight_decay": 0.0})
+    kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, weight in named:
+        plain = weight.ndim < 2 or ".ia3_l." in name
+        faster = b_rate != 1.0 and ".lora_B." in name
+        kinds.setdefault((plain, faster), []).append(weight)
+    groups = [
+        {
+            "params": weights,
+            "weight_decay": 0.0 if plain else weight_decay,
+            RATE_FACTOR: b_rate if faster else 1.0,
+        }
+        for (plain, faster), weights in sorted(kinds.items(), key=lambda item: item[0])
+    ]
     fused = all(p.device.type in ("cuda", "cpu") for _, p in named)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=epsilon, fused=fused)
 
@@ -86,6 +101,6 @@ def learning_rate_at(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of every parameter group."""
+    """Set the rate of every parameter group, as a multiple of which it may have its own."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(RATE_FACTOR, 1.0)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from alignkit.errors import ModelError
-from alignkit.models.adapters import has_head
+from alignkit.models.adapter_files import has_head
 from alignkit.models.identity import weights_version
 from alignkit.models.loading import (
     BaseModel,

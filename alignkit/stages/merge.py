@@ -10,7 +10,7 @@ from typing import Any
 
 from alignkit.data.dataset import load_dataset
 from alignkit.errors import ModelError
-from alignkit.models.adapters import has_head
+from alignkit.models.adapter_files import has_head
 from alignkit.models.classifier import ClassifierReport, merge_reward
 from alignkit.models.loading import DTYPES, BaseModel, load_tokenizer, stored_dtype
 from alignkit.models.merging import MergeReport, merge_adapter
@@ -31,6 +31,7 @@ def merge_run(
     dtype: str | None,
     data: str | None,
     overwrite: bool,
+    any_base: bool = False,
 ) -> MergeReport | ClassifierReport:
     """Merge the adapter of a run, or any PEFT LoRA adapter; a reward model's with its head.
 
@@ -41,6 +42,7 @@ def merge_run(
         dtype: of the written weights; None keeps the base's.
         data: rows to compare logits on; None takes the run's own, else shipped ones.
         overwrite: replace an existing output.
+        any_base: accept other weights than those that the adapter was trained over.
 
     Returns:
         The measured differences.
@@ -61,7 +63,7 @@ def merge_run(
         output = (run or adapter) / "merged"
     output = output.expanduser()
     _check_output(output, adapter, overwrite)
-    model = base_of_adapter(adapter, base)
+    model = base_of_adapter(adapter, base, any_base=any_base)
     if Path(model.location).resolve().is_relative_to(output.resolve()):
         raise ModelError(f"{output} holds the base itself", hint="name another --output")
     rows, tokenizer, stops = _rows(run, data, model)

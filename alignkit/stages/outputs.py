@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from alignkit.errors import RoundingError
-from alignkit.models.adapters import save_adapter
+from alignkit.models.adapter_files import save_adapter
 from alignkit.models.classifier import ClassifierReport, merge_reward, write_reward
+from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import stored_dtype
 from alignkit.models.merging import MergeReport, merge_adapter, write_dense
 from alignkit.models.reward_head import RewardStatistics
 from alignkit.models.scorer import causal_model
-from alignkit.recipe.schema import FullSpec
+from alignkit.recipe.adapters import FullSpec
 from alignkit.runtime.devices import release_memory
 from alignkit.runtime.metrics import read_metrics
 from alignkit.stages.ppo_step import PpoRun
@@ -97,7 +98,8 @@ def _write_models(
     if isinstance(recipe.adapter, FullSpec):
         session.say(f"writing all weights to {output / 'merged'}")
         return _write_full(model, head, rows, output / "merged", settings, statistics)
-    save_adapter(model, output / "adapter", rows.base.name, head)
+    fingerprint = weights_fingerprint(rows.base)
+    save_adapter(model, output / "adapter", rows.base.name, head, trained_over=fingerprint)
     rows.tokenizer.save_pretrained(output / "adapter")
     if statistics is not None:
         statistics.save(output / "adapter")

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import ModelError, RunError
+from alignkit.recipe.adapters import FullSpec
 from alignkit.recipe.label import LABEL, LabelSpec
 from alignkit.recipe.pipeline import TRAINING, Step
-from alignkit.recipe.schema import FullSpec, Recipe
+from alignkit.recipe.schema import Recipe
 from alignkit.runtime.progress import print_line
 from alignkit.stages.fingerprints import label_inputs, model_place, training_inputs
 from alignkit.stages.label import label_prompts

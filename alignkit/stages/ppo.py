@@ -10,13 +10,14 @@ from typing import Any
 from alignkit.errors import ModelError
 from alignkit.generation.rewards import build_score
 from alignkit.generation.rollout import RolloutSettings, TransformersEngine
-from alignkit.models.adapters import save_adapter
+from alignkit.models.adapter_files import save_adapter
 from alignkit.models.loading import DTYPES
 from alignkit.models.scorer import causal_model
+from alignkit.recipe.adapters import b_rate, has_adapter
 from alignkit.recipe.memory import SAMPLING_TOKENS
 from alignkit.recipe.plan import Plan
 from alignkit.recipe.rewards import ModelReward, reward_name
-from alignkit.recipe.schema import FullSpec, LoraSpec, PpoRecipe
+from alignkit.recipe.schema import PpoRecipe
 from alignkit.runtime.optim import Optimizers, build_optimizer
 from alignkit.stages.fingerprints import reward_inputs
 from alignkit.stages.health import Health
@@ -66,7 +67,7 @@ def prepare_ppo(recipe: PpoRecipe, processes: int) -> Prepared:
         processes: training processes.
     """
     rows = load_prompt_rows(recipe)
-    can_share = isinstance(recipe.adapter, LoraSpec)
+    can_share = has_adapter(recipe.adapter)
     found = [
         find_reward_model(spec, rows.base, rows.tokenizer, can_share=can_share)
         for spec in recipe.reward
@@ -160,10 +161,13 @@ def start_ppo(
     assert value_rate is not None  # with_defaults
     optimizers = Optimizers(
         {
-            "policy": build_optimizer(
-                roles.policy_weights, plan.learning_rate, decay, epsilon=EPSILON
-            ),
-            "value": build_optimizer(roles.value_weights, value_rate, decay, epsilon=EPSILON),
+            name: build_optimizer(
+                weights, rate, decay, epsilon=EPSILON, b_rate=b_rate(recipe.adapter)
+            )
+            for name, weights, rate in (
+                ("policy", roles.policy_weights, plan.learning_rate),
+                ("value", roles.value_weights, value_rate),
+            )
         }
     )
     first_step, state = session.restore(roles.trained, optimizers)
@@ -235,7 +239,7 @@ def save_ppo(run: PpoRun, step: int) -> None:
 def save_value(session: Session, run: PpoRun) -> None:
     """Keep the value model beside the policy: as an adapter with its head where it is one."""
     folder, recipe = session.folder, run.recipe
-    if folder is None or isinstance(recipe.adapter, FullSpec) or run.roles.value is None:
+    if folder is None or not has_adapter(recipe.adapter) or run.roles.value is None:
         return
     model, head = run.roles.trained.policy, run.roles.trained.head
     save_adapter(model, folder.path / "value", run.rows.base.name, head, adapter=VALUE)

@@ -28,11 +28,12 @@ from alignkit.models.classifier import require_classifier
 from alignkit.models.facts import measure_model
 from alignkit.models.loading import BaseModel, load_config, load_tokenizer
 from alignkit.packed import IntArray, Role
+from alignkit.recipe.adapters import FullSpec
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.facts import DataFacts
 from alignkit.recipe.plan import Plan, make_plan
 from alignkit.recipe.rows import SftDataSpec
-from alignkit.recipe.schema import FullSpec, KtoRecipe, PpoRecipe, Recipe
+from alignkit.recipe.schema import KtoRecipe, PpoRecipe, Recipe
 from alignkit.runtime.devices import describe_hardware
 from alignkit.stages.base import start_model
 from alignkit.stages.checking import check_rows

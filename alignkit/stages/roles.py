@@ -26,8 +26,9 @@ from alignkit.models.roles import (
     train_only,
 )
 from alignkit.models.selfcheck import build_scorer, scorer_factory
+from alignkit.recipe.adapters import has_adapter
 from alignkit.recipe.plan import Plan
-from alignkit.recipe.schema import LoraSpec, PpoRecipe
+from alignkit.recipe.schema import PpoRecipe
 from alignkit.stages.prepare import PromptRows
 from alignkit.stages.reward_models import RewardModel
 from alignkit.stages.session import Session
@@ -95,7 +96,7 @@ def describe_roles(recipe: PpoRecipe, found: Sequence[RewardModel]) -> list[str]
         recipe: with its defaults.
         found: its reward models.
     """
-    lora, head = isinstance(recipe.adapter, LoraSpec), recipe.value.kind == "head"
+    lora, head = has_adapter(recipe.adapter), recipe.value.kind == "head"
     lines = [
         f"policy: {'a LoRA adapter' if lora else 'all weights'}",
         "reference: the same base with adapters off" if lora else "reference: a second model",
@@ -117,7 +118,7 @@ def starts_from_reward(recipe: PpoRecipe, found: Sequence[RewardModel]) -> Rewar
     """The reward model whose weights the value model starts from."""
     if recipe.value.kind == "head" or recipe.value.init == "fresh":
         return None
-    lora = isinstance(recipe.adapter, LoraSpec)
+    lora = has_adapter(recipe.adapter)
     return next((model for model in found if model.shared == lora), None)
 
 
@@ -136,7 +137,7 @@ def build_roles(
     Returns:
         The parts, in training mode; only the policy's and the value model's weights are trained.
     """
-    build = _over_one_base if isinstance(recipe.adapter, LoraSpec) else _apart
+    build = _over_one_base if has_adapter(recipe.adapter) else _apart
     roles = build(session, recipe, rows, plan, found)
     report = trainable_report(roles.trained)
     session.say(
@@ -199,14 +200,14 @@ def _apart(
     def load() -> Any:
         return load_model(rows.base, torch.float32, device, "none")
 
-    model = load().requires_grad_(True)
+    model = attach_adapter(load(), recipe.adapter, recipe.seed)
     # As wide as the policy: narrower weights would round its every sum otherwise.
     frozen = load().requires_grad_(False)
     own_value, source = recipe.value.kind != "head", starts_from_reward(recipe, found)
     second = None
     if own_value:
         second = load() if source is None else _open(session, source, torch.float32)
-        second.requires_grad_(True)
+        second = attach_adapter(second, recipe.adapter, recipe.seed)
         freeze_unused_head(second)
     if plan.gradient_checkpointing:
         for part in filter(None, (model, second)):

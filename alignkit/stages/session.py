@@ -19,8 +19,9 @@ from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import DTYPES, BaseModel, load_model
 from alignkit.models.reward_head import freeze_unused_head, new_head
 from alignkit.models.selfcheck import build_scorer
+from alignkit.recipe.adapters import FullSpec, b_rate
 from alignkit.recipe.plan import Plan
-from alignkit.recipe.schema import FullSpec, Recipe
+from alignkit.recipe.schema import Recipe
 from alignkit.runtime.checkpoint import find_checkpoint, load_checkpoint
 from alignkit.runtime.devices import build_accelerator, tune_allocator
 from alignkit.runtime.metrics import MetricsFile
@@ -138,10 +139,7 @@ class Session:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             if hasattr(model, "enable_input_require_grads"):
                 model.enable_input_require_grads()
-        report = trainable_report(scorer)
-        counts = ", ".join(f"{count}×{name}" for name, count in report.modules.items())
-        share = report.trainable / report.total
-        self.say(f"trains {report.trainable:,} weights ({share:.2%}): {counts or 'all of them'}")
+        self.say(trainable_report(scorer).line())
         return scorer.train()
 
     @contextlib.contextmanager
@@ -172,7 +170,12 @@ class Session:
             The run and the number of steps already done.
         """
         decay = self.recipe.training.weight_decay
-        optimizer = build_optimizer(scorer.named_parameters(), plan.learning_rate, decay)
+        optimizer = build_optimizer(
+            scorer.named_parameters(),
+            plan.learning_rate,
+            decay,
+            b_rate=b_rate(self.recipe.adapter),
+        )
         first_step, _ = self.restore(scorer, optimizer)
         loop = self.loop(plan, first_step)
         scorer, optimizer = self.accelerator.prepare(scorer, optimizer)

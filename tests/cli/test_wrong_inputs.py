@@ -13,8 +13,9 @@ from commandline import CommandLine, Done
 from running import make_labelled, make_pairs, make_recipe, make_rows, write_rows
 from tiny import tiny_model
 
-from alignkit.models.adapters import attach_adapter, save_adapter
-from alignkit.recipe.schema import LoraSpec
+from alignkit.models.adapter_files import save_adapter
+from alignkit.models.adapters import attach_adapter
+from alignkit.recipe.adapters import LoraSpec
 
 
 def said(done: Done, *parts: str) -> None:

@@ -10,27 +10,25 @@ from typing import Any
 import pytest
 import torch
 from documents import PAIRS, gradients, random_batch
-from peft import IA3Config, PeftModel, get_peft_model
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import MODELS, plain_lora, save_tiny, tiny_model, trained_model
 from transformers import AutoModelForSequenceClassification
 
 from alignkit.errors import ModelError
-from alignkit.models.adapters import (
+from alignkit.models.adapter_files import (
     HEAD_KEY,
-    adapters_off,
-    attach_adapter,
     has_head,
-    linear_names,
     load_adapter,
     read_adapter_config,
     save_adapter,
-    trainable_report,
 )
+from alignkit.models.adapters import adapters_off, attach_adapter, trainable_report
 from alignkit.models.facts import build_skeleton, measure_model
 from alignkit.models.reward_head import new_head, read_head
 from alignkit.models.scorer import PaddedScorer, TokenScorer, causal_model
-from alignkit.recipe.schema import FullSpec, LoraSpec
+from alignkit.models.targets import linear_names
+from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec
 
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -41,7 +39,7 @@ def test_all_linear_is_every_layer_but_the_head(family: str) -> None:
     report = trainable_report(model)
     layers = model.config.num_hidden_layers
     assert report.modules == dict.fromkeys(report.modules, layers)
-    assert set(report.modules) == SEVEN
+    assert {name for name, _, _ in report.modules} == SEVEN
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert all("lora_" in name for name in names)
     assert not any("lm_head" in name for name in names)
@@ -64,12 +62,20 @@ def test_trained_weights_in_closed_form() -> None:
         LoraSpec(rank=2, targets=("layers.1.mlp.up_proj",)),
         LoraSpec(rank=2, targets=r".*layers\.0\..*(q|k)_proj"),
         LoraSpec(rank=2, targets=("q_proj", "lm_head")),
+        LoraSpec(rank=2, dora=True),
+        LoraSpec(rank=2, rank_pattern={"q_proj": 5, r"layers\.0\..*": 3, "up_proj": 9}),
+        Ia3Spec(kind="ia3"),
+        Ia3Spec(kind="ia3", targets=("q_proj", "gate_proj", "o_proj"), feedforward=("o_proj",)),
         FullSpec(kind="full"),
+        FullSpec(kind="full", freeze=("model.embed_tokens", r"model\.layers\.0\..*norm.*")),
     ],
-    ids=["all-linear", "names", "path", "regex", "with head", "full"],
+    ids=[
+        *("all-linear", "names", "path", "regex", "with head", "dora", "ranks"),
+        *("ia3", "ia3 names", "full", "frozen"),
+    ],
 )
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_the_plan_counts_what_is_trained(family: str, spec: LoraSpec | FullSpec) -> None:
+def test_the_plan_counts_what_is_trained(family: str, spec: LoraSpec | Ia3Spec | FullSpec) -> None:
     if family == "gemma2" and getattr(spec, "targets", ())[-1:] == ("lm_head",):
         pytest.skip("PEFT cannot adapt a head whose matrix is the embedding's")
     model = tiny_model(family)
@@ -126,7 +132,7 @@ def test_the_whole_message() -> None:
 def test_a_regular_expression_chooses_layers() -> None:
     spec = LoraSpec(rank=2, targets=r".*layers\.1\..*(q|v)_proj")
     model = attach_adapter(tiny_model(), spec, 0)
-    assert trainable_report(model).modules == {"q_proj": 1, "v_proj": 1}
+    assert trainable_report(model).modules == {("q_proj", 64, 64): 1, ("v_proj", 64, 32): 1}
 
 
 def test_linear_names_count_without_the_head() -> None:
@@ -202,10 +208,10 @@ def test_folders_that_hold_no_lora(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ModelError, match="cannot be read"):
         read_adapter_config(tmp_path)
-    model = get_peft_model(tiny_model(), IA3Config(task_type="CAUSAL_LM"))
-    model.save_pretrained(tmp_path / "ia3")
-    with pytest.raises(ModelError, match="not a LoRA one"):
-        read_adapter_config(tmp_path / "ia3")
+    model = get_peft_model(tiny_model(), PrefixTuningConfig("CAUSAL_LM", num_virtual_tokens=3))
+    model.save_pretrained(tmp_path / "prefix")
+    with pytest.raises(ModelError, match="is a PREFIX_TUNING adapter, which has no merge"):
+        read_adapter_config(tmp_path / "prefix")
 
 
 QUESTION = torch.arange(12)[None]

@@ -28,7 +28,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from alignkit.errors import ModelError
 from alignkit.models import classifier, writing
-from alignkit.models.adapters import attach_adapter, save_adapter
+from alignkit.models.adapter_files import save_adapter
+from alignkit.models.adapters import attach_adapter
 from alignkit.models.classifier import (
     ClassifierReport,
     choose_padding,
@@ -40,8 +41,8 @@ from alignkit.models.classifier import (
 from alignkit.models.loading import BaseModel
 from alignkit.models.reward_head import RewardStatistics, new_head, read_head, read_statistics
 from alignkit.models.scorer import causal_model
+from alignkit.recipe.adapters import LoraSpec
 from alignkit.recipe.assets import assets_root
-from alignkit.recipe.schema import LoraSpec
 
 FAMILIES = ("llama", "qwen2", "mistral", "gemma")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

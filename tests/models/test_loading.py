@@ -15,7 +15,8 @@ from transformers import AutoModelForSequenceClassification
 
 from alignkit.errors import ModelError
 from alignkit.models import identity
-from alignkit.models.adapters import attach_adapter, save_adapter
+from alignkit.models.adapter_files import save_adapter
+from alignkit.models.adapters import attach_adapter
 from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import (
     BaseModel,
@@ -27,7 +28,7 @@ from alignkit.models.loading import (
     stored_dtype,
 )
 from alignkit.models.opening import adapter_in, base_of_adapter, open_model
-from alignkit.recipe.schema import LoraSpec
+from alignkit.recipe.adapters import LoraSpec
 
 
 @pytest.fixture

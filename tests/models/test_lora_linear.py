@@ -18,9 +18,10 @@ from tiny import tiny_model
 from torch import nn
 
 from alignkit.models import lora_linear
-from alignkit.models.adapters import attach_adapter, save_adapter
+from alignkit.models.adapter_files import save_adapter
+from alignkit.models.adapters import attach_adapter
 from alignkit.models.lora_linear import fixed_factors, use_fast_lora
-from alignkit.recipe.schema import LoraSpec
+from alignkit.recipe.adapters import LoraSpec
 
 
 class Pair(nn.Module):

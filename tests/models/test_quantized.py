@@ -15,7 +15,7 @@ from alignkit.errors import ModelError
 from alignkit.models.adapters import adapters_off, attach_adapter
 from alignkit.models.loading import BaseModel, find_base, load_model
 from alignkit.models.quantized import dense_weight, is_quantized
-from alignkit.recipe.schema import LoraSpec
+from alignkit.recipe.adapters import LoraSpec
 from alignkit.runtime.metrics import read_metrics
 
 SPEC = LoraSpec(rank=4, alpha=8.0)

@@ -26,7 +26,7 @@ from alignkit.models import vocab_head
 from alignkit.models.adapters import attach_adapter
 from alignkit.models.scorer import PaddedScorer, Reading, TokenScorer, sequence_rows
 from alignkit.models.vocab_head import LogitTransform, score_targets
-from alignkit.recipe.schema import LoraSpec
+from alignkit.recipe.adapters import LoraSpec
 
 VOCABULARY = 600  # below that of every tiny tokenizer
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

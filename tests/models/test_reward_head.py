@@ -15,7 +15,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from alignkit.errors import ModelError
-from alignkit.models.adapters import attach_adapter, save_adapter
+from alignkit.models.adapter_files import save_adapter
+from alignkit.models.adapters import attach_adapter
 from alignkit.models.facts import measure_model
 from alignkit.models.reward_head import (
     STATISTICS,
@@ -26,7 +27,7 @@ from alignkit.models.reward_head import (
     read_statistics,
 )
 from alignkit.models.scorer import TokenScorer, causal_model
-from alignkit.recipe.schema import FullSpec, LoraSpec
+from alignkit.recipe.adapters import FullSpec, LoraSpec
 
 TIED = {"llama": False, "qwen2": False, "mistral": False, "gemma": True, "gemma3": True}
 """Family -> whether its vocabulary head is the input embedding."""

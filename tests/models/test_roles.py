@@ -18,7 +18,8 @@ from tiny import tiny_model
 from torch.utils.checkpoint import CheckpointError
 
 from alignkit.errors import ModelError
-from alignkit.models.adapters import attach_adapter, has_head, save_adapter
+from alignkit.models.adapter_files import has_head, save_adapter
+from alignkit.models.adapters import attach_adapter
 from alignkit.models.reward_head import new_head
 from alignkit.models.roles import (
     POLICY,
@@ -31,7 +32,7 @@ from alignkit.models.roles import (
     use_adapter,
 )
 from alignkit.models.scorer import TokenScorer
-from alignkit.recipe.schema import LoraSpec
+from alignkit.recipe.adapters import LoraSpec
 
 BATCH = random_batch(PAIRS, 600)
 NAMES = (POLICY, "value", "reward0")

@@ -37,7 +37,7 @@ from alignkit.models.scorer import (
     sum_by_sequence,
 )
 from alignkit.packed import PackedBatch
-from alignkit.recipe.schema import LoraSpec
+from alignkit.recipe.adapters import LoraSpec
 
 VOCABULARY = 600  # below that of every tiny tokenizer
 RELATIVE = 1e-5

@@ -19,7 +19,7 @@ from alignkit.models.scorer import PaddedScorer, TokenScorer
 from alignkit.models.selfcheck import build_scorer, packed_fault, probe_batch
 from alignkit.models.vocab_head import LogitTransform
 from alignkit.packed import PackedBatch, Segment
-from alignkit.recipe.schema import LoraSpec
+from alignkit.recipe.adapters import LoraSpec
 
 COMMON = {
     "vocab_size": 600,

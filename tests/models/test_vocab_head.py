@@ -19,7 +19,7 @@ from alignkit.models import vocab_head
 from alignkit.models.adapters import attach_adapter
 from alignkit.models.scorer import TokenScorer
 from alignkit.models.vocab_head import LogitTransform, logit_transform, score_targets
-from alignkit.recipe.schema import LoraSpec
+from alignkit.recipe.adapters import LoraSpec
 
 TARGETS, HIDDEN, VOCABULARY = 53, 24, 50
 TRANSFORMS = [

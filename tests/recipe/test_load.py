@@ -137,7 +137,7 @@ def test_a_default_learning_rate_is_filled_in() -> None:
             "kind: lora",
             "kind: full",
             "r.yaml:5: adapter.rank is no key of a recipe\n"
-            "hint: it belongs to another kind; keys here: kind",
+            "hint: it belongs to another kind; keys here: kind, freeze",
         ),
         # wrong types
         (
@@ -241,7 +241,8 @@ def test_a_default_learning_rate_is_filled_in() -> None:
         (
             "kind: lora",
             "kind: lroa",
-            "r.yaml:5: adapter.kind must be 'lora' or 'full', got 'lroa'\nhint: did you mean lora?",
+            "r.yaml:5: adapter.kind must be 'lora', 'ia3' or 'full', got 'lroa'\n"
+            "hint: did you mean lora?",
         ),
         # limits
         (

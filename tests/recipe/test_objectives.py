@@ -321,18 +321,19 @@ def test_a_reference_that_is_refused(line: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "lora", "full"),
+    ("stage", "lora", "ia3", "full"),
     [
-        ("sft", 2.0e-4, 2.0e-5),
-        ("reward", 1.0e-4, 1.0e-5),
-        ("dpo", 2.0e-5, 5.0e-7),
-        ("kto", 2.0e-5, 1.0e-6),
+        ("sft", 2.0e-4, 3.0e-3, 2.0e-5),
+        ("reward", 1.0e-4, 3.0e-3, 1.0e-5),
+        ("dpo", 2.0e-5, 5.0e-4, 5.0e-7),
+        ("kto", 2.0e-5, 5.0e-4, 1.0e-6),
     ],
 )
-def test_default_learning_rates(stage: str, lora: float, full: float) -> None:
+def test_default_learning_rates(stage: str, lora: float, ia3: float, full: float) -> None:
     assert load(stage).recipe.training.learning_rate == lora
+    assert load(stage, "adapter: {kind: ia3}").recipe.training.learning_rate == ia3
     assert load(stage, "adapter: {kind: full}").recipe.training.learning_rate == full
-    assert DEFAULT_LEARNING_RATE[stage] == {"lora": lora, "full": full}
+    assert DEFAULT_LEARNING_RATE[stage] == {"lora": lora, "ia3": ia3, "full": full}
     given = load(stage, "training: {learning_rate: 3e-4}").recipe
     assert given.training.learning_rate == 3e-4
 

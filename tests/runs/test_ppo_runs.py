@@ -39,7 +39,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alignkit.errors import TrainingError
-from alignkit.models.adapters import HEAD_KEY
+from alignkit.models.adapter_files import HEAD_KEY
 from alignkit.runtime.metrics import read_metrics
 from alignkit.stages import ppo_step
 

@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from alignkit.errors import ModelError
 from alignkit.models import classifier
-from alignkit.models.adapters import HEAD_KEY
+from alignkit.models.adapter_files import HEAD_KEY
 from alignkit.runtime.metrics import read_metrics
 from alignkit.stages import outputs
 from alignkit.stages.session import Session

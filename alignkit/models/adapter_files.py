@@ -1,0 +1,215 @@
+"""Adapters on disk: ordinary PEFT files, and nothing missing or left over when they are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import get_peft_model_state_dict, load_peft_weights
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from alignkit.errors import ModelError
+from alignkit.models.identity import weights_fingerprint
+from alignkit.models.loading import BaseModel, quiet_transformers, share_files
+from alignkit.models.lora_linear import use_fast_lora
+
+WEIGHTS = "adapter_model.safetensors"
+
+TRAINED_OVER = "trained_over.json"
+"""Says which weights the adapter was trained over. PEFT knows no such file and lets it be."""
+
+MERGEABLE = ("LORA", "IA3")
+"""PEFT's kinds of adapters that are read here: all that alignkit trains."""
+
+HEAD_KEY = "base_model.model.score.weight"
+"""Where PEFT keeps the trained head of a sequence classifier."""
+
+
+def save_adapter(
+    model: PeftModel,
+    folder: Path,
+    base_name: str,
+    head: nn.Linear | None = None,
+    adapter: str = "default",
+    trained_over: str | None = None,
+) -> None:
+    """Write the adapter as PEFT does.
+
+    Args:
+        model: carries the adapter.
+        folder: gets `adapter_model.safetensors` and `adapter_config.json`.
+        base_name: recorded as the base the adapter belongs to.
+        head: scalar head of a reward model; saved where PEFT keeps the `score` layer of a
+            sequence classifier, so that plain PEFT loads both.
+        adapter: its name in the model.
+        trained_over: fingerprint of the base's weights, kept in a file of its own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = get_peft_model_state_dict(model, adapter_name=adapter)
+    if head is not None:
+        weights = {**weights, HEAD_KEY: head.weight}
+        if head.bias is not None:
+            weights[HEAD_KEY.replace("weight", "bias")] = head.bias
+    contiguous = {name: w.detach().cpu().contiguous() for name, w in sorted(weights.items())}
+    save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
+    if trained_over is not None:
+        about = {"name": base_name, "fingerprint": trained_over}
+        (folder / TRAINED_OVER).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    config = model.peft_config[adapter].to_dict()
+    config["base_model_name_or_path"] = base_name
+    config["inference_mode"] = True
+    if head is not None:
+        config["task_type"], config["modules_to_save"] = "SEQ_CLS", ["score"]
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    text = json.dumps(plain, indent=2, sort_keys=True, default=str)
+    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    share_files(folder)
+
+
+def read_adapter_config(folder: Path) -> Any:
+    """PEFT's configuration of an adapter folder.
+
+    Raises:
+        ModelError: no adapter there, or a kind that is no LoRA.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder} holds no adapter: there is no adapter_config.json",
+            hint="name a run folder, its adapter/, or a folder written by PEFT",
+        )
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        first_line = str(error).split("\n")[0]
+        raise ModelError(
+            f"{folder}/adapter_config.json cannot be read: {first_line}",
+            hint="the file must be one that PEFT wrote",
+        ) from error
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in MERGEABLE:
+        raise ModelError(
+            f"{folder} is a {kind} adapter, which has no merge into weights here",
+            hint=f"adapters that can be merged: {', '.join(MERGEABLE)}",
+        )
+    return config
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """Base with an adapter from disk, for inference.
+
+    Args:
+        model: the base the adapter was trained on.
+        folder: PEFT adapter folder. The head of a reward model is not loaded: see `read_head`.
+
+    Returns:
+        A PEFT model in evaluation mode.
+
+    Raises:
+        ModelError: the adapter does not fit the model.
+    """
+    config = read_adapter_config(folder)
+    if has_head(folder):
+        config.task_type, config.modules_to_save = "CAUSAL_LM", None
+    stored = read_weights(folder)
+    try:
+        with quiet_transformers():
+            loaded = PeftModel.from_pretrained(model, str(folder), config=config)
+    except Exception as error:
+        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+        raise ModelError(
+            f"the adapter in {folder} does not fit the base: {' '.join(lines[:2])[:300]}",
+            hint="name the base it was trained on with --base",
+        ) from error
+    _require_whole(folder, set(stored) - {HEAD_KEY, HEAD_KEY.replace("weight", "bias")}, loaded)
+    use_fast_lora(loaded)
+    return loaded.eval()
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter folder by their names in the file.
+
+    Raises:
+        ModelError: there is no such file, it is damaged, or holds values that are no numbers.
+    """
+    try:
+        stored: dict[str, torch.Tensor] = load_peft_weights(str(folder), device="cpu")
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
+        first_line = str(error).strip().split("\n")[0][:200]
+        raise ModelError(
+            f"the adapter weights in {folder} cannot be read: {first_line}",
+            hint="copy the folder again, or train again; the file may be cut off",
+        ) from error
+    for name, weight in stored.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise ModelError(
+                f"the adapter in {folder} holds values that are no finite numbers, in {name}",
+                hint="training diverged; take an earlier checkpoint",
+            )
+    return stored
+
+
+def _require_whole(folder: Path, stored: set[str], loaded: PeftModel) -> None:
+    """PEFT fills what a file lacks with fresh weights, and skips what has no place."""
+    expected = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
+    missing, odd = sorted(expected - stored), sorted(stored - expected - set(loaded.state_dict()))
+    if missing:
+        raise ModelError(
+            f"the adapter in {folder} is not whole: {len(missing)} of {len(expected)} tensors are "
+            f"missing, such as {missing[0]}",
+            hint="copy the folder again, or name the base it was trained on with --base",
+        )
+    if odd:
+        raise ModelError(
+            f"the adapter in {folder} does not fit the base: {len(odd)} of its {len(stored)} "
+            f"tensors have no place there, such as {odd[0]}",
+            hint="name the base it was trained on with --base",
+        )
+
+
+def require_base(adapter: Path, base: BaseModel) -> None:
+    """Refuse weights that an adapter was not trained over, where its folder says which these were.
+
+    Raises:
+        ModelError: the base's weights are others.
+    """
+    found = trained_over(adapter)
+    if found is None or "@" in found or not Path(base.location).is_dir():
+        return  # of PEFT, or known by a commit of the hub only
+    if found != weights_fingerprint(base):
+        raise ModelError(
+            f"the adapter in {adapter} was trained over other weights than those of {base.name}",
+            hint="name the base it was trained on with --base, or add --any-base to put it on "
+            "this one all the same",
+        )
+
+
+def trained_over(adapter: Path) -> str | None:
+    """Fingerprint of the weights that an adapter was trained over, if its folder says it."""
+    path = adapter / TRAINED_OVER
+    if not path.is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["fingerprint"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} cannot be read: {error}", hint="copy the folder again, or remove this file"
+        ) from error
+
+
+def is_lora(adapter: Path) -> bool:
+    """Whether an adapter folder holds LoRA."""
+    return bool(read_adapter_config(adapter).peft_type == "LORA")
+
+
+def has_head(folder: Path) -> bool:
+    """Whether an adapter folder is that of a reward model."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return False
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return values.get("task_type") == "SEQ_CLS"

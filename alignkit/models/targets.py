@@ -1,0 +1,172 @@
+"""Which layers of a model an adapter changes, and which weights stay frozen."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from peft.utils.constants import (
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as IA3_FEEDFORWARD,
+)
+from peft.utils.constants import (
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_TARGETS,
+)
+from torch import nn
+
+from alignkit.errors import ModelError
+from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec
+
+
+def adapted_layers(model: nn.Module, spec: LoraSpec | Ia3Spec) -> dict[str, nn.Linear]:
+    """Name -> linear layer that the adapter changes.
+
+    Args:
+        model: with or without storage.
+        spec: says which.
+
+    Raises:
+        ModelError: a target or a pattern matches nothing; the hint lists near names.
+    """
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    targets = ia3_names(model, spec)[0] if isinstance(spec, Ia3Spec) else spec.targets
+    if targets == "all-linear":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        found = {name: layer for name, layer in linear.items() if layer is not head}
+    elif isinstance(targets, str):
+        found = {name: layer for name, layer in linear.items() if _fits(targets, name, "targets")}
+        _require([] if found else [targets], "targets", "linear layer", linear_names(model))
+    else:
+        missing = [t for t in targets if not any(_ends(name, t) for name in linear)]
+        _require(missing, "targets", "linear layer", linear_names(model))
+        found = {n: layer for n, layer in linear.items() if any(_ends(n, t) for t in targets)}
+    if isinstance(spec, LoraSpec):
+        _check_ranks(found, spec)
+    return found
+
+
+def layer_ranks(layers: Iterable[str], spec: LoraSpec) -> dict[str, int]:
+    """Name of each adapted layer -> rank of its update; the first pattern that fits says it."""
+    return {
+        name: next(
+            (rank for p, rank in spec.rank_pattern.items() if _pattern(p, "rank_pattern", name)),
+            spec.rank,
+        )
+        for name in layers
+    }
+
+
+def _check_ranks(layers: dict[str, nn.Linear], spec: LoraSpec) -> None:
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(spec, key)
+        missing = [p for p in patterns if not any(_pattern(p, key, name) for name in layers)]
+        _require(missing, key, "adapted layer", (name.rsplit(".", 1)[-1] for name in layers))
+    for name, rank in layer_ranks(layers, spec).items():
+        layer = layers[name]
+        size = min(layer.in_features, layer.out_features)
+        if rank > size:
+            raise ModelError(
+                f"adapter.rank = {rank} is more than {name} can hold: "
+                f"{layer.in_features} × {layer.out_features}",
+                hint=f"at most {size} there; adapter.rank_pattern gives single modules their own",
+            )
+
+
+def ia3_names(model: nn.Module, spec: Ia3Spec) -> tuple[list[str], list[str]]:
+    """Names of the modules that IA3 scales, and of those whose input it scales.
+
+    Raises:
+        ModelError: `auto`, and PEFT does not know the architecture; or a feed-forward module that
+            is no target.
+    """
+    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
+    names = []
+    for key, known in (("targets", IA3_TARGETS), ("feedforward", IA3_FEEDFORWARD)):
+        value: str | Sequence[str] = getattr(spec, key)
+        if value == "auto" and kind not in known:
+            raise ModelError(
+                f"adapter.{key} = auto, and PEFT does not know what to scale in a {kind!r} model",
+                hint=f"name the modules: this model has {', '.join(linear_names(model))}",
+            )
+        names.append(list(known[kind] if value == "auto" else value))
+    targets, feedforward = names
+    if spec.feedforward == "auto":
+        feedforward = [name for name in feedforward if name in targets]
+    odd = sorted(set(feedforward) - set(targets))
+    if odd:
+        raise ModelError(
+            f"adapter.feedforward names {odd[0]!r}, which is not among adapter.targets",
+            hint=f"targets: {', '.join(targets)}",
+        )
+    return targets, feedforward
+
+
+def frozen_weights(names: Iterable[str], spec: FullSpec) -> set[str]:
+    """Names of the weights that stay as they are.
+
+    Args:
+        names: of all weights.
+        spec: says which are frozen.
+
+    Raises:
+        ModelError: a pattern matches nothing, or nothing is left to train.
+    """
+    every = list(names)
+
+    def fits(pattern: str, name: str) -> bool:
+        return name == pattern or name.startswith(f"{pattern}.") or _fits(pattern, name, "freeze")
+
+    missing = [p for p in spec.freeze if not any(fits(p, name) for name in every)]
+    modules = (".".join(n.split(".")[:i]) for n in every for i in range(1, n.count(".") + 1))
+    _require(missing, "freeze", "weight", sorted(set(modules)))
+    frozen = {name for name in every if any(fits(pattern, name) for pattern in spec.freeze)}
+    if len(frozen) == len(every):
+        raise ModelError(
+            "adapter.freeze leaves nothing to train", hint="name fewer modules, or use kind: lora"
+        )
+    return frozen
+
+
+def linear_names(model: nn.Module) -> dict[str, int]:
+    """Last name part of every linear layer except the output head -> how many there are."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    names: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            last = name.rsplit(".", 1)[-1]
+            names[last] = names.get(last, 0) + 1
+    return names
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _pattern(pattern: str, key: str, name: str) -> bool:
+    """As PEFT reads the keys of its patterns."""
+    return _fits(rf"(.*\.)?({pattern})", name, key)
+
+
+def _fits(pattern: str, name: str, key: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ModelError(
+            f"adapter.{key} is no regular expression: {pattern!r} ({error})",
+            hint="use a list of module names, or all-linear"
+            if key == "targets"
+            else "use module names",
+        ) from None
+
+
+def _require(missing: Sequence[str], key: str, what: str, known: Iterable[str]) -> None:
+    """Every name of a recipe stands for something in the model."""
+    if not missing:
+        return
+    names = list(dict.fromkeys(known))
+    near = [m for t in missing for m in difflib.get_close_matches(t, names, n=2)]
+    hint = f"did you mean {', '.join(dict.fromkeys(near))}? " if near else ""
+    raise ModelError(
+        f"adapter.{key} matches no {what}: {', '.join(map(repr, missing))}",
+        hint=f"{hint}this model has {', '.join(names)}",
+    )

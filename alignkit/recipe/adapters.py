@@ -1,0 +1,74 @@
+"""What is trained, as recipes name it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from alignkit.recipe.section import Positive, Section
+
+Rank = Annotated[int, Field(ge=1, le=4096)]
+
+
+class LoraSpec(Section):
+    """Low-rank adapters, W + (alpha / rank) · B A (https://arxiv.org/abs/2106.09685)."""
+
+    kind: Literal["lora"] = "lora"
+    """`lora` trains low-rank adapters over a frozen base."""
+    rank: Rank = 16
+    """Inner dimension of the update."""
+    alpha: Positive = 32.0
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout on the adapter's input."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """`all-linear`, a list of module names such as `[q_proj, v_proj]`, or a regular expression."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead: high ranks learn as fast as low ones
+    (https://arxiv.org/abs/2312.03732)."""
+    dora: bool = False
+    """Train the length of each output's weights apart from their direction
+    (https://arxiv.org/abs/2402.09353). Computed by PEFT's own code, which is slower."""
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
+    """Ranks of single modules: end of a module's name, or a regular expression for it -> rank."""
+    alpha_pattern: dict[str, Positive] = Field(default_factory=dict)
+    """The same for alpha."""
+    b_learning_rate: Annotated[float, Field(gt=0.0, le=1024.0)] = 1.0
+    """Learning rate of B as a multiple of A's; LoRA+ takes 16 (https://arxiv.org/abs/2402.12354)."""
+
+
+class Ia3Spec(Section):
+    """Learned scales of a few layers' outputs or inputs, and nothing else
+    (https://arxiv.org/abs/2205.05638)."""
+
+    kind: Literal["ia3"]
+    """`ia3` trains one scale for each output of some layers over a frozen base."""
+    targets: Literal["auto"] | tuple[str, ...] = "auto"
+    """Names of the modules that are scaled; `auto` is PEFT's choice for the architecture: keys or
+    queries, values, and the feed-forward layer's last module."""
+    feedforward: Literal["auto"] | tuple[str, ...] = "auto"
+    """Those among them whose input is scaled instead of their output."""
+
+
+class FullSpec(Section):
+    """All weights are trained."""
+
+    kind: Literal["full"]
+    """`full` trains every weight: about 16 bytes a parameter instead of 2."""
+    freeze: tuple[str, ...] = ()
+    """Weights that stay as they are: starts of their names, such as `model.embed_tokens` and
+    `model.layers.0`, or regular expressions for whole names."""
+
+
+AdapterSpec = Annotated[LoraSpec | Ia3Spec | FullSpec, Field(discriminator="kind")]
+
+
+def has_adapter(spec: LoraSpec | Ia3Spec | FullSpec) -> bool:
+    """Whether the base stays frozen under what is trained."""
+    return not isinstance(spec, FullSpec)
+
+
+def b_rate(spec: LoraSpec | Ia3Spec | FullSpec) -> float:
+    """Learning rate of LoRA's B as a multiple of all others'."""
+    return spec.b_learning_rate if isinstance(spec, LoraSpec) else 1.0

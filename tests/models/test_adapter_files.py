@@ -1,0 +1,176 @@
+"""Adapter folders that are damaged, or belong to another base: one sentence each, nothing left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from commandline import CommandLine
+from peft import LoraConfig, get_peft_model
+from running import make_recipe, train
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny, tiny_model
+
+from alignkit.errors import ModelError
+from alignkit.models.adapter_files import (
+    TRAINED_OVER,
+    WEIGHTS,
+    load_adapter,
+    require_base,
+    trained_over,
+)
+from alignkit.models.identity import weights_fingerprint
+from alignkit.models.loading import BaseModel
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter-files")
+    train(make_recipe(folder, tiny_base, merge=False, training__max_steps=1))
+    return folder / "run"
+
+
+@pytest.fixture
+def adapter(run: Path, tmp_path: Path) -> Path:
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def rewrite(change: Callable[[Tensors], None]) -> Callable[[Path], None]:
+    def damage(adapter: Path) -> None:
+        weights = load_file(adapter / WEIGHTS)
+        change(weights)
+        contiguous = {name: weight.contiguous() for name, weight in weights.items()}
+        save_file(contiguous, adapter / WEIGHTS, metadata={"format": "pt"})
+
+    return damage
+
+
+def lose(weights: Tensors) -> None:
+    for name in [name for name in weights if ".layers.1.mlp." in name]:
+        del weights[name]
+
+
+def spoil(weights: Tensors) -> None:
+    weights[min(weights)][0, 0] = float("nan")
+
+
+def widen(weights: Tensors) -> None:
+    name = next(name for name in weights if "q_proj.lora_B" in name)
+    weights[name] = torch.zeros(65, weights[name].shape[1])
+
+
+def deepen(weights: Tensors) -> None:
+    for name in [name for name in weights if ".layers.1." in name]:
+        weights[name.replace(".layers.1.", ".layers.2.")] = weights[name].clone()
+
+
+def cut(adapter: Path) -> None:
+    data = (adapter / WEIGHTS).read_bytes()
+    (adapter / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def no_json(adapter: Path) -> None:
+    (adapter / "adapter_config.json").write_text("{", encoding="utf-8")
+
+
+def other_rank(adapter: Path) -> None:
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "r": 8}), encoding="utf-8")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "cut off": (cut, "the adapter weights in .* cannot be read: "),
+    "empty": (lambda a: (a / WEIGHTS).write_bytes(b""), "the adapter weights in .* cannot be read"),
+    "no weights": (lambda a: (a / WEIGHTS).unlink(), "the adapter weights in .* cannot be read"),
+    "configuration": (no_json, "adapter_config.json cannot be read: "),
+    "tensors missing": (rewrite(lose), "is not whole: 6 of 28 tensors are missing, such as .*mlp"),
+    "not finite": (rewrite(spoil), "holds values that are no finite numbers, in base_model"),
+    "shape": (rewrite(widen), "does not fit the base: .*size mismatch"),
+    "rank": (other_rank, "does not fit the base: .*size mismatch"),
+    "deeper model": (rewrite(deepen), "does not fit the base: 14 of its 42 tensors have no place"),
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGE)
+def test_a_damaged_adapter(fault: str, adapter: Path, tiny_base: Path) -> None:
+    damage, sentence = DAMAGE[fault]
+    load_adapter(tiny_model(), adapter)  # whole before
+    damage(adapter)
+    with pytest.raises(ModelError, match=sentence) as raised:
+        load_adapter(tiny_model(), adapter)
+    assert raised.value.hint
+
+
+@pytest.mark.parametrize("fault", ["cut off", "tensors missing", "not finite", "shape"])
+def test_merging_it_leaves_no_output(fault: str, adapter: Path, alignkit: CommandLine) -> None:
+    damage, _ = DAMAGE[fault]
+    damage(adapter)
+    done = alignkit(
+        "merge-lora", str(adapter), "--output", str(adapter.parent / "merged"), cwd=adapter
+    )
+    assert done.code == 2
+    assert "hint: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
+
+
+def test_the_file_names_the_weights_it_was_trained_over(run: Path, tiny_base: Path) -> None:
+    fingerprint = weights_fingerprint(BaseModel(str(tiny_base)))
+    assert trained_over(run / "adapter") == fingerprint
+    require_base(run / "adapter", BaseModel(str(tiny_base)))
+    about = json.loads((run / "adapter" / TRAINED_OVER).read_text(encoding="utf-8"))
+    assert about == {"name": str(tiny_base), "fingerprint": fingerprint}
+
+
+def test_a_record_that_is_none(adapter: Path, tiny_base: Path) -> None:
+    (adapter / TRAINED_OVER).write_text("{}", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"trained_over\.json cannot be read"):
+        require_base(adapter, BaseModel(str(tiny_base)))
+
+
+def test_weights_of_the_same_shape_are_not_the_same_base(
+    run: Path, alignkit: CommandLine, tmp_path: Path
+) -> None:
+    save_tiny(tmp_path / "other", seed=1)
+    arguments = ["merge-lora", str(run), "--base", str(tmp_path / "other")]
+    done = alignkit(*arguments, "--output", "merged", cwd=tmp_path)
+    assert done.code == 2
+    assert "was trained over other weights than those of" in done.stderr
+    assert "--any-base" in done.stderr
+    assert not (tmp_path / "merged").exists()
+    done = alignkit(*arguments, "--output", "merged", "--any-base", cwd=tmp_path)
+    assert done.code == 0
+    assert (tmp_path / "merged/config.json").is_file()
+
+
+def test_a_copy_of_the_base_is_the_base(run: Path, tiny_base: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_base, tmp_path / "copy")
+    require_base(run / "adapter", BaseModel(str(tmp_path / "copy")))
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
+def test_an_adapter_of_plain_peft_names_none(safe: bool, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear", r=2))
+    model.save_pretrained(tmp_path / "plain", safe_serialization=safe)
+    assert trained_over(tmp_path / "plain") is None
+    save_tiny(tmp_path / "other", seed=1)
+    require_base(tmp_path / "plain", BaseModel(str(tmp_path / "other")))
+    load_adapter(tiny_model(), tmp_path / "plain")
+
+
+def test_trained_embeddings_of_plain_peft_are_no_surplus(tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], r=2)
+    model = get_peft_model(tiny_model(), config)
+    model.save_pretrained(tmp_path / "plain")
+    load_adapter(tiny_model(), tmp_path / "plain")
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], r=2))
+    model.save_pretrained(tmp_path / "embeddings", save_embedding_layers=True)
+    load_adapter(tiny_model(), tmp_path / "embeddings")

@@ -1,0 +1,199 @@
+"""Every kind of adapter in every stage, over plain and 4-bit bases: trained, read, merged."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from running import (
+    adapter_of,
+    furthest,
+    losses,
+    make_ppo_recipe,
+    make_preference_recipe,
+    make_recipe,
+    steps_of,
+    train,
+)
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from alignkit.errors import RecipeError
+from alignkit.models.opening import open_model
+from alignkit.recipe.load import load_recipe
+
+LORA = {"kind": "lora", "rank": 4, "alpha": 8}
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": LORA,
+    "rslora": {**LORA, "rslora": True},
+    "dora": {**LORA, "dora": True},
+    "patterns": {**LORA, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}},
+    "dropout": {**LORA, "dropout": 0.1},
+    "lora+": {**LORA, "b_learning_rate": 16},
+    "ia3": {"kind": "ia3"},
+    "full": {"kind": "full"},
+    "frozen": {"kind": "full", "freeze": ["model.embed_tokens", "model.layers.0"]},
+}
+ADAPTERS = [name for name, fields in KINDS.items() if fields["kind"] != "full"]
+SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+RATES = {"lora": 2e-3, "ia3": 5e-2, "full": 3e-4}
+ROWS = torch.arange(5, 65).view(3, 20)
+
+cases = pytest.mark.parametrize(
+    ("kind", "quantization"),
+    [(name, "none") for name in KINDS] + [(name, "nf4") for name in ADAPTERS],
+)
+
+
+def run_of(folder: Path, base: Path, stage: str, kind: str, **fields: Any) -> Path:
+    adapter = KINDS[kind]
+    make = {"sft": make_recipe}.get(stage)
+    fields = {
+        "adapter": adapter,
+        "training__max_steps": 3,
+        "training__learning_rate": RATES[adapter["kind"]],
+        "merge": True,
+        **fields,
+    }
+    if make is not None:
+        train(make(folder, base, **fields))
+    else:
+        train(make_preference_recipe(folder, base, stage, **fields))
+    return folder / "run"
+
+
+@torch.no_grad()
+def answers(model: Any, head: torch.nn.Linear | None = None) -> torch.Tensor:
+    """Logits, or rewards at the last tokens."""
+    if head is None:
+        found: torch.Tensor = model(input_ids=ROWS).logits
+        return found
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    return head(inner.get_decoder()(input_ids=ROWS).last_hidden_state[:, -1])
+
+
+@cases
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward"])
+def test_trained_saved_read_and_merged(
+    stage: str, kind: str, quantization: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("needs bitsandbytes")
+    run = run_of(tmp_path, tiny_base, stage, kind, model__quantization=quantization)
+    assert len(losses(run)) == 3
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
+    plain = base if stage != "reward" else None
+    merged_kind = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
+    merged = merged_kind.from_pretrained(run / "merged", dtype=torch.float32).eval()
+    if KINDS[kind]["kind"] == "full":
+        assert not (run / "adapter").exists()
+        frozen = {n for n, p in base.named_parameters() if n.startswith("model.layers.0.")}
+        ours = dict(merged.named_parameters())
+        changed = {n for n in frozen if not torch.equal(ours[n], base.get_parameter(n))}
+        assert bool(changed) == (kind == "full")
+        assert not torch.equal(
+            ours["model.layers.1.mlp.up_proj.weight"],
+            base.get_parameter("model.layers.1.mlp.up_proj.weight"),
+        )
+        return
+    opened = open_model(str(run / "adapter"), dtype=torch.float32, base=str(tiny_base))
+    exact = answers(opened.model, opened.head)
+    if plain is not None:  # what plain PEFT makes of the adapter
+        untouched = answers(plain)
+        read = PeftModel.from_pretrained(plain, str(run / "adapter")).eval()
+        torch.testing.assert_close(answers(read), exact, rtol=1e-5, atol=1e-4)
+        assert (exact - untouched).abs().max() > 1e-3
+        torch.testing.assert_close(answers(merged), exact, rtol=1e-5, atol=3e-4)
+        return
+    found = merged(input_ids=ROWS, attention_mask=torch.ones_like(ROWS)).logits
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=3e-4)
+
+
+@pytest.mark.parametrize("kind", ["dora", "lora+", "ia3", "frozen"])
+def test_resuming_is_exact(kind: str, tiny_base: Path, tmp_path: Path) -> None:
+    fields = {"training__save_every": 2, "training__max_steps": 4}
+    straight = run_of(tmp_path / "straight", tiny_base, "sft", kind, **fields)
+    broken = run_of(tmp_path / "broken", tiny_base, "sft", kind, **fields)
+    # As if the process had died after its second step.
+    for path in (broken / "checkpoints").glob("step-000004"):
+        for part in path.iterdir():
+            part.unlink()
+        path.rmdir()
+    lines = (broken / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (broken / "metrics.jsonl").write_text("".join(lines[:2]), encoding="utf-8")
+    state = json.loads((broken / "run.json").read_text(encoding="utf-8"))
+    (broken / "run.json").write_text(json.dumps({**state, "status": "failed"}), encoding="utf-8")
+    train(tmp_path / "broken/recipe.yaml", resume=True)
+    assert losses(broken) == losses(straight)
+    again = (broken / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    assert again[:2] == lines[:2]  # not from the beginning
+    name = "merged/model.safetensors"
+    assert (broken / name).read_bytes() == (straight / name).read_bytes()
+
+
+def test_b_moves_faster_than_a_only_where_told(tiny_base: Path, tmp_path: Path) -> None:
+    # The first step of AdamW is the learning rate times the gradient's sign.
+    moved = {}
+    for kind in ("lora", "lora+"):
+        fields = {"training__max_steps": 1, "training__schedule": "constant", "merge": False}
+        run = run_of(tmp_path / kind, tiny_base, "sft", kind, **fields)
+        weights = adapter_of(run)
+        moved[kind] = max(float(w.abs().max()) for n, w in weights.items() if "lora_B" in n)
+    assert moved["lora"] == pytest.approx(2e-3, rel=1e-3)
+    assert moved["lora+"] == pytest.approx(16 * 2e-3, rel=1e-3)
+
+
+def test_ia3_scales_are_not_decayed(tiny_base: Path, tmp_path: Path) -> None:
+    weights = [
+        adapter_of(
+            run_of(
+                tmp_path / str(decay),
+                tiny_base,
+                "sft",
+                "ia3",
+                training__weight_decay=decay,
+                merge=False,
+            )
+        )
+        for decay in (0.0, 0.5)
+    ]
+    assert furthest(*weights) == 0.0
+
+
+def test_ppo_refuses_ia3(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = make_ppo_recipe(tmp_path, tiny_base, adapter={"kind": "ia3"})
+    with pytest.raises(RecipeError, match="adapter has kind = ia3, which ppo does not train"):
+        load_recipe(str(recipe))
+
+
+def test_the_adapter_file_holds_what_its_kind_trains(tiny_base: Path, tmp_path: Path) -> None:
+    parts = {
+        kind: {name.split(".")[-2] for name in load_file(adapter)}
+        for kind in ("dora", "ia3")
+        for adapter in [
+            run_of(tmp_path / kind, tiny_base, "sft", kind, merge=False)
+            / "adapter/adapter_model.safetensors"
+        ]
+    }
+    assert parts["dora"] == {"lora_A", "lora_B"} | SEVEN  # a magnitude stands in its layer
+    assert parts["ia3"] == {"k_proj", "v_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("kind", ["dora", "lora+", "frozen"])
+def test_ppo(kind: str, tiny_base: Path, tmp_path: Path) -> None:
+    fields = {"adapter": KINDS[kind], "training__max_steps": 2, "merge": True}
+    train(make_ppo_recipe(tmp_path, tiny_base, **fields))
+    steps = steps_of(tmp_path / "run")
+    assert steps[0]["kl/k1"] == pytest.approx(0.0, abs=1e-5)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run/merged", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    ours, theirs = merged.state_dict(), base.state_dict()
+    changed = {name for name in theirs if not torch.equal(ours[name], theirs[name])}
+    assert any(".layers.1." in name for name in changed)
+    if kind == "frozen":
+        assert not any(".layers.0." in name or "embed" in name for name in changed)
