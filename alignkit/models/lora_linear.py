@@ -54,6 +54,14 @@ class _Factors(NamedTuple):
     b: tuple[torch.Tensor, ...]
 
 
+class _Group(NamedTuple):
+    """Layers that read the same input and are computed together, and what that takes."""
+
+    layers: list[Any]
+    frozen: list[_Frozen]
+    factors: _Factors
+
+
 class _LoraProduct(torch.autograd.Function):
     """y = x Wᵀ + b + s · (x Aᵀ) Bᵀ of each layer that reads x, with W and b frozen.
 
@@ -143,41 +151,40 @@ def use_fast_lora(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def fixed_factors(model: nn.Module) -> Iterator[None]:
-    """Cast the factors of each adapter once, at its first use within.
+    """Cast the factors of each adapter once, and find its layers once, at its first use within.
 
     Only where no weight changes meanwhile, as in sampling: a step on few tokens would spend a tenth
-    of its time on casts. Elsewhere they are cast at every use, because a fused optimizer changes
-    weights without raising the version by which a kept copy could be told.
+    of its time on casts, and half as much on looking layers up. Elsewhere factors are cast at every
+    use, because a fused optimizer changes weights without raising the version by which a kept copy
+    could be told.
 
     Args:
         model: carries LoRA layers.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
-        layer.kept_factors = {}
+        layer.kept_groups = {}
     try:
         yield
     finally:
         for layer in layers:
-            del layer.kept_factors
+            del layer.kept_groups
 
 
-def _factors(layers: Sequence[Any], name: str, dtype: torch.dtype) -> _Factors:
-    """Factors of an adapter of layers that read the same input, in the compute dtype."""
-
-    def cast() -> _Factors:
-        a = [layer.lora_A[name].weight.detach().to(dtype) for layer in layers]
-        b = tuple(layer.lora_B[name].weight.detach().to(dtype) for layer in layers)
-        return _Factors(torch.cat(a) if len(a) > 1 else a[0], b)
-
-    kept = layers[0].__dict__.get("kept_factors")
-    if kept is None:
-        return cast()
-    key = name, dtype, len(layers)
-    if key not in kept:
-        kept[key] = cast()
-    found: _Factors = kept[key]
-    return found
+def _group(first: Any, name: str, dtype: torch.dtype) -> _Group:
+    """What is computed when `first` is called under an adapter, in the compute dtype."""
+    kept = first.__dict__.get("kept_groups")
+    if kept is not None and (name, dtype) in kept:
+        found: _Group = kept[name, dtype]
+        return found
+    layers = first.readers.alike(first, name)
+    a = [layer.lora_A[name].weight.detach().to(dtype) for layer in layers]
+    b = tuple(layer.lora_B[name].weight.detach().to(dtype) for layer in layers)
+    factors = _Factors(torch.cat(a) if len(a) > 1 else a[0], b)
+    group = _Group(layers, [_frozen(layer, name) for layer in layers], factors)
+    if kept is not None:
+        kept[name, dtype] = group
+    return group
 
 
 class Readers:
@@ -253,6 +260,9 @@ def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
     if args or kwargs or module.merged or (len(names) != 1 and not module.disable_adapters):
         output: torch.Tensor = type(module).forward(module, x, *args, **kwargs)
         return output
+    taken = None if module.disable_adapters else module.readers.take(module, names[0], x)
+    if taken is not None:
+        return taken
     base = module.get_base_layer()
     flat = x.to(weight_dtype(base.weight)).reshape(-1, x.shape[-1])
     if module.disable_adapters:
@@ -261,17 +271,12 @@ def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
         plain = plain if base.bias is None else plain + base.bias
         return plain.view(*x.shape[:-1], -1)
     name = names[0]
-    taken = module.readers.take(module, name, x)
-    if taken is not None:
-        return taken
-    layers = module.readers.alike(module, name)
-    frozen = [_frozen(layer, name) for layer in layers]
-    narrow = _factors(layers, name, flat.dtype)
+    layers, frozen, factors = _group(module, name, flat.dtype)
     if torch.is_grad_enabled():
         pairs = ((layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers)
-        outputs = _LoraProduct.apply(flat, frozen, narrow, *itertools.chain(*pairs))
+        outputs = _LoraProduct.apply(flat, frozen, factors, *itertools.chain(*pairs))
     else:
-        outputs, _ = _products(flat, frozen, narrow)
+        outputs, _ = _products(flat, frozen, factors)
     first, *others = (y.view(*x.shape[:-1], -1) for y in outputs)
     if module is module.readers.layers[0]:
         module.readers.give(layers[1:], name, x, others)
