@@ -19,8 +19,10 @@ from alignkit.packed import IntArray
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.load import load_recipe
 from alignkit.recipe.rows import SourceSpec
+from alignkit.stages.card import write_card
 from alignkit.stages.checking import CHECK_SETTINGS, check_rows, file_rows
 from alignkit.stages.prepare import ROW_KINDS, load_rows
+from alignkit.stages.run_folder import read_about
 
 
 def merge_run(
@@ -58,7 +60,8 @@ def merge_run(
         )
     if dtype is not None and dtype not in DTYPES:
         raise ModelError(f"--dtype cannot be {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
-    run = adapter.parent if (adapter.parent / "recipe.yaml").is_file() else None
+    made = all((adapter.parent / name).is_file() for name in ("recipe.yaml", "run.json"))
+    run = adapter.parent if made else None
     if output is None:
         output = (run or adapter) / "merged"
     output = output.expanduser()
@@ -68,7 +71,7 @@ def merge_run(
         raise ModelError(f"{output} holds the base itself", hint="name another --output")
     rows, tokenizer, stops = _rows(run, data, model)
     merge = merge_reward if has_head(adapter) else merge_adapter
-    return merge(
+    report = merge(
         model,
         adapter,
         output,
@@ -78,6 +81,19 @@ def merge_run(
         stop_tokens=stops,
         overwrite=overwrite,
     )
+    about = _run_facts(run) if run is not None else {}
+    write_card(output, model, report=report, classifier=has_head(adapter), **about)
+    return report
+
+
+def _run_facts(run: Path) -> dict[str, Any]:
+    """What the card of a run's merged model repeats."""
+    summary = read_about(run).get("summary", {})
+    return {
+        "recipe": load_recipe(str(run / "recipe.yaml")).recipe,
+        "before": summary.get("before"),
+        "after": summary.get("after"),
+    }
 
 
 def _check_output(output: Path, adapter: Path, overwrite: bool) -> None:

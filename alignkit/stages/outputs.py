@@ -20,6 +20,7 @@ from alignkit.models.scorer import causal_model
 from alignkit.recipe.adapters import FullSpec
 from alignkit.runtime.devices import release_memory
 from alignkit.runtime.metrics import read_metrics
+from alignkit.stages.card import write_card
 from alignkit.stages.ppo_step import PpoRun
 from alignkit.stages.prepare import AnyRows
 from alignkit.stages.session import Session
@@ -80,6 +81,16 @@ def finish_run(
     if run.metrics is not None:
         run.metrics.close()
     summary = _summarise(folder.path, run, merge)
+    if (folder.path / "merged").is_dir():
+        write_card(
+            folder.path / "merged",
+            rows.base,
+            recipe=session.recipe,
+            before=summary.before,
+            after=summary.after,
+            report=merge,
+            classifier=session.recipe.stage == "reward",
+        )
     folder.finish("finished", summary=summary.to_json())
     return summary
 

@@ -1,0 +1,103 @@
+"""The model card of a merged model: what it was made from and how, measured results, licence.
+
+It names files and folders without the path to them: a card is made to be shared.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+import alignkit
+from alignkit.models.licence import licence_of
+from alignkit.models.loading import BaseModel
+from alignkit.recipe.rows import SourceSpec
+from alignkit.recipe.schema import Recipe, as_dict
+
+SETTINGS = ("seed", "adapter", "objective", "reference", "rollout", "value", "guard", "training")
+"""Sections of a recipe that a card repeats; the others name places."""
+
+
+class Report(Protocol):
+    """What a merge measured."""
+
+    def lines(self) -> list[str]:
+        """In sentences."""
+        ...
+
+
+def write_card(
+    folder: Path,
+    base: BaseModel,
+    *,
+    recipe: Recipe | None = None,
+    before: dict[str, float] | None = None,
+    after: dict[str, float] | None = None,
+    report: Report | None = None,
+    classifier: bool = False,
+) -> None:
+    """Write `README.md` into a merged folder.
+
+    Args:
+        folder: of the merged model.
+        base: that was trained.
+        recipe: of the run; None for an adapter from elsewhere.
+        before: held-out values before training.
+        after: the same at the end.
+        report: of the merge; None where all weights were trained.
+        classifier: a reward model.
+    """
+    licence = licence_of(base)
+    head: dict[str, Any] = {
+        "base_model": _short(base.name),
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification" if classifier else "text-generation",
+        "tags": ["alignkit", *([recipe.stage] if recipe else [])],
+        **({"license": licence} if licence else {}),
+    }
+    name = folder.parent.name if folder.name == "merged" else folder.name
+    parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {name}"]
+    how = f"by the `{recipe.stage}` stage of" if recipe else "by merging an adapter with"
+    kind = "A reward model made" if classifier else "Made"
+    parts.append(f"{kind} from {_short(base.name)} {how} alignkit {alignkit.__version__}.")
+    if after:
+        parts += ["## Held-out results", _table(before or {}, after)]
+    if recipe is not None:
+        sources = [*recipe.data.train, *recipe.data.eval]
+        parts += ["## Data", "\n".join(f"- {_source(source)}" for source in sources)]
+        values = as_dict(recipe)
+        shown = {key: values[key] for key in SETTINGS if values.get(key) is not None}
+        parts += ["## Settings", f"```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```"]
+    if report is not None:
+        # The first line says where it was written.
+        parts += ["## Merge", "\n".join(f"- {line}" for line in report.lines()[1:])]
+    parts += [
+        "## Licence",
+        f"That of the base: {licence}."
+        if licence
+        else "The base's files do not say its licence: look it up before sharing this model.",
+    ]
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _short(name: str) -> str:
+    """A hub id as it is; of a local place the last part that says something."""
+    path = Path(name)
+    if not path.exists():
+        return name
+    return path.parent.name if path.name == "merged" else path.name
+
+
+def _source(source: SourceSpec) -> str:
+    place = Path(source.path).name if source.path else source.label
+    return f"{place}, first {source.take:,} rows" if source.take else place
+
+
+def _table(before: dict[str, float], after: dict[str, float]) -> str:
+    rows = ["| | before | after |", "|---|---|---|"]
+    for key, value in after.items():
+        start = f"{before[key]:.4g}" if key in before else ""
+        rows.append(f"| {key} | {start} | {value:.4g} |")
+    return "\n".join(rows)

@@ -1,0 +1,104 @@
+"""Model cards: what a merged model says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from commandline import CommandLine
+from peft import LoraConfig, get_peft_model
+from running import make_preference_recipe, make_recipe, train
+from tiny import save_tiny, tiny_model
+
+from alignkit.models.licence import front_matter, licence_of
+from alignkit.models.loading import BaseModel
+from alignkit.models.registry import model_folder
+
+
+def card_of(folder: Path) -> tuple[dict[str, object], str]:
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    return front_matter(folder / "README.md"), text
+
+
+def test_the_card_of_a_run(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "mother")
+    head = "---\nlicense: mit\nlanguage: en\n---\n# Mother\n"
+    (tmp_path / "mother/README.md").write_text(head, encoding="utf-8")
+    recipe = make_recipe(
+        tmp_path / "child", tmp_path / "mother", data__eval_fraction=0.25, training__max_steps=2
+    )
+    summary = train(recipe)
+    about, text = card_of(tmp_path / "child/run/merged")
+    assert about == {
+        "base_model": "mother",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["alignkit", "sft"],
+        "license": "mit",
+    }
+    assert "\n# run\n\nMade from mother by the `sft` stage of alignkit " in text
+    line = f"| loss | {summary.before['loss']:.4g} | {summary.after['loss']:.4g} |"
+    assert line in text
+    assert "- rows.jsonl\n" in text
+    assert summary.merge is not None
+    for sentence in summary.merge.lines()[1:]:
+        assert f"- {sentence}\n" in text
+    assert text.endswith("That of the base: mit.\n")
+    assert str(tmp_path) not in text  # made to be shared
+    settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert settings["adapter"]["rank"] == 4
+    assert settings["training"]["learning_rate"] == 2e-3
+
+    # The licence is handed on.
+    grandchild = make_recipe(tmp_path / "grandchild", tmp_path / "child/run", training__max_steps=1)
+    train(grandchild)
+    about, text = card_of(tmp_path / "grandchild/run/merged")
+    assert (about["base_model"], about["license"]) == ("run", "mit")
+    assert "Held-out results" not in text
+
+
+def test_merging_again_writes_the_same_card(alignkit: CommandLine, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base")
+    recipe = make_recipe(tmp_path, tmp_path / "base", data__eval_fraction=0.25)
+    train(recipe)
+    first = (tmp_path / "run/merged/README.md").read_text(encoding="utf-8")
+    done = alignkit("merge-lora", "run", "--overwrite", cwd=tmp_path)
+    assert done.code == 0
+    assert (tmp_path / "run/merged/README.md").read_text(encoding="utf-8") == first
+    assert "do not say its licence: look it up" in first
+
+
+@pytest.mark.parametrize("adapter", [{"kind": "lora", "rank": 4}, {"kind": "full"}])
+def test_a_reward_model(adapter: dict[str, object], tiny_base: Path, tmp_path: Path) -> None:
+    fields = {"adapter": adapter, "merge": True, "training__max_steps": 1}
+    train(make_preference_recipe(tmp_path, tiny_base, "reward", **fields))
+    about, text = card_of(tmp_path / "run/merged")
+    assert about["pipeline_tag"] == "text-classification"
+    assert about["tags"] == ["alignkit", "reward"]
+    assert "A reward model made from" in text
+    assert "## Merge" in text
+
+
+def test_anyones_adapter(alignkit: CommandLine, tiny_base: Path, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear", r=2))
+    model.save_pretrained(tmp_path / "theirs")
+    arguments = ["merge-lora", "theirs", "--base", str(tiny_base), "--output", "out"]
+    assert alignkit(*arguments, cwd=tmp_path).code == 0
+    about, text = card_of(tmp_path / "out")
+    assert about["tags"] == ["alignkit"]
+    assert "by merging an adapter with alignkit" in text
+    assert "## Settings" not in text
+
+
+def test_licences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALIGNKIT_HOME", str(tmp_path / "home"))
+    fetched = model_folder("smollm2-135m-instruct")
+    fetched.mkdir(parents=True)
+    assert licence_of(BaseModel(str(fetched))) == "apache-2.0"
+    assert licence_of(BaseModel("some/hub-model")) is None
+    for text in ("", "no front matter", "---\nlicense: [", "---\nlicense: mit", "---\n- a\n---\n"):
+        (tmp_path / "README.md").write_text(text, encoding="utf-8")
+        assert licence_of(BaseModel(str(tmp_path))) is None
+    (tmp_path / "README.md").write_text("---\nlicense: llama3.1\n---\n", encoding="utf-8")
+    assert licence_of(BaseModel(str(tmp_path))) == "llama3.1"
