@@ -183,8 +183,8 @@ def require_base(adapter: Path, base: BaseModel) -> None:
     if found != weights_fingerprint(base):
         raise ModelError(
             f"the adapter in {adapter} was trained over other weights than those of {base.name}",
-            hint="name the base it was trained on with --base, or add --any-base to put it on "
-            "this one all the same",
+            hint="name the base it was trained on with --base; `alignkit merge-lora --any-base` "
+            "puts it on this one all the same",
         )
 
 

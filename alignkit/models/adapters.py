@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from alignkit.errors import ModelError
 from alignkit.models.loading import quiet_transformers
 from alignkit.models.lora_linear import use_fast_lora
-from alignkit.models.targets import adapted_layers, frozen_weights, ia3_names
+from alignkit.models.targets import adapted_layers, frozen_weights, ia3_names, patterned
 from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec
 
 
@@ -53,7 +54,7 @@ def peft_config(model: nn.Module, spec: LoraSpec | Ia3Spec, task: str = "CAUSAL_
     Raises:
         ModelError: a target or a pattern matches nothing, or a rank is above a layer's size.
     """
-    adapted_layers(model, spec)
+    layers = adapted_layers(model, spec)
     if isinstance(spec, Ia3Spec):
         targets, feedforward = ia3_names(model, spec)
         return IA3Config(target_modules=targets, feedforward_modules=feedforward, task_type=task)
@@ -64,10 +65,15 @@ def peft_config(model: nn.Module, spec: LoraSpec | Ia3Spec, task: str = "CAUSAL_
         target_modules=spec.targets if isinstance(spec.targets, str) else list(spec.targets),
         use_rslora=spec.rslora,
         use_dora=spec.dora,
-        rank_pattern=dict(spec.rank_pattern),
-        alpha_pattern=dict(spec.alpha_pattern),
+        rank_pattern=_by_layer(patterned(layers, spec.rank_pattern, "rank_pattern")),
+        alpha_pattern=_by_layer(patterned(layers, spec.alpha_pattern, "alpha_pattern")),
         task_type=task,
     )
+
+
+def _by_layer(values: dict[str, Any]) -> dict[str, Any]:
+    """Patterns that fit one layer each: files are sorted, and the first that fits counts."""
+    return {re.escape(name): value for name, value in values.items()}
 
 
 def attach_adapter(model: Any, spec: LoraSpec | Ia3Spec | FullSpec, seed: int) -> Any:
@@ -129,8 +135,7 @@ def trainable_report(model: nn.Module) -> TrainableReport:
     modules: dict[tuple[str, int, int], int] = {}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and any(p.requires_grad for p in module.parameters()):
-            base = module.get_base_layer()
-            key = name.rsplit(".", 1)[-1], base.in_features, base.out_features
+            key = name.rsplit(".", 1)[-1], module.in_features, module.out_features
             modules[key] = modules.get(key, 0) + 1
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)

@@ -10,7 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from alignkit.errors import ModelError
 from alignkit.models.loading import quiet_transformers
-from alignkit.models.targets import adapted_layers, frozen_weights, ia3_names, layer_ranks
+from alignkit.models.targets import (
+    adapted_layers,
+    frozen_weights,
+    ia3_names,
+    layer_ranks,
+    scales_input,
+)
 from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec
 from alignkit.recipe.facts import ModelFacts
 
@@ -99,7 +105,7 @@ def _trainable(model: nn.Module, spec: LoraSpec | Ia3Spec, scalar_head: bool) ->
     if isinstance(spec, Ia3Spec):
         inputs = ia3_names(model, spec)[1]
         return sum(
-            layer.in_features if name.rsplit(".", 1)[-1] in inputs else layer.out_features
+            layer.in_features if scales_input(name, inputs) else layer.out_features
             for name, layer in layers.items()
         )
     ranks = layer_ranks(layers, spec)

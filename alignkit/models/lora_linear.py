@@ -249,6 +249,7 @@ def _is_eligible(module: nn.Module) -> bool:
         base.weight.requires_grad
         or module.fan_in_fan_out
         or any(module.use_dora.values())
+        or getattr(module, "lora_variant", None)  # further kinds that compute something else
         or any(module.lora_bias.values())
         or any(not isinstance(dropout, nn.Identity) for dropout in module.lora_dropout.values())
     )

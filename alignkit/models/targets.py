@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as IA3_FEEDFORWARD,
@@ -16,6 +17,8 @@ from torch import nn
 
 from alignkit.errors import ModelError
 from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec
+
+T = TypeVar("T", int, float)
 
 
 def adapted_layers(model: nn.Module, spec: LoraSpec | Ia3Spec) -> dict[str, nn.Linear]:
@@ -47,13 +50,19 @@ def adapted_layers(model: nn.Module, spec: LoraSpec | Ia3Spec) -> dict[str, nn.L
 
 def layer_ranks(layers: Iterable[str], spec: LoraSpec) -> dict[str, int]:
     """Name of each adapted layer -> rank of its update; the first pattern that fits says it."""
-    return {
-        name: next(
-            (rank for p, rank in spec.rank_pattern.items() if _pattern(p, "rank_pattern", name)),
-            spec.rank,
-        )
-        for name in layers
-    }
+    found = patterned(layers, spec.rank_pattern, "rank_pattern")
+    return {name: found.get(name, spec.rank) for name in layers}
+
+
+def patterned(layers: Iterable[str], patterns: dict[str, T], key: str) -> dict[str, T]:
+    """Name of each layer that a pattern fits -> value of the first one that does."""
+    found = {}
+    for name in layers:
+        fitting = (value for pattern, value in patterns.items() if _pattern(pattern, key, name))
+        for value in fitting:
+            found[name] = value
+            break
+    return found
 
 
 def _check_ranks(layers: dict[str, nn.Linear], spec: LoraSpec) -> None:
@@ -90,8 +99,8 @@ def ia3_names(model: nn.Module, spec: Ia3Spec) -> tuple[list[str], list[str]]:
             )
         names.append(list(known[kind] if value == "auto" else value))
     targets, feedforward = names
-    if spec.feedforward == "auto":
-        feedforward = [name for name in feedforward if name in targets]
+    if spec.feedforward == "auto":  # by the name that the target has
+        feedforward = [t for t in targets if any(_ends(t, f) or _ends(f, t) for f in feedforward)]
     odd = sorted(set(feedforward) - set(targets))
     if odd:
         raise ModelError(
@@ -99,6 +108,11 @@ def ia3_names(model: nn.Module, spec: Ia3Spec) -> tuple[list[str], list[str]]:
             hint=f"targets: {', '.join(targets)}",
         )
     return targets, feedforward
+
+
+def scales_input(name: str, feedforward: Sequence[str]) -> bool:
+    """Whether IA3 scales the input of a layer of this name, not its output."""
+    return any(_ends(name, part) for part in feedforward)
 
 
 def frozen_weights(names: Iterable[str], spec: FullSpec) -> set[str]:

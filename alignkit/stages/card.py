@@ -57,7 +57,8 @@ def write_card(
         "tags": ["alignkit", *([recipe.stage] if recipe else [])],
         **({"license": licence} if licence else {}),
     }
-    name = folder.parent.name if folder.name == "merged" else folder.name
+    place = folder.resolve()
+    name = place.parent.name if place.name == "merged" else place.name
     parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {name}"]
     how = f"by the `{recipe.stage}` stage of" if recipe else "by merging an adapter with"
     kind = "A reward model made" if classifier else "Made"
@@ -87,6 +88,7 @@ def _short(name: str) -> str:
     path = Path(name)
     if not path.exists():
         return name
+    path = path.resolve()
     return path.parent.name if path.name == "merged" else path.name
 
 
@@ -98,6 +100,10 @@ def _source(source: SourceSpec) -> str:
 def _table(before: dict[str, float], after: dict[str, float]) -> str:
     rows = ["| | before | after |", "|---|---|---|"]
     for key, value in after.items():
-        start = f"{before[key]:.4g}" if key in before else ""
-        rows.append(f"| {key} | {start} | {value:.4g} |")
+        rows.append(f"| {key} | {_number(before.get(key))} | {_number(value)} |")
     return "\n".join(rows)
+
+
+def _number(value: float | None) -> str:
+    """Nothing for what was not measured, or was no finite number: metrics keep that as null."""
+    return "" if value is None else f"{value:.4g}"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from tiny import tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from alignkit.errors import ModelError
+from alignkit.models.adapter_files import load_adapter, save_adapter
 from alignkit.models.adapters import attach_adapter, trainable_report
 from alignkit.models.facts import measure_model
 from alignkit.models.targets import adapted_layers, layer_ranks
@@ -173,3 +176,38 @@ def test_the_report_in_one_sentence() -> None:
     assert report.line() == (
         f"trains 896 weights ({896 / report.total:.2%}): 2×q_proj 64→64, 2×v_proj 64→32"
     )
+
+
+def test_overlapping_patterns_mean_the_same_after_reading(tmp_path: Path) -> None:
+    # The first that fits counts, and PEFT's files are sorted: "[" comes before "l".
+    patterns = {r"layers\.0\.self_attn\.q_proj": 2, "[qv]_proj": 5}
+    spec = LoraSpec(
+        rank=4, rank_pattern=patterns, alpha_pattern={n: 8.0 * r for n, r in patterns.items()}
+    )
+    model = attach_adapter(tiny_model(), spec, 0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_()
+    save_adapter(model, tmp_path, "the/base")
+    read = load_adapter(tiny_model(), tmp_path)
+    ours, theirs = layers_of(model), layers_of(read)
+    for name, layer in ours.items():
+        assert theirs[name].scaling == layer.scaling
+        assert theirs[name].r == layer.r
+    assert ours["model.layers.0.self_attn.q_proj"].scaling["default"] == 8.0
+    with torch.no_grad():
+        torch.testing.assert_close(read(QUESTION).logits, model.eval()(QUESTION).logits)
+
+
+def test_ia3_targets_by_more_of_their_name() -> None:
+    spec = Ia3Spec(kind="ia3", targets=("self_attn.k_proj", "mlp.down_proj"))
+    model = attach_adapter(tiny_model(), spec, 0)
+    report = trainable_report(model)
+    # 2 layers, 32 outputs of the keys and 96 inputs of the feed-forward layer's last module.
+    assert report.trainable == measure_model(tiny_model().config, spec).trainable == 2 * (32 + 96)
+
+
+def test_layers_that_are_no_linear_ones_are_reported() -> None:
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    report = trainable_report(attach_adapter(GPT2LMHeadModel(config), LoraSpec(rank=2), 0))
+    assert report.modules[("c_attn", 8, 24)] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from tiny import save_tiny, tiny_model
 from alignkit.models.licence import front_matter, licence_of
 from alignkit.models.loading import BaseModel
 from alignkit.models.registry import model_folder
+from alignkit.stages.card import write_card
 
 
 def card_of(folder: Path) -> tuple[dict[str, object], str]:
@@ -102,3 +104,10 @@ def test_licences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert licence_of(BaseModel(str(tmp_path))) is None
     (tmp_path / "README.md").write_text("---\nlicense: llama3.1\n---\n", encoding="utf-8")
     assert licence_of(BaseModel(str(tmp_path))) == "llama3.1"
+
+
+def test_what_was_no_finite_number_stays_empty(tiny_base: Path, tmp_path: Path) -> None:
+    before: dict[str, Any] = {"loss": None, "accuracy": 0.5}  # as metrics.jsonl keeps NaN
+    write_card(tmp_path, BaseModel(str(tiny_base)), before=before, after={"loss": 2.0, "kl": None})
+    _, text = card_of(tmp_path)
+    assert "| loss |  | 2 |\n| kl |  |  |" in text
