@@ -35,7 +35,7 @@ def merge_lora(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Merge a LoRA adapter into its base, and check the result against base + adapter."""
+    """Merge a LoRA or IA3 adapter into its base, and check the result against base + adapter."""
     from alignkit.stages.merge import merge_run
 
     report = merge_run(

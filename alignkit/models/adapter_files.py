@@ -19,6 +19,7 @@ from alignkit.models.loading import BaseModel, quiet_transformers, share_files
 from alignkit.models.lora_linear import use_fast_lora
 
 WEIGHTS = "adapter_model.safetensors"
+"""PEFT's name of the file with the tensors."""
 
 TRAINED_OVER = "trained_over.json"
 """Says which weights the adapter was trained over. PEFT knows no such file and lets it be."""
@@ -75,7 +76,7 @@ def read_adapter_config(folder: Path) -> Any:
     """PEFT's configuration of an adapter folder.
 
     Raises:
-        ModelError: no adapter there, or a kind that is no LoRA.
+        ModelError: no adapter there, or a kind that is not among `MERGEABLE`.
     """
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(

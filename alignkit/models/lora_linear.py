@@ -87,7 +87,7 @@ class _LoraProduct(torch.autograd.Function):
         ranks = [layer.rank for layer in ctx.layers]
         parts = [torch.mm(grad, b) for grad, b in zip(grads, narrow_b, strict=True)]
         grad_low = _scale(torch.cat(parts, dim=1), ctx.layers)
-        # Transposed in memory first: the products are a third shorter than the copy is long.
+        # Transposed in memory first: the products gain more time than the copy takes.
         grad_a = torch.mm(grad_low.T.contiguous(), x).float().split(ranks)
         grad_b = [
             torch.mm(part, grad).T.float()
