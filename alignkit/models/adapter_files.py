@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,30 @@ HEAD_KEY = "base_model.model.score.weight"
 """Where PEFT keeps the trained head of a sequence classifier."""
 
 
+@dataclass(frozen=True)
+class TrainedOver:
+    """The weights that an adapter was trained over.
+
+    Args:
+        name: of the base.
+        fingerprint: of its files.
+        quantization: `none`, or how they were kept in memory.
+        dtype: precision in which they were multiplied; empty in files of older versions.
+    """
+
+    name: str
+    fingerprint: str
+    quantization: str = "none"
+    dtype: str = ""
+
+
 def save_adapter(
     model: PeftModel,
     folder: Path,
     base_name: str,
     head: nn.Linear | None = None,
     adapter: str = "default",
-    trained_over: str | None = None,
+    trained_over: TrainedOver | None = None,
 ) -> None:
     """Write the adapter as PEFT does.
 
@@ -48,7 +67,7 @@ def save_adapter(
         head: scalar head of a reward model; saved where PEFT keeps the `score` layer of a
             sequence classifier, so that plain PEFT loads both.
         adapter: its name in the model.
-        trained_over: fingerprint of the base's weights, kept in a file of its own.
+        trained_over: the base's weights, kept in a file of its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(model, adapter_name=adapter)
@@ -59,7 +78,7 @@ def save_adapter(
     contiguous = {name: w.detach().cpu().contiguous() for name, w in sorted(weights.items())}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
     if trained_over is not None:
-        about = {"name": base_name, "fingerprint": trained_over}
+        about = dataclasses.asdict(trained_over)
         (folder / TRAINED_OVER).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     config = model.peft_config[adapter].to_dict()
     config["base_model_name_or_path"] = base_name
@@ -179,9 +198,9 @@ def require_base(adapter: Path, base: BaseModel) -> None:
         ModelError: the base's weights are others.
     """
     found = trained_over(adapter)
-    if found is None or "@" in found or not Path(base.location).is_dir():
+    if found is None or "@" in found.fingerprint or not Path(base.location).is_dir():
         return  # of PEFT, or known by a commit of the hub only
-    if found != weights_fingerprint(base):
+    if found.fingerprint != weights_fingerprint(base):
         raise ModelError(
             f"the adapter in {adapter} was trained over other weights than those of {base.name}",
             hint="name the base it was trained on with --base; `alignkit merge-lora --any-base` "
@@ -189,14 +208,14 @@ def require_base(adapter: Path, base: BaseModel) -> None:
         )
 
 
-def trained_over(adapter: Path) -> str | None:
-    """Fingerprint of the weights that an adapter was trained over, if its folder says it."""
+def trained_over(adapter: Path) -> TrainedOver | None:
+    """The weights that an adapter was trained over, if its folder says it."""
     path = adapter / TRAINED_OVER
     if not path.is_file():
         return None
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["fingerprint"])
-    except (ValueError, KeyError, TypeError) as error:
+        return TrainedOver(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise ModelError(
             f"{path} cannot be read: {error}", hint="copy the folder again, or remove this file"
         ) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,15 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from alignkit.errors import ModelError, RoundingError
-from alignkit.models.adapter_files import load_adapter
-from alignkit.models.loading import BaseModel, load_model, load_tokenizer, quiet_transformers
-from alignkit.models.merging import merge_layers
+from alignkit.models.classifier_chat import choose_padding, end_at_turn, missing_end
+from alignkit.models.loading import BaseModel, load_tokenizer, quiet_transformers
+from alignkit.models.merge_report import Drift, QuantizedReport
+from alignkit.models.merged_weights import MergedWeights, Onto, read_merged
+from alignkit.models.merging import require_free
 from alignkit.models.reward_head import read_head, read_statistics
 from alignkit.models.scorer import causal_model
-from alignkit.models.writing import beside, write_and_read
+from alignkit.models.streaming import build_without_weights
+from alignkit.models.writing import beside, write_and_read, write_settings
 from alignkit.packed import IntArray
 
 CHECK_ROWS = 8
@@ -55,6 +57,7 @@ class ClassifierReport:
         rows: that were compared.
         pad_token: the padding token of the classifier; None if the tokenizer has none to spare,
             and then rows must be scored one at a time.
+        quantized: for an adapter that was trained over quantized weights.
     """
 
     output: str
@@ -65,6 +68,7 @@ class ClassifierReport:
     spread: float
     rows: int
     pad_token: str | None
+    quantized: QuantizedReport | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -81,7 +85,7 @@ class ClassifierReport:
         ]
         if self.pad_token is None:
             lines.append("the tokenizer has no token to pad with: score one row at a time")
-        return lines
+        return [*lines, *([self.quantized.line()] if self.quantized else [])]
 
 
 def merge_reward(
@@ -94,6 +98,7 @@ def merge_reward(
     tokenizer: Any = None,
     stop_tokens: Sequence[int] = (),
     overwrite: bool = False,
+    onto: Onto = "auto",
 ) -> ClassifierReport:
     """Write adapter and head of a reward model as a sequence classifier, and verify it.
 
@@ -106,6 +111,8 @@ def merge_reward(
         tokenizer: saved beside the weights; None takes the base's.
         stop_tokens: ids that end an answer.
         overwrite: replace an existing output.
+        onto: see `merge_adapter`; `auto` leaves the original weights where a reward differs more
+            than rounding may make it.
 
     Returns:
         The measured differences.
@@ -114,25 +121,32 @@ def merge_reward(
         ModelError: the output exists or the adapter does not fit.
         RoundingError: the rewards differ.
     """
-    if output.exists() and not overwrite:
-        raise ModelError(
-            f"{output} already exists", hint="add --overwrite, or name another --output"
-        )
+    require_free(output, overwrite=overwrite)
     head = read_head(adapter)
-    model = load_adapter(load_model(base, torch.float32), adapter)
+    merge = MergedWeights(base, adapter, dtype)
     samples = [torch.as_tensor(row) for row in rows[:CHECK_ROWS]]
-    exact = _rewards(model, head, samples)
-    survived, _, modules = merge_layers(model, dtype)
-    with quiet_transformers():
-        merged = model.merge_and_unload()
-    del model
-    classifier = build_classifier(merged, head)
-    tokenizer = tokenizer or load_tokenizer(base)
-    report = _write(classifier, tokenizer, output, dtype, samples, exact, stop_tokens)
+    exact, quantized = merge.choose(
+        lambda model: _rewards(model, head, samples), onto, _reward_drift
+    )
+    config = classifier_config(merge.config)
+    kind, trust = AutoModelForSequenceClassification, base.trust_remote_code
+    tokenizer, pad = _prepare(config, tokenizer or load_tokenizer(base), stop_tokens)
+    classifier = build_without_weights(kind, config, trust_remote_code=trust)
+    with beside(output) as written:
+        names = [name for name in merge.stored if name in classifier.state_dict()]
+        merge.write(written, names, {"score.weight": head.weight.detach().to(dtype)})
+        write_settings(base, classifier, dtype, tokenizer, written)
+        rewards = read_merged(
+            written, kind, config, lambda model: _classify(model, samples), trust_remote_code=trust
+        )
+        report = _compare(output, dtype, pad, exact, rewards)
+        report = dataclasses.replace(
+            report, survived=merge.survived, modules=merge.modules, quantized=quantized
+        )
     statistics = read_statistics(adapter)
     if statistics is not None:
         statistics.save(output)
-    return dataclasses.replace(report, survived=survived, modules=modules)
+    return report
 
 
 def write_reward(
@@ -161,9 +175,13 @@ def write_reward(
         inner.set_attn_implementation("eager")
     head = head.cpu()
     exact = _rewards(inner, head, samples)
-    return _write(
-        build_classifier(inner, head), tokenizer, output, dtype, samples, exact, stop_tokens
-    )
+    classifier = build_classifier(inner, head)
+    tokenizer, pad = _prepare(classifier.config, tokenizer, stop_tokens)
+    with beside(output) as written:
+        found = write_and_read(
+            classifier.to(dtype), tokenizer, written, AutoModelForSequenceClassification
+        )
+        return _compare(output, dtype, pad, exact, _classify(found.float(), samples))
 
 
 def require_classifier(config: Any) -> None:
@@ -181,6 +199,18 @@ def require_classifier(config: Any) -> None:
         )
 
 
+def classifier_config(config: Any) -> Any:
+    """The configuration of a language model as that of a classifier with one label.
+
+    Raises:
+        ModelError: transformers has no sequence classifier of this architecture.
+    """
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    require_classifier(config)
+    return config
+
+
 def build_classifier(model: Any, head: nn.Linear) -> Any:
     """The language model's decoder under a classification head with one label.
 
@@ -191,9 +221,7 @@ def build_classifier(model: Any, head: nn.Linear) -> Any:
     Raises:
         ModelError: transformers has no sequence classifier of this architecture.
     """
-    config = copy.deepcopy(model.config)
-    config.num_labels = 1
-    require_classifier(config)
+    config = classifier_config(model.config)
     with quiet_transformers(), torch.device("meta"):
         classifier = AutoModelForSequenceClassification.from_config(config)
     setattr(classifier, classifier.base_model_prefix, model.get_decoder())
@@ -202,87 +230,54 @@ def build_classifier(model: Any, head: nn.Linear) -> Any:
     return classifier
 
 
-def _write(
-    classifier: Any,
-    tokenizer: Any,
-    output: Path,
-    dtype: torch.dtype,
-    samples: list[torch.Tensor],
-    exact: torch.Tensor,
-    stop_tokens: Sequence[int],
-) -> ClassifierReport:
+def _prepare(config: Any, tokenizer: Any, stop_tokens: Sequence[int]) -> tuple[Any, str | None]:
+    """The tokenizer of a classifier and its padding token, which the configuration gets too."""
     tokenizer = copy.deepcopy(tokenizer)
     pad = choose_padding(tokenizer, stop_tokens)
-    classifier.config.pad_token_id = None if pad is None else tokenizer.convert_tokens_to_ids(pad)
+    config.pad_token_id = None if pad is None else tokenizer.convert_tokens_to_ids(pad)
     if pad is not None:
         tokenizer.pad_token = pad
     tail = missing_end(tokenizer, stop_tokens)
     tokenizer.chat_template = end_at_turn(tokenizer.chat_template, tail)
-    with beside(output) as written:
-        found = write_and_read(
-            classifier.to(dtype), tokenizer, written, AutoModelForSequenceClassification
+    return tokenizer, pad
+
+
+def _limit(exact: torch.Tensor) -> float:
+    return max(MIN_SHIFT, MAX_SHIFT * float(exact.std(correction=0)))
+
+
+def _reward_drift(trained: torch.Tensor, original: torch.Tensor) -> Drift:
+    furthest, limit = float((original - trained).abs().max()), _limit(trained)
+    distance = f"a reward differs by {furthest:.2g}"
+    means = float(trained.mean()), float(original.mean())
+    return Drift("mean reward", *means, distance, limit, furthest > limit)
+
+
+def _compare(
+    output: Path,
+    dtype: torch.dtype,
+    pad: str | None,
+    exact: torch.Tensor,
+    found: torch.Tensor,
+) -> ClassifierReport:
+    report = ClassifierReport(
+        output=str(output),
+        dtype=str(dtype).removeprefix("torch."),
+        modules=0,
+        survived=1.0,
+        max_difference=float((found - exact).abs().max()),
+        spread=float(exact.std(correction=0)),
+        rows=len(exact),
+        pad_token=pad,
+    )
+    limit = _limit(exact)
+    if not report.max_difference <= limit:
+        raise RoundingError(
+            f"the merged reward model is not faithful: a reward differs by "
+            f"{report.max_difference:.3g}, and {limit:.3g} is the most that rounding may do",
+            hint="merge into wider weights with --dtype float32; nothing was written",
         )
-        rewards = _classify(found.float(), samples)
-        report = ClassifierReport(
-            output=str(output),
-            dtype=str(dtype).removeprefix("torch."),
-            modules=0,
-            survived=1.0,
-            max_difference=float((rewards - exact).abs().max()),
-            spread=float(exact.std(correction=0)),
-            rows=len(samples),
-            pad_token=pad,
-        )
-        limit = max(MIN_SHIFT, MAX_SHIFT * report.spread)
-        if not report.max_difference <= limit:
-            raise RoundingError(
-                f"the merged reward model is not faithful: a reward differs by "
-                f"{report.max_difference:.3g}, and {limit:.3g} is the most that rounding may do",
-                hint="merge into wider weights with --dtype float32; nothing was written",
-            )
     return report
-
-
-def choose_padding(tokenizer: Any, stop_tokens: Sequence[int]) -> str | None:
-    """A special token that ends no answer and stands in no chat.
-
-    Args:
-        tokenizer: with its chat template.
-        stop_tokens: ids that end an answer.
-    """
-    used = {tokenizer.eos_token, tokenizer.bos_token, *tokenizer.convert_ids_to_tokens(stop_tokens)}
-    template = str(tokenizer.chat_template or "")
-    own = [tokenizer.pad_token, tokenizer.unk_token]
-    others = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    for token in [*own, *others]:
-        if token is not None and token not in used and token not in template:
-            return str(token)
-    return None
-
-
-def missing_end(tokenizer: Any, stop_tokens: Sequence[int]) -> str:
-    """EOS, where answers were trained to end with it and the chat template does not write it."""
-    stops = tokenizer.convert_ids_to_tokens(list(stop_tokens))
-    if not tokenizer.chat_template or tokenizer.eos_token not in stops:
-        return ""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
-    return "" if text.endswith(tuple(stops)) else str(tokenizer.eos_token)
-
-
-def end_at_turn(template: str | dict[str, str] | None, tail: str = "") -> Any:
-    """A chat template whose text ends with the last turn's last token, not with a line break.
-
-    Args:
-        template: Jinja source, or several by name; None if there is none.
-        tail: written after that.
-    """
-    if template is None:
-        return None
-    if isinstance(template, dict):
-        return {name: end_at_turn(text, tail) for name, text in template.items()}
-    end = f" ~ {json.dumps(tail)}" if tail else ""
-    return f"{{%- set whole -%}}{template}{{%- endset -%}}{{{{- whole.rstrip(){end} -}}}}"
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from alignkit.errors import ModelError
-from alignkit.models.loading import quiet_transformers, share_files
+from alignkit.models.loading import BaseModel, quiet_transformers, share_files
 
 
 @contextlib.contextmanager
@@ -65,12 +66,51 @@ def write_language_model(
     Raises:
         ModelError: the files do not hold what was written.
     """
-    settings = model.generation_config
+    _add_stops(model.generation_config, stop_tokens)
+    return write_and_read(model, tokenizer, folder, AutoModelForCausalLM)
+
+
+def write_settings(
+    base: BaseModel,
+    model: Any,
+    dtype: torch.dtype,
+    tokenizer: Any,
+    folder: Path,
+    stop_tokens: Sequence[int] | None = None,
+) -> None:
+    """Write everything that makes weights a model: configuration, tokenizer, how it generates.
+
+    Args:
+        base: whose generation settings, and code if it has its own, are carried along.
+        model: of the class that the weights are for; needs no storage.
+        dtype: of the weights.
+        tokenizer: saved with its chat template.
+        folder: that holds the weights.
+        stop_tokens: ids that end an answer; None for a model that generates nothing.
+    """
+    config = model.config
+    config.dtype, config.architectures = dtype, [type(model).__name__]
+    with quiet_transformers():
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if stop_tokens is not None:
+            try:
+                settings = GenerationConfig.from_pretrained(base.location)
+            except OSError:
+                settings = model.generation_config
+            _add_stops(settings, stop_tokens)
+            settings.save_pretrained(folder)
+    if base.trust_remote_code and Path(base.location).is_dir():
+        for code in Path(base.location).glob("*.py"):
+            shutil.copy(code, folder / code.name)
+    share_files(folder)
+
+
+def _add_stops(settings: Any, stop_tokens: Sequence[int]) -> None:
     known = settings.eos_token_id
     known = known if isinstance(known, list) else [] if known is None else [known]
     stops = list(dict.fromkeys([*known, *map(int, stop_tokens)]))
     settings.eos_token_id = stops[0] if len(stops) == 1 else stops or None
-    return write_and_read(model, tokenizer, folder, AutoModelForCausalLM)
 
 
 def write_and_read(model: Any, tokenizer: Any, folder: Path, kind: Any) -> Any:

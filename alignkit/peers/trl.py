@@ -42,7 +42,7 @@ from alignkit.data.documents import Document
 from alignkit.data.packing import step_items
 from alignkit.errors import AlignkitError
 from alignkit.models.adapters import attach_adapter, peft_config
-from alignkit.models.classifier import choose_padding
+from alignkit.models.classifier_chat import choose_padding
 from alignkit.models.facts import build_skeleton
 from alignkit.models.loading import BaseModel, load_config, load_model, quiet_transformers
 from alignkit.models.reward_head import new_head

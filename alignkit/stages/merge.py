@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from alignkit.data.dataset import load_dataset
 from alignkit.errors import ModelError
 from alignkit.models.adapter_files import has_head
 from alignkit.models.classifier import ClassifierReport, merge_reward
+from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import DTYPES, BaseModel, load_tokenizer, stored_dtype
-from alignkit.models.merging import MergeReport, merge_adapter
+from alignkit.models.merge_report import MergeReport
+from alignkit.models.merged_weights import ONTO, Onto
+from alignkit.models.merging import merge_adapter
 from alignkit.models.opening import adapter_in, base_of_adapter
+from alignkit.models.updates import METHODS, AdapterPart, Blend, Method
 from alignkit.packed import IntArray
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.load import load_recipe
@@ -25,26 +30,43 @@ from alignkit.stages.prepare import ROW_KINDS, load_rows
 from alignkit.stages.run_folder import read_about
 
 
-def merge_run(
-    source: str,
-    *,
-    base: str | None,
-    output: Path | None,
-    dtype: str | None,
-    data: str | None,
-    overwrite: bool,
-    any_base: bool = False,
-) -> MergeReport | ClassifierReport:
-    """Merge the adapter of a run, or any PEFT LoRA adapter; a reward model's with its head.
+@dataclass(frozen=True)
+class MergeOptions:
+    """What the command line says about a merge.
 
     Args:
-        source: run folder or adapter folder.
         base: the base to merge into; None takes what the adapter records.
         output: folder to write; None is `merged/` beside the adapter.
         dtype: of the written weights; None keeps the base's.
-        data: rows to compare logits on; None takes the run's own, else shipped ones.
+        data: rows to compare on; None takes the run's own, else shipped ones.
         overwrite: replace an existing output.
         any_base: accept other weights than those that the adapter was trained over.
+        onto: for a base that was quantized in training; see `merge_adapter`.
+        weights: one for each of several adapters; None is 1 for each.
+        method: how several adapters become one change.
+        density: share of each adapter's change that TIES and DARE keep.
+    """
+
+    base: str | None = None
+    output: Path | None = None
+    dtype: str | None = None
+    data: str | None = None
+    overwrite: bool = False
+    any_base: bool = False
+    onto: Onto = "auto"
+    weights: Sequence[float] | None = None
+    method: Method = "linear"
+    density: float = 0.5
+
+
+def merge_run(
+    sources: Sequence[str], options: MergeOptions | None = None
+) -> MergeReport | ClassifierReport:
+    """Merge the adapter of a run, or any PEFT adapter; a reward model's with its head.
+
+    Args:
+        sources: run folders or adapter folders; several become one model.
+        options: of the command line.
 
     Returns:
         The measured differences.
@@ -52,38 +74,98 @@ def merge_run(
     Raises:
         ModelError: no adapter, no base, an unknown dtype, or a merge that is not faithful.
     """
+    options = options or MergeOptions()
+    adapters = [_adapter(source) for source in sources]
+    first = adapters[0]
+    blend = _blend(adapters, options)
+    choices = (("dtype", tuple(DTYPES)), ("onto", ONTO), ("method", METHODS))
+    for key, allowed in choices:
+        value = getattr(options, key)
+        if value is not None and value not in allowed:
+            raise ModelError(f"--{key} cannot be {value!r}", hint=f"one of {', '.join(allowed)}")
+    made = all((first.parent / name).is_file() for name in ("recipe.yaml", "run.json"))
+    run = first.parent if made else None
+    output = _output(run or first, adapters, options)
+    model = _base(adapters, options)
+    if Path(model.location).resolve().is_relative_to(output.resolve()):
+        raise ModelError(f"{output} holds the base itself", hint="name another --output")
+    rows, tokenizer, stops = _rows(run, options.data, model)
+    shared: dict[str, Any] = {
+        "rows": rows,
+        "dtype": DTYPES[options.dtype] if options.dtype else stored_dtype(model),
+        "tokenizer": tokenizer,
+        "stop_tokens": stops,
+        "overwrite": options.overwrite,
+        "onto": options.onto,
+    }
+    report: MergeReport | ClassifierReport
+    if has_head(first):
+        report = merge_reward(model, first, output, **shared)
+    else:
+        report = merge_adapter(model, blend, output, **shared)
+    alone = run is not None and len(adapters) == 1
+    about = _run_facts(run) if run is not None and alone else {}
+    write_card(output, model, report=report, classifier=has_head(first), **about)
+    return report
+
+
+def _adapter(source: str) -> Path:
     adapter = adapter_in(source)
     if adapter is None:
         raise ModelError(
             f"{source} holds no adapter: there is no adapter_config.json",
             hint="name a run folder, its adapter/, or a folder written by PEFT",
         )
-    if dtype is not None and dtype not in DTYPES:
-        raise ModelError(f"--dtype cannot be {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
-    made = all((adapter.parent / name).is_file() for name in ("recipe.yaml", "run.json"))
-    run = adapter.parent if made else None
-    if output is None:
-        output = (run or adapter) / "merged"
-    output = output.expanduser()
-    _check_output(output, adapter, overwrite)
-    model = base_of_adapter(adapter, base, any_base=any_base)
-    if Path(model.location).resolve().is_relative_to(output.resolve()):
-        raise ModelError(f"{output} holds the base itself", hint="name another --output")
-    rows, tokenizer, stops = _rows(run, data, model)
-    merge = merge_reward if has_head(adapter) else merge_adapter
-    report = merge(
-        model,
-        adapter,
-        output,
-        rows=rows,
-        dtype=DTYPES[dtype] if dtype else stored_dtype(model),
-        tokenizer=tokenizer,
-        stop_tokens=stops,
-        overwrite=overwrite,
-    )
-    about = _run_facts(run) if run is not None else {}
-    write_card(output, model, report=report, classifier=has_head(adapter), **about)
-    return report
+    return adapter
+
+
+def _blend(adapters: Sequence[Path], options: MergeOptions) -> Blend:
+    """The adapters with their weights."""
+    weights = options.weights or [1.0] * len(adapters)
+    if len(weights) != len(adapters):
+        raise ModelError(
+            f"--weights has {len(weights)} numbers for {len(adapters)} adapters",
+            hint="one for each, in their order: --weights 0.7,0.3",
+        )
+    if not 0.0 < options.density <= 1.0:
+        raise ModelError(
+            f"--density must be above 0 and at most 1, got {options.density:g}",
+            hint="0.5 keeps half of each adapter's change",
+        )
+    heads = [adapter for adapter in adapters if has_head(adapter)]
+    if heads and (len(adapters) > 1 or options.weights):
+        raise ModelError(
+            f"{heads[0]} is a reward model, whose head cannot be weighted or combined",
+            hint="merge it alone",
+        )
+    parts = tuple(AdapterPart(*pair) for pair in zip(adapters, weights, strict=True))
+    return Blend(parts, options.method, options.density)
+
+
+def _base(adapters: Sequence[Path], options: MergeOptions) -> BaseModel:
+    """The one base of all adapters."""
+    first, *others = [
+        base_of_adapter(adapter, options.base, any_base=options.any_base) for adapter in adapters
+    ]
+    for adapter, other in zip(adapters[1:], others, strict=True):
+        if other != first and weights_fingerprint(other) != weights_fingerprint(first):
+            raise ModelError(
+                f"{adapter} belongs to {other.name}, and {adapters[0]} to {first.name}",
+                hint="adapters are combined over one base; --base names it",
+            )
+    return first
+
+
+def _output(home: Path, adapters: Sequence[Path], options: MergeOptions) -> Path:
+    """The folder to write; never one that holds something else."""
+    if options.output is None and len(adapters) > 1:
+        raise ModelError(
+            "several adapters have no folder of their own", hint="name --output for the result"
+        )
+    output = (options.output or home / "merged").expanduser()
+    for adapter in adapters:
+        _check_output(output, adapter, options.overwrite)
+    return output
 
 
 def _run_facts(run: Path) -> dict[str, Any]:

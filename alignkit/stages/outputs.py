@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from alignkit.errors import RoundingError
-from alignkit.models.adapter_files import save_adapter
+from alignkit.models.adapter_files import TrainedOver, save_adapter
 from alignkit.models.classifier import ClassifierReport, merge_reward, write_reward
 from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import stored_dtype
-from alignkit.models.merging import MergeReport, merge_adapter, write_dense
+from alignkit.models.merge_report import MergeReport
+from alignkit.models.merging import merge_adapter, write_dense
 from alignkit.models.reward_head import RewardStatistics
 from alignkit.models.scorer import causal_model
 from alignkit.recipe.adapters import FullSpec
@@ -109,8 +110,9 @@ def _write_models(
     if isinstance(recipe.adapter, FullSpec):
         session.say(f"writing all weights to {output / 'merged'}")
         return _write_full(model, head, rows, output / "merged", settings, statistics)
-    fingerprint = weights_fingerprint(rows.base)
-    save_adapter(model, output / "adapter", rows.base.name, head, trained_over=fingerprint)
+    spec, name = recipe.model, rows.base.name
+    over = TrainedOver(name, weights_fingerprint(rows.base), spec.quantization, spec.dtype)
+    save_adapter(model, output / "adapter", name, head, trained_over=over)
     rows.tokenizer.save_pretrained(output / "adapter")
     if statistics is not None:
         statistics.save(output / "adapter")
@@ -125,13 +127,16 @@ def _write_models(
     folders = rows.base, output / "adapter", output / "merged"
     settings |= {"tokenizer": rows.tokenizer, "overwrite": True}
     try:
-        return merge(*folders, **settings)
+        report = merge(*folders, **settings)
     except RoundingError as error:
         if settings["dtype"] == torch.float32:
             raise
         # Nobody asked for narrow weights: a run that is trained ends in a model that is faithful.
         session.say(f"{error.message}: merging into float32 weights instead")
-        return merge(*folders, **{**settings, "dtype": torch.float32})
+        report = merge(*folders, **{**settings, "dtype": torch.float32})
+    if report.quantized is not None:
+        session.say(report.quantized.line())
+    return report
 
 
 def _write_full(

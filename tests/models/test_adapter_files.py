@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from alignkit.errors import ModelError
 from alignkit.models.adapter_files import (
     TRAINED_OVER,
     WEIGHTS,
+    TrainedOver,
     load_adapter,
     require_base,
     trained_over,
@@ -124,10 +126,11 @@ def test_merging_it_leaves_no_output(fault: str, adapter: Path, alignkit: Comman
 
 def test_the_file_names_the_weights_it_was_trained_over(run: Path, tiny_base: Path) -> None:
     fingerprint = weights_fingerprint(BaseModel(str(tiny_base)))
-    assert trained_over(run / "adapter") == fingerprint
+    expected = TrainedOver(str(tiny_base), fingerprint, "none", "float32")
+    assert trained_over(run / "adapter") == expected
     require_base(run / "adapter", BaseModel(str(tiny_base)))
     about = json.loads((run / "adapter" / TRAINED_OVER).read_text(encoding="utf-8"))
-    assert about == {"name": str(tiny_base), "fingerprint": fingerprint}
+    assert about == dataclasses.asdict(expected)
 
 
 def test_a_record_that_is_none(adapter: Path, tiny_base: Path) -> None:

@@ -27,17 +27,11 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from alignkit.errors import ModelError
-from alignkit.models import classifier, writing
+from alignkit.models import classifier, shards
 from alignkit.models.adapter_files import save_adapter
 from alignkit.models.adapters import attach_adapter
-from alignkit.models.classifier import (
-    ClassifierReport,
-    choose_padding,
-    end_at_turn,
-    merge_reward,
-    missing_end,
-    write_reward,
-)
+from alignkit.models.classifier import ClassifierReport, merge_reward, write_reward
+from alignkit.models.classifier_chat import choose_padding, end_at_turn, missing_end
 from alignkit.models.loading import BaseModel
 from alignkit.models.reward_head import RewardStatistics, new_head, read_head, read_statistics
 from alignkit.models.scorer import causal_model
@@ -349,29 +343,29 @@ def test_the_statistics_travel(llama: Callable[..., ClassifierReport], tmp_path:
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]) -> None:
-    """Let `change` happen to the folder between writing and reading it back."""
-    right = writing.share_files
+    """Let `change` happen to each weight file between writing and reading it back."""
+    right = shards.save_file
 
-    def wrong(folder: Path) -> None:
-        right(folder)
-        change(folder)
+    def wrong(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+        right(tensors, path, **options)
+        change(path)
 
-    monkeypatch.setattr(writing, "share_files", wrong)
+    monkeypatch.setattr(shards, "save_file", wrong)
 
 
-def change_head(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
+def change_head(path: Path) -> None:
+    weights = load_file(path)
     weights["score.weight"][0, 3] += 1e-6
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, path, metadata={"format": "pt"})
 
 
-def drop_head(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
+def drop_head(path: Path) -> None:
+    weights = load_file(path)
     del weights["score.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, path, metadata={"format": "pt"})
 
 
-def fill_disk(folder: Path) -> None:
+def fill_disk(path: Path) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -415,15 +409,13 @@ def test_rewards_that_rounding_moves_are_refused(tiny_base: Path, tmp_path: Path
 def test_a_classifier_that_computes_something_else_is_refused(
     llama: Callable[..., ClassifierReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = classifier.write_and_read
+    right = classifier.read_merged
 
     def scale_head(factor: float) -> None:
-        def wrong(*args: Any) -> Any:
-            found = right(*args)
-            found.score.weight.data *= factor
-            return found
+        def wrong(*args: Any, **options: Any) -> torch.Tensor:
+            return factor * right(*args, **options)
 
-        monkeypatch.setattr(classifier, "write_and_read", wrong)
+        monkeypatch.setattr(classifier, "read_merged", wrong)
 
     for factor in (1.5, float("nan")):
         scale_head(factor)

@@ -12,13 +12,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny, tiny_model
+from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit.errors import ModelError
-from alignkit.models import merging, writing
+from alignkit.models import merge_report, merged_weights, shards, writing
+from alignkit.models.comparing import CHECK_TOKENS, take_samples
 from alignkit.models.loading import BaseModel
-from alignkit.models.merging import CHECK_TOKENS, MergeReport, merge_adapter
+from alignkit.models.merge_report import MergeReport
+from alignkit.models.merging import merge_adapter, write_dense
 
 ROWS = [np.random.default_rng(n).integers(0, 600, 40) for n in range(4)]
 QUESTION = torch.arange(100, 112)[None]
@@ -201,15 +203,15 @@ def test_an_update_that_rounding_eats_is_refused(
     def to_the_nearest(exact: torch.Tensor, dtype: torch.dtype, _: Any) -> torch.Tensor:
         return exact.to(dtype)
 
-    monkeypatch.setattr(merging, "round_stochastically", to_the_nearest)
+    monkeypatch.setattr(merged_weights, "round_stochastically", to_the_nearest)
     message = refused(tmp_path, size=1e-5)
-    assert "1.2% of the update survived rounding to bfloat16" in message
+    assert message.endswith("less than half of the update survived rounding to bfloat16: 1.2%")
 
 
 def test_a_merge_that_moves_the_model_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merging, "MAX_KL", (1e-7, 1e-7))
+    monkeypatch.setattr(merge_report, "MAX_KL", (1e-7, 1e-7))
     assert "nats/token is more than 1e-07" in refused(tmp_path, size=0.02)
 
 
@@ -224,20 +226,20 @@ def test_an_untrained_adapter_merges_to_the_base(tiny_base: Path, tmp_path: Path
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
-    """Let `change` happen to the folder between writing and reading it back."""
-    right = writing.share_files
+    """Let `change` happen to each weight file between writing and reading it back."""
+    right = shards.save_file
 
-    def wrong(folder: Path) -> None:
-        right(folder)
-        change(folder)
+    def wrong(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+        right(tensors, path, **options)
+        change(path)
 
-    monkeypatch.setattr(writing, "share_files", wrong)
+    monkeypatch.setattr(shards, "save_file", wrong)
 
 
-def flip_one_weight(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
+def flip_one_weight(path: Path) -> None:
+    weights = load_file(path)
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] += 1e-3
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def test_a_file_that_does_not_hold_what_was_written(
@@ -251,6 +253,21 @@ def test_a_file_that_does_not_hold_what_was_written(
         "the merged file does not hold what was written: model.layers.1.mlp.up_proj.weight differs"
     )
     assert folder_names(tmp_path) == ["adapter"]
+
+
+def test_whole_weights_that_are_not_written_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = writing.share_files
+
+    def wrong(folder: Path) -> None:
+        right(folder)
+        flip_one_weight(folder / "model.safetensors")
+
+    monkeypatch.setattr(writing, "share_files", wrong)
+    with pytest.raises(ModelError, match=r"up_proj\.weight differs"):
+        write_dense(tiny_model(), tiny_tokenizer(), tmp_path / "merged", torch.float32, [])
+    assert folder_names(tmp_path) == []
 
 
 def test_an_existing_output_is_kept(
@@ -278,7 +295,7 @@ def test_a_full_disk_leaves_nothing(
 ) -> None:
     adapter = write_adapter(tmp_path / "adapter")
 
-    def full(folder: Path) -> None:
+    def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     spoil(monkeypatch, full)
@@ -305,4 +322,4 @@ def test_other_families(family: str, tmp_path: Path) -> None:
 )
 def test_positions_compared(lengths: list[int], expected: int) -> None:
     rows = [np.arange(length) for length in lengths]
-    assert sum(len(sample) for sample in merging._samples(rows)) == expected
+    assert sum(len(one.ids) - one.first for one in take_samples(rows)) == expected

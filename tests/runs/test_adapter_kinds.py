@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alignkit.errors import RecipeError
+from alignkit.models.adapter_files import load_adapter
+from alignkit.models.loading import BaseModel, load_model
 from alignkit.models.opening import open_model
 from alignkit.recipe.load import load_recipe
 
@@ -103,11 +105,18 @@ def test_trained_saved_read_and_merged(
         return
     opened = open_model(str(run / "adapter"), dtype=torch.float32, base=str(tiny_base))
     exact = answers(opened.model, opened.head)
+    summary = json.loads((run / "run.json").read_text(encoding="utf-8"))["summary"]["merge"]
+    assert (summary["quantized"] is None) == (quantization == "none")
+    if quantization != "none" and summary["quantized"]["onto"] == "dequantized":
+        narrow = load_model(BaseModel(str(tiny_base)), torch.float32, quantization=quantization)
+        exact = answers(load_adapter(narrow, run / "adapter"), opened.head)
+        plain = None
     if plain is not None:  # what plain PEFT makes of the adapter
         untouched = answers(plain)
         read = PeftModel.from_pretrained(plain, str(run / "adapter")).eval()
         torch.testing.assert_close(answers(read), exact, rtol=1e-5, atol=1e-4)
         assert (exact - untouched).abs().max() > 1e-3
+    if stage != "reward":
         torch.testing.assert_close(answers(merged), exact, rtol=1e-5, atol=3e-4)
         return
     found = merged(input_ids=ROWS, attention_mask=torch.ones_like(ROWS)).logits

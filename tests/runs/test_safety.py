@@ -10,7 +10,7 @@ from torch import nn, optim
 from alignkit.errors import ModelError, RunError
 from alignkit.recipe.schema import SftRecipe
 from alignkit.runtime.checkpoint import find_checkpoint, save_checkpoint
-from alignkit.stages.merge import merge_run
+from alignkit.stages.merge import MergeOptions, merge_run
 from alignkit.stages.run_folder import check_output
 
 
@@ -46,9 +46,7 @@ def test_merging_overwrites_nothing_but_a_model_folder(tmp_path: Path, target: s
     (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     with pytest.raises(ModelError, match="is no merged model, so it is not overwritten"):
-        merge_run(
-            str(adapter), base=None, output=tmp_path / target, dtype=None, data=None, overwrite=True
-        )
+        merge_run([str(adapter)], MergeOptions(output=tmp_path / target, overwrite=True))
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
     assert (adapter / "adapter_config.json").is_file()
 

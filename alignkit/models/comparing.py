@@ -1,0 +1,80 @@
+"""How far two models are apart on real rows: logits, KL and loss at the ends of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from alignkit.packed import IntArray
+
+CHECK_TOKENS = 256
+"""Positions on which logits are compared."""
+
+_READ = 512
+"""Tokens of a row that are read at most; compared are the last ones of them, where answers are."""
+
+_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row, and the part of it that is compared.
+
+    Args:
+        ids: `[T]` token ids that are read.
+        first: position from which logits are compared.
+    """
+
+    ids: torch.Tensor
+    first: int
+
+
+def take_samples(rows: Sequence[IntArray]) -> list[Sample]:
+    """Up to eight rows with `CHECK_TOKENS` compared positions in all.
+
+    Args:
+        rows: token ids of real rows.
+    """
+    samples: list[Sample] = []
+    left = CHECK_TOKENS
+    each = max(2, CHECK_TOKENS // max(1, min(_ROWS, len(rows))))
+    for row in rows:
+        ids = torch.as_tensor(row[:_READ], dtype=torch.long)
+        compared = min(len(ids), each, left)
+        if compared:
+            samples.append(Sample(ids, len(ids) - compared))
+            left -= compared
+    return samples
+
+
+@torch.no_grad()
+def read_logits(model: Any, samples: Sequence[Sample]) -> torch.Tensor:
+    """`[N, V]` float32 logits at the compared positions."""
+    found = [
+        model(
+            input_ids=one.ids[None], use_cache=False, logits_to_keep=len(one.ids) - one.first
+        ).logits[0, -(len(one.ids) - one.first) :]
+        for one in samples
+    ]
+    return torch.cat(found).float()
+
+
+def mean_kl(exact: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean over positions of KL(exact ‖ other) in nats; both `[N, V]` logits."""
+    p, q = torch.log_softmax(exact, -1), torch.log_softmax(other, -1)
+    return float((p.exp() * (p - q)).sum(-1).mean().clamp_min(0.0))
+
+
+def mean_loss(logits: torch.Tensor, samples: Sequence[Sample]) -> float:
+    """Mean negative log-likelihood in nats of the tokens that follow compared positions."""
+    scores, start = [], 0
+    for one in samples:
+        targets = one.ids[one.first + 1 :]
+        own = torch.log_softmax(logits[start : start + len(targets)], -1)
+        scores.append(-own.gather(1, targets[:, None])[:, 0])
+        start += len(one.ids) - one.first
+    every = torch.cat(scores) if scores else torch.zeros(0)
+    return float(every.mean()) if every.numel() else float("nan")

@@ -1,0 +1,71 @@
+"""Base weights as a quantized run computed with them: quantized and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from alignkit.errors import ModelError
+from alignkit.models.quantized import dense_weight
+
+try:
+    from bitsandbytes.nn import Params4bit
+except ImportError:  # an extra: only quantized bases need it
+    Params4bit = None
+
+
+def as_trained(
+    skeleton: Any, weight: Callable[[str], torch.Tensor], kind: str, dtype: torch.dtype
+) -> Callable[[str], torch.Tensor]:
+    """Weights of the base that the adapters were trained over.
+
+    Args:
+        skeleton: the model without storage; says which layers are quantized.
+        weight: gives a stored weight by its name.
+        kind: `nf4` or `int8`; with `none` the weights are those that are stored.
+        dtype: compute precision of the run.
+
+    Returns:
+        A function like `weight`.
+    """
+    if kind == "none":
+        return weight
+    names = quantized_names(skeleton)
+
+    def found(name: str) -> torch.Tensor:
+        stored = weight(name)
+        return through(stored, kind, dtype) if name in names else stored
+
+    return found
+
+
+def quantized_names(skeleton: Any) -> set[str]:
+    """Names of the weights that transformers quantizes: those of linear layers but the head."""
+    kept = set(get_keys_to_not_convert(skeleton))
+    return {
+        f"{name}.weight"
+        for name, module in skeleton.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and name not in kept
+    }
+
+
+def through(weight: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
+    """`[O, I]` a weight after quantization and back, in `dtype`."""
+    if Params4bit is None:
+        raise ModelError(
+            "the adapter was trained over a quantized base, which bitsandbytes computes",
+            hint="pip install 'alignkit[quantization]'",
+        )
+    if kind != "nf4":
+        raise ModelError(
+            f"the adapter was trained over weights in {kind!r}, which are not known here",
+            hint="nf4 is",
+        )
+    narrow = weight.to(dtype).contiguous()
+    made = Params4bit(narrow, requires_grad=False, quant_type="nf4", compress_statistics=True)
+    return dense_weight(made.to(weight.device))

@@ -1,0 +1,129 @@
+"""A model larger than memory, forward: weights are there only while their part of it computes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from alignkit.models.loading import quiet_transformers
+
+_WRAPPERS = (".base_layer", ".original_module", ".token_adapter")
+"""What PEFT puts into the names of the weights it wraps."""
+
+
+def build_without_weights(kind: Any, config: Any, **options: Any) -> Any:
+    """A model in float32 whose every weight is NaN and takes no memory; buffers are real.
+
+    Args:
+        kind: a class of transformers with `from_config`.
+        config: of the model.
+        **options: for `from_config`.
+
+    Returns:
+        The model in evaluation mode. What computes with a weight that was not put in gives NaN.
+    """
+    with quiet_transformers(), init_empty_weights(include_buffers=False):
+        model = kind.from_config(config, dtype=torch.float32, **options)
+    stand_ins: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in list(module._parameters.items()):
+            if weight is not None:  # tied ones stay one
+                module._parameters[name] = stand_ins.setdefault(id(weight), _stand_in(weight))
+    return model.requires_grad_(False).eval()
+
+
+def _stand_in(weight: torch.Tensor) -> nn.Parameter:
+    nothing = torch.full((), torch.nan, dtype=torch.float32)
+    return nn.Parameter(nothing.expand(weight.shape), requires_grad=False)
+
+
+def is_stand_in(weight: torch.Tensor | None) -> bool:
+    """Whether a weight takes no memory."""
+    return weight is not None and weight.dim() > 0 and not any(weight.stride())
+
+
+def stored_name(name: str) -> str:
+    """Name of a weight or module in the base's files, whatever PEFT wrapped around it."""
+    name = name.removeprefix("base_model.model.")
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+@contextlib.contextmanager
+def holding(module: nn.Module, name: str, weight: Callable[[str], torch.Tensor]) -> Iterator[None]:
+    """The weights of a module, float32, for the length of the block.
+
+    Args:
+        module: of a model from `build_without_weights`, perhaps with adapters.
+        name: of the module in that model.
+        weight: gives a weight by its name in the base's files.
+    """
+    put: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for path, part in module.named_modules(prefix=name):
+            for key, stand_in in list(part._parameters.items()):
+                if is_stand_in(stand_in):
+                    found = weight(stored_name(f"{path}.{key}" if path else key)).float()
+                    put.append((part, key, stand_in))
+                    part._parameters[key] = nn.Parameter(found, requires_grad=False)
+        yield
+    finally:
+        for part, key, stand_in in put:
+            part._parameters[key] = stand_in
+
+
+@contextlib.contextmanager
+def streaming(model: Any, weight: Callable[[str], torch.Tensor]) -> Iterator[None]:
+    """The model computes, and holds the weights of one decoder layer at a time.
+
+    Args:
+        model: from `build_without_weights`, perhaps with adapters, which stay in memory.
+        weight: gives a weight by its name in the base's files, in any precision.
+    """
+    hooks = []
+    for name, part in _parts(model):
+        held = contextlib.ExitStack()
+
+        def before(module: nn.Module, _: Any, name: str = name, held: Any = held) -> None:
+            held.enter_context(holding(module, name, weight))
+
+        def after(module: nn.Module, _: Any, __: Any, held: Any = held) -> None:
+            held.close()
+
+        hooks += [
+            part.register_forward_pre_hook(before),
+            part.register_forward_hook(after, always_call=True),
+        ]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Decoder layers, and every other module that has weights of its own."""
+    parts: list[tuple[str, nn.Module]] = []
+
+    def visit(name: str, module: nn.Module) -> None:
+        own = any(is_stand_in(weight) for weight in module._parameters.values())
+        if own or hasattr(module, "base_layer"):
+            parts.append((name, module))
+            return
+        listed = isinstance(module, nn.ModuleList)
+        for key, child in module.named_children():
+            path = f"{name}.{key}" if name else key
+            if not listed:
+                visit(path, child)
+            elif any(is_stand_in(weight) for weight in child.parameters()):
+                parts.append((path, child))
+
+    visit("", model)
+    return parts

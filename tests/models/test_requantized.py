@@ -1,0 +1,128 @@
+"""An adapter trained over a quantized base can go onto either set of weights, and both are told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_merging import logits, merge, write_adapter
+from tiny import save_tiny
+from transformers import AutoModelForCausalLM
+
+from alignkit.errors import ModelError, RoundingError
+from alignkit.models import merging
+from alignkit.models.adapter_files import TRAINED_OVER, TrainedOver, load_adapter
+from alignkit.models.loading import BaseModel, load_model
+from alignkit.models.quantized import dense_weight, is_quantized
+from alignkit.models.requantized import as_trained, quantized_names
+from alignkit.models.streaming import build_without_weights
+
+pytest.importorskip("bitsandbytes")
+KINDS = ["nf4"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("requantized") / "base"
+    save_tiny(folder, dtype=torch.bfloat16)
+    return folder
+
+
+def adapter_over(folder: Path, kind: str, dtype: str = "bfloat16") -> Path:
+    """A small adapter that says it was trained over a quantized base."""
+    write_adapter(folder, size=0.02)
+    over = TrainedOver("the/base", "hub@1", kind, dtype)
+    (folder / TRAINED_OVER).write_text(json.dumps(dataclasses.asdict(over)), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_are_the_weights_a_run_computes_with(
+    kind: str, dtype: torch.dtype, family: str, tmp_path: Path
+) -> None:
+    save_tiny(tmp_path / "base", family)
+    source = BaseModel(str(tmp_path / "base"))
+    model = load_model(source, dtype, quantization=kind)
+    stored = load_file(tmp_path / "base/model.safetensors")
+    empty = build_without_weights(AutoModelForCausalLM, model.config)
+    found = as_trained(empty, stored.__getitem__, kind, dtype)
+    names = {f"{name}.weight" for name, m in model.named_modules() if is_quantized_layer(m)}
+    assert names == quantized_names(empty)
+    assert len(names) == 14
+    for name in names:
+        dense = dense_weight(model.get_parameter(name))
+        assert torch.equal(found(name), dense)
+        assert not torch.equal(dense.float(), stored[name].float())
+    for name in set(stored) - names:
+        assert found(name) is stored[name]
+
+
+def is_quantized_layer(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear) and is_quantized(module)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_onto_either(kind: str, base: Path, tmp_path: Path) -> None:
+    adapter = adapter_over(tmp_path / "adapter", kind)
+    merging_limit = merging.MAX_DRIFT
+    reports = {
+        onto: merge(base, adapter, tmp_path / onto, dtype=torch.bfloat16, onto=onto)
+        for onto in ("dequantized", "auto")
+    }
+    model = load_adapter(
+        load_model(BaseModel(str(base)), torch.bfloat16, quantization=kind), adapter
+    )
+    trained = logits(model)
+    plain = load_adapter(load_model(BaseModel(str(base)), torch.float32), adapter)
+    original = logits(plain)
+    found = logits(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dequantized", dtype=torch.float32)
+    )
+    # bfloat16 arithmetic on one side: still far nearer to what was trained than the original is.
+    assert (found - trained).abs().mean() < 0.2 * (original - trained).abs().mean()
+    quantized = reports["dequantized"].quantized
+    assert quantized is not None
+    assert (quantized.kind, quantized.onto) == (kind, "dequantized")
+    assert reports["dequantized"].loss == pytest.approx(quantized.drift.trained)
+    assert reports["dequantized"].mean_kl < 1e-2
+    drift = quantized.drift
+    chosen = reports["auto"].quantized
+    assert chosen is not None
+    assert chosen.drift == drift
+    exceeds = drift.original - drift.trained > merging_limit
+    assert chosen.onto == ("dequantized" if exceeds else "original")
+    assert f"loss {drift.trained:.4f} there" in reports["auto"].lines()[-1]
+
+
+def test_original_weights_that_do_worse_are_refused(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = adapter_over(tmp_path / "adapter", "nf4")
+    for limit, expected in ((-10.0, "dequantized"), (10.0, "original")):
+        monkeypatch.setattr(merging, "MAX_DRIFT", limit)
+        report = merge(base, adapter, tmp_path / expected, dtype=torch.bfloat16)
+        assert report.quantized is not None
+        assert report.quantized.onto == expected
+    monkeypatch.setattr(merging, "MAX_DRIFT", -10.0)
+    with pytest.raises(RoundingError, match="over the original weights the adapter differs") as no:
+        merge(base, adapter, tmp_path / "no", dtype=torch.bfloat16, onto="original")
+    assert no.value.hint == "merge with --onto dequantized"
+    assert not (tmp_path / "no").exists()
+
+
+def test_nothing_to_dequantize(base: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", size=0.02)
+    with pytest.raises(ModelError, match="was not trained over one quantized base"):
+        merge(base, adapter, tmp_path / "out", dtype=torch.bfloat16, onto="dequantized")
+
+
+def test_a_kind_of_the_future(base: Path, tmp_path: Path) -> None:
+    adapter = adapter_over(tmp_path / "adapter", "int2")
+    with pytest.raises(ModelError, match="weights in 'int2', which are not known here"):
+        merge(base, adapter, tmp_path / "out", dtype=torch.bfloat16)
