@@ -24,7 +24,8 @@ def write_model(folder: Path, layers: int, file_size: str) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from alignkit.models.loading import find_base, load_tokenizer, quiet_transformers
+    from alignkit.models.loading import find_base, load_tokenizer
+    from alignkit.models.quiet import quiet_transformers
 
     tokenizer = load_tokenizer(find_base("smollm2-135m-instruct"))
     config = LlamaConfig(

@@ -35,7 +35,7 @@ def fetch(
     from pathlib import Path
 
     def convert(gguf: Path, folder: Path) -> None:
-        from alignkit.models.loading import convert_gguf
+        from alignkit.models.gguf_base import convert_gguf
 
         convert_gguf(gguf, folder)
 

@@ -10,8 +10,8 @@ from transformers import TextStreamer
 
 from alignkit.errors import AlignkitError
 from alignkit.generation.sampling import SamplingSettings
-from alignkit.models.loading import quiet_transformers
 from alignkit.models.opening import OpenModel
+from alignkit.models.quiet import quiet_transformers
 
 Turns = list[dict[str, str]]
 

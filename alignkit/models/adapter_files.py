@@ -16,9 +16,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from alignkit.errors import ModelError
+from alignkit.models.changes import BaseChanges
 from alignkit.models.identity import weights_fingerprint
-from alignkit.models.loading import BaseModel, quiet_transformers, share_files
+from alignkit.models.loading import BaseModel, share_files
 from alignkit.models.lora_linear import use_fast_lora
+from alignkit.models.quiet import quiet_transformers
+from alignkit.recipe.rope import RopeSpec
 
 WEIGHTS = "adapter_model.safetensors"
 """PEFT's name of the file with the tensors."""
@@ -42,12 +45,22 @@ class TrainedOver:
         fingerprint: of its files.
         quantization: `none`, or how they were kept in memory.
         dtype: precision in which they were multiplied; empty in files of older versions.
+        rope: scaled positions, as in the recipe.
+        tokens: that were added.
     """
 
     name: str
     fingerprint: str
     quantization: str = "none"
     dtype: str = ""
+    rope: dict[str, Any] | None = None
+    tokens: tuple[str, ...] = ()
+
+    @property
+    def changes(self) -> BaseChanges:
+        """What was changed in the base before."""
+        rope = None if self.rope is None else RopeSpec(**self.rope)
+        return BaseChanges(rope, tuple(self.tokens))
 
 
 def save_adapter(
@@ -70,7 +83,8 @@ def save_adapter(
         trained_over: the base's weights, kept in a file of its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = get_peft_model_state_dict(model, adapter_name=adapter)
+    # PEFT would add whole embeddings where the vocabulary has grown; the new rows are enough.
+    weights = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     if head is not None:
         weights = {**weights, HEAD_KEY: head.weight}
         if head.bias is not None:
@@ -84,7 +98,8 @@ def save_adapter(
     config["base_model_name_or_path"] = base_name
     config["inference_mode"] = True
     if head is not None:
-        config["task_type"], config["modules_to_save"] = "SEQ_CLS", ["score"]
+        whole = [*(config.get("modules_to_save") or []), "score"]
+        config["task_type"], config["modules_to_save"] = "SEQ_CLS", whole
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     text = json.dumps(plain, indent=2, sort_keys=True, default=str)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
@@ -134,7 +149,8 @@ def load_adapter(model: Any, folder: Path) -> Any:
     """
     config = read_adapter_config(folder)
     if has_head(folder):
-        config.task_type, config.modules_to_save = "CAUSAL_LM", None
+        whole = [name for name in config.modules_to_save or [] if name != "score"]
+        config.task_type, config.modules_to_save = "CAUSAL_LM", whole or None
     stored = read_weights(folder)
     try:
         with quiet_transformers():
@@ -214,16 +230,20 @@ def trained_over(adapter: Path) -> TrainedOver | None:
     if not path.is_file():
         return None
     try:
-        return TrainedOver(**json.loads(path.read_text(encoding="utf-8")))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return TrainedOver(**{**found, "tokens": tuple(found.get("tokens", ()))})
     except (ValueError, TypeError) as error:
         raise ModelError(
             f"{path} cannot be read: {error}", hint="copy the folder again, or remove this file"
         ) from error
 
 
-def is_lora(adapter: Path) -> bool:
-    """Whether an adapter folder holds LoRA."""
-    return bool(read_adapter_config(adapter).peft_type == "LORA")
+def is_plain_lora(adapter: Path) -> bool:
+    """Whether an adapter folder holds LoRA and nothing beside it but a reward model's head."""
+    config = read_adapter_config(adapter)
+    if config.peft_type != "LORA" or config.trainable_token_indices:
+        return False
+    return not set(config.modules_to_save or []) - {"score"}
 
 
 def has_head(folder: Path) -> bool:

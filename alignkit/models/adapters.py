@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from alignkit.errors import ModelError
-from alignkit.models.loading import quiet_transformers
 from alignkit.models.lora_linear import use_fast_lora
-from alignkit.models.targets import adapted_layers, frozen_weights, ia3_names, patterned
+from alignkit.models.quiet import quiet_transformers
+from alignkit.models.targets import (
+    adapted_layers,
+    frozen_weights,
+    ia3_names,
+    patterned,
+    saved_modules,
+)
 from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec
 
 
@@ -43,13 +51,19 @@ class TrainableReport:
         return f"trains {self.trainable:,} weights ({share:.2%}): {where}"
 
 
-def peft_config(model: nn.Module, spec: LoraSpec | Ia3Spec, task: str = "CAUSAL_LM") -> PeftConfig:
+def peft_config(
+    model: nn.Module,
+    spec: LoraSpec | Ia3Spec,
+    task: str = "CAUSAL_LM",
+    new_tokens: Sequence[int] = (),
+) -> PeftConfig:
     """PEFT's configuration of an adapter.
 
     Args:
         model: with or without storage; its layers are what the targets name.
         spec: of the recipe.
         task: PEFT's name of what the model does.
+        new_tokens: ids whose rows of embedding and output head are trained.
 
     Raises:
         ModelError: a target or a pattern matches nothing, or a rank is above a layer's size.
@@ -67,6 +81,8 @@ def peft_config(model: nn.Module, spec: LoraSpec | Ia3Spec, task: str = "CAUSAL_
         use_dora=spec.dora,
         rank_pattern=_by_layer(patterned(layers, spec.rank_pattern, "rank_pattern")),
         alpha_pattern=_by_layer(patterned(layers, spec.alpha_pattern, "alpha_pattern")),
+        modules_to_save=saved_modules(model, spec) or None,
+        trainable_token_indices=_token_rows(model, new_tokens),
         task_type=task,
     )
 
@@ -76,13 +92,30 @@ def _by_layer(values: dict[str, Any]) -> dict[str, Any]:
     return {re.escape(name): value for name, value in values.items()}
 
 
-def attach_adapter(model: Any, spec: LoraSpec | Ia3Spec | FullSpec, seed: int) -> Any:
+def _token_rows(model: Any, ids: Sequence[int]) -> Any:
+    """Where the rows of new tokens are, as PEFT wants it."""
+    if not ids:
+        return None
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is embedding.weight:
+        return list(ids)  # PEFT finds both ends of a shared matrix
+    names = {module: name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
+    return {names[embedding]: list(ids), names[head]: list(ids)}
+
+
+def attach_adapter(
+    model: Any,
+    spec: LoraSpec | Ia3Spec | FullSpec,
+    seed: int,
+    new_tokens: Sequence[int] = (),
+) -> Any:
     """Make the model trainable the way the recipe says.
 
     Args:
         model: a frozen or plain causal language model.
         spec: an adapter, or all weights.
         seed: of the adapter's random half; the other half starts at zero.
+        new_tokens: ids whose rows are trained too; with all weights they are in any case.
 
     Returns:
         A PEFT model whose adapter weights are float32, or the model itself with its weights
@@ -94,11 +127,14 @@ def attach_adapter(model: Any, spec: LoraSpec | Ia3Spec | FullSpec, seed: int) -
         for name, weight in model.named_parameters():
             weight.requires_grad_(name not in frozen)
         return model
-    config = peft_config(model, spec)
+    config = peft_config(model, spec, new_tokens=new_tokens)
     model.requires_grad_(False)
     torch.manual_seed(seed)
     with quiet_transformers():
         adapted = get_peft_model(model, config)
+    for weight in adapted.parameters():
+        if weight.requires_grad:  # copies of whole modules are as wide as the base otherwise
+            weight.data = weight.data.float()
     use_fast_lora(adapted)
     return adapted
 
@@ -116,7 +152,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     Raises:
         ModelError: it has none, so that nothing could be turned off.
     """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = adapter_layers(model)
     if not layers:
         raise ModelError("there is no adapter to turn off", hint="set reference.kind to cached")
     before = [layer._disable_adapters for layer in layers]
@@ -130,13 +166,31 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = was_off
 
 
+def adapter_layers(model: nn.Module) -> list[Any]:
+    """Everything that an adapter put into a model and that can be turned off."""
+    kinds = (BaseTunerLayer, ModulesToSaveWrapper)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def _widths(module: Any) -> tuple[int, int]:
+    shape = next(module.original_module.parameters()).shape
+    return int(shape[-1]), int(shape[0])
+
+
 def trainable_report(model: nn.Module) -> TrainableReport:
     """How many weights are trained, and in which modules."""
     modules: dict[tuple[str, int, int], int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and any(p.requires_grad for p in module.parameters()):
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        if isinstance(module, TrainableTokensLayer):
+            key = f"new rows of {name.rsplit('.', 2)[-2]}", *reversed(module.weight.shape)
+        elif isinstance(module, BaseTunerLayer) and trained:
             key = name.rsplit(".", 1)[-1], module.in_features, module.out_features
-            modules[key] = modules.get(key, 0) + 1
+        elif isinstance(module, ModulesToSaveWrapper):
+            key = f"all of {name.rsplit('.', 1)[-1]}", *_widths(module)
+        else:
+            continue
+        modules[key] = modules.get(key, 0) + 1
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     return TrainableReport(trained, sum(p.numel() for p in parameters), modules)

@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from alignkit.models.loading import quiet_transformers
+from alignkit.models.quiet import quiet_transformers
 
 CACHED = "alignkit_cached"
 

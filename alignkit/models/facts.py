@@ -9,12 +9,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from alignkit.errors import ModelError
-from alignkit.models.loading import quiet_transformers
+from alignkit.models.quiet import quiet_transformers
 from alignkit.models.targets import (
     adapted_layers,
     frozen_weights,
     ia3_names,
     layer_ranks,
+    saved_modules,
     scales_input,
 )
 from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec
@@ -47,6 +48,7 @@ def measure_model(
     *,
     trust_remote_code: bool = False,
     scalar_head: bool = False,
+    new_tokens: int = 0,
 ) -> ModelFacts:
     """Sizes that the planner needs, and a check of the adapter's targets.
 
@@ -55,6 +57,7 @@ def measure_model(
         adapter: what is trained.
         trust_remote_code: build a model whose code is not in transformers.
         scalar_head: a reward model's head is trained instead of the vocabulary head.
+        new_tokens: added to the vocabulary; an adapter trains their rows.
 
     Returns:
         The facts; `trainable` counts weights that the adapter would train.
@@ -71,6 +74,7 @@ def measure_model(
     else:
         frozen = set(weights)
         trainable = _trainable(model, adapter, scalar_head)
+        trainable += new_tokens * sum(rows.shape[1] for rows in _vocabulary(model))
     text = config.get_text_config()
     if scalar_head:
         head: Any = model.get_output_embeddings()
@@ -94,6 +98,13 @@ def measure_model(
     )
 
 
+def _vocabulary(model: Any) -> list[torch.Tensor]:
+    """Embedding and output head, once where they are one matrix."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows = [embedding.weight]
+    return rows if head is None or head.weight is rows[0] else [*rows, head.weight]
+
+
 def _trainable(model: nn.Module, spec: LoraSpec | Ia3Spec, scalar_head: bool) -> int:
     """Weights of the adapter that are trained; on a reward model's vocabulary head none is."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -109,7 +120,9 @@ def _trainable(model: nn.Module, spec: LoraSpec | Ia3Spec, scalar_head: bool) ->
             for name, layer in layers.items()
         )
     ranks = layer_ranks(layers, spec)
-    return sum(
+    whole = [model.get_submodule(name) for name in saved_modules(model, spec)]
+    saved = sum(w.numel() for module in whole for w in module.parameters(recurse=False))
+    return saved + sum(
         ranks[name] * (layer.in_features + layer.out_features)
         + (layer.out_features if spec.dora else 0)
         for name, layer in layers.items()

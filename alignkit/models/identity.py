@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from alignkit.models.changes import BaseChanges
 from alignkit.models.loading import BaseModel, load_config
 
 
@@ -47,6 +48,8 @@ def weights_version(base: BaseModel) -> str:
     weights has another version, which costs a second scoring and no more.
     """
     digest = hashlib.sha256(weights_fingerprint(base).encode())
+    if base.changes != BaseChanges():
+        digest.update(repr(base.changes).encode())
     folder = Path(base.location)
     if folder.is_dir():
         for path in sorted(folder.iterdir()):

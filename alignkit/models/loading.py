@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import logging
 import os
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,18 @@ from transformers import (
     BitsAndBytesConfig,
     GgufConfig,
 )
-from transformers.utils import logging as transformers_logging
 
 from alignkit.errors import ModelError
+from alignkit.models.changes import (
+    UNCHANGED,
+    BaseChanges,
+    add_tokens,
+    grow_model,
+    new_ids,
+    scale_positions,
+)
 from alignkit.models.quantized import keep_trainable
+from alignkit.models.quiet import quiet_transformers
 from alignkit.models.registry import KNOWN_MODELS, model_folder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -38,11 +44,13 @@ class BaseModel:
         location: folder or hub id.
         gguf: name of the GGUF file inside the folder; None for safetensors.
         trust_remote_code: run code that comes with the model.
+        changes: made whenever it is read.
     """
 
     location: str
     gguf: str | None = None
     trust_remote_code: bool = False
+    changes: BaseChanges = UNCHANGED
 
     @property
     def name(self) -> str:
@@ -106,24 +114,6 @@ def _model_in(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no warnings of transformers; errors pass."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
 def _reading(base: BaseModel, what: str) -> Iterator[None]:
     try:
         with quiet_transformers():
@@ -161,16 +151,31 @@ def load_tokenizer(base: BaseModel, template: str | None = None) -> Any:
             f"the tokenizer of {base.location!r} is empty: it can read no text",
             hint="put the tokenizer's files, such as tokenizer.json, into the folder",
         )
+    add_tokens(tokenizer, base.changes.tokens)
     if template is not None:
         tokenizer.chat_template = template
     tokenizer.padding_side = "right"
     return tokenizer
 
 
+def token_rows(base: BaseModel) -> tuple[list[int], list[list[int]]]:
+    """Ids of the tokens that are added to a base, and what each was cut into before."""
+    tokens = base.changes.tokens
+    tokenizer = load_tokenizer(replace(base, changes=UNCHANGED))
+    pieces = add_tokens(tokenizer, tokens)
+    return new_ids(tokenizer, tokens), pieces
+
+
 def load_config(base: BaseModel) -> Any:
     """The model's configuration."""
     with _reading(base, "the configuration"):
-        return AutoConfig.from_pretrained(base.location, **base.options)
+        config = AutoConfig.from_pretrained(base.location, **base.options)
+    if base.changes.rope is not None:
+        scale_positions(config, base.changes.rope)
+    if base.changes.tokens:
+        text = config.get_text_config()
+        text.vocab_size = max(text.vocab_size, max(token_rows(base)[0]) + 1)
+    return config
 
 
 def require_language_model(base: BaseModel) -> None:
@@ -213,9 +218,26 @@ def load_model(
     Raises:
         ModelError: the files cannot be read, or a GGUF file is to be quantized.
     """
+    model = _load_unchanged(base, dtype, device, quantization)
+    if base.changes.tokens:
+        grow_model(model, *token_rows(base))
+    return model
+
+
+def _load_unchanged(
+    base: BaseModel, dtype: torch.dtype, device: torch.device | str, quantization: str
+) -> Any:
+    """Weights as they are stored, positions as they are scaled."""
     options = dict(base.options)
+    if base.changes.rope is not None:
+        if base.gguf:
+            raise ModelError(
+                f"{base.name} is a GGUF file, whose positions model.rope_scaling cannot scale",
+                hint="name a folder with safetensors",
+            )
+        options["config"] = load_config(replace(base, changes=BaseChanges(base.changes.rope)))
     if quantization != "none":
-        return _load_quantized(base, dtype, device)
+        return _load_quantized(base, dtype, device, options)
     if base.gguf:
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
@@ -227,7 +249,9 @@ def load_model(
     return model.to(device).eval()
 
 
-def _load_quantized(base: BaseModel, dtype: torch.dtype, device: torch.device | str) -> Any:
+def _load_quantized(
+    base: BaseModel, dtype: torch.dtype, device: torch.device | str, options: dict[str, Any]
+) -> Any:
     if base.gguf:
         raise ModelError(
             f"{base.name} is a GGUF file, which model.quantization = nf4 cannot read",
@@ -246,7 +270,7 @@ def _load_quantized(base: BaseModel, dtype: torch.dtype, device: torch.device | 
             quantization_config=config,
             device_map={"": str(device)},
             use_safetensors=True,
-            **base.options,
+            **options,
         )
     keep_trainable(model)
     return model.eval()
@@ -259,24 +283,6 @@ def _forget_gguf(model: Any) -> None:
     for holder, mark in ((model, "quantization_method"), (model.config, "quantization_config")):
         if hasattr(holder, mark):
             delattr(holder, mark)
-
-
-def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write an ordinary model folder from a GGUF file: weights in bf16, tokenizer, template.
-
-    Args:
-        gguf: the file.
-        folder: created.
-    """
-    base = BaseModel(str(gguf.parent), gguf.name)
-    tokenizer = load_tokenizer(base)
-    model = load_model(base, torch.float32).to(torch.bfloat16)
-    model.config.dtype = torch.bfloat16
-    model.config.name_or_path = ""
-    with quiet_transformers():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    share_files(folder)
 
 
 def share_files(folder: Path) -> None:

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from alignkit.errors import ModelError, RoundingError
 from alignkit.models.adapter_files import load_adapter, trained_over
-from alignkit.models.loading import DTYPES, BaseModel, load_config
+from alignkit.models.changes import grown
+from alignkit.models.loading import DTYPES, BaseModel, load_config, token_rows
 from alignkit.models.merge_report import Drift, QuantizedReport
 from alignkit.models.requantized import as_trained
 from alignkit.models.rounding import round_stochastically
@@ -48,8 +49,11 @@ class MergedWeights:
         self.blend = adapter if isinstance(adapter, Blend) else Blend((AdapterPart(adapter),))
         self.plain = self._skeleton()
         self.config = self.plain.config
-        self.stored = open_weights(base, self.plain)
+        resized = _vocabulary_names(self.plain) if base.changes.tokens else []
+        self.stored = open_weights(base, self.plain, resized)
         self.original: Weight = self.stored.__getitem__
+        if base.changes.tokens:
+            self.original = grown(self.original, resized, *token_rows(base))
         self.adapted = [load_adapter(self._skeleton(), p.folder) for p in self.blend.parts]
         self.quantization, self.trained = self._trained()
         self.survived, self.rounding_error, self._sums = 1.0, 0.0, [0.0, 0.0, 0.0]
@@ -182,6 +186,17 @@ class MergedWeights:
         kept, squared, lost = self._sums
         if squared > 0.0:
             self.survived, self.rounding_error = kept / squared, (lost / squared) ** 0.5
+
+
+def _vocabulary_names(model: Any) -> list[str]:
+    """Names of the weights with a row for each token."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if any(module is end for end in ends)
+        for key, _ in module.named_parameters(recurse=False)
+    ]
 
 
 def read_merged(

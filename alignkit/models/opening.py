@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from alignkit.models.adapter_files import (
     load_adapter,
     read_adapter_config,
     require_base,
+    trained_over,
 )
 from alignkit.models.loading import (
     BaseModel,
@@ -75,7 +76,8 @@ def base_of_adapter(adapter: Path, base: str | None, *, any_base: bool = False) 
         raise ModelError(error.message, hint=hint) from None
     if not any_base:
         require_base(adapter, found)
-    return found
+    over = trained_over(adapter)
+    return found if over is None else replace(found, changes=over.changes)
 
 
 def open_model(

@@ -23,8 +23,9 @@ from torch import nn
 
 from alignkit.errors import ModelError
 from alignkit.models.adapter_files import HEAD_KEY, read_adapter_config
-from alignkit.models.loading import quiet_transformers
+from alignkit.models.adapters import adapter_layers
 from alignkit.models.lora_linear import use_fast_lora
+from alignkit.models.quiet import quiet_transformers
 from alignkit.models.scorer import Scores
 from alignkit.packed import PackedBatch
 
@@ -40,7 +41,7 @@ def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
         model: carries adapters, or none: then nothing happens.
         name: of the adapter; None is the base alone.
     """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = adapter_layers(model)
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     for layer in layers:
         layer._disable_adapters = name is None

@@ -21,8 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from alignkit.models.attention import PACKED
 from alignkit.models.cpu_norm import use_cpu_norms
 from alignkit.models.cpu_rotary import use_cpu_rotation
-from alignkit.models.loading import quiet_transformers
 from alignkit.models.precision import compute_context
+from alignkit.models.quiet import quiet_transformers
 from alignkit.models.vocab_head import TokenScores, logit_transform, score_targets
 from alignkit.packed import PackedBatch, Segment
 

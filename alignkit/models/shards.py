@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from transformers.core_model_loading import revert_weight_conversion
 
 from alignkit.errors import ModelError
+from alignkit.models.changes import BaseChanges
 from alignkit.models.loading import BaseModel, load_model, stored_dtype
 
 INDEX = "model.safetensors.index.json"
@@ -107,12 +109,13 @@ class HeldWeights(Mapping[str, torch.Tensor]):
 Weights = StoredWeights | HeldWeights
 
 
-def open_weights(base: BaseModel, skeleton: Any) -> Weights:
+def open_weights(base: BaseModel, skeleton: Any, resized: Collection[str] = ()) -> Weights:
     """The base's weights under the names that transformers gives them.
 
     Args:
         base: a place of safetensors, a GGUF file or a hub id.
         skeleton: the model without storage.
+        resized: names of weights that have more rows in the skeleton than in the files.
 
     Returns:
         The files themselves, or the loaded model where they name weights otherwise.
@@ -127,9 +130,11 @@ def open_weights(base: BaseModel, skeleton: Any) -> Weights:
             stored = StoredWeights(folder, tied)
             shapes = stored.shapes()
             wanted = {n: tuple(w.shape) for n, w in skeleton.state_dict().items() if n not in tied}
-            if all(shapes.get(name) == shape for name, shape in wanted.items()):
+            same = {name: shape for name, shape in wanted.items() if name not in resized}
+            if all(shapes.get(name) == shape for name, shape in same.items()):
                 return stored
-    return HeldWeights(load_model(base, stored_dtype(base)))
+    plain = replace(base, changes=BaseChanges())
+    return HeldWeights(load_model(plain, stored_dtype(plain)))
 
 
 def write_weights(

@@ -10,7 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from alignkit.models.loading import quiet_transformers
+from alignkit.models.quiet import quiet_transformers
 
 _WRAPPERS = (".base_layer", ".original_module", ".token_adapter")
 """What PEFT puts into the names of the weights it wraps."""

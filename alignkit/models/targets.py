@@ -81,6 +81,26 @@ def _check_ranks(layers: dict[str, nn.Linear], spec: LoraSpec) -> None:
             )
 
 
+def saved_modules(model: nn.Module, spec: LoraSpec) -> list[str]:
+    """Names of the modules that are trained as a whole.
+
+    Raises:
+        ModelError: a name stands for no module with weights, or for one that LoRA adapts too.
+    """
+    own = {n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
+    wanted = spec.modules_to_save
+    missing = [t for t in wanted if not any(_ends(name, t) for name in own)]
+    _require(missing, "modules_to_save", "module with weights", (n.rsplit(".", 1)[-1] for n in own))
+    found = [name for name in own if any(_ends(name, t) for t in wanted)]
+    twice = sorted(set(found) & set(adapted_layers(model, spec))) if found else []
+    if twice:
+        raise ModelError(
+            f"adapter.modules_to_save names {twice[0]}, which is among adapter.targets too",
+            hint="train it one way: as a whole, or by LoRA",
+        )
+    return found
+
+
 def ia3_names(model: nn.Module, spec: Ia3Spec) -> tuple[list[str], list[str]]:
     """Names of the modules that IA3 scales, and of those whose input it scales.
 

@@ -21,7 +21,7 @@ from peft.utils.merge_utils import dare_linear, dare_ties, task_arithmetic, ties
 from torch import nn
 
 from alignkit.errors import ModelError
-from alignkit.models.loading import quiet_transformers
+from alignkit.models.quiet import quiet_transformers
 from alignkit.models.streaming import holding, stored_name
 
 Method = Literal["linear", "ties", "dare_linear", "dare_ties"]

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from alignkit.errors import ModelError
-from alignkit.models.loading import BaseModel, quiet_transformers, share_files
+from alignkit.models.loading import BaseModel, share_files
+from alignkit.models.quiet import quiet_transformers
 
 
 @contextlib.contextmanager

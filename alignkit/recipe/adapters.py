@@ -34,6 +34,9 @@ class LoraSpec(Section):
     """Ranks of single modules: end of a module's name, or a regular expression for it -> rank."""
     alpha_pattern: dict[str, Positive] = Field(default_factory=dict)
     """The same for alpha."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained as a whole beside the adapter, such as `[embed_tokens, lm_head]`:
+    ends of their names."""
     b_learning_rate: Annotated[float, Field(gt=0.0, le=1024.0)] = 1.0
     """Learning rate of B as a multiple of A's; LoRA+ takes 16 (https://arxiv.org/abs/2402.12354)."""
 

@@ -19,6 +19,7 @@ from alignkit.recipe.objectives import (
     PreferenceSpec,
 )
 from alignkit.recipe.ppo import GuardSpec, PpoSpec, RewardSources, RolloutSpec, ValueSpec
+from alignkit.recipe.rope import RopeSpec
 from alignkit.recipe.rows import DataSpec, SftDataSpec
 from alignkit.recipe.section import Section
 from alignkit.recipe.training import LoopSpec, TrainingSpec
@@ -39,6 +40,11 @@ class ModelSpec(Section):
     the start; `packed` insists on it; the others are padded batches through transformers."""
     chat_template: str | None = None
     """A template file or a shipped name; null keeps the model's own."""
+    rope_scaling: RopeSpec | None = None
+    """Longer context, as in {kind: yarn, factor: 4}; written into the merged configuration."""
+    add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that become one token each. Their rows of embedding and output head start as the mean
+    of the pieces they were cut into, are trained, and are saved with the adapter."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for sources you trust."""
 
@@ -79,6 +85,8 @@ class BaseRecipe(Section):
     @classmethod
     def _frozen_if_quantized(cls, value: AdapterSpec, info: ValidationInfo) -> AdapterSpec:
         model = info.data.get("model")
+        if isinstance(value, Ia3Spec) and model is not None and model.add_tokens:
+            raise ValueError("has kind = ia3, which trains no rows of model.add_tokens: use lora")
         if isinstance(value, FullSpec) and model is not None and model.quantization != "none":
             raise ValueError(
                 f"trains all weights, and model.quantization = {model.quantization} freezes them"
@@ -168,6 +176,8 @@ class PpoRecipe(BaseRecipe):
     @field_validator("model")
     @classmethod
     def _no_float16(cls, value: ModelSpec) -> ModelSpec:
+        if value.add_tokens:
+            raise ValueError("has add_tokens, which ppo cannot train: add them in the sft before")
         if value.dtype == "float16":
             raise ValueError("has dtype = float16, whose loss scaling ppo has not: use bfloat16")
         return value
@@ -188,6 +198,8 @@ class PpoRecipe(BaseRecipe):
     def _no_dropout(cls, value: AdapterSpec) -> AdapterSpec:
         if isinstance(value, Ia3Spec):
             raise ValueError("has kind = ia3, which ppo does not train: use lora, or full")
+        if isinstance(value, LoraSpec) and value.modules_to_save:
+            raise ValueError("has modules_to_save, which ppo does not train: use full")
         if isinstance(value, LoraSpec) and value.dropout > 0:
             raise ValueError(
                 f"has dropout = {value.dropout:g}: the policy that samples and the policy that is "

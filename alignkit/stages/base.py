@@ -14,6 +14,7 @@ from pathlib import Path
 
 from alignkit.errors import ModelError
 from alignkit.models.adapter_files import has_head
+from alignkit.models.changes import BaseChanges
 from alignkit.models.identity import weights_version
 from alignkit.models.loading import (
     BaseModel,
@@ -44,10 +45,11 @@ def start_model(spec: ModelSpec) -> BaseModel:
     """
     adapter = _bare_adapter(spec.base)
     if adapter is not None:
-        return _merged(adapter, trust_remote_code=spec.trust_remote_code)
-    base = find_base(spec.base, trust_remote_code=spec.trust_remote_code)
-    require_language_model(base)
-    return base
+        base = _merged(adapter, trust_remote_code=spec.trust_remote_code)
+    else:
+        base = find_base(spec.base, trust_remote_code=spec.trust_remote_code)
+        require_language_model(base)
+    return replace(base, changes=BaseChanges(spec.rope_scaling, spec.add_tokens))
 
 
 def _bare_adapter(name: str) -> Path | None:
@@ -82,7 +84,7 @@ def _merged(adapter: Path, *, trust_remote_code: bool) -> BaseModel:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process merges, the others wait for it
         if not (folder / "config.json").is_file():
             _merge(source, adapter, folder)
-    return replace(source, location=str(folder), gguf=None)
+    return replace(source, location=str(folder), gguf=None, changes=BaseChanges())
 
 
 def _merge(source: BaseModel, adapter: Path, folder: Path) -> None:

@@ -111,7 +111,14 @@ def _write_models(
         session.say(f"writing all weights to {output / 'merged'}")
         return _write_full(model, head, rows, output / "merged", settings, statistics)
     spec, name = recipe.model, rows.base.name
-    over = TrainedOver(name, weights_fingerprint(rows.base), spec.quantization, spec.dtype)
+    over = TrainedOver(
+        name,
+        weights_fingerprint(rows.base),
+        spec.quantization,
+        spec.dtype,
+        None if spec.rope_scaling is None else spec.rope_scaling.model_dump(),
+        spec.add_tokens,
+    )
     save_adapter(model, output / "adapter", name, head, trained_over=over)
     rows.tokenizer.save_pretrained(output / "adapter")
     if statistics is not None:

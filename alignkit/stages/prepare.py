@@ -192,6 +192,7 @@ def plan_run(recipe: Recipe, rows: Rows, processes: int) -> Plan:
         recipe.adapter,
         trust_remote_code=recipe.model.trust_remote_code,
         scalar_head=recipe.stage == "reward",
+        new_tokens=len(recipe.model.add_tokens),
     )
     return make_plan(recipe, model, data_facts(rows), describe_hardware(processes))
 

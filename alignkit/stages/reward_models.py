@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from alignkit.errors import ModelError
-from alignkit.models.adapter_files import has_head, is_lora
+from alignkit.models.adapter_files import has_head, is_plain_lora
 from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import BaseModel, find_base, is_classifier, load_tokenizer
 from alignkit.models.opening import adapter_in, base_of_adapter
@@ -117,8 +117,8 @@ def _over_adapter(
 ) -> RewardModel | None:
     """The model as an adapter over the policy's base; None where it has to stand alone."""
     own = base_of_adapter(adapter, None)
-    same = weights_fingerprint(own) == weights_fingerprint(base)
-    if same and can_share and is_lora(adapter) and not spec.separate:  # PEFT mixes no kinds
+    same = weights_fingerprint(own) == weights_fingerprint(base) and own.changes == base.changes
+    if same and can_share and is_plain_lora(adapter) and not spec.separate:  # PEFT mixes no kinds
         if (adapter / "tokenizer_config.json").is_file():
             check_tokens(spec.model, load_tokenizer(BaseModel(str(adapter))), tokenizer)
         return RewardModel(spec, adapter, True, read_statistics(adapter))

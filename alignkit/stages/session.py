@@ -16,7 +16,7 @@ from alignkit.data.report import DataReport
 from alignkit.errors import Interrupted, RunError
 from alignkit.models.adapters import attach_adapter, trainable_report
 from alignkit.models.identity import weights_fingerprint
-from alignkit.models.loading import DTYPES, BaseModel, load_model
+from alignkit.models.loading import DTYPES, BaseModel, load_model, token_rows
 from alignkit.models.reward_head import freeze_unused_head, new_head
 from alignkit.models.selfcheck import build_scorer
 from alignkit.recipe.adapters import FullSpec, b_rate
@@ -130,7 +130,8 @@ class Session:
         spec = self.recipe.model
         device = self.accelerator.device
         model = load_model(base, self.weights_dtype, device, spec.quantization)
-        model = attach_adapter(model, self.recipe.adapter, self.recipe.seed)
+        added = token_rows(base)[0] if spec.add_tokens else []
+        model = attach_adapter(model, self.recipe.adapter, self.recipe.seed, added)
         head = new_head(model, self.recipe.seed) if scalar_head else None
         if scalar_head:
             freeze_unused_head(model)

@@ -1,0 +1,162 @@
+"""What a recipe changes in a base before it is trained: longer context, further tokens.
+
+The changes belong to the base as an adapter sees it, so they are stored with the adapter and made
+again wherever it is put on: when it is read, merged or continued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AddedToken
+
+from alignkit.errors import ModelError
+from alignkit.recipe.rope import RopeSpec
+
+
+@dataclass(frozen=True)
+class BaseChanges:
+    """Changes of a base.
+
+    Args:
+        rope: scaled positions; None leaves them.
+        tokens: texts that become one token each.
+    """
+
+    rope: RopeSpec | None = None
+    tokens: tuple[str, ...] = ()
+
+
+UNCHANGED = BaseChanges()
+
+
+def scale_positions(config: Any, rope: RopeSpec) -> None:
+    """Put scaled positions into a configuration, as transformers and vLLM read them.
+
+    Args:
+        config: changed in place.
+        rope: how.
+
+    Raises:
+        ModelError: the model has no rotary positions, or they are scaled already.
+    """
+    text = config.get_text_config()
+    stored = getattr(text, "rope_parameters", None)
+    if not stored:
+        raise ModelError(
+            f"model.rope_scaling has no use: a {text.model_type!r} model has no rotary positions",
+            hint="leave model.rope_scaling away",
+        )
+    per_kind = "rope_theta" not in stored
+    own = dict(stored["full_attention"] if per_kind else stored)
+    if own.get("rope_type", "default") != "default":
+        raise ModelError(
+            f"the base's positions are scaled already: {own['rope_type']}",
+            hint="leave model.rope_scaling away, or take a base without it",
+        )
+    original = rope.original_context or int(text.max_position_embeddings)
+    own |= {"rope_type": rope.kind, "factor": rope.factor}
+    if rope.kind == "yarn":
+        own["original_max_position_embeddings"] = original
+    # Dynamic scaling starts where this ends, so it stays the original context.
+    longest = original if rope.kind == "dynamic" else round(original * rope.factor)
+    text.max_position_embeddings = longest
+    text.rope_parameters = {**stored, "full_attention": own} if per_kind else own
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[list[int]]:
+    """Let texts be one token each.
+
+    Args:
+        tokenizer: changed in place.
+        tokens: their texts; none may be one already.
+
+    Returns:
+        For each of them the ids it was cut into before.
+
+    Raises:
+        ModelError: a text is a token already.
+    """
+    pieces = []
+    for text in tokens:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) == 1 and tokenizer.decode(ids) == text:
+            raise ModelError(
+                f"model.add_tokens names {text!r}, which is a token already: {ids[0]}",
+                hint="leave it away",
+            )
+        pieces.append(ids)
+    # Not special: they are part of answers, and special ones are left out when text is decoded.
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in tokens])
+    return pieces
+
+
+def new_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+    """Ids of added tokens."""
+    return [int(index) for index in tokenizer.convert_tokens_to_ids(list(tokens))]
+
+
+def grow(weight: torch.Tensor, ids: Sequence[int], pieces: Sequence[Sequence[int]]) -> torch.Tensor:
+    """An embedding or output matrix with rows for new tokens.
+
+    Args:
+        weight: `[V, H]`, or `[V]` for a bias.
+        ids: of the new tokens.
+        pieces: what each was cut into before; its row starts as their mean.
+
+    Returns:
+        At least as many rows as the largest id asks for; further ones are zero.
+    """
+    rows = max(len(weight), max(ids) + 1)
+    grown = weight.new_zeros(rows, *weight.shape[1:])
+    grown[: len(weight)] = weight
+    for index, parts in zip(ids, pieces, strict=True):
+        grown[index] = weight[list(parts)].float().mean(0).to(weight.dtype)
+    return grown
+
+
+def grow_model(model: Any, ids: Sequence[int], pieces: Sequence[Sequence[int]]) -> None:
+    """Give a model's embedding and output head rows for new tokens; see `grow`."""
+    with torch.no_grad():
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        tied = head is not None and head.weight is embedding.weight
+        embedding.weight = _parameter(embedding.weight, ids, pieces)
+        embedding.num_embeddings = len(embedding.weight)
+        if head is not None:
+            head.weight = embedding.weight if tied else _parameter(head.weight, ids, pieces)
+            head.out_features = len(head.weight)
+            if getattr(head, "bias", None) is not None:
+                head.bias = _parameter(head.bias, ids, pieces)
+    model.config.get_text_config().vocab_size = len(embedding.weight)
+
+
+def _parameter(
+    weight: torch.Tensor, ids: Sequence[int], pieces: Sequence[Sequence[int]]
+) -> nn.Parameter:
+    return nn.Parameter(grow(weight.data, ids, pieces), requires_grad=weight.requires_grad)
+
+
+def grown(
+    weight: Callable[[str], torch.Tensor],
+    names: Sequence[str],
+    ids: Sequence[int],
+    pieces: Sequence[Sequence[int]],
+) -> Callable[[str], torch.Tensor]:
+    """Stored weights as those of a model that has rows for new tokens.
+
+    Args:
+        weight: gives a stored weight by its name.
+        names: of embedding and head.
+        ids: of the new tokens.
+        pieces: see `grow`.
+    """
+
+    def found(name: str) -> torch.Tensor:
+        stored = weight(name)
+        return grow(stored, ids, pieces) if name in names else stored
+
+    return found
