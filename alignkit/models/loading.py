@@ -24,10 +24,20 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from alignkit.errors import ModelError
-from alignkit.models.quantized import keep_trainable
+from alignkit.models.quantized import multiply_dense
 from alignkit.models.registry import KNOWN_MODELS, model_folder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
+    "int8": {"load_in_8bit": True},
+}
+"""Name in a recipe -> settings of bitsandbytes for the storage; products are our own."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +214,8 @@ def load_model(
         base: from `find_base`.
         dtype: storage of the weights, and compute precision of quantized ones.
         device: where they go.
-        quantization: `none`, or `nf4` for 4-bit linear layers; the vocabulary head stays as it is.
+        quantization: `none`, or `nf4` or `int8` for linear layers in 4 or 8 bits; embeddings and
+            vocabulary head stay as they are.
 
     Returns:
         A transformers causal language model in evaluation mode; not marked as quantized unless it
@@ -215,7 +226,7 @@ def load_model(
     """
     options = dict(base.options)
     if quantization != "none":
-        return _load_quantized(base, dtype, device)
+        return _load_quantized(base, dtype, device, quantization)
     if base.gguf:
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
@@ -227,18 +238,15 @@ def load_model(
     return model.to(device).eval()
 
 
-def _load_quantized(base: BaseModel, dtype: torch.dtype, device: torch.device | str) -> Any:
+def _load_quantized(
+    base: BaseModel, dtype: torch.dtype, device: torch.device | str, quantization: str
+) -> Any:
     if base.gguf:
         raise ModelError(
-            f"{base.name} is a GGUF file, which model.quantization = nf4 cannot read",
+            f"{base.name} is a GGUF file, which model.quantization = {quantization} cannot read",
             hint="name a folder with safetensors, or set model.quantization=none",
         )
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    config = BitsAndBytesConfig(**_QUANTIZATIONS[quantization])
     with _reading(base, "the weights"):
         model = AutoModelForCausalLM.from_pretrained(
             base.location,
@@ -248,7 +256,7 @@ def _load_quantized(base: BaseModel, dtype: torch.dtype, device: torch.device | 
             use_safetensors=True,
             **base.options,
         )
-    keep_trainable(model)
+    multiply_dense(model, dtype)
     return model.eval()
 
 

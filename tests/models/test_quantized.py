@@ -28,7 +28,7 @@ def quantized_pair(base: Path) -> tuple[nn.Module, nn.Module]:
     plain = dict(dense.named_modules())
     for name, module in narrow.named_modules():
         if isinstance(module, nn.Linear) and is_quantized(module):
-            plain[name].weight.data = dense_weight(module.weight).clone()
+            plain[name].weight.data = dense_weight(module).clone()
     adapted = [attach_adapter(model, SPEC, seed=0) for model in (narrow, dense)]
     for model in adapted:
         generator = torch.Generator().manual_seed(1)
