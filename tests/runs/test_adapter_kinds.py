@@ -1,4 +1,4 @@
-"""Every kind of adapter in every stage, over plain and 4-bit bases: trained, read, merged."""
+"""Every kind of adapter in every stage, over plain and quantized bases: trained, read, merged."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ ROWS = torch.arange(5, 65).view(3, 20)
 
 cases = pytest.mark.parametrize(
     ("kind", "quantization"),
-    [(name, "none") for name in KINDS] + [(name, "nf4") for name in ADAPTERS],
+    [(name, "none") for name in KINDS]
+    + [(name, quantization) for quantization in ("nf4", "int8") for name in ADAPTERS],
 )
 
 
@@ -114,9 +115,20 @@ def test_trained_saved_read_and_merged(
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=3e-4)
 
 
-@pytest.mark.parametrize("kind", ["dora", "lora+", "ia3", "frozen"])
-def test_resuming_is_exact(kind: str, tiny_base: Path, tmp_path: Path) -> None:
-    fields = {"training__save_every": 2, "training__max_steps": 4}
+INT8, EIGHT_BIT_STATE = {"model__quantization": "int8"}, {"training__optimizer": "adamw_8bit"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "further"),
+    [(kind, {}) for kind in ("dora", "lora+", "ia3", "frozen")]
+    + [("lora", INT8), ("full", EIGHT_BIT_STATE)],
+)
+def test_resuming_is_exact(
+    kind: str, further: dict[str, str], tiny_base: Path, tmp_path: Path
+) -> None:
+    if further:
+        pytest.importorskip("bitsandbytes")
+    fields = {"training__save_every": 2, "training__max_steps": 4, **further}
     straight = run_of(tmp_path / "straight", tiny_base, "sft", kind, **fields)
     broken = run_of(tmp_path / "broken", tiny_base, "sft", kind, **fields)
     # As if the process had died after its second step.
