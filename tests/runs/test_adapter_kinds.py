@@ -148,6 +148,22 @@ def test_resuming_is_exact(
     assert (broken / name).read_bytes() == (straight / name).read_bytes()
 
 
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_the_stored_state_has_8_bits(stage: str, tiny_base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    make = make_ppo_recipe if stage == "ppo" else make_recipe
+    fields = {"training__max_steps": 1, "merge": False, **EIGHT_BIT_STATE}
+    train(make(tmp_path, tiny_base, adapter=KINDS["full"], **fields))
+    stored = torch.load(tmp_path / "run/checkpoints/step-000001/optimizer.pt", weights_only=True)
+    parts = [stored["policy"], stored["value"]] if stage == "ppo" else [stored]
+    for part in parts:
+        moments = [state["__bnb_optimizer_quant_state__"] for state in part["state"].values()]
+        for moment in moments:
+            wide = moment["state1"].numel() < 4096
+            assert moment["state1"].dtype == (torch.float32 if wide else torch.uint8)
+        assert sum(moment["state1"].dtype == torch.uint8 for moment in moments) >= 2 * 5
+
+
 def test_b_moves_faster_than_a_only_where_told(tiny_base: Path, tmp_path: Path) -> None:
     # The first step of AdamW is the learning rate times the gradient's sign.
     moved = {}
