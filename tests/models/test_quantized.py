@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import plain_lora
 from torch import nn
 
 pytest.importorskip("bitsandbytes")
@@ -33,7 +34,10 @@ def layers_of(model: nn.Module) -> list[nn.Linear]:
 
 
 def quantized_pair(base: Path, quantization: str, spec: Any) -> tuple[nn.Module, nn.Module]:
-    """The quantized model, and a plain one with its dequantized weights; both with one adapter."""
+    """The quantized model, and one with its dequantized weights in PEFT's own code and autograd.
+
+    Both carry the same adapter.
+    """
     narrow = load_model(find_base(str(base)), torch.float32, quantization=quantization)
     dense = load_model(find_base(str(base)), torch.float32)
     plain = dict(dense.named_modules())
@@ -46,7 +50,7 @@ def quantized_pair(base: Path, quantization: str, spec: Any) -> tuple[nn.Module,
         for name, weight in sorted(model.named_parameters()):
             if "lora_B" in name or "ia3_l" in name:
                 weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
-    return adapted[0], adapted[1]
+    return adapted[0], plain_lora(adapted[1])
 
 
 def loss_and_gradients(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
