@@ -17,7 +17,7 @@ from alignkit.cli.output import print_json, print_pairs, say
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "pydantic")
 OPTIONAL = {
     "gguf": "reads GGUF files and fetched models: pip install 'alignkit[gguf]'",
-    "bitsandbytes": "not used yet: quantized bases come later",
+    "bitsandbytes": "quantized bases and 8-bit optimizers: pip install 'alignkit[quantization]'",
     "trl": "comparison with TRL: pip install 'alignkit[peers]'",
     "tensorboard": "the tensorboard tracker: pip install 'alignkit[trackers]'",
 }

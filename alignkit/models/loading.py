@@ -29,11 +29,21 @@ from alignkit.models.changes import (
     new_ids,
     scale_positions,
 )
-from alignkit.models.quantized import keep_trainable
+from alignkit.models.quantized import multiply_dense
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.registry import KNOWN_MODELS, model_folder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
+    "int8": {"load_in_8bit": True},
+}
+"""Name in a recipe -> settings of bitsandbytes for the storage; products are our own."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +219,8 @@ def load_model(
         base: from `find_base`.
         dtype: storage of the weights, and compute precision of quantized ones.
         device: where they go.
-        quantization: `none`, or `nf4` for 4-bit linear layers; the vocabulary head stays as it is.
+        quantization: `none`, or `nf4` or `int8` for linear layers in 4 or 8 bits; embeddings and
+            vocabulary head stay as they are.
 
     Returns:
         A transformers causal language model in evaluation mode; not marked as quantized unless it
@@ -237,7 +248,7 @@ def _load_unchanged(
             )
         options["config"] = load_config(replace(base, changes=BaseChanges(base.changes.rope)))
     if quantization != "none":
-        return _load_quantized(base, dtype, device, options)
+        return _load_quantized(base, dtype, device, quantization, options)
     if base.gguf:
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
@@ -250,19 +261,18 @@ def _load_unchanged(
 
 
 def _load_quantized(
-    base: BaseModel, dtype: torch.dtype, device: torch.device | str, options: dict[str, Any]
+    base: BaseModel,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantization: str,
+    options: dict[str, Any],
 ) -> Any:
     if base.gguf:
         raise ModelError(
-            f"{base.name} is a GGUF file, which model.quantization = nf4 cannot read",
+            f"{base.name} is a GGUF file, which model.quantization = {quantization} cannot read",
             hint="name a folder with safetensors, or set model.quantization=none",
         )
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    config = BitsAndBytesConfig(**_QUANTIZATIONS[quantization])
     with _reading(base, "the weights"):
         model = AutoModelForCausalLM.from_pretrained(
             base.location,
@@ -272,7 +282,7 @@ def _load_quantized(
             use_safetensors=True,
             **options,
         )
-    keep_trainable(model)
+    multiply_dense(model, dtype)
     return model.eval()
 
 

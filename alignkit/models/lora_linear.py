@@ -7,8 +7,8 @@ cast to the compute dtype for the product only, or once for all of a sampling. I
 the update to an output that is rounded already, where small updates vanish; here the sum is rounded
 once. Modules, parameter names and files stay PEFT's.
 
-Layers with dropout, DoRA or several active adapters keep PEFT's code. A 4-bit weight is dense only
-while it is multiplied, once in each direction.
+Layers with dropout, DoRA or several active adapters keep PEFT's code. A quantized weight is dense
+only while it is multiplied, once in each direction.
 """
 
 from __future__ import annotations
@@ -35,14 +35,12 @@ class _Frozen(NamedTuple):
     """What a layer multiplies with beside its factors.
 
     Args:
-        weight: `[O, I]`, or in 4 bits.
-        bias: `[O]`.
+        base: linear layer with its weight `[O, I]`, plain or quantized, and bias `[O]`.
         scale: s, of the update.
         rank: r, of the factors.
     """
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    base: Any
     scale: float
     rank: int
 
@@ -97,7 +95,7 @@ class _LoraProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = torch.mm(grad_low, narrow_a)
             for grad, layer in zip(grads, ctx.layers, strict=True):
-                add_product(grad_x, grad, dense_weight(layer.weight))
+                add_product(grad_x, grad, dense_weight(layer.base))
         return grad_x, None, None, *itertools.chain(*zip(grad_a, grad_b, strict=True))
 
 
@@ -110,9 +108,9 @@ def _products(
     for layer, part, b in zip(layers, parts, narrow.b, strict=True):
         # The small term first, so that the sum is rounded once. Added to an xWᵀ that is already
         # rounded to bfloat16, an update below half a unit in its last place would vanish.
-        y = add_product(torch.mm(part, b.T), x, dense_weight(layer.weight).T)
-        if layer.bias is not None:
-            y += layer.bias
+        y = add_product(torch.mm(part, b.T), x, dense_weight(layer.base).T)
+        if layer.base.bias is not None:
+            y += layer.base.bias
         outputs.append(y)
     return outputs, low
 
@@ -208,7 +206,7 @@ class Readers:
         """`first`, and with it those for which it may compute: nothing else in their state."""
         if first is not self.layers[0]:
             return [first]
-        dtype = weight_dtype(first.get_base_layer().weight)
+        dtype = weight_dtype(first.get_base_layer())
         return [layer for layer in self.layers if layer is first or _computes(layer, name, dtype)]
 
     def give(
@@ -234,7 +232,7 @@ def _computes(layer: Any, name: str, dtype: torch.dtype) -> bool:
         not layer.merged
         and not layer.disable_adapters
         and [other for other in layer.active_adapters if other in layer.lora_A] == [name]
-        and weight_dtype(layer.get_base_layer().weight) == dtype
+        and weight_dtype(layer.get_base_layer()) == dtype
     )
 
 
@@ -265,10 +263,10 @@ def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
     if taken is not None:
         return taken
     base = module.get_base_layer()
-    flat = x.to(weight_dtype(base.weight)).reshape(-1, x.shape[-1])
+    flat = x.to(weight_dtype(base)).reshape(-1, x.shape[-1])
     if module.disable_adapters:
         # In the same steps as below: a fresh adapter must change no bit.
-        plain = product(flat, dense_weight(base.weight).T)
+        plain = product(flat, dense_weight(base).T)
         plain = plain if base.bias is None else plain + base.bias
         return plain.view(*x.shape[:-1], -1)
     name = names[0]
@@ -285,5 +283,4 @@ def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
 
 
 def _frozen(layer: Any, name: str) -> _Frozen:
-    base = layer.get_base_layer()
-    return _Frozen(base.weight, base.bias, layer.scaling[name], layer.r[name])
+    return _Frozen(layer.get_base_layer(), layer.scaling[name], layer.r[name])

@@ -1,50 +1,94 @@
-"""Frozen weights in 4 bits: NF4 through bitsandbytes, dequantized where they are multiplied.
+"""Frozen weights in 4 or 8 bits: NF4 and int8 of bitsandbytes, dequantized where they multiply.
 
-A layer's weight is dense only during its own product. On a processor bitsandbytes repacks a layer
-for inference as soon as it runs in evaluation mode, and the repacked layer has no gradient: that
-repacking is turned off.
+A layer's weight is dense only during its own product. bitsandbytes' own products are not used. In
+evaluation they round the activations to 8 bits too (LLM.int8()), or repack a 4-bit layer into a
+layout without a gradient. What an adapter is trained over, what scores with adapters off and what
+samples must be one and the same model, in both modes and in both directions.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
 
+from alignkit.models.products import product
+
 try:
-    import bitsandbytes.functional as bitsandbytes
+    import bitsandbytes
 except ImportError:  # an extra: only quantized bases need it
     bitsandbytes = None
 
+_KINDS = bitsandbytes and (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+
+_INT8_STEPS = 127
+"""Steps from zero to the largest weight of a row."""
+
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether a linear layer holds its weight in 4 bits."""
-    return getattr(layer.weight, "quant_state", None) is not None
+    """Whether a linear layer holds its weight in 4 or 8 bits."""
+    return bool(_KINDS) and isinstance(layer, _KINDS)
 
 
-def dense_weight(weight: Any) -> torch.Tensor:
+def dense_weight(layer: Any) -> torch.Tensor:
     """`[O, I]` the weight of a linear layer as it is multiplied.
 
     Args:
-        weight: a plain weight, returned as it is, or a 4-bit one.
+        layer: a plain layer, whose weight is returned as it is, or a quantized one.
     """
-    state = getattr(weight, "quant_state", None)
-    if state is None:
+    weight = layer.weight
+    if not is_quantized(layer):
         return weight  # type: ignore[no-any-return]
-    dense: torch.Tensor = bitsandbytes.dequantize_4bit(weight.data, state)
-    return dense
+    if isinstance(layer, bitsandbytes.nn.Linear4bit):
+        dense: torch.Tensor = bitsandbytes.functional.dequantize_4bit(
+            weight.data, weight.quant_state
+        )
+        return dense
+    # In float32 between: a mixed product of torch takes four times as long on a processor.
+    scales = weight.SCB[:, None] / _INT8_STEPS
+    return weight.data.float().mul_(scales).to(layer.compute_dtype)
 
 
-def weight_dtype(weight: Any) -> torch.dtype:
+def weight_dtype(layer: Any) -> torch.dtype:
     """Precision in which a layer's weight is multiplied."""
-    state = getattr(weight, "quant_state", None)
-    dtype: torch.dtype = weight.dtype if state is None else state.dtype
+    dtype: torch.dtype = layer.compute_dtype if is_quantized(layer) else layer.weight.dtype
     return dtype
 
 
-def keep_trainable(model: nn.Module) -> None:
-    """Keep every 4-bit layer in the layout that has a gradient."""
+def multiply_dense(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let every quantized layer multiply with its dequantized weight.
+
+    Args:
+        model: as transformers loaded it.
+        dtype: of the products.
+    """
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if is_quantized(module):
+            module.compute_dtype = dtype
+            module.forward = functools.partial(_forward, module)
+
+
+class _DenseProduct(torch.autograd.Function):
+    """y = x Wᵀ of a frozen layer; W is dequantized once more for the gradient instead of kept.
+
+    Shapes: x `[T, I]`, W `[O, I]`, y `[T, O]`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: Any) -> torch.Tensor:
+        ctx.layer = layer
+        return product(x, dense_weight(layer).T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return product(grads[0], dense_weight(ctx.layer)), None
+
+
+def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    flat = x.to(layer.compute_dtype).reshape(-1, x.shape[-1])
+    y = _DenseProduct.apply(flat, layer)
+    y = y if layer.bias is None else y + layer.bias
+    output: torch.Tensor = y.view(*x.shape[:-1], -1)
+    return output

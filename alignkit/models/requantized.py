@@ -14,9 +14,9 @@ from alignkit.errors import ModelError
 from alignkit.models.quantized import dense_weight
 
 try:
-    from bitsandbytes.nn import Params4bit
+    import bitsandbytes
 except ImportError:  # an extra: only quantized bases need it
-    Params4bit = None
+    bitsandbytes = None
 
 
 def as_trained(
@@ -56,16 +56,25 @@ def quantized_names(skeleton: Any) -> set[str]:
 
 def through(weight: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
     """`[O, I]` a weight after quantization and back, in `dtype`."""
-    if Params4bit is None:
+    if bitsandbytes is None:
         raise ModelError(
             "the adapter was trained over a quantized base, which bitsandbytes computes",
             hint="pip install 'alignkit[quantization]'",
         )
-    if kind != "nf4":
+    narrow, sizes = weight.to(dtype).contiguous(), weight.shape[::-1]
+    layer: Any
+    if kind == "nf4":
+        layer = bitsandbytes.nn.Linear4bit(*sizes, bias=False, device="meta")
+        packed = bitsandbytes.nn.Params4bit(
+            narrow, requires_grad=False, quant_type="nf4", compress_statistics=True
+        )
+    elif kind == "int8":
+        layer = bitsandbytes.nn.Linear8bitLt(*sizes, bias=False, device="meta")
+        packed = bitsandbytes.nn.Int8Params(narrow, requires_grad=False, has_fp16_weights=False)
+    else:
         raise ModelError(
             f"the adapter was trained over weights in {kind!r}, which are not known here",
-            hint="nf4 is",
+            hint="nf4 and int8 are",
         )
-    narrow = weight.to(dtype).contiguous()
-    made = Params4bit(narrow, requires_grad=False, quant_type="nf4", compress_statistics=True)
-    return dense_weight(made.to(weight.device))
+    layer.weight, layer.compute_dtype = packed.to(weight.device), dtype
+    return dense_weight(layer)

@@ -198,6 +198,7 @@ def _arguments(recipe: Recipe, folder: Path, steps: int, *, tuned: bool) -> dict
         "lr_scheduler_type": training.schedule,
         "warmup_steps": round(warmup),
         "weight_decay": training.weight_decay,
+        **({} if training.optimizer == "adamw" else {"optim": training.optimizer}),
         "max_grad_norm": training.max_grad_norm or 0.0,
         "bf16": recipe.model.dtype == "bfloat16",
         "gradient_checkpointing": not tuned,

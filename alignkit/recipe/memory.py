@@ -15,8 +15,14 @@ from alignkit.recipe.schema import PpoRecipe, Recipe
 ROOM = 0.85
 """Share of the free memory that a plan may fill."""
 
-_NF4_BYTES = 0.516
-"""Bytes of a 4-bit weight with its doubly quantized scale."""
+_QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.01}
+"""Bytes of a quantized weight with its part of a scale: one for 64 weights, itself in 8 bits; one
+in float32 for each row, of some 500 weights or more."""
+
+_MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256}
+"""Bytes of an optimizer's state for each trained weight: two moments, in float32, or in 8 bits with
+a float32 scale each for 256 of them. Paged ones may leave the device; they are counted all the
+same."""
 
 _BRANCHES = 1.2
 """Further activations where prompts are shared: each branch has its own copy of their keys and
@@ -85,7 +91,8 @@ def estimate_memory(
     else:
         # Trained weights are float32; under autocast their narrow copies live beside them.
         weights = model.parameters * (4 if wide == 4 else 4 + wide)
-    state = model.trainable * 12
+    per_weight = 4 + _MOMENT_BYTES[recipe.training.optimizer]  # gradient and moments
+    state = round(model.trainable * per_weight)
     layer = _layer_bytes(model, wide)
     if checkpointing:
         activations = tokens * (model.layers * model.hidden * 4 + layer)
@@ -96,8 +103,7 @@ def estimate_memory(
     activations = round(activations * (1.35 if on_cpu else 1.1))
     if recipe.stage not in ("sft", "ppo"):
         activations = round(activations * _BRANCHES)
-    chunk = 3 * max(16 * 2**20, 16 * 4 * model.vocabulary)
-    workspace = chunk + tokens * (4 * model.intermediate + 4 * model.hidden) * wide
+    workspace = _workspace_bytes(recipe, model, tokens, wide)
     merging = 0
     if recipe.merge and adapted:
         merging = model.parameters * (4 + 4)
@@ -110,11 +116,10 @@ def estimate_memory(
         if adapted:
             # The value adapter is trained too; a reward adapter over the same base is not.
             second += model.trainable * 4
-            state += model.trainable * 16 if own_value else 0
+            state += round(model.trainable * (4 + per_weight)) if own_value else 0
         else:
             second += model.parameters * 4  # the reference, stored as the policy is
-            state += (weights + model.parameters * 12) if own_value else 0
-        workspace += SAMPLING_TOKENS * 2 * model.layers * model.key_value_width * wide
+            state += round(weights + model.parameters * per_weight) if own_value else 0
     training = libraries + weights + second + state + activations + workspace
     return MemoryEstimate(
         libraries=libraries,
@@ -130,14 +135,26 @@ def estimate_memory(
 
 def _base_bytes(recipe: Recipe, model: ModelFacts, wide: int) -> int:
     """Bytes of the frozen base; embeddings and vocabulary head are never quantized."""
-    if recipe.model.quantization == "none":
+    kind = recipe.model.quantization
+    if kind == "none":
         return model.parameters * wide
     narrow = model.layers * (
         2 * model.hidden * (model.attention_width + model.key_value_width)
         + 3 * model.hidden * model.intermediate
     )
     narrow = min(narrow, model.parameters)
-    return round(narrow * _NF4_BYTES) + (model.parameters - narrow) * wide
+    return round(narrow * _QUANTIZED_BYTES[kind]) + (model.parameters - narrow) * wide
+
+
+def _workspace_bytes(recipe: Recipe, model: ModelFacts, tokens: int, wide: int) -> int:
+    """Bytes that a pass takes beside what it keeps."""
+    workspace = 3 * max(16 * 2**20, 16 * 4 * model.vocabulary)  # logits of a chunk
+    workspace += tokens * (4 * model.intermediate + 4 * model.hidden) * wide
+    if recipe.model.quantization != "none":  # the largest layer, dense while it is multiplied
+        workspace += model.hidden * model.intermediate * (4 + wide)
+    if isinstance(recipe, PpoRecipe):
+        workspace += SAMPLING_TOKENS * 2 * model.layers * model.key_value_width * wide
+    return workspace
 
 
 def _layer_bytes(model: ModelFacts, wide: int) -> int:

@@ -24,7 +24,8 @@ HINTS = {
     "data.train": "a list of sources, as in [{path: data.jsonl}]",
     "adapter": "as in {kind: lora, rank: 16}",
     "adapter.rank": "8 to 64 is usual",
-    "model.quantization": "`nf4` keeps the frozen base in 4 bits; `none` in model.dtype",
+    "model.quantization": "`nf4` keeps the frozen base in 4 bits, `int8` in 8; `none` in "
+    "model.dtype",
     "stage": "sft, reward, dpo, kto or ppo",
     "objective.beta": "0.1 is the value of the DPO paper; smaller lets the policy move further "
     "from the reference",

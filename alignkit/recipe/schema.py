@@ -32,9 +32,10 @@ class ModelSpec(Section):
     """Hub id, folder, `.gguf` file, run folder (its `merged/`) or a name `alignkit fetch` knows."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Compute precision. Trainable weights and loss arithmetic are float32 in every case."""
-    quantization: Literal["none", "nf4"] = "none"
+    quantization: Literal["none", "nf4", "int8"] = "none"
     """Storage of the frozen base weights: `nf4` keeps them in 4 bits with double quantization
-    (QLoRA, https://arxiv.org/abs/2305.14314) and merges into the original weights."""
+    (QLoRA, https://arxiv.org/abs/2305.14314), `int8` in 8 bits with one scale a row. Products are
+    computed in `dtype`, and merging goes into the original weights."""
     attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = "auto"
     """`auto` packs rows without padding and checks itself against the model's own attention at
     the start; `packed` insists on it; the others are padded batches through transformers."""

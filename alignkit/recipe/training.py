@@ -30,8 +30,11 @@ class LoopSpec(Section):
     """Decoupled weight decay; not applied to biases and norms."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
     """Gradient norm above which gradients are scaled down; null never clips."""
-    optimizer: Literal["adamw"] = "adamw"
-    """AdamW with betas 0.9 and 0.999 and epsilon 1e-8; 1e-5 for ppo."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """AdamW with betas 0.9 and 0.999 and epsilon 1e-8; 1e-5 for ppo. `adamw_8bit` keeps its two
+    moments in 8 bits each (https://arxiv.org/abs/2110.02861), except those of weights with fewer
+    than 4,096 elements; `paged_adamw_8bit` lets them leave a full card for the main memory, on CUDA
+    only."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations to save memory; `auto` only when they would not fit."""
     log_every: PositiveInt = 1

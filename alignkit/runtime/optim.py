@@ -9,10 +9,48 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignkit.errors import TrainingError
+
+try:
+    import bitsandbytes
+except ImportError:  # an extra: only 8-bit optimizers need it
+    bitsandbytes = None
+
 ADAM_EPSILON = 1e-8
+
+_EIGHT_BITS = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
+"""Name in a recipe -> class of bitsandbytes."""
+
+_DEVICES = {"adamw_8bit": ("cuda", "cpu"), "paged_adamw_8bit": ("cuda",)}
+"""Where bitsandbytes has kernels. Elsewhere its paged optimizer silently does not page."""
 
 RATE_FACTOR = "rate_factor"
 """Key of a parameter group: its learning rate as a multiple of the schedule's."""
+
+
+def require_optimizer(kind: str, device: str) -> None:
+    """Refuse an optimizer that cannot run here.
+
+    Args:
+        kind: as in `build_optimizer`.
+        device: type of the device.
+
+    Raises:
+        TrainingError: bitsandbytes is missing, or has no kernels for the device.
+    """
+    if kind not in _EIGHT_BITS:
+        return
+    if bitsandbytes is None:
+        raise TrainingError(
+            f"training.optimizer = {kind} needs bitsandbytes, which is not installed",
+            hint="pip install 'alignkit[quantization]'",
+        )
+    if device not in _DEVICES[kind]:
+        others = [name for name, devices in _DEVICES.items() if device in devices]
+        raise TrainingError(
+            f"training.optimizer = {kind} runs on {' and '.join(_DEVICES[kind])}, not on {device}",
+            hint=f"set training.optimizer={' or '.join([*others, 'adamw'])}",
+        )
 
 
 def build_optimizer(
@@ -20,16 +58,21 @@ def build_optimizer(
     learning_rate: float,
     weight_decay: float,
     *,
+    kind: str = "adamw",
     epsilon: float = ADAM_EPSILON,
     b_rate: float = 1.0,
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """AdamW over the trainable weights.
+
+    In 8 bits a moment is rounded to one of 256 values, scaled by the largest of 256 neighbours.
+    Weights with fewer than 4,096 elements keep theirs in float32: bitsandbytes' default.
 
     Args:
         parameters: names and weights; those without `requires_grad` are left out.
         learning_rate: peak; the schedule scales it.
         weight_decay: decoupled; not applied to vectors (biases and norms) nor to IA3's scales,
             whose neutral value is 1.
+        kind: `adamw`, `adamw_8bit` or `paged_adamw_8bit`, which `require_optimizer` has let pass.
         epsilon: added to the root of the second moment.
         b_rate: learning rate of LoRA's B matrices as a multiple of all others' (LoRA+,
             https://arxiv.org/abs/2402.12354).
@@ -48,8 +91,14 @@ def build_optimizer(
         }
         for (plain, faster), weights in sorted(kinds.items(), key=lambda item: item[0])
     ]
+    options: dict[str, Any] = {"lr": learning_rate, "betas": (0.9, 0.999), "eps": epsilon}
+    if kind in _EIGHT_BITS:
+        made: torch.optim.Optimizer = getattr(bitsandbytes.optim, _EIGHT_BITS[kind])(
+            groups, **options
+        )
+        return made
     fused = all(p.device.type in ("cuda", "cpu") for _, p in named)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=epsilon, fused=fused)
+    return torch.optim.AdamW(groups, fused=fused, **options)
 
 
 class Optimizers:

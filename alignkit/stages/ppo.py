@@ -157,12 +157,17 @@ def start_ppo(
     Returns:
         The run and the number of steps already done.
     """
-    decay, value_rate = recipe.training.weight_decay, recipe.value.learning_rate
+    training, value_rate = recipe.training, recipe.value.learning_rate
     assert value_rate is not None  # with_defaults
     optimizers = Optimizers(
         {
             name: build_optimizer(
-                weights, rate, decay, epsilon=EPSILON, b_rate=b_rate(recipe.adapter)
+                weights,
+                rate,
+                training.weight_decay,
+                kind=training.optimizer,
+                epsilon=EPSILON,
+                b_rate=b_rate(recipe.adapter),
             )
             for name, weights, rate in (
                 ("policy", roles.policy_weights, plan.learning_rate),
@@ -180,7 +185,7 @@ def start_ppo(
         stop_tokens(inner, rows.tokenizer),
     )
     engine = TransformersEngine(inner, DTYPES[recipe.model.dtype], settings, SAMPLING_TOKENS)
-    limit, budget = recipe.training.max_grad_norm, plan.microbatch_tokens
+    limit, budget = training.max_grad_norm, plan.microbatch_tokens
     samples = None
     if session.folder is not None:
         samples = SamplesFile(session.folder.path / "samples.jsonl", first_step or None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from alignkit.recipe.plan import Plan
 from alignkit.recipe.schema import DpoRecipe, KtoRecipe, PpoRecipe, Recipe, RewardRecipe
+from alignkit.runtime.devices import find_device
+from alignkit.runtime.optim import require_optimizer
 from alignkit.stages.kto import run_kto
 from alignkit.stages.outputs import RunSummary
 from alignkit.stages.ppo import prepare_ppo, run_ppo
@@ -20,7 +22,11 @@ def plan_stage(recipe: Recipe, processes: int) -> tuple[AnyRows, Plan]:
     Args:
         recipe: with its defaults.
         processes: training processes.
+
+    Raises:
+        AlignkitError: anything the user can mend.
     """
+    require_optimizer(recipe.training.optimizer, find_device())
     if isinstance(recipe, PpoRecipe):
         made = prepare_ppo(recipe, processes)
         return made.rows, made.plan
@@ -41,6 +47,7 @@ def run_stage(recipe: Recipe, options: RunOptions) -> RunSummary | None:
     Raises:
         AlignkitError: anything the user can mend.
     """
+    require_optimizer(recipe.training.optimizer, find_device())
     if isinstance(recipe, RewardRecipe):
         return run_reward(recipe, options)
     if isinstance(recipe, DpoRecipe):

@@ -175,6 +175,7 @@ class Session:
             scorer.named_parameters(),
             plan.learning_rate,
             decay,
+            kind=self.recipe.training.optimizer,
             b_rate=b_rate(self.recipe.adapter),
         )
         first_step, _ = self.restore(scorer, optimizer)

@@ -159,6 +159,31 @@ def test_a_frozen_copy_is_a_second_set_of_weights(adapter: str, dtype: str, widt
     assert dataclasses.replace(copy, reference=0, peak=without.peak) == without
 
 
+def test_what_quantized_weights_take() -> None:
+    # Per layer: q and o 512 × 512 each, k and v 256 × 512 each, three of 1536 × 512.
+    narrow = 12 * (2 * 512 * 512 + 2 * 256 * 512 + 3 * 1536 * 512)
+    weights = {
+        kind: plan("sft", model={"base": "m", "quantization": kind}).memory.weights
+        for kind in ("none", "nf4", "int8")
+    }
+    # 2 bytes each; a byte and a float32 scale a row; half a byte, and for 64 weights a scale.
+    assert weights["none"] - weights["int8"] == pytest.approx(narrow * (2 - 1.008), rel=0.01)
+    assert weights["none"] - weights["nf4"] == pytest.approx(narrow * (2 - 0.516), rel=0.01)
+
+
+def test_what_the_optimizer_keeps() -> None:
+    def state(kind: str, stage: str = "sft") -> int:
+        return plan(stage, training={"optimizer": kind}).memory.training_state
+
+    # A gradient and two moments: in float32, or in a byte each with a float32 scale for 256.
+    assert state("adamw") == MODEL.trainable * (4 + 2 * 4)
+    assert state("adamw_8bit") == MODEL.trainable * (4 + 2 * (1 + 4 / 256))
+    assert state("paged_adamw_8bit") == state("adamw_8bit")
+    # The value adapter's weights are counted with its state.
+    assert state("adamw", "ppo") == 2 * state("adamw") + 4 * MODEL.trainable
+    assert state("adamw_8bit", "ppo") == 2 * state("adamw_8bit") + 4 * MODEL.trainable
+
+
 def test_the_plan_counts_the_copy() -> None:
     peaks = {
         kind: plan("dpo", reference={"kind": kind}).memory.peak

@@ -1,4 +1,4 @@
-"""Every kind of adapter in every stage, over plain and 4-bit bases: trained, read, merged."""
+"""Every kind of adapter in every stage, over plain and quantized bases: trained, read, merged."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ ROWS = torch.arange(5, 65).view(3, 20)
 
 cases = pytest.mark.parametrize(
     ("kind", "quantization"),
-    [(name, "none") for name in KINDS] + [(name, "nf4") for name in ADAPTERS],
+    [(name, "none") for name in KINDS]
+    + [(name, quantization) for quantization in ("nf4", "int8") for name in ADAPTERS],
 )
 
 
@@ -123,9 +124,20 @@ def test_trained_saved_read_and_merged(
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=3e-4)
 
 
-@pytest.mark.parametrize("kind", ["dora", "lora+", "ia3", "frozen"])
-def test_resuming_is_exact(kind: str, tiny_base: Path, tmp_path: Path) -> None:
-    fields = {"training__save_every": 2, "training__max_steps": 4}
+INT8, EIGHT_BIT_STATE = {"model__quantization": "int8"}, {"training__optimizer": "adamw_8bit"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "further"),
+    [(kind, {}) for kind in ("dora", "lora+", "ia3", "frozen")]
+    + [("lora", INT8), ("full", EIGHT_BIT_STATE)],
+)
+def test_resuming_is_exact(
+    kind: str, further: dict[str, str], tiny_base: Path, tmp_path: Path
+) -> None:
+    if further:
+        pytest.importorskip("bitsandbytes")
+    fields = {"training__save_every": 2, "training__max_steps": 4, **further}
     straight = run_of(tmp_path / "straight", tiny_base, "sft", kind, **fields)
     broken = run_of(tmp_path / "broken", tiny_base, "sft", kind, **fields)
     # As if the process had died after its second step.
@@ -143,6 +155,22 @@ def test_resuming_is_exact(kind: str, tiny_base: Path, tmp_path: Path) -> None:
     assert again[:2] == lines[:2]  # not from the beginning
     name = "merged/model.safetensors"
     assert (broken / name).read_bytes() == (straight / name).read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_the_stored_state_has_8_bits(stage: str, tiny_base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    make = make_ppo_recipe if stage == "ppo" else make_recipe
+    fields = {"training__max_steps": 1, "merge": False, **EIGHT_BIT_STATE}
+    train(make(tmp_path, tiny_base, adapter=KINDS["full"], **fields))
+    stored = torch.load(tmp_path / "run/checkpoints/step-000001/optimizer.pt", weights_only=True)
+    parts = [stored["policy"], stored["value"]] if stage == "ppo" else [stored]
+    for part in parts:
+        moments = [state["__bnb_optimizer_quant_state__"] for state in part["state"].values()]
+        for moment in moments:
+            wide = moment["state1"].numel() < 4096
+            assert moment["state1"].dtype == (torch.float32 if wide else torch.uint8)
+        assert sum(moment["state1"].dtype == torch.uint8 for moment in moments) >= 2 * 5
 
 
 def test_b_moves_faster_than_a_only_where_told(tiny_base: Path, tmp_path: Path) -> None:

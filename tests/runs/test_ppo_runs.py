@@ -6,6 +6,7 @@ which makes 1e-5 of it where a gradient is near zero.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import math
@@ -555,9 +556,10 @@ def test_bfloat16(kind: str, tiny_base: Path, tmp_path: Path) -> None:
     assert_moved(run)
 
 
-def test_quantized_base(tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantized_base(quantization: str, tiny_base: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    fields = {"model__quantization": "nf4", "merge": True}
+    fields = {"model__quantization": quantization, "merge": True}
     run = run_of(tmp_path, tiny_base, **fields)
     assert steps_of(run)[0]["kl/k1"] == pytest.approx(0.0, abs=1e-5)
     assert_moved(run)
@@ -621,6 +623,9 @@ RESUMED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "lora": ({}, [ADAPTER, VALUE, DENSE]),
     "full": ({**FULL, "value": {"kind": "head"}}, [DENSE]),
 }
+if importlib.util.find_spec("bitsandbytes"):  # in 8 bits: weights with 4,096 elements or more
+    full = {**FULL, "training__optimizer": "adamw_8bit"}
+    RESUMED["full with 8-bit state"] = (full, [DENSE])
 
 
 def resumable(case: str, folder: Path, base: Path) -> Path:

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from running import make_recipe
 from torch import nn
 
-from alignkit.runtime.optim import build_optimizer, learning_rate_at, set_learning_rate
+from alignkit.errors import TrainingError
+from alignkit.runtime import optim
+from alignkit.runtime.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from alignkit.runtime.optim import (
+    build_optimizer,
+    learning_rate_at,
+    require_optimizer,
+    set_learning_rate,
+)
+
+optimizers = pytest.mark.parametrize(
+    "kind",
+    [
+        "adamw",
+        pytest.param("adamw_8bit", marks=pytest.mark.skipif(not optim.bitsandbytes, reason="")),
+    ],
+)
+needs_bitsandbytes = pytest.mark.skipif(not optim.bitsandbytes, reason="needs bitsandbytes")
 
 
 def rates(steps: int, warmup: int, schedule: str, peak: float = 1.0) -> list[float]:
@@ -45,10 +65,10 @@ def test_every_step_moves_and_none_beyond_the_peak(schedule: str, steps: int, wa
     assert found[warmup:] == sorted(found[warmup:], reverse=True)
 
 
-def test_vectors_do_not_decay() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    model[0].weight.requires_grad_(True)
-    optimizer = build_optimizer(model.named_parameters(), 0.1, weight_decay=0.5)
+@optimizers
+def test_vectors_do_not_decay(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
+    optimizer = build_optimizer(model.named_parameters(), 0.1, weight_decay=0.5, kind=kind)
     before = {name: value.clone() for name, value in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -59,15 +79,132 @@ def test_vectors_do_not_decay() -> None:
         torch.testing.assert_close(value, before[name] * factor, rtol=1e-6, atol=0)
 
 
-def test_the_first_step_of_adam_in_closed_form() -> None:
+@optimizers
+def test_the_first_step_of_adam_in_closed_form(kind: str) -> None:
     # m / (1 - β1) = g and v / (1 - β2) = g², so the weight moves by lr · g / (|g| + ε): by lr.
-    model = nn.Linear(2, 1, bias=False)
+    # Moments are rounded to 8 bits after a step, so that the first one is exact there too.
+    model = nn.Linear(64, 64, bias=False)
     before = model.weight.detach().clone()
-    optimizer = build_optimizer(model.named_parameters(), 0.1, 0.0)
-    model.weight.grad = torch.tensor([[3.0, -0.01]])
+    optimizer = build_optimizer(model.named_parameters(), 0.1, 0.0, kind=kind)
+    model.weight.grad = torch.tensor([[3.0, -0.01]]).repeat(64, 32)
     optimizer.step()
     moved = model.weight.detach() - before
-    torch.testing.assert_close(moved, torch.tensor([[-0.1, 0.1]]), rtol=1e-5, atol=0)
+    expected = torch.tensor([[-0.1, 0.1]]).repeat(64, 32)
+    torch.testing.assert_close(moved, expected, rtol=1e-5, atol=0)
+    moments = [value for value in optimizer.state[model.weight].values() if torch.is_tensor(value)]
+    eight_bit = [moment for moment in moments if moment.dtype == torch.uint8]
+    assert len(eight_bit) == (2 if kind == "adamw_8bit" else 0)
+
+
+@optimizers
+def test_epsilon_and_the_faster_group(kind: str) -> None:
+    # |g| = ε halves a step of Adam; B moves 16 times as far as A.
+    weights = {f"x.lora_{name}.w": nn.Parameter(torch.zeros(64, 64)) for name in "AB"}
+    optimizer = build_optimizer(weights.items(), 1.0, 0.0, kind=kind, epsilon=0.25, b_rate=16.0)
+    set_learning_rate(optimizer, 0.1)
+    for weight in weights.values():
+        weight.grad = torch.full((64, 64), 0.25)
+    optimizer.step()
+    for weight, expected in zip(weights.values(), (-0.05, -0.8), strict=True):
+        torch.testing.assert_close(weight.detach(), torch.full((64, 64), expected))
+
+
+class Regression(nn.Module):
+    """Weights that 8-bit AdamW keeps in 8 bits and in 32, and a gradient for step n."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(96, 64)})
+        self.small = nn.Linear(64, 8)
+
+    def train_for(self, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            x = torch.randn(32, 96, generator=torch.Generator().manual_seed(step))
+            self.small(self.lora_B["default"](x)).square().mean().backward()
+            set_learning_rate(optimizer, 1e-2 / (1 + step))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+@needs_bitsandbytes
+def test_state_in_8_bits_is_restored_to_the_last_bit(tmp_path: Path) -> None:
+    def start() -> tuple[Regression, torch.optim.Optimizer]:
+        model = Regression()
+        named = model.named_parameters()
+        return model, build_optimizer(named, 1e-2, 0.1, kind="adamw_8bit", b_rate=4.0)
+
+    straight, optimizer = start()
+    straight.train_for(optimizer, range(4))
+    save_checkpoint(tmp_path, 4, straight, optimizer, {}, keep=1)
+    straight.train_for(optimizer, range(4, 8))
+    checkpoint, _ = find_checkpoint(tmp_path)
+    assert checkpoint is not None
+    resumed, other = start()
+    load_checkpoint(checkpoint, resumed, other)
+    resumed.train_for(other, range(4, 8))
+    for name, weight in straight.named_parameters():
+        assert torch.equal(resumed.get_parameter(name), weight), name
+        mine, theirs = optimizer.state[weight], other.state[resumed.get_parameter(name)]
+        assert mine.keys() == theirs.keys()
+        assert mine["step"] == theirs["step"] == 8
+        wide = weight.numel() < 4096  # bitsandbytes' default
+        assert mine["state1"].dtype == (torch.float32 if wide else torch.uint8)
+        for key in mine.keys() - {"step"}:
+            assert torch.equal(mine[key], theirs[key]), (name, key)
+
+
+@needs_bitsandbytes
+def test_8_bits_follow_32() -> None:
+    ends = []
+    for kind in ("adamw", "adamw_8bit"):
+        model = Regression()
+        start = model.lora_B["default"].weight.detach().clone()
+        model.train_for(build_optimizer(model.named_parameters(), 1e-2, 0.0, kind=kind), range(20))
+        ends.append(model.lora_B["default"].weight.detach() - start)
+    # 8 bits keep a moment to some percent: the way is the same, not the last digits.
+    assert 0 < (ends[1] - ends[0]).norm() < 0.1 * ends[0].norm()
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "rule"),
+    [
+        ("paged_adamw_8bit", "cpu", "paged_adamw_8bit runs on cuda, not on cpu"),
+        ("paged_adamw_8bit", "mps", "paged_adamw_8bit runs on cuda, not on mps"),
+        ("adamw_8bit", "mps", "adamw_8bit runs on cuda and cpu, not on mps"),
+    ],
+)
+@needs_bitsandbytes
+def test_a_device_without_kernels_is_refused(kind: str, device: str, rule: str) -> None:
+    with pytest.raises(TrainingError, match=f"training.optimizer = {rule}") as caught:
+        require_optimizer(kind, device)
+    others = "adamw" if device == "mps" else "adamw_8bit or adamw"
+    assert caught.value.hint == f"set training.optimizer={others}"
+
+
+def test_what_runs_is_let_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "bitsandbytes", object())
+    for kind, device in (("adamw_8bit", "cpu"), ("adamw_8bit", "cuda"), ("adamw", "mps")):
+        require_optimizer(kind, device)
+    require_optimizer("paged_adamw_8bit", "cuda")
+
+
+def test_bitsandbytes_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "bitsandbytes", None)
+    require_optimizer("adamw", "cpu")
+    with pytest.raises(TrainingError, match="needs bitsandbytes, which is not installed") as caught:
+        require_optimizer("adamw_8bit", "cpu")
+    assert caught.value.hint == "pip install 'alignkit[quantization]'"
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("command", ["sft", "plan"])
+def test_refused_before_anything_is_read(command: str, alignkit: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, tmp_path / "nowhere", training__optimizer="paged_adamw_8bit")
+    done = alignkit(command, recipe, cwd=tmp_path)
+    assert done.code == 2
+    assert "runs on cuda, not on cpu" in done.stderr.replace("\n", " ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_frozen_weights_stay_out() -> None:
