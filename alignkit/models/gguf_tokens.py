@@ -104,7 +104,10 @@ def vocabulary_of(tokenizer: Any, rows: int, stops: Sequence[int]) -> Vocabulary
         if added["lstrip"] or added["rstrip"] or added["single_word"]:
             notes.append(f"{added['content']!r} takes in the spaces beside it; in GGUF it does not")
     if kind == "llama" and not after:
-        notes.append("after a special token readers of GGUF see a space where this tokenizer has none")
+        notes.append(
+            "after a special token, and before a text that starts with a space, readers of GGUF see "
+            "a space more than this tokenizer"
+        )
     templates = tokenizer.chat_template or {}
     return Vocabulary(
         kind=kind,
