@@ -75,9 +75,7 @@ class GgufReport:
             f"{self.texts} texts cut into the same tokens by the file's tokenizer",
         ]
         if self.type == "q8_0" and "f16" in self.tensors:
-            lines.append(
-                f"{self.tensors['f16']} tensors are f16: their rows are no multiple of 32"
-            )
+            lines.append(f"{self.tensors['f16']} tensors are f16: their rows are no multiple of 32")
         if self.logits is None:
             lines.append(
                 f"only tensors, settings and tokenizer were compared: transformers cannot load "

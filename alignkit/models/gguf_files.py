@@ -36,9 +36,7 @@ def require_gguf() -> None:
         ModelError: it is.
     """
     if gguf is None:
-        raise ModelError(
-            "the gguf package is not installed", hint="pip install 'alignkit[gguf]'"
-        )
+        raise ModelError("the gguf package is not installed", hint="pip install 'alignkit[gguf]'")
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,9 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", hint="the file may be cut off") from None
+        raise ModelError(
+            f"{path} cannot be read: {error}", hint="the file may be cut off"
+        ) from None
 
 
 def plan_tensors(config: Any, weights: SourceWeights) -> list[PlannedTensor]:

@@ -142,7 +142,9 @@ def _add_rope(settings: Settings, config: Any, family: Family) -> None:
         steps = torch.arange(0, head_width(config), 2).float() / head_width(config)
         settings.rope_factors = (rope["rope_theta"] ** -steps) / scaled
     elif kind != "default":
-        _refuse("rope_type", kind, f"default, linear, yarn or llama3, the last for Llama; {kind} no")
+        _refuse(
+            "rope_type", kind, f"default, linear, yarn or llama3, the last for Llama; {kind} no"
+        )
     extra = {name: value for name, value in rope.items() if name not in known and value is not None}
     extra = {name: value for name, value in extra.items() if (name, value) != _WHOLE_HEAD}
     for name, value in extra.items():

@@ -188,9 +188,7 @@ def _default_system(known: ChatFormat, text: str | None) -> str:
     return text[len(before) : len(text) - len(after)]
 
 
-def write_modelfile(
-    gguf_name: str, found: Recognised | None, stops: Sequence[str]
-) -> str:
+def write_modelfile(gguf_name: str, found: Recognised | None, stops: Sequence[str]) -> str:
     """The text of a Modelfile.
 
     Args:

@@ -48,6 +48,15 @@ def beside(output: Path) -> Iterator[Path]:
             ) from error
 
 
+def is_plain_model(folder: Path) -> bool:
+    """A model folder or an empty one; never a run, a home or a checkout."""
+    if not folder.is_dir():
+        return False
+    held = {child.name for child in folder.iterdir()}
+    folders = any(child.is_dir() for child in folder.iterdir())
+    return not held or ("config.json" in held and "run.json" not in held and not folders)
+
+
 def write_language_model(
     model: Any, tokenizer: Any, folder: Path, stop_tokens: Sequence[int]
 ) -> Any:
