@@ -30,6 +30,9 @@ from alignkit.packed import IntArray
 KINDS = {8: "int8", 4: "nf4"}
 """Bits -> what bitsandbytes calls it."""
 
+FAR = 0.1
+"""Nats per token above which the report warns; quantizing has no limit that is a fault."""
+
 
 @dataclass(frozen=True)
 class QuantizedReport:
@@ -57,12 +60,18 @@ class QuantizedReport:
 
     def lines(self) -> list[str]:
         """The report in sentences."""
-        return [
+        lines = [
             f"wrote {self.output} ({self.kind}, {self.megabytes:,.1f} MB instead of "
             f"{self.source_megabytes:,.1f})",
             f"{self.layers} layers in {self.kind}; every tensor read back bit for bit",
             f"against the source {self.logits.line()}",
         ]
+        if self.logits.mean_kl > FAR:
+            lines.append(
+                f"KL above {FAR} is far: expect other answers than the source's; small models lose "
+                "most, and --bits 8 loses less than 4"
+            )
+        return lines
 
 
 def export_quantized(
@@ -112,7 +121,7 @@ def export_quantized(
         del read_back
         exact = logits_on(load_model(base, torch.float32, device), samples)
         megabytes = _megabytes(written)
-    report = QuantizedReport(
+    return QuantizedReport(
         output=str(output),
         kind=KINDS[bits],
         layers=layers,
@@ -120,7 +129,6 @@ def export_quantized(
         source_megabytes=_megabytes(Path(base.location)),
         logits=closeness(exact, found),
     )
-    return report
 
 
 def _require_fit(base: BaseModel, output: Path, bits: int, overwrite: bool) -> None:

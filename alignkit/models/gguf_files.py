@@ -55,7 +55,7 @@ class Names:
 
 
 def stored_type(shape: tuple[int, ...], wanted: str) -> str:
-    """The type of one tensor: vectors stay f32, rows that are no whole number of blocks go to f16."""
+    """The type of one tensor: vectors stay f32, rows that are no whole blocks go to f16."""
     if len(shape) < 2:
         return "f32"
     if wanted == "q8_0" and shape[-1] % 32:

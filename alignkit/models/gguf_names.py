@@ -115,7 +115,7 @@ class SourceWeights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name in names:
             with _opened(folder / name) as file:
-                for key in file.keys():  # noqa: SIM118: the file is no mapping
+                for key in file.keys():  # noqa: SIM118
                     self.place[key] = folder / name
                     self.shapes[key] = tuple(file.get_slice(key).get_shape())
 

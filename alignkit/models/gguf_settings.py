@@ -186,6 +186,6 @@ def _add_period(settings: Settings, slides: list[bool], window: int, family: Fam
     if period != usual:
         settings.values["attention.sliding_window_pattern"] = period
         settings.notes.append(
-            f"one layer of {period} attends to everything instead of one of {usual}: readers of "
-            "GGUF from before 2026 compute it wrongly"
+            f"one layer of {period} attends to everything instead of one of {usual}: older readers "
+            "of GGUF compute it wrongly"
         )

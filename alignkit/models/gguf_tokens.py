@@ -105,8 +105,8 @@ def vocabulary_of(tokenizer: Any, rows: int, stops: Sequence[int]) -> Vocabulary
             notes.append(f"{added['content']!r} takes in the spaces beside it; in GGUF it does not")
     if kind == "llama" and not after:
         notes.append(
-            "after a special token, and before a text that starts with a space, readers of GGUF see "
-            "a space more than this tokenizer"
+            "after a special token, and before a text that starts with a space, readers of GGUF "
+            "see one space more than this tokenizer"
         )
     templates = tokenizer.chat_template or {}
     return Vocabulary(
@@ -249,7 +249,7 @@ def _adds_bos(tokenizer: Any) -> bool:
 
 
 def tokenizer_from(vocabulary: Vocabulary) -> Tokenizer:
-    """The tokenizer that a file describes, without BOS; from its tokens, scores and merges alone."""
+    """The tokenizer that a file describes, without BOS, from what the file says alone."""
     vocab = {text: number for number, text in enumerate(vocabulary.tokens)}
     if vocabulary.kind == "gpt2":
         cuts, whole_words = CUTS[vocabulary.cut]

@@ -19,7 +19,7 @@ from alignkit.models.loading import quiet_transformers, share_files
 
 @contextlib.contextmanager
 def beside(output: Path) -> Iterator[Path]:
-    """A folder or file that takes the output's name when the block ends well, and vanishes otherwise.
+    """A folder or file that takes the output's name when the block ends well, else vanishes.
 
     Args:
         output: replaced if it exists.

@@ -1,4 +1,4 @@
-"""The model card of a merged or quantized model: what it was made from and how, measured results, licence.
+"""The model card of a merged or quantized model: origin, settings, measured results, licence.
 
 It names files and folders without the path to them: a card is made to be shared.
 """

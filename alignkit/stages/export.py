@@ -82,8 +82,8 @@ def gguf_of(source: str, *, output: Path | None, kind: str, overwrite: bool) -> 
     notes = [f"wrote {modelfile}"]
     if found is None:
         notes.append(
-            "the chat template is none that is known here: the Modelfile has no TEMPLATE, so Ollama "
-            "guesses one or sends plain text"
+            "the chat template is none that is known here: the Modelfile has no TEMPLATE, so "
+            "Ollama guesses one or sends plain text"
         )
     elif found.system:
         notes.append(f"the chat template's own system text is in the Modelfile: {found.system!r}")
