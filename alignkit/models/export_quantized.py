@@ -24,6 +24,7 @@ from alignkit.models.loading import (
     share_files,
     stored_dtype,
 )
+from alignkit.models.quantized import keep_trainable
 from alignkit.models.writing import beside, is_plain_model
 from alignkit.packed import IntArray
 
@@ -177,12 +178,14 @@ def _settings(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
 def _load(place: str, device: str, dtype: torch.dtype, **options: Any) -> Any:
     try:
         with quiet_transformers():
-            return AutoModelForCausalLM.from_pretrained(
+            model = AutoModelForCausalLM.from_pretrained(
                 place, dtype=dtype, device_map={"": device}, use_safetensors=True, **options
-            ).eval()
+            )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ModelError(f"the weights of {place} could not be quantized: {first_line}") from error
+    keep_trainable(model)  # repacking for processors fails on rows that are no multiple of 64
+    return model.eval()
 
 
 def count_quantized(model: Any) -> int:

@@ -67,7 +67,10 @@ def gguf_of(source: str, *, output: Path | None, kind: str, overwrite: bool) -> 
     name = short_name(base)
     output = (output or Path(f"{name}-{kind}.gguf")).expanduser()
     if output.suffix != ".gguf":
-        raise ModelError(f"--output must end in .gguf, got {str(output)!r}")
+        raise ModelError(
+            f"--output must end in .gguf, got {str(output)!r}",
+            hint=f"for example {output.with_suffix('.gguf')}",
+        )
     modelfile = output.with_suffix(".Modelfile")
     if modelfile.exists() and not overwrite:
         raise ModelError(
