@@ -123,6 +123,8 @@ def export_gguf(
     tokenizer = load_tokenizer(base)
     vocabulary = vocabulary_of(tokenizer, config.vocab_size, stop_ids(base, tokenizer))
     architecture = family_of(config).architecture
+    # transformers takes a Llama of just this name for another architecture, and fails.
+    title = "Mistral" if title == "mistral" else title
     names = Names(architecture, title, licence_of(base))
     samples = first_tokens(rows, int(settings.values["context_length"]))
     with beside(output) as written:

@@ -19,6 +19,8 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from alignkit.errors import ModelError
@@ -80,6 +82,35 @@ def test_every_family(family: str, kind: str, tmp_path: Path) -> None:
     assert report.logits.max_logit_difference < limit
     assert report.logits.mean_kl < {"f32": 1e-8, "f16": 1e-5, "q8_0": 5e-3}[kind]
     assert (report.logits.mean_kl > 0) == (kind != "f32")
+
+
+def test_qwen3(tmp_path: Path) -> None:
+    """Norms of queries and keys, and heads wider than the hidden size says."""
+    tokenizer = tiny_tokenizer("qwen")
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        initializer_range=0.15,
+    )
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    report = export(tmp_path, "qwen2", "q8_0")
+    assert report.architecture == "qwen3"
+    assert report.tensors == {"q8_0": 16, "f32": 9}
+    assert report.logits is not None
+    assert 0 < report.logits.mean_kl < 5e-3
+
+
+def test_a_model_called_mistral(tmp_path: Path) -> None:
+    # transformers looks at the name: this one alone would send it to another loader.
+    save_tiny(tmp_path / "base", "mistral")
+    assert export(tmp_path, "mistral", title="mistral").logits is not None
 
 
 def test_rows_of_queries_and_keys_in_closed_form(tmp_path: Path) -> None:
