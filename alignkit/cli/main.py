@@ -15,6 +15,7 @@ from alignkit.cli.chat import chat
 from alignkit.cli.data import data
 from alignkit.cli.doctor import doctor
 from alignkit.cli.evaluate import evaluate
+from alignkit.cli.export import export
 from alignkit.cli.fetch import fetch
 from alignkit.cli.generate import generate
 from alignkit.cli.inspect import inspect
@@ -41,6 +42,7 @@ app.command("run")(run)
 app.command("plan")(plan)
 app.command("inspect")(inspect)
 app.command("merge-lora")(merge_lora)
+app.add_typer(export, name="export")
 app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("eval")(evaluate)

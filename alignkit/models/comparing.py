@@ -32,17 +32,43 @@ class Sample:
     first: int
 
 
-def take_samples(rows: Sequence[IntArray]) -> list[Sample]:
+@dataclass(frozen=True)
+class Closeness:
+    """Two models on the same positions.
+
+    Args:
+        max_logit_difference: largest |difference| between logits.
+        mean_kl: KL(first ‖ second) in nats per token.
+        same_top_token: share of positions with the same likeliest token.
+        positions: tokens compared.
+    """
+
+    max_logit_difference: float
+    mean_kl: float
+    same_top_token: float
+    positions: int
+
+    def line(self) -> str:
+        """In a sentence."""
+        return (
+            f"on {self.positions} tokens: largest logit difference "
+            f"{self.max_logit_difference:.3g}, KL {self.mean_kl:.2g} nats/token, same top token "
+            f"{self.same_top_token:.1%}"
+        )
+
+
+def take_samples(rows: Sequence[IntArray], longest: int = _READ) -> list[Sample]:
     """Up to eight rows with `CHECK_TOKENS` compared positions in all.
 
     Args:
         rows: token ids of real rows.
+        longest: tokens of a row that are read at most.
     """
     samples: list[Sample] = []
     left = CHECK_TOKENS
     each = max(2, CHECK_TOKENS // max(1, min(_ROWS, len(rows))))
     for row in rows:
-        ids = torch.as_tensor(row[:_READ], dtype=torch.long)
+        ids = torch.as_tensor(row[: min(longest, _READ)], dtype=torch.long)
         compared = min(len(ids), each, left)
         if compared:
             samples.append(Sample(ids, len(ids) - compared))
@@ -53,13 +79,24 @@ def take_samples(rows: Sequence[IntArray]) -> list[Sample]:
 @torch.no_grad()
 def read_logits(model: Any, samples: Sequence[Sample]) -> torch.Tensor:
     """`[N, V]` float32 logits at the compared positions."""
-    found = [
-        model(
-            input_ids=one.ids[None], use_cache=False, logits_to_keep=len(one.ids) - one.first
-        ).logits[0, -(len(one.ids) - one.first) :]
-        for one in samples
-    ]
-    return torch.cat(found).float()
+    device = next(model.parameters()).device
+    found = []
+    for one in samples:
+        kept = len(one.ids) - one.first
+        ids = one.ids[None].to(device)
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
+        found.append(logits[0, -kept:].float().cpu())
+    return torch.cat(found)
+
+
+def closeness(exact: torch.Tensor, other: torch.Tensor) -> Closeness:
+    """Compare logits `[N, V]` of two models at the same positions."""
+    return Closeness(
+        max_logit_difference=float((other - exact).abs().max()),
+        mean_kl=mean_kl(exact, other),
+        same_top_token=float((other.argmax(-1) == exact.argmax(-1)).float().mean()),
+        positions=len(exact),
+    )
 
 
 def mean_kl(exact: torch.Tensor, other: torch.Tensor) -> float:

@@ -19,7 +19,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alignkit.errors import ModelError
-from alignkit.models.comparing import Sample, mean_kl, mean_loss, read_logits, take_samples
+from alignkit.models.comparing import (
+    Sample,
+    closeness,
+    mean_kl,
+    mean_loss,
+    read_logits,
+    take_samples,
+)
 from alignkit.models.loading import BaseModel, load_tokenizer
 from alignkit.models.merge_report import Drift, MergeReport, require_faithful
 from alignkit.models.merged_weights import MergedWeights, Onto, read_merged
@@ -91,11 +98,8 @@ def merge_adapter(
             modules=merge.modules,
             survived=merge.survived,
             rounding_error=merge.rounding_error,
-            max_logit_difference=float((found - exact).abs().max()),
-            mean_kl=mean_kl(exact, found),
             mean_kl_to_base=kl_to_base,
-            same_top_token=float((found.argmax(-1) == exact.argmax(-1)).float().mean()),
-            positions=len(exact),
+            **vars(closeness(exact, found)),
             loss=mean_loss(exact, samples),
             merged_loss=mean_loss(found, samples),
             quantized=quantized,

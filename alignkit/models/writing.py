@@ -21,7 +21,7 @@ from alignkit.models.quiet import quiet_transformers
 
 @contextlib.contextmanager
 def beside(output: Path) -> Iterator[Path]:
-    """A folder that takes the output's name when the block ends well, and vanishes otherwise.
+    """A folder or file that takes the output's name when the block ends well, else vanishes.
 
     Args:
         output: replaced if it exists.
@@ -48,6 +48,15 @@ def beside(output: Path) -> Iterator[Path]:
                 f"{output} could not be written: {error}",
                 hint="free disk space; nothing was kept",
             ) from error
+
+
+def is_plain_model(folder: Path) -> bool:
+    """A model folder or an empty one; never a run, a home or a checkout."""
+    if not folder.is_dir():
+        return False
+    held = {child.name for child in folder.iterdir()}
+    folders = any(child.is_dir() for child in folder.iterdir())
+    return not held or ("config.json" in held and "run.json" not in held and not folders)
 
 
 def write_language_model(

@@ -1,4 +1,4 @@
-"""The model card of a merged model: what it was made from and how, measured results, licence.
+"""The model card of a merged or quantized model: origin, settings, measured results, licence.
 
 It names files and folders without the path to them: a card is made to be shared.
 """
@@ -36,17 +36,19 @@ def write_card(
     before: dict[str, float] | None = None,
     after: dict[str, float] | None = None,
     report: Report | None = None,
+    quantized: Report | None = None,
     classifier: bool = False,
 ) -> None:
-    """Write `README.md` into a merged folder.
+    """Write `README.md` into a model folder.
 
     Args:
-        folder: of the merged model.
-        base: that was trained.
+        folder: of the model.
+        base: that was trained or quantized.
         recipe: of the run; None for an adapter from elsewhere.
         before: held-out values before training.
         after: the same at the end.
         report: of the merge; None where all weights were trained.
+        quantized: report of the export, where only the precision has changed.
         classifier: a reward model.
     """
     licence = licence_of(base)
@@ -61,6 +63,8 @@ def write_card(
     name = place.parent.name if place.name == "merged" else place.name
     parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {name}"]
     how = f"by the `{recipe.stage}` stage of" if recipe else "by merging an adapter with"
+    if quantized is not None:
+        how = "by quantizing it with"
     kind = "A reward model made" if classifier else "Made"
     parts.append(f"{kind} from {_short(base.name)} {how} alignkit {alignkit.__version__}.")
     if after:
@@ -74,6 +78,8 @@ def write_card(
     if report is not None:
         # The first line says where it was written.
         parts += ["## Merge", "\n".join(f"- {line}" for line in report.lines()[1:])]
+    if quantized is not None:
+        parts += ["## Quantization", "\n".join(f"- {line}" for line in quantized.lines()[1:])]
     parts += [
         "## Licence",
         f"That of the base: {licence}."

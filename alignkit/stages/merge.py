@@ -20,6 +20,7 @@ from alignkit.models.merged_weights import ONTO, Onto
 from alignkit.models.merging import merge_adapter
 from alignkit.models.opening import adapter_in, base_of_adapter
 from alignkit.models.updates import METHODS, AdapterPart, Blend, Method
+from alignkit.models.writing import is_plain_model
 from alignkit.packed import IntArray
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.load import load_recipe
@@ -184,22 +185,13 @@ def _check_output(output: Path, adapter: Path, overwrite: bool) -> None:
         raise ModelError(
             f"{output} already exists", hint="add --overwrite, or name another --output"
         )
-    if output.exists() and not _is_plain_model(output):
+    if output.exists() and not is_plain_model(output):
         raise ModelError(
             f"{output} is no merged model, so it is not overwritten",
             hint="name another --output",
         )
     if adapter.resolve().is_relative_to(output.resolve()):
         raise ModelError(f"{output} holds the adapter itself", hint="name another --output")
-
-
-def _is_plain_model(folder: Path) -> bool:
-    """A model folder or an empty one; never a run, a home or a checkout."""
-    if not folder.is_dir():
-        return False
-    held = {child.name for child in folder.iterdir()}
-    folders = any(child.is_dir() for child in folder.iterdir())
-    return not held or ("config.json" in held and "run.json" not in held and not folders)
 
 
 def _rows(
