@@ -53,9 +53,7 @@ def child(folder: Path, work: bool) -> None:
     """Merge, or only import what a merge imports, and print the peak."""
     from alignkit.models.loading import BaseModel
     from alignkit.models.merging import merge_adapter
-    from alignkit.runtime.devices import tune_allocator
 
-    tune_allocator()
     report, start = None, time.perf_counter()
     if work:
         rows = [torch.arange(100 + n, 200 + n).numpy() for n in range(4)]

@@ -16,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from alignkit.errors import ModelError
 from alignkit.models.changes import BaseChanges
+from alignkit.models.heap import release_memory
 from alignkit.models.loading import BaseModel, load_model, stored_dtype
 
 INDEX = "model.safetensors.index.json"
@@ -155,6 +156,7 @@ def write_weights(
     size = 0
     for name, held in files.items():
         size += _write_file(folder / name, {key: weight(key).contiguous() for key in held})
+        release_memory()
     if list(files) != [ONE_FILE]:
         places = {key: name for name, held in files.items() for key in held}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}

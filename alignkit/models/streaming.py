@@ -10,6 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from alignkit.models.heap import release_memory
 from alignkit.models.quiet import quiet_transformers
 
 _WRAPPERS = (".base_layer", ".original_module", ".token_adapter")
@@ -95,6 +96,7 @@ def streaming(model: Any, weight: Callable[[str], torch.Tensor]) -> Iterator[Non
 
         def after(module: nn.Module, _: Any, __: Any, held: Any = held) -> None:
             held.close()
+            release_memory()
 
         hooks += [
             part.register_forward_pre_hook(before),

@@ -44,12 +44,12 @@ from alignkit.errors import AlignkitError
 from alignkit.models.adapters import attach_adapter, peft_config
 from alignkit.models.classifier_chat import choose_padding
 from alignkit.models.facts import build_skeleton
+from alignkit.models.heap import release_memory
 from alignkit.models.loading import BaseModel, load_config, load_model
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.reward_head import new_head
 from alignkit.recipe.adapters import FullSpec, b_rate
 from alignkit.recipe.schema import Recipe
-from alignkit.runtime.devices import release_memory
 
 DPO_LOSSES = {
     "dpo": "sigmoid",

@@ -15,6 +15,12 @@ from alignkit.recipe.schema import PpoRecipe, Recipe
 ROOM = 0.85
 """Share of the free memory that a plan may fill."""
 
+_MERGED_FILE = 5_000_000_000
+"""Bytes of the largest file of weights that transformers writes."""
+
+_MERGE_ROOM = 400_000_000
+"""Bytes of a merge beside its files: one layer, logits to compare. Fitted to measured peaks."""
+
 _QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.01}
 """Bytes of a quantized weight with its part of a scale: one for 64 weights, itself in 8 bits; one
 in float32 for each row, of some 500 weights or more."""
@@ -106,7 +112,9 @@ def estimate_memory(
     workspace = _workspace_bytes(recipe, model, tokens, wide)
     merging = 0
     if recipe.merge and adapted:
-        merging = model.parameters * (4 + 4)
+        # Files of at most 5 GB, three at once, and both ends of the vocabulary in float32.
+        merging = 3 * min(_MERGED_FILE, model.parameters * wide) + _MERGE_ROOM
+        merging += 2 * 4 * model.vocabulary * model.hidden
     second = 0
     if reference == "frozen_copy":  # stored as the policy's own base weights are
         second = _base_bytes(recipe, model, wide) if adapted else model.parameters * 4

@@ -12,6 +12,7 @@ import torch
 from alignkit.errors import RoundingError
 from alignkit.models.adapter_files import TrainedOver, save_adapter
 from alignkit.models.classifier import ClassifierReport, merge_reward, write_reward
+from alignkit.models.heap import release_memory
 from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import stored_dtype
 from alignkit.models.merge_report import MergeReport
@@ -19,7 +20,6 @@ from alignkit.models.merging import merge_adapter, write_dense
 from alignkit.models.reward_head import RewardStatistics
 from alignkit.models.scorer import causal_model
 from alignkit.recipe.adapters import FullSpec
-from alignkit.runtime.devices import release_memory
 from alignkit.runtime.metrics import read_metrics
 from alignkit.stages.card import write_card
 from alignkit.stages.ppo_step import PpoRun

@@ -19,8 +19,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from alignkit.errors import AlignkitError, Interrupted, RecipeError, RunError
+from alignkit.models.heap import release_memory
 from alignkit.recipe.pipeline import Pipeline, Step
-from alignkit.runtime.devices import release_memory
 from alignkit.runtime.progress import print_line
 from alignkit.stages.fingerprints import describe_changes
 from alignkit.stages.pipeline_state import PipelineState, Record
