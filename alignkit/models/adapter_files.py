@@ -161,7 +161,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
             f"the adapter in {folder} does not fit the base: {' '.join(lines[:2])[:300]}",
             hint="name the base it was trained on with --base",
         ) from error
-    _require_whole(folder, set(stored) - {HEAD_KEY, HEAD_KEY.replace("weight", "bias")}, loaded)
+    require_whole(folder, set(stored) - {HEAD_KEY, HEAD_KEY.replace("weight", "bias")}, loaded)
     use_fast_lora(loaded)
     return loaded.eval()
 
@@ -189,8 +189,17 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return stored
 
 
-def _require_whole(folder: Path, stored: set[str], loaded: PeftModel) -> None:
-    """PEFT fills what a file lacks with fresh weights, and skips what has no place."""
+def require_whole(folder: Path, stored: set[str], loaded: PeftModel) -> None:
+    """Refuse what PEFT lets pass: it fills what is missing with fresh weights and skips the rest.
+
+    Args:
+        folder: of the adapter.
+        stored: names of its tensors, without a head's.
+        loaded: carries an adapter of that shape.
+
+    Raises:
+        ModelError: a tensor is missing, or has no place.
+    """
     expected = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
     missing, odd = sorted(expected - stored), sorted(stored - expected - set(loaded.state_dict()))
     if missing:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, create_model
 
 from alignkit.recipe.section import Positive, Section
 
 Rank = Annotated[int, Field(ge=1, le=4096)]
 
 
-class LoraSpec(Section):
+_FROM: dict[str, Any] = {  # `from` cannot be written as an attribute
+    "from": (
+        str | None,
+        Field(
+            default=None,
+            description="A run or adapter folder whose adapter is trained on, over the same base; "
+            "its rank, targets and so on are taken from there. Not where a reference model is "
+            "compared with: name the run as model.base there.",
+        ),
+    )
+}
+_Continued: Any = create_model("_Continued", __base__=Section, **_FROM)
+
+
+class LoraSpec(_Continued):
     """Low-rank adapters, W + (alpha / rank) · B A (https://arxiv.org/abs/2106.09685)."""
 
     kind: Literal["lora"] = "lora"
@@ -41,7 +55,7 @@ class LoraSpec(Section):
     """Learning rate of B as a multiple of A's; LoRA+ takes 16 (https://arxiv.org/abs/2402.12354)."""
 
 
-class Ia3Spec(Section):
+class Ia3Spec(_Continued):
     """Learned scales of a few layers' outputs or inputs, and nothing else
     (https://arxiv.org/abs/2205.05638)."""
 
@@ -70,6 +84,12 @@ AdapterSpec = Annotated[LoraSpec | Ia3Spec | FullSpec, Field(discriminator="kind
 def has_adapter(spec: LoraSpec | Ia3Spec | FullSpec) -> bool:
     """Whether the base stays frozen under what is trained."""
     return not isinstance(spec, FullSpec)
+
+
+def continues(spec: LoraSpec | Ia3Spec | FullSpec) -> str | None:
+    """The folder of the adapter that is trained on; None for a fresh one."""
+    found: str | None = getattr(spec, "from", None)
+    return found
 
 
 def b_rate(spec: LoraSpec | Ia3Spec | FullSpec) -> float:

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from alignkit.errors import AlignkitError, RecipeError
+from alignkit.recipe.adapters import continues
 from alignkit.recipe.assets import assets_root, find_path
 from alignkit.recipe.document import (
     Document,
@@ -205,7 +206,10 @@ def _with_paths(recipe: Recipe, document: Document) -> Recipe:
         "base": place_path(recipe.model.base, document) or recipe.model.base,
         "chat_template": placed or template,
     }
+    before = continues(recipe.adapter)
+    adapter = {"from": place_path(before, document) or before} if before else {}
     changes: dict[str, Any] = {
+        "adapter": recipe.adapter.model_copy(update=adapter),
         "model": recipe.model.model_copy(update=model),
         "data": data.model_copy(update=sources),
     }

@@ -19,6 +19,7 @@ STAGE_NAME = re.compile(r"[A-Za-z_][\w-]*")
 _FILES = (
     ("model", "base"),
     ("model", "chat_template"),
+    ("adapter", "from"),
     ("data", "train", "path"),
     ("data", "eval", "path"),
     ("reward", "model"),

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from alignkit.recipe.adapters import AdapterSpec, FullSpec, Ia3Spec, LoraSpec
+from alignkit.recipe.adapters import AdapterSpec, FullSpec, Ia3Spec, LoraSpec, continues
 from alignkit.recipe.objectives import (
     REFERENCE_FREE,
     BradleyTerrySpec,
@@ -95,6 +95,15 @@ class BaseRecipe(Section):
         return value
 
 
+def _refuse_continuing(adapter: Any) -> None:
+    """Where the reference is the base with adapters off, the policy must start there."""
+    if adapter is not None and continues(adapter):
+        raise ValueError(
+            "is compared with a reference, which `adapter.from` would make the bare base: set "
+            "model.base to the run instead, which is merged first"
+        )
+
+
 class SftRecipe(BaseRecipe):
     """Supervised fine-tuning with prompt-masked loss."""
 
@@ -126,10 +135,19 @@ class DpoRecipe(BaseRecipe):
     """The training stage."""
     training: TrainingSpec = TrainingSpec()
     """The optimizer step and the loop around it."""
-    objective: PreferenceSpec = DpoSpec(kind="dpo")
+    objective: PreferenceSpec = Field(default=DpoSpec(kind="dpo"), validate_default=True)
     """The loss; each kind has its own fields."""
     reference: ReferenceSpec | None = None
     """The model to compare with; none for `simpo`, `orpo` and `cpo`."""
+
+    @field_validator("objective")
+    @classmethod
+    def _starts_at_its_reference(
+        cls, value: PreferenceSpec, info: ValidationInfo
+    ) -> PreferenceSpec:
+        if value.kind not in REFERENCE_FREE:
+            _refuse_continuing(info.data.get("adapter"))
+        return value
 
     @field_validator("reference")
     @classmethod
@@ -153,6 +171,12 @@ class KtoRecipe(BaseRecipe):
     """The loss."""
     reference: ReferenceSpec = ReferenceSpec()
     """The model to compare with."""
+
+    @field_validator("adapter")
+    @classmethod
+    def _starts_at_its_reference(cls, value: AdapterSpec) -> AdapterSpec:
+        _refuse_continuing(value)
+        return value
 
 
 class PpoRecipe(BaseRecipe):
@@ -199,6 +223,7 @@ class PpoRecipe(BaseRecipe):
     def _no_dropout(cls, value: AdapterSpec) -> AdapterSpec:
         if isinstance(value, Ia3Spec):
             raise ValueError("has kind = ia3, which ppo does not train: use lora, or full")
+        _refuse_continuing(value)
         if isinstance(value, LoraSpec) and value.modules_to_save:
             raise ValueError("has modules_to_save, which ppo does not train: use full")
         if isinstance(value, LoraSpec) and value.dropout > 0:

@@ -14,6 +14,7 @@ from typing import Any
 
 import alignkit
 from alignkit.data.templates import template_text
+from alignkit.models.continued import adapter_folder
 from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import BaseModel, find_base
 from alignkit.models.opening import adapter_in, base_of_adapter
@@ -51,6 +52,10 @@ def training_inputs(recipe: Recipe) -> dict[str, str]:
     spec = recipe.model
     inputs["base"] = model_identity(spec.base, trust_remote_code=spec.trust_remote_code)
     values["model"]["base"] = None
+    before = adapter_folder(recipe.adapter)
+    if before is not None:
+        inputs["adapter"] = adapter_identity(before)
+        values["adapter"]["from"] = None
     if spec.chat_template:
         text = template_text(spec.chat_template)
         inputs["chat template"] = hashlib.sha256(text.encode()).hexdigest()
@@ -127,19 +132,34 @@ def model_identity(name: str, *, trust_remote_code: bool = False) -> str:
     digest = hashlib.sha256()
     base = model_place(name, trust_remote_code=trust_remote_code)
     digest.update(weights_fingerprint(base).encode())
-    folders = [Path(base.location)]
-    adapter = adapter_in(name)
+    folder, adapter = Path(base.location), adapter_in(name)
+    digest.update(_small_files(folder).encode())
     if adapter is not None:
-        folders.append(adapter)
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        config.pop("base_model_name_or_path", None)  # a place, and its weights are hashed
-        lists = {key: sorted(map(str, v)) for key, v in config.items() if isinstance(v, list)}
-        digest.update(json.dumps(config | lists, sort_keys=True).encode())  # PEFT writes sets
-    for folder in folders:
-        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            whole = path.name.startswith(("tokenizer", "adapter_model"))
-            if whole or path.name in ("chat_template.jinja", "reward.json"):
-                digest.update(f"{path.name}:{_hash_file(path)}".encode())
+        digest.update(adapter_identity(adapter).encode())
+    return digest.hexdigest()
+
+
+def adapter_identity(adapter: Path) -> str:
+    """A hash of an adapter's contents, without its base.
+
+    Args:
+        adapter: PEFT adapter folder.
+    """
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config.pop("base_model_name_or_path", None)  # a place
+    lists = {key: sorted(map(str, v)) for key, v in config.items() if isinstance(v, list)}
+    digest = hashlib.sha256(json.dumps(config | lists, sort_keys=True).encode())  # PEFT writes sets
+    digest.update(_small_files(adapter).encode())
+    return digest.hexdigest()
+
+
+def _small_files(folder: Path) -> str:
+    """What training changes beside large weights, read whole."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        whole = path.name.startswith(("tokenizer", "adapter_model"))
+        if whole or path.name in ("chat_template.jinja", "reward.json"):
+            digest.update(f"{path.name}:{_hash_file(path)}".encode())
     return digest.hexdigest()
 
 

@@ -25,6 +25,7 @@ from alignkit.data.templates import template_text
 from alignkit.data.tokenize import RowKind, TokenizeSettings
 from alignkit.errors import AlignkitError
 from alignkit.models.classifier import require_classifier
+from alignkit.models.continued import started_adapter
 from alignkit.models.facts import measure_model
 from alignkit.models.loading import BaseModel, load_config, load_tokenizer
 from alignkit.packed import IntArray, Role
@@ -189,7 +190,7 @@ def plan_run(recipe: Recipe, rows: Rows, processes: int) -> Plan:
         require_classifier(config)
     model = measure_model(
         config,
-        recipe.adapter,
+        started_adapter(recipe.adapter, rows.base),
         trust_remote_code=recipe.model.trust_remote_code,
         scalar_head=recipe.stage == "reward",
         new_tokens=len(recipe.model.add_tokens),

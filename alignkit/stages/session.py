@@ -14,10 +14,12 @@ from torch import nn
 
 from alignkit.data.report import DataReport
 from alignkit.errors import Interrupted, RunError
+from alignkit.models.adapter_files import has_head
 from alignkit.models.adapters import attach_adapter, trainable_report
+from alignkit.models.continued import adapter_folder, put_weights, started_adapter
 from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import DTYPES, BaseModel, load_model, token_rows
-from alignkit.models.reward_head import freeze_unused_head, new_head
+from alignkit.models.reward_head import freeze_unused_head, new_head, read_head
 from alignkit.models.selfcheck import build_scorer
 from alignkit.recipe.adapters import FullSpec, b_rate
 from alignkit.recipe.plan import Plan
@@ -28,6 +30,7 @@ from alignkit.runtime.metrics import MetricsFile
 from alignkit.runtime.optim import build_optimizer
 from alignkit.runtime.progress import StepProgress, print_line
 from alignkit.stages.batches import Batches
+from alignkit.stages.fingerprints import adapter_identity
 from alignkit.stages.loop import Loop
 from alignkit.stages.prepare import AnyRows, PromptRows, Rows, keep_plan, plan_run
 from alignkit.stages.run_folder import RunFolder, check_output, read_about, read_plan
@@ -131,8 +134,13 @@ class Session:
         device = self.accelerator.device
         model = load_model(base, self.weights_dtype, device, spec.quantization)
         added = token_rows(base)[0] if spec.add_tokens else []
-        model = attach_adapter(model, self.recipe.adapter, self.recipe.seed, added)
+        adapter, before = self.recipe.adapter, adapter_folder(self.recipe.adapter)
+        model = attach_adapter(model, started_adapter(adapter, base), self.recipe.seed, added)
         head = new_head(model, self.recipe.seed) if scalar_head else None
+        if before is not None:
+            put_weights(model, before)
+            if head is not None and has_head(before):
+                head.load_state_dict(read_head(before).state_dict())
         if scalar_head:
             freeze_unused_head(model)
         scorer = build_scorer(model, DTYPES[spec.dtype], spec.attention, self.say, head)
@@ -146,7 +154,7 @@ class Session:
     @contextlib.contextmanager
     def running(self, rows: AnyRows, plan: Plan) -> Iterator[None]:
         """Own the run folder; record how the run ends."""
-        about = _about(rows, self.options)
+        about = _about(rows, self.options, adapter_folder(self.recipe.adapter))
         if self.options.resume and (self.output / "run.json").is_file():
             _check_same_inputs(about, read_about(self.output))
         if self.leads:
@@ -275,6 +283,7 @@ def _check_same_inputs(now: dict[str, Any], before: dict[str, Any]) -> None:
         (name, {"fingerprint": new}, {"fingerprint": stored[name]} if name in stored else None)
         for name, new in models.items()
     ]
+    pairs.append(("adapter.from", now["adapter"], before.get("adapter")))
     for name, new, old in pairs:
         if old is not None and new["fingerprint"] != old["fingerprint"]:
             raise RunError(
@@ -283,11 +292,18 @@ def _check_same_inputs(now: dict[str, Any], before: dict[str, Any]) -> None:
             )
 
 
-def _about(rows: AnyRows, options: RunOptions) -> dict[str, Any]:
+def _about(rows: AnyRows, options: RunOptions, before: Path | None) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for name, dataset in (("train", rows.train), ("eval", rows.held_out)):
         if dataset is not None:
             data[name] = {"fingerprint": dataset.fingerprint, **dataset.report.to_json()}
     base = {"location": rows.base.location, "fingerprint": weights_fingerprint(rows.base)}
     rewards = rows.rewards if isinstance(rows, PromptRows) else {}
-    return {"command": options.command, "base": base, "data": data, "rewards": rewards}
+    adapter = {"fingerprint": None if before is None else adapter_identity(before)}
+    return {
+        "command": options.command,
+        "base": base,
+        "adapter": adapter,
+        "data": data,
+        "rewards": rewards,
+    }

@@ -1,0 +1,147 @@
+"""Training an existing adapter on: what it is, and its weights in their place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, set_peft_model_state_dict
+
+from alignkit.errors import ModelError
+from alignkit.models.adapter_files import (
+    HEAD_KEY,
+    read_adapter_config,
+    read_weights,
+    require_base,
+    require_whole,
+    trained_over,
+)
+from alignkit.models.loading import BaseModel
+from alignkit.models.opening import adapter_in
+from alignkit.models.quiet import quiet_transformers
+from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec, continues
+
+_LORA = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "targets": "target_modules",
+    "rslora": "use_rslora",
+    "dora": "use_dora",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "modules_to_save": "modules_to_save",
+}
+_IA3 = {"targets": "target_modules", "feedforward": "feedforward_modules"}
+"""Key of a recipe -> PEFT's name."""
+
+_UNKNOWN = (
+    "lora_bias",
+    "layers_to_transform",
+    "layers_pattern",
+    "layer_replication",
+    "exclude_modules",
+    "target_parameters",
+    "alora_invocation_tokens",
+)
+"""What PEFT can do and a recipe cannot say."""
+
+
+def started_adapter(
+    spec: LoraSpec | Ia3Spec | FullSpec, base: BaseModel
+) -> LoraSpec | Ia3Spec | FullSpec:
+    """What is trained, with the shape of the adapter that is trained on.
+
+    Args:
+        spec: of the recipe.
+        base: of the recipe; must be the one that the adapter was trained over.
+
+    Returns:
+        The spec itself where it names no adapter.
+
+    Raises:
+        ModelError: there is no such adapter, it is of another kind or base, or the recipe says
+            something else about its shape.
+    """
+    folder = adapter_folder(spec)
+    if folder is None or isinstance(spec, FullSpec):
+        return spec
+    require_base(folder, base)
+    over = trained_over(folder)
+    if over is not None and over.changes != base.changes:
+        raise ModelError(
+            f"{folder} was trained with other model.rope_scaling or model.add_tokens",
+            hint="give the recipe those of the run that it comes from",
+        )
+    config = read_adapter_config(folder)
+    kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    if kind != spec.kind:
+        raise ModelError(
+            f"adapter.kind = {spec.kind}, and {folder} is of kind {kind}",
+            hint=f"set adapter.kind={kind}",
+        )
+    odd = [name for name in _UNKNOWN if getattr(config, name, None)]
+    if odd:
+        raise ModelError(
+            f"{folder} uses PEFT's {odd[0]}, which alignkit does not train",
+            hint="merge it, and train a fresh adapter over the result",
+        )
+    names = _LORA if isinstance(spec, LoraSpec) else _IA3
+    found = {key: _plain(key, getattr(config, name)) for key, name in names.items()}
+    for key in spec.model_fields_set & found.keys():
+        own = _plain(key, getattr(spec, key))
+        if own not in (found[key], "all-linear"):
+            raise ModelError(
+                f"adapter.{key} = {own}, and the adapter in {folder} has {found[key]}",
+                hint=f"leave adapter.{key} away: it comes with the adapter",
+            )
+    return spec.model_copy(update=found)
+
+
+def adapter_folder(spec: LoraSpec | Ia3Spec | FullSpec) -> Path | None:
+    """Where the adapter is that is trained on; None for a fresh one.
+
+    Raises:
+        ModelError: the folder holds none.
+    """
+    name = continues(spec)
+    if name is None:
+        return None
+    folder = adapter_in(name)
+    if folder is None:
+        raise ModelError(
+            f"adapter.from = {name!r} holds no adapter: there is no adapter_config.json",
+            hint="name a run folder, its adapter/, or a folder written by PEFT",
+        )
+    return folder
+
+
+def put_weights(model: PeftModel, folder: Path) -> None:
+    """Give a fresh adapter of the same shape the stored weights.
+
+    Args:
+        model: carries the adapter.
+        folder: PEFT adapter folder; a head in it is not read.
+
+    Raises:
+        ModelError: a tensor is missing, left over, damaged or of another shape.
+    """
+    stored = {name: w for name, w in read_weights(folder).items() if name != HEAD_KEY}
+    require_whole(folder, set(stored), model)
+    try:
+        with quiet_transformers():
+            set_peft_model_state_dict(model, stored)
+    except (ValueError, RuntimeError, KeyError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"the adapter in {folder} does not fit the base: {first_line[:300]}",
+            hint="model.base must be the one that it was trained over",
+        ) from error
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value of PEFT's configuration as a recipe holds it."""
+    if key == "modules_to_save":
+        return tuple(sorted(set(value or ()) - {"score"}))
+    if isinstance(value, set | list | tuple):
+        return tuple(sorted(value))
+    return float(value) if key == "alpha" else value
