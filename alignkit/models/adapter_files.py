@@ -47,6 +47,7 @@ class TrainedOver:
         dtype: precision in which they were multiplied; empty in files of older versions.
         rope: scaled positions, as in the recipe.
         tokens: that were added.
+        init: where LoRA's factors started.
     """
 
     name: str
@@ -55,6 +56,7 @@ class TrainedOver:
     dtype: str = ""
     rope: dict[str, Any] | None = None
     tokens: tuple[str, ...] = ()
+    init: str = "default"
 
     @property
     def changes(self) -> BaseChanges:

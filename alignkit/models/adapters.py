@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from alignkit.errors import ModelError
 from alignkit.models.lora_linear import use_fast_lora
 from alignkit.models.quiet import quiet_transformers
+from alignkit.models.starts import HELD, start_factors, with_frozen_half
 from alignkit.models.targets import (
     adapted_layers,
     frozen_weights,
@@ -68,6 +69,8 @@ def peft_config(
     Raises:
         ModelError: a target or a pattern matches nothing, or a rank is above a layer's size.
     """
+    if isinstance(spec, LoraSpec):
+        spec = with_frozen_half(spec)
     layers = adapted_layers(model, spec)
     if isinstance(spec, Ia3Spec):
         targets, feedforward = ia3_names(model, spec)
@@ -108,6 +111,7 @@ def attach_adapter(
     spec: LoraSpec | Ia3Spec | FullSpec,
     seed: int,
     new_tokens: Sequence[int] = (),
+    original: Callable[[str], torch.Tensor] | None = None,
 ) -> Any:
     """Make the model trainable the way the recipe says.
 
@@ -116,6 +120,7 @@ def attach_adapter(
         spec: an adapter, or all weights.
         seed: of the adapter's random half; the other half starts at zero.
         new_tokens: ids whose rows are trained too; with all weights they are in any case.
+        original: gives unquantized weights by their names, for a start that wants them.
 
     Returns:
         A PEFT model whose adapter weights are float32, or the model itself with its weights
@@ -135,6 +140,8 @@ def attach_adapter(
     for weight in adapted.parameters():
         if weight.requires_grad:  # copies of whole modules are as wide as the base otherwise
             weight.data = weight.data.float()
+    if isinstance(spec, LoraSpec):
+        start_factors(adapted, spec, seed, original)
     use_fast_lora(adapted)
     return adapted
 
@@ -192,5 +199,5 @@ def trainable_report(model: nn.Module) -> TrainableReport:
             continue
         modules[key] = modules.get(key, 0) + 1
     parameters = list(model.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    trained = sum(p.numel() - getattr(p, HELD, 0) for p in parameters if p.requires_grad)
     return TrainableReport(trained, sum(p.numel() for p in parameters), modules)

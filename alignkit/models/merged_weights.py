@@ -19,7 +19,7 @@ from alignkit.models.loading import DTYPES, BaseModel, load_config, token_rows
 from alignkit.models.merge_report import Drift, QuantizedReport
 from alignkit.models.requantized import as_trained
 from alignkit.models.rounding import round_stochastically
-from alignkit.models.shards import open_weights
+from alignkit.models.shards import Weights, open_weights
 from alignkit.models.streaming import build_without_weights, streaming
 from alignkit.models.updates import AdapterPart, Blend, Updates, seed_of
 
@@ -68,6 +68,7 @@ class MergedWeights:
     def _trained(self) -> tuple[str, Weight]:
         """How the base was quantized in training, and its weights as they were then."""
         over = [trained_over(part.folder) for part in self.blend.parts]
+        self.corrects = any(one is not None and one.init == "loftq" for one in over)
         kinds = {(one.quantization, one.dtype) if one else ("none", "") for one in over}
         kind, dtype = kinds.pop()
         if kind == "none" or kinds:  # adapters over different weights: none is the right one
@@ -110,7 +111,13 @@ class MergedWeights:
                 f"{drift.distance}, and {drift.limit:.3g} is the most it may be off",
                 hint="merge with --onto dequantized",
             )
-        if onto == "dequantized" or drift.exceeds:
+        if onto == "original" and self.corrects:
+            raise ModelError(
+                "the adapter started with what quantization lost (loftq): over the original "
+                "weights that would count twice",
+                hint="merge with --onto dequantized, or leave --onto away",
+            )
+        if onto == "dequantized" or drift.exceeds or self.corrects:
             self._put_onto(self.trained)
             return trained, QuantizedReport(kind, "dequantized", drift)
         return original, QuantizedReport(kind, "original", drift)
@@ -197,6 +204,14 @@ def _vocabulary_names(model: Any) -> list[str]:
         if any(module is end for end in ends)
         for key, _ in module.named_parameters(recurse=False)
     ]
+
+
+def stored_weights(base: BaseModel) -> Weights:
+    """The base's weights by name, without loading them."""
+    config, trust = load_config(base), base.trust_remote_code
+    return open_weights(
+        base, build_without_weights(AutoModelForCausalLM, config, trust_remote_code=trust)
+    )
 
 
 def read_merged(

@@ -48,7 +48,7 @@ from alignkit.models.heap import release_memory
 from alignkit.models.loading import BaseModel, load_config, load_model
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.reward_head import new_head
-from alignkit.recipe.adapters import FullSpec, b_rate
+from alignkit.recipe.adapters import FullSpec, b_rate, continues
 from alignkit.recipe.schema import Recipe
 
 DPO_LOSSES = {
@@ -223,6 +223,11 @@ def _adapter(recipe: Recipe, base: BaseModel) -> PeftConfig | None:
         )
     if isinstance(spec, FullSpec):
         return None
+    if continues(spec) or getattr(spec, "init", "default") != "default":
+        raise AlignkitError(
+            "TRL has no counterpart of adapter.from, nor of a start that leaves the base whole",
+            hint="leave out adapter.from and adapter.init",
+        )
     skeleton = build_skeleton(load_config(base))
     task = "SEQ_CLS" if recipe.stage == "reward" else "CAUSAL_LM"
     return peft_config(skeleton, spec, task)

@@ -38,6 +38,12 @@ class LoraSpec(_Continued):
     """Dropout on the adapter's input."""
     targets: str | tuple[str, ...] = "all-linear"
     """`all-linear`, a list of module names such as `[q_proj, v_proj]`, or a regular expression."""
+    init: Literal["default", "pissa", "pissa_niter_16", "olora", "loftq"] = "default"
+    """Where A and B start: `default` at no update; `pissa` (https://arxiv.org/abs/2404.02948) and
+    `olora` (https://arxiv.org/abs/2406.01775) with the base's own largest part, which a frozen half
+    takes off again, so that the base stays the reference; `pissa_niter_16` finds it faster in large
+    layers; `loftq` (https://arxiv.org/abs/2310.08659) with what quantization lost. Files of the
+    first three have twice the rank, and weight decay leaves their factors alone."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead: high ranks learn as fast as low ones
     (https://arxiv.org/abs/2312.03732)."""

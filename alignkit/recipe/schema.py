@@ -86,6 +86,11 @@ class BaseRecipe(Section):
     @classmethod
     def _frozen_if_quantized(cls, value: AdapterSpec, info: ValidationInfo) -> AdapterSpec:
         model = info.data.get("model")
+        if isinstance(value, LoraSpec) and value.init != "default":
+            if value.dora or continues(value):
+                raise ValueError(f"has init = {value.init}, which goes with neither dora nor from")
+            if value.init == "loftq" and model is not None and model.quantization == "none":
+                raise ValueError("has init = loftq, which needs model.quantization")
         if isinstance(value, Ia3Spec) and model is not None and model.add_tokens:
             raise ValueError("has kind = ia3, which trains no rows of model.add_tokens: use lora")
         if isinstance(value, FullSpec) and model is not None and model.quantization != "none":
@@ -102,6 +107,8 @@ def _refuse_continuing(adapter: Any) -> None:
             "is compared with a reference, which `adapter.from` would make the bare base: set "
             "model.base to the run instead, which is merged first"
         )
+    if isinstance(adapter, LoraSpec) and adapter.init == "loftq":
+        raise ValueError("is compared with a reference, from which adapter.init = loftq starts off")
 
 
 class SftRecipe(BaseRecipe):
@@ -224,6 +231,8 @@ class PpoRecipe(BaseRecipe):
         if isinstance(value, Ia3Spec):
             raise ValueError("has kind = ia3, which ppo does not train: use lora, or full")
         _refuse_continuing(value)
+        if isinstance(value, LoraSpec) and value.init != "default":
+            raise ValueError(f"has init = {value.init}, which ppo does not take: use default")
         if isinstance(value, LoraSpec) and value.modules_to_save:
             raise ValueError("has modules_to_save, which ppo does not train: use full")
         if isinstance(value, LoraSpec) and value.dropout > 0:

@@ -71,7 +71,7 @@ def build_optimizer(
         parameters: names and weights; those without `requires_grad` are left out.
         learning_rate: peak; the schedule scales it.
         weight_decay: decoupled; not applied to vectors (biases and norms) nor to IA3's scales,
-            whose neutral value is 1.
+            whose neutral value is 1, nor to weights with an attribute `no_decay`.
         kind: `adamw`, `adamw_8bit` or `paged_adamw_8bit`, which `require_optimizer` has let pass.
         epsilon: added to the root of the second moment.
         b_rate: learning rate of LoRA's B matrices as a multiple of all others' (LoRA+,
@@ -80,7 +80,8 @@ def build_optimizer(
     named = sorted((n, p) for n, p in parameters if p.requires_grad)
     kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, weight in named:
-        plain = weight.ndim < 2 or ".ia3_l." in name
+        held = getattr(weight, "no_decay", False)
+        plain = weight.ndim < 2 or ".ia3_l." in name or held
         faster = b_rate != 1.0 and ".lora_B." in name
         kinds.setdefault((plain, faster), []).append(weight)
     groups = [

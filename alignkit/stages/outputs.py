@@ -118,6 +118,7 @@ def _write_models(
         spec.dtype,
         None if spec.rope_scaling is None else spec.rope_scaling.model_dump(),
         spec.add_tokens,
+        getattr(recipe.adapter, "init", "default"),
     )
     save_adapter(model, output / "adapter", name, head, trained_over=over)
     rows.tokenizer.save_pretrained(output / "adapter")

@@ -19,9 +19,10 @@ from alignkit.models.adapters import attach_adapter, trainable_report
 from alignkit.models.continued import adapter_folder, put_weights, started_adapter
 from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import DTYPES, BaseModel, load_model, token_rows
+from alignkit.models.merged_weights import stored_weights
 from alignkit.models.reward_head import freeze_unused_head, new_head, read_head
 from alignkit.models.selfcheck import build_scorer
-from alignkit.recipe.adapters import FullSpec, b_rate
+from alignkit.recipe.adapters import FullSpec, LoraSpec, b_rate
 from alignkit.recipe.plan import Plan
 from alignkit.recipe.schema import Recipe
 from alignkit.runtime.checkpoint import find_checkpoint, load_checkpoint
@@ -135,7 +136,10 @@ class Session:
         model = load_model(base, self.weights_dtype, device, spec.quantization)
         added = token_rows(base)[0] if spec.add_tokens else []
         adapter, before = self.recipe.adapter, adapter_folder(self.recipe.adapter)
-        model = attach_adapter(model, started_adapter(adapter, base), self.recipe.seed, added)
+        started, original = started_adapter(adapter, base), None
+        if isinstance(adapter, LoraSpec) and adapter.init == "loftq":
+            original = stored_weights(base).__getitem__
+        model = attach_adapter(model, started, self.recipe.seed, added, original)
         head = new_head(model, self.recipe.seed) if scalar_head else None
         if before is not None:
             put_weights(model, before)

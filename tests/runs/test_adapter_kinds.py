@@ -37,6 +37,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "patterns": {**LORA, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}},
     "dropout": {**LORA, "dropout": 0.1},
     "lora+": {**LORA, "b_learning_rate": 16},
+    "pissa": {**LORA, "init": "pissa"},
+    "olora": {**LORA, "init": "olora", "rslora": True, "rank_pattern": {"q_proj": 2}},
     "ia3": {"kind": "ia3"},
     "full": {"kind": "full"},
     "frozen": {"kind": "full", "freeze": ["model.embed_tokens", "model.layers.0"]},
