@@ -32,6 +32,9 @@ TRAINED_OVER = "trained_over.json"
 MERGEABLE = ("LORA", "IA3")
 """PEFT's kinds of adapters that are read here: all that alignkit trains."""
 
+_STARTS = (True, False, "gaussian", "eva")
+"""Values of PEFT's `init_lora_weights` that leave the base as it is."""
+
 HEAD_KEY = "base_model.model.score.weight"
 """Where PEFT keeps the trained head of a sequence classifier."""
 
@@ -112,7 +115,8 @@ def read_adapter_config(folder: Path) -> Any:
     """PEFT's configuration of an adapter folder.
 
     Raises:
-        ModelError: no adapter there, or a kind that is not among `MERGEABLE`.
+        ModelError: no adapter there, a kind that is not among `MERGEABLE`, or one over a base that
+            its start has changed.
     """
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(
@@ -132,6 +136,14 @@ def read_adapter_config(folder: Path) -> Any:
         raise ModelError(
             f"{folder} is a {kind} adapter, which has no merge into weights here",
             hint=f"adapters that can be merged: {', '.join(MERGEABLE)}",
+        )
+    start = getattr(config, "init_lora_weights", True)
+    if start not in _STARTS:
+        raise ModelError(
+            f"the adapter in {folder} started with {start!r}, which changes the base: its weights "
+            "are an update of a base that is not stored",
+            hint="let PEFT convert it while saving: save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)",
         )
     return config
 

@@ -92,6 +92,14 @@ def test_merged_is_base_and_adapter(
     assert report.mean_kl_to_base > 1e-3
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_base_that_peft_changed_is_refused(start: str, tiny_base: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", init_lora_weights=start)
+    with pytest.raises(ModelError, match=f"started with '{start}', which changes the base"):
+        merge(tiny_base, adapter, tmp_path / "merged")
+    assert folder_names(tmp_path) == ["adapter"]
+
+
 def test_the_report_in_closed_form(tiny_base: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter")
     report = merge(tiny_base, adapter, tmp_path / "merged")
