@@ -29,6 +29,7 @@ from alignkit.models.changes import (
     new_ids,
     scale_positions,
 )
+from alignkit.models.heap import release_memory
 from alignkit.models.quantized import multiply_dense
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.registry import KNOWN_MODELS, model_folder
@@ -283,6 +284,10 @@ def _load_quantized(
             **options,
         )
     multiply_dense(model, dtype)
+    for weight in model.parameters():
+        if weight.is_floating_point():  # a view of its file keeps all that was read of it in memory
+            weight.data = weight.data.clone()
+    release_memory()
     return model.eval()
 
 
