@@ -32,7 +32,7 @@ TRAINED_OVER = "trained_over.json"
 MERGEABLE = ("LORA", "IA3")
 """PEFT's kinds of adapters that are read here: all that alignkit trains."""
 
-_STARTS = (True, False, "gaussian", "eva")
+_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Values of PEFT's `init_lora_weights` that leave the base as it is."""
 
 HEAD_KEY = "base_model.model.score.weight"
@@ -137,6 +137,12 @@ def read_adapter_config(folder: Path) -> Any:
             f"{folder} is a {kind} adapter, which has no merge into weights here",
             hint=f"adapters that can be merged: {', '.join(MERGEABLE)}",
         )
+    for key in ("layer_replication", "alora_invocation_tokens"):
+        if getattr(config, key, None):
+            raise ModelError(
+                f"the adapter in {folder} uses PEFT's {key}, which has no merge into weights",
+                hint="use it through PEFT",
+            )
     start = getattr(config, "init_lora_weights", True)
     if start not in _STARTS:
         raise ModelError(

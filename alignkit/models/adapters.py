@@ -24,6 +24,7 @@ from alignkit.models.targets import (
     frozen_weights,
     ia3_names,
     patterned,
+    require_free_vocabulary,
     saved_modules,
 )
 from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec
@@ -72,6 +73,8 @@ def peft_config(
     if isinstance(spec, LoraSpec):
         spec = with_frozen_half(spec)
     layers = adapted_layers(model, spec)
+    if new_tokens:
+        require_free_vocabulary(model, spec)
     if isinstance(spec, Ia3Spec):
         targets, feedforward = ia3_names(model, spec)
         return IA3Config(target_modules=targets, feedforward_modules=feedforward, task_type=task)

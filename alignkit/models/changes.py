@@ -82,6 +82,11 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[list[int]]:
         ModelError: a text is a token already.
     """
     pieces = []
+    twice = sorted({text for text in tokens if list(tokens).count(text) > 1})
+    if twice:
+        raise ModelError(
+            f"model.add_tokens names {twice[0]!r} more than once", hint="name each token once"
+        )
     for text in tokens:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) == 1 and tokenizer.decode(ids) == text:

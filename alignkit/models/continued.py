@@ -80,6 +80,10 @@ def started_adapter(
             hint=f"set adapter.kind={kind}",
         )
     odd = [name for name in _UNKNOWN if getattr(config, name, None)]
+    if getattr(config, "bias", "none") != "none":
+        odd.append("bias")
+    if over is None and getattr(config, "trainable_token_indices", None):
+        odd.append("trainable_token_indices")
     if odd:
         raise ModelError(
             f"{folder} uses PEFT's {odd[0]}, which alignkit does not train",
@@ -89,7 +93,9 @@ def started_adapter(
     found = {key: _plain(key, getattr(config, name)) for key, name in names.items()}
     for key in spec.model_fields_set & found.keys():
         own = _plain(key, getattr(spec, key))
-        if own not in (found[key], "all-linear"):
+        # Defaults stand written out in a run's own recipe.yaml.
+        default = type(spec).model_fields[key].get_default(call_default_factory=True)
+        if own not in (found[key], _plain(key, default)):
             raise ModelError(
                 f"adapter.{key} = {own}, and the adapter in {folder} has {found[key]}",
                 hint=f"leave adapter.{key} away: it comes with the adapter",

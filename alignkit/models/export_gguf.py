@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from alignkit.errors import ModelError
 from alignkit.models.comparing import Closeness, take_samples
+from alignkit.models.fitness import require_language_model
 from alignkit.models.gguf_check import check_logits, check_settings, check_tensors, check_tokenizer
 from alignkit.models.gguf_files import (
     TYPES,
@@ -27,12 +28,7 @@ from alignkit.models.gguf_names import SourceWeights, family_of, plan_tensors, s
 from alignkit.models.gguf_settings import settings_of
 from alignkit.models.gguf_tokens import vocabulary_of
 from alignkit.models.licence import licence_of
-from alignkit.models.loading import (
-    BaseModel,
-    load_config,
-    load_tokenizer,
-    require_language_model,
-)
+from alignkit.models.loading import BaseModel, load_config, load_tokenizer
 from alignkit.models.writing import beside
 from alignkit.packed import IntArray
 

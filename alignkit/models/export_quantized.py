@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from alignkit.errors import ModelError
 from alignkit.models.comparing import Closeness, closeness, read_logits, take_samples
+from alignkit.models.fitness import require_language_model
 from alignkit.models.loading import (
     BaseModel,
     load_config,
     load_model,
     load_tokenizer,
-    require_language_model,
     share_files,
     stored_dtype,
 )

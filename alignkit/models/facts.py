@@ -15,6 +15,7 @@ from alignkit.models.targets import (
     frozen_weights,
     ia3_names,
     layer_ranks,
+    require_free_vocabulary,
     saved_modules,
     scales_input,
 )
@@ -74,6 +75,8 @@ def measure_model(
     else:
         frozen = set(weights)
         trainable = _trainable(model, adapter, scalar_head)
+        if new_tokens:
+            require_free_vocabulary(model, adapter)
         trainable += new_tokens * sum(rows.shape[1] for rows in _vocabulary(model))
     text = config.get_text_config()
     if scalar_head:

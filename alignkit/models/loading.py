@@ -189,25 +189,6 @@ def load_config(base: BaseModel) -> Any:
     return config
 
 
-def require_language_model(base: BaseModel) -> None:
-    """Refuse a reward model where a language model is wanted: it has no vocabulary head.
-
-    Raises:
-        ModelError: the configuration is that of a sequence classifier.
-    """
-    if is_classifier(base):
-        raise ModelError(
-            f"{base.location} is a reward model, not a language model",
-            hint="name the model it was trained from; `alignkit eval` scores answers with it",
-        )
-
-
-def is_classifier(base: BaseModel) -> bool:
-    """Whether the configuration is that of a sequence classifier."""
-    architectures = getattr(load_config(base), "architectures", None) or []
-    return any(name.endswith("ForSequenceClassification") for name in architectures)
-
-
 def load_model(
     base: BaseModel,
     dtype: torch.dtype,

@@ -82,6 +82,7 @@ class MergeReport:
         loss: of base + adapter, nats per token.
         merged_loss: the same of the merged model.
         quantized: for an adapter that was trained over quantized weights.
+        notes: what else is to be known, in sentences.
     """
 
     output: str
@@ -97,6 +98,7 @@ class MergeReport:
     loss: float
     merged_loss: float
     quantized: QuantizedReport | None = None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -113,6 +115,7 @@ class MergeReport:
             f"{self.survived:.1%} of the update survived rounding to {self.dtype}, under random "
             f"noise of {self.rounding_error:.0%} of the update's size that averages out",
             *([self.quantized.line()] if self.quantized else []),
+            *self.notes,
         ]
 
 

@@ -1,6 +1,7 @@
 """A base with adapters as plain weights: read, changed, rounded and written file by file.
 
-Memory holds one file and one layer, whatever the model.
+Memory holds one file and one layer, whatever the model; but for GGUF bases, and files that name
+weights otherwise than transformers does, which are held whole.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alignkit.errors import ModelError, RoundingError
-from alignkit.models.adapter_files import load_adapter, trained_over
+from alignkit.models.adapter_files import load_adapter, read_weights, trained_over
 from alignkit.models.changes import grown
+from alignkit.models.fitness import require_plain_weights
 from alignkit.models.loading import DTYPES, BaseModel, load_config, token_rows
 from alignkit.models.merge_report import Drift, QuantizedReport
 from alignkit.models.requantized import as_trained
 from alignkit.models.rounding import round_stochastically
 from alignkit.models.shards import Weights, open_weights
-from alignkit.models.streaming import build_without_weights, streaming
+from alignkit.models.streaming import build_without_weights, make_room, streaming
 from alignkit.models.updates import AdapterPart, Blend, Updates, seed_of
 
 Onto = Literal["auto", "original", "dequantized"]
@@ -45,6 +47,7 @@ class MergedWeights:
     """
 
     def __init__(self, base: BaseModel, adapter: Path | Blend, dtype: torch.dtype) -> None:
+        require_plain_weights(base)
         self.base, self.dtype = base, dtype
         self.blend = adapter if isinstance(adapter, Blend) else Blend((AdapterPart(adapter),))
         self.plain = self._skeleton()
@@ -54,7 +57,8 @@ class MergedWeights:
         self.original: Weight = self.stored.__getitem__
         if base.changes.tokens:
             self.original = grown(self.original, resized, *token_rows(base))
-        self.adapted = [load_adapter(self._skeleton(), p.folder) for p in self.blend.parts]
+        self.adapted = [self._under(part.folder) for part in self.blend.parts]
+        self.notes: tuple[str, ...] = ()
         self.quantization, self.trained = self._trained()
         self.survived, self.rounding_error, self._sums = 1.0, 0.0, [0.0, 0.0, 0.0]
         self._put_onto(self.original)
@@ -65,13 +69,29 @@ class MergedWeights:
             AutoModelForCausalLM, load_config(self.base), trust_remote_code=trust
         )
 
+    def _under(self, adapter: Path) -> Any:
+        model = self._skeleton()
+        make_room(model, read_weights(adapter))
+        return load_adapter(model, adapter)
+
     def _trained(self) -> tuple[str, Weight]:
         """How the base was quantized in training, and its weights as they were then."""
         over = [trained_over(part.folder) for part in self.blend.parts]
         self.corrects = any(one is not None and one.init == "loftq" for one in over)
+        if self.corrects and [part.weight for part in self.blend.parts] != [1.0]:
+            raise ModelError(
+                "an adapter that started with what quantization lost (loftq) can be neither "
+                "weighted nor combined: the rest of its change would be of another size",
+                hint="merge it alone",
+            )
         kinds = {(one.quantization, one.dtype) if one else ("none", "") for one in over}
         kind, dtype = kinds.pop()
-        if kind == "none" or kinds:  # adapters over different weights: none is the right one
+        if kinds:
+            self.notes = (
+                "the adapters were trained over bases in different precisions: merged onto the "
+                "original weights, and not compared with what was trained",
+            )
+        if kind == "none" or kinds:
             return "none", self.original
         return kind, as_trained(self.plain, self.original, kind, DTYPES[dtype])
 

@@ -2,7 +2,7 @@
 
 The merge runs in float32, W + (alpha / rank) · B A, and is rounded once to the base's dtype,
 stochastically and with a fixed seed, because rounding to the nearest loses small updates. It goes
-through the base's files one by one, so memory holds one file and one layer, whatever the model.
+through the base's files one by one, so memory holds one file and one layer (see MergedWeights).
 Then the written files are read back and compared: every weight with the expected one, bit for bit,
 and the logits with those of base + adapter on real rows. The report says how much of the update
 survived.
@@ -103,6 +103,7 @@ def merge_adapter(
             loss=mean_loss(exact, samples),
             merged_loss=mean_loss(found, samples),
             quantized=quantized,
+            notes=merge.notes,
         )
         require_faithful(report)
     return report

@@ -17,14 +17,8 @@ from alignkit.models.adapter_files import (
     require_base,
     trained_over,
 )
-from alignkit.models.loading import (
-    BaseModel,
-    find_base,
-    is_classifier,
-    load_model,
-    load_tokenizer,
-    require_language_model,
-)
+from alignkit.models.fitness import is_classifier, require_language_model
+from alignkit.models.loading import BaseModel, find_base, load_model, load_tokenizer
 from alignkit.models.reward_head import read_head
 
 

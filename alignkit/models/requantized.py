@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from alignkit.errors import ModelError
@@ -50,7 +49,7 @@ def quantized_names(skeleton: Any) -> set[str]:
     return {
         f"{name}.weight"
         for name, module in skeleton.named_modules()
-        if type(module) in (nn.Linear, Conv1D) and name not in kept
+        if type(module) is nn.Linear and name not in kept
     }
 
 

@@ -124,8 +124,9 @@ def open_weights(base: BaseModel, skeleton: Any, resized: Collection[str] = ()) 
     if base.gguf is None:
         folder = Path(base.location)
         if not folder.is_dir():
-            patterns = ["*.safetensors", INDEX]
-            folder = Path(snapshot_download(base.location, allow_patterns=patterns))
+            patterns = ["model*.safetensors", INDEX]
+            with _reading(folder):
+                folder = Path(snapshot_download(base.location, allow_patterns=patterns))
         if _file_names(folder):
             tied = skeleton.all_tied_weights_keys
             stored = StoredWeights(folder, tied)

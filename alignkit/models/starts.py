@@ -18,18 +18,13 @@ from torch import nn
 
 from alignkit.errors import ModelError
 from alignkit.models.quantized import dense_weight, is_quantized
-from alignkit.recipe.adapters import LoraSpec
+from alignkit.recipe.adapters import LoraSpec, takes_from_base
 
 _SPARE = 16
 """Directions beyond the rank that the fast decomposition follows: the last ones are inexact."""
 
 HELD = "held_rows"
 """Attribute of a factor: how many of its weights stay as they are."""
-
-
-def takes_from_base(spec: LoraSpec) -> bool:
-    """Whether the factors start with a part of the base, and have a frozen half."""
-    return spec.init not in ("default", "loftq")
 
 
 def with_frozen_half(spec: LoraSpec) -> LoraSpec:

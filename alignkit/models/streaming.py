@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -46,6 +46,45 @@ def _stand_in(weight: torch.Tensor) -> nn.Parameter:
 def is_stand_in(weight: torch.Tensor | None) -> bool:
     """Whether a weight takes no memory."""
     return weight is not None and weight.dim() > 0 and not any(weight.stride())
+
+
+def make_room(model: Any, names: Iterable[str]) -> None:
+    """Give some weights memory of their own, because an adapter's file may hold them.
+
+    Args:
+        model: from `build_without_weights`.
+        names: of tensors of an adapter; those that are no weights of the model are passed over.
+    """
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for name in {stored_name(name) for name in names} & weights.keys():
+        parent, _, key = name.rpartition(".")
+        own = torch.full(weights[name].shape, torch.nan)
+        model.get_submodule(parent)._parameters[key] = nn.Parameter(own, requires_grad=False)
+
+
+def given_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Name in the base's files -> value, of the base's weights that an adapter's file gave.
+
+    Args:
+        model: with its adapter, after `make_room`; what no file has filled takes no memory again.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleDict | nn.ParameterDict) or _inside_adapter(path):
+            continue
+        for key, weight in list(module._parameters.items()):
+            if weight is None or is_stand_in(weight):
+                continue
+            if weight.isnan().all():
+                module._parameters[key] = _stand_in(weight)
+            else:
+                found[stored_name(f"{path}.{key}")] = weight.detach()
+    return found
+
+
+def _inside_adapter(path: str) -> bool:
+    """Whether a module belongs to an adapter: PEFT ends its path with the adapter's name."""
+    return path.endswith(".default") or ".default." in path
 
 
 def stored_name(name: str) -> str:

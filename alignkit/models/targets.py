@@ -101,6 +101,25 @@ def saved_modules(model: nn.Module, spec: LoraSpec) -> list[str]:
     return found
 
 
+def require_free_vocabulary(model: nn.Module, spec: LoraSpec | Ia3Spec) -> None:
+    """Refuse to train embedding or head beside the rows of new tokens in them.
+
+    Raises:
+        ModelError: the adapter changes one of the two.
+    """
+    ends = [getattr(model, f"get_{end}_embeddings")() for end in ("input", "output")]
+    names = {name for name, module in model.named_modules() if any(module is end for end in ends)}
+    trained = set(adapted_layers(model, spec))
+    if isinstance(spec, LoraSpec):
+        trained |= set(saved_modules(model, spec))
+    if names & trained:
+        raise ModelError(
+            f"adapter trains {sorted(names & trained)[0]}, in which model.add_tokens trains rows",
+            hint="leave it out of adapter.targets and adapter.modules_to_save, or add the tokens "
+            "in a run of their own before",
+        )
+
+
 def ia3_names(model: nn.Module, spec: Ia3Spec) -> tuple[list[str], list[str]]:
     """Names of the modules that IA3 scales, and of those whose input it scales.
 

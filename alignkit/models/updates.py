@@ -22,7 +22,7 @@ from torch import nn
 
 from alignkit.errors import ModelError
 from alignkit.models.quiet import quiet_transformers
-from alignkit.models.streaming import holding, stored_name
+from alignkit.models.streaming import given_weights, holding, stored_name
 
 Method = Literal["linear", "ties", "dare_linear", "dare_ties"]
 
@@ -84,10 +84,21 @@ class Updates:
         for position, model in enumerate(models):
             for name, module in model.named_modules():
                 if isinstance(module, ModulesToSaveWrapper):
-                    self._replace(stored_name(name), module, alone=len(models) == 1)
+                    kept = module.modules_to_save["default"]
+                    for key, weight in kept.named_parameters():
+                        self._replace(f"{stored_name(name)}.{key}", weight)
                 elif isinstance(module, BaseTunerLayer):
                     found = self._layers.setdefault(stored_name(name), [None] * len(models))
+                    if found[position] is not None:
+                        raise ModelError(
+                            f"{stored_name(name)} carries several adapters inside one another "
+                            "(PEFT's target_parameters), which are not merged here",
+                            hint="merge it with PEFT's merge_and_unload",
+                        )
                     found[position] = name, module
+            for name, weight in given_weights(model).items():
+                if name.rpartition(".")[0] not in self._layers:  # else merged with its layer
+                    self._replace(name, weight)
         self._kept: tuple[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = ("", {})
 
     @property
@@ -132,14 +143,14 @@ class Updates:
         """Forget the last layer."""
         self._kept = ("", {})
 
-    def _replace(self, name: str, module: Any, *, alone: bool) -> None:
-        if not alone:
+    def _replace(self, name: str, weight: torch.Tensor) -> None:
+        if not self.plain:
             raise ModelError(
-                f"{name} is trained as a whole by one of the adapters, which cannot be combined",
+                f"{name} is trained as a whole by one of the adapters, which cannot be combined or "
+                "weighted",
                 hint="merge that adapter alone",
             )
-        for key, weight in module.modules_to_save["default"].named_parameters():
-            self._replaced[f"{name}.{key}"] = weight.detach().float()
+        self._replaced[name] = weight.detach().float()
 
     def _merge(self, layer: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Name of each weight of a layer -> before and after."""
@@ -189,10 +200,13 @@ def _merged(
         before = {key: w.detach().clone() for key, w in layer._parameters.items() if w is not None}
         try:
             module.merge(safe_merge=True)
-        except ValueError as error:
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            diverged = "NaN" in str(error)
             raise ModelError(
-                f"{stored_name(name)} cannot be merged: {error}",
-                hint="training diverged; take an earlier checkpoint",
+                f"{stored_name(name)} cannot be merged: {str(error) or type(error).__name__}",
+                hint="training diverged; take an earlier checkpoint"
+                if diverged
+                else "PEFT merges no such layer: use the adapter as it is",
             ) from error
         after = {key: w.detach() for key, w in layer._parameters.items() if w is not None}
     module.merged_adapters = []

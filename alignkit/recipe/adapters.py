@@ -98,6 +98,11 @@ def continues(spec: LoraSpec | Ia3Spec | FullSpec) -> str | None:
     return found
 
 
+def takes_from_base(spec: LoraSpec | Ia3Spec | FullSpec) -> bool:
+    """Whether LoRA's factors start with a part of the base, and have a frozen half."""
+    return isinstance(spec, LoraSpec) and spec.init not in ("default", "loftq")
+
+
 def b_rate(spec: LoraSpec | Ia3Spec | FullSpec) -> float:
     """Learning rate of LoRA's B as a multiple of all others'."""
     return spec.b_learning_rate if isinstance(spec, LoraSpec) else 1.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alignkit.recipe.adapters import has_adapter
+from alignkit.recipe.adapters import has_adapter, takes_from_base
 from alignkit.recipe.facts import HardwareFacts, ModelFacts
 from alignkit.recipe.schema import PpoRecipe, Recipe
 
@@ -88,17 +88,17 @@ def estimate_memory(
     Returns:
         The estimate, term by term.
     """
-    wide = _BYTES[recipe.model.dtype]
-    adapted = has_adapter(recipe.adapter)
+    wide, adapted = _BYTES[recipe.model.dtype], has_adapter(recipe.adapter)
     on_cpu = hardware.device == "cpu"
     libraries = 600_000_000
+    trained = _kept_as_trained(recipe, model)
     if adapted:
-        weights = _base_bytes(recipe, model, wide) + model.trainable * 4
+        weights = _base_bytes(recipe, model, wide) + trained * 4
     else:
         # Trained weights are float32; under autocast their narrow copies live beside them.
         weights = model.parameters * (4 if wide == 4 else 4 + wide)
     per_weight = 4 + _MOMENT_BYTES[recipe.training.optimizer]  # gradient and moments
-    state = round(model.trainable * per_weight)
+    state = round(trained * per_weight)
     layer = _layer_bytes(model, wide)
     if checkpointing:
         activations = tokens * (model.layers * model.hidden * 4 + layer)
@@ -139,6 +139,11 @@ def estimate_memory(
         merging=merging,
         peak=max(training, libraries + merging) if on_cpu else training,
     )
+
+
+def _kept_as_trained(recipe: Recipe, model: ModelFacts) -> int:
+    """Weights with gradient and moments: the frozen half of a start from the base has them too."""
+    return model.trainable * (2 if takes_from_base(recipe.adapter) else 1)
 
 
 def _base_bytes(recipe: Recipe, model: ModelFacts, wide: int) -> int:

@@ -15,14 +15,9 @@ from pathlib import Path
 from alignkit.errors import ModelError
 from alignkit.models.adapter_files import has_head
 from alignkit.models.changes import BaseChanges
+from alignkit.models.fitness import require_language_model, require_plain_weights
 from alignkit.models.identity import weights_version
-from alignkit.models.loading import (
-    BaseModel,
-    find_base,
-    load_tokenizer,
-    require_language_model,
-    stored_dtype,
-)
+from alignkit.models.loading import BaseModel, find_base, load_tokenizer, stored_dtype
 from alignkit.models.merging import merge_adapter
 from alignkit.models.opening import adapter_in, base_of_adapter
 from alignkit.recipe.assets import alignkit_home
@@ -49,6 +44,7 @@ def start_model(spec: ModelSpec) -> BaseModel:
     else:
         base = find_base(spec.base, trust_remote_code=spec.trust_remote_code)
         require_language_model(base)
+        require_plain_weights(base)
     return replace(base, changes=BaseChanges(spec.rope_scaling, spec.add_tokens))
 
 

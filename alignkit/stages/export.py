@@ -11,7 +11,8 @@ from typing import Any
 from alignkit.errors import ModelError
 from alignkit.models.export_gguf import GgufReport, export_gguf, exportable_config, stop_ids
 from alignkit.models.export_quantized import KINDS, QuantizedReport, export_quantized
-from alignkit.models.loading import BaseModel, find_base, load_tokenizer, require_language_model
+from alignkit.models.fitness import require_language_model
+from alignkit.models.loading import BaseModel, find_base, load_tokenizer
 from alignkit.models.ollama import recognise, write_modelfile
 from alignkit.runtime.devices import find_device
 from alignkit.stages.card import write_card

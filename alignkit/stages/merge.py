@@ -25,9 +25,10 @@ from alignkit.packed import IntArray
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.load import load_recipe
 from alignkit.recipe.rows import SourceSpec
+from alignkit.recipe.schema import PpoRecipe
 from alignkit.stages.card import write_card
 from alignkit.stages.checking import CHECK_SETTINGS, check_rows, file_rows
-from alignkit.stages.prepare import ROW_KINDS, load_rows
+from alignkit.stages.prepare import ROW_KINDS, load_prompt_rows, load_rows
 from alignkit.stages.run_folder import read_about
 
 
@@ -149,6 +150,12 @@ def _base(adapters: Sequence[Path], options: MergeOptions) -> BaseModel:
         base_of_adapter(adapter, options.base, any_base=options.any_base) for adapter in adapters
     ]
     for adapter, other in zip(adapters[1:], others, strict=True):
+        if other.changes != first.changes:
+            raise ModelError(
+                f"{adapter} and {adapters[0]} were trained with different model.rope_scaling or "
+                "model.add_tokens",
+                hint="adapters are combined over one base; train them alike",
+            )
         if other != first and weights_fingerprint(other) != weights_fingerprint(first):
             raise ModelError(
                 f"{adapter} belongs to {other.name}, and {adapters[0]} to {first.name}",
@@ -202,6 +209,10 @@ def _rows(
         # The run says template and stop tokens, whatever base and rows are named instead.
         override = [f"model.base={json.dumps(model.name)}"]
         recipe = load_recipe(str(run / "recipe.yaml"), override).recipe
+        if isinstance(recipe, PpoRecipe):
+            prompts = load_prompt_rows(recipe)
+            checks = file_rows(data, prompts.tokenizer) if data else prompts.checks
+            return checks, prompts.tokenizer, prompts.stop_tokens
         found = load_rows(recipe)
         dataset = found.held_out or found.train
         if data is not None:

@@ -10,8 +10,9 @@ from torch import nn
 
 from alignkit.errors import ModelError
 from alignkit.models.adapter_files import has_head, is_plain_lora
+from alignkit.models.fitness import is_classifier
 from alignkit.models.identity import weights_fingerprint
-from alignkit.models.loading import BaseModel, find_base, is_classifier, load_tokenizer
+from alignkit.models.loading import BaseModel, find_base, load_tokenizer
 from alignkit.models.opening import adapter_in, base_of_adapter
 from alignkit.models.reward_head import RewardStatistics, read_head, read_statistics
 from alignkit.recipe.rewards import ModelReward

@@ -17,6 +17,7 @@ from alignkit.errors import ModelError
 from alignkit.models import identity
 from alignkit.models.adapter_files import save_adapter
 from alignkit.models.adapters import attach_adapter
+from alignkit.models.fitness import require_language_model
 from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import (
     BaseModel,
@@ -24,7 +25,6 @@ from alignkit.models.loading import (
     load_config,
     load_model,
     load_tokenizer,
-    require_language_model,
     stored_dtype,
 )
 from alignkit.models.opening import adapter_in, base_of_adapter, open_model
