@@ -84,7 +84,11 @@ class MergedWeights:
                 "weighted nor combined: the rest of its change would be of another size",
                 hint="merge it alone",
             )
-        kinds = {(one.quantization, one.dtype) if one else ("none", "") for one in over}
+        plain = ("none", "")
+        kinds = {
+            (one.quantization, one.dtype) if one and one.quantization != "none" else plain
+            for one in over
+        }
         kind, dtype = kinds.pop()
         if kinds:
             self.notes = (

@@ -104,6 +104,9 @@ def test_adapters_of_other_changes_or_precisions(tmp_path: Path) -> None:
     about(tmp_path / "b", rope={"kind": "linear", "factor": 4.0})
     with pytest.raises(ModelError, match=r"trained with different model\.rope_scaling"):
         merge_run([str(tmp_path / "a"), str(tmp_path / "b")], options)
+    about(tmp_path / "b", dtype="bfloat16")
+    alike = dataclasses.replace(options, output=tmp_path / "alike")
+    assert len(merge_run([str(tmp_path / "a"), str(tmp_path / "b")], alike).lines()) == 3
     about(tmp_path / "b", quantization="nf4", dtype="float32")
     report = merge_run([str(tmp_path / "a"), str(tmp_path / "b")], options)
     assert "bases in different precisions" in report.lines()[-1]
