@@ -283,10 +283,13 @@ def _compare(
 
 @torch.no_grad()
 def _rewards(model: Any, head: nn.Linear, samples: list[torch.Tensor]) -> torch.Tensor:
-    """`[S]` rewards of the trained model, row by row."""
+    """`[S]` rewards of the trained model, in one pass: what follows a row does not reach it."""
     decoder = causal_model(model).get_decoder()
-    last = [decoder(input_ids=ids[None]).last_hidden_state[0, -1] for ids in samples]
-    return head(torch.stack(last).float())[:, 0]
+    ids = nn.utils.rnn.pad_sequence(samples, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in samples], batch_first=True)
+    hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    last = hidden[torch.arange(len(samples)), torch.tensor([len(one) - 1 for one in samples])]
+    return head(last.float())[:, 0]
 
 
 @torch.no_grad()

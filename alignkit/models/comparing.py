@@ -78,14 +78,27 @@ def take_samples(rows: Sequence[IntArray], longest: int = _READ) -> list[Sample]
 
 @torch.no_grad()
 def read_logits(model: Any, samples: Sequence[Sample]) -> torch.Tensor:
-    """`[N, V]` float32 logits at the compared positions."""
+    """`[N, V]` float32 logits at the compared positions.
+
+    One pass for all rows, padded on the left so that these stand at the end: a model that is
+    streamed from its files is read once.
+    """
     device = next(model.parameters()).device
-    found = []
-    for one in samples:
-        kept = len(one.ids) - one.first
-        ids = one.ids[None].to(device)
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
-        found.append(logits[0, -kept:].float().cpu())
+    longest = max(len(one.ids) for one in samples)
+    ids = torch.zeros(len(samples), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, one in enumerate(samples):
+        ids[row, longest - len(one.ids) :] = one.ids
+        mask[row, longest - len(one.ids) :] = 1
+    kept = [len(one.ids) - one.first for one in samples]
+    logits = model(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(device),
+        use_cache=False,
+        logits_to_keep=max(kept),
+    ).logits
+    found = [row[-count:].float().cpu() for row, count in zip(logits, kept, strict=True)]
     return torch.cat(found)
 
 
