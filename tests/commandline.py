@@ -27,6 +27,15 @@ class Done:
     stderr: str
 
 
+def refused(done: Done, sentence: str, hint: str) -> None:
+    """The command said what is wrong and what to do, and nothing else."""
+    assert done.code == 2, done.stderr
+    assert sentence in done.stderr
+    assert f"hint: {hint}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
 class Running:
     """A command under way; `pid` takes signals."""
 

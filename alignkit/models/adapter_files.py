@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -37,6 +37,9 @@ _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 HEAD_KEY = "base_model.model.score.weight"
 """Where PEFT keeps the trained head of a sequence classifier."""
+
+HEAD_KEYS = (HEAD_KEY, HEAD_KEY.replace("weight", "bias"))
+"""The same, and its bias."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def save_adapter(
     if head is not None:
         weights = {**weights, HEAD_KEY: head.weight}
         if head.bias is not None:
-            weights[HEAD_KEY.replace("weight", "bias")] = head.bias
+            weights[HEAD_KEYS[1]] = head.bias
     contiguous = {name: w.detach().cpu().contiguous() for name, w in sorted(weights.items())}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
     if trained_over is not None:
@@ -181,9 +184,39 @@ def load_adapter(model: Any, folder: Path) -> Any:
             f"the adapter in {folder} does not fit the base: {' '.join(lines[:2])[:300]}",
             hint="name the base it was trained on with --base",
         ) from error
-    require_whole(folder, set(stored) - {HEAD_KEY, HEAD_KEY.replace("weight", "bias")}, loaded)
+    _require_whole(folder, set(stored) - set(HEAD_KEYS), loaded)
     use_fast_lora(loaded)
     return loaded.eval()
+
+
+def put_weights(model: PeftModel, folder: Path, adapter: str = "default") -> None:
+    """Give a fresh adapter the weights that are stored; a head that stands with them is not read.
+
+    Args:
+        model: carries an adapter of the stored one's shape.
+        folder: PEFT adapter folder.
+        adapter: its name in the model.
+
+    Raises:
+        ModelError: a tensor is missing, left over, damaged or of another shape.
+    """
+    stored = {name: w for name, w in read_weights(folder).items() if name not in HEAD_KEYS}
+    try:
+        with quiet_transformers():
+            result = set_peft_model_state_dict(model, stored, adapter_name=adapter)
+    except (ValueError, RuntimeError, KeyError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"the adapter in {folder} does not fit the base: {first_line[:300]}",
+            hint="it must have been trained over the same base",
+        ) from error
+    odd = [key for key in result.missing_keys if f".{adapter}." in f"{key}."]
+    odd += result.unexpected_keys
+    if odd:
+        raise ModelError(
+            f"the adapter in {folder} does not fit the base: {odd[0]} has no counterpart",
+            hint="it must have been trained over the same base",
+        )
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -209,17 +242,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return stored
 
 
-def require_whole(folder: Path, stored: set[str], loaded: PeftModel) -> None:
-    """Refuse what PEFT lets pass: it fills what is missing with fresh weights and skips the rest.
-
-    Args:
-        folder: of the adapter.
-        stored: names of its tensors, without a head's.
-        loaded: carries an adapter of that shape.
-
-    Raises:
-        ModelError: a tensor is missing, or has no place.
-    """
+def _require_whole(folder: Path, stored: set[str], loaded: PeftModel) -> None:
+    """PEFT fills what a file lacks with fresh weights, and skips what has no place."""
     expected = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
     missing, odd = sorted(expected - stored), sorted(stored - expected - set(loaded.state_dict()))
     if missing:

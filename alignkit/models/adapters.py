@@ -26,6 +26,7 @@ from alignkit.models.targets import (
     patterned,
     require_free_vocabulary,
     saved_modules,
+    vocabulary_ends,
 )
 from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec
 
@@ -102,11 +103,10 @@ def _token_rows(model: Any, ids: Sequence[int]) -> Any:
     """Where the rows of new tokens are, as PEFT wants it."""
     if not ids:
         return None
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or head.weight is embedding.weight:
+    ends = vocabulary_ends(model)
+    if len({id(module.weight) for module in ends.values()}) == 1:
         return list(ids)  # PEFT finds both ends of a shared matrix
-    names = {module: name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
-    return {names[embedding]: list(ids), names[head]: list(ids)}
+    return {name.rsplit(".", 1)[-1]: list(ids) for name in ends}
 
 
 def attach_adapter(

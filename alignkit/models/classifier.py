@@ -23,12 +23,11 @@ from alignkit.models.classifier_chat import choose_padding, end_at_turn, missing
 from alignkit.models.loading import BaseModel, load_tokenizer
 from alignkit.models.merge_report import Drift, QuantizedReport
 from alignkit.models.merged_weights import MergedWeights, Onto, read_merged
-from alignkit.models.merging import require_free
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.reward_head import read_head, read_statistics
 from alignkit.models.scorer import causal_model
 from alignkit.models.streaming import build_without_weights
-from alignkit.models.writing import beside, write_and_read, write_settings
+from alignkit.models.writing import beside, require_free, write_and_read, write_settings
 from alignkit.packed import IntArray
 
 CHECK_ROWS = 8

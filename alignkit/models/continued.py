@@ -1,24 +1,18 @@
-"""Training an existing adapter on: what it is, and its weights in their place."""
+"""Training an existing adapter on: where it is, and of what shape."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, set_peft_model_state_dict
-
 from alignkit.errors import ModelError
 from alignkit.models.adapter_files import (
-    HEAD_KEY,
     read_adapter_config,
-    read_weights,
     require_base,
-    require_whole,
     trained_over,
 )
 from alignkit.models.loading import BaseModel
 from alignkit.models.opening import adapter_in
-from alignkit.models.quiet import quiet_transformers
 from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec, continues
 
 _LORA = {
@@ -119,29 +113,6 @@ def adapter_folder(spec: LoraSpec | Ia3Spec | FullSpec) -> Path | None:
             hint="name a run folder, its adapter/, or a folder written by PEFT",
         )
     return folder
-
-
-def put_weights(model: PeftModel, folder: Path) -> None:
-    """Give a fresh adapter of the same shape the stored weights.
-
-    Args:
-        model: carries the adapter.
-        folder: PEFT adapter folder; a head in it is not read.
-
-    Raises:
-        ModelError: a tensor is missing, left over, damaged or of another shape.
-    """
-    stored = {name: w for name, w in read_weights(folder).items() if name != HEAD_KEY}
-    require_whole(folder, set(stored), model)
-    try:
-        with quiet_transformers():
-            set_peft_model_state_dict(model, stored)
-    except (ValueError, RuntimeError, KeyError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"the adapter in {folder} does not fit the base: {first_line[:300]}",
-            hint="model.base must be the one that it was trained over",
-        ) from error
 
 
 def _plain(key: str, value: Any) -> Any:

@@ -29,7 +29,7 @@ from alignkit.models.gguf_settings import settings_of
 from alignkit.models.gguf_tokens import vocabulary_of
 from alignkit.models.licence import licence_of
 from alignkit.models.loading import BaseModel, load_config, load_tokenizer
-from alignkit.models.writing import beside
+from alignkit.models.writing import beside, require_free
 from alignkit.packed import IntArray
 
 
@@ -108,10 +108,7 @@ def export_gguf(
         ModelError: the model or its tokenizer has no place in the format, the output exists, or
             what was written is not the model.
     """
-    if output.is_dir() or (output.exists() and not overwrite):
-        raise ModelError(
-            f"{output} already exists", hint="add --overwrite, or name another --output"
-        )
+    require_free(output, overwrite=overwrite and not output.is_dir())
     config = exportable_config(base, kind)
     weights = SourceWeights(local_folder(base))
     plan = plan_tensors(config, weights)
@@ -184,7 +181,10 @@ def local_folder(base: BaseModel) -> Path:
         return Path(snapshot_download(base.location, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         first_line = str(error).strip().split("\n")[0]
-        raise ModelError(f"{base.location} could not be downloaded: {first_line}") from error
+        raise ModelError(
+            f"{base.location} could not be downloaded: {first_line}",
+            hint="check the name and the connection",
+        ) from error
 
 
 def stop_ids(base: BaseModel, tokenizer: Any) -> list[int]:

@@ -25,7 +25,7 @@ from alignkit.models.loading import (
 )
 from alignkit.models.quantized import multiply_dense
 from alignkit.models.quiet import quiet_transformers
-from alignkit.models.writing import beside, is_plain_model
+from alignkit.models.writing import beside, is_plain_model, require_free
 from alignkit.packed import IntArray
 
 KINDS = {8: "int8", 4: "nf4"}
@@ -110,7 +110,10 @@ def export_quantized(
         model = _load(base.location, device, dtype, quantization_config=settings, **base.options)
         layers = count_quantized(model)
         if not layers:
-            raise ModelError(f"{base.name} has no linear layer that bitsandbytes quantizes")
+            raise ModelError(
+                f"{base.name} has no linear layer that bitsandbytes quantizes",
+                hint="serve the model as it is",
+            )
         with quiet_transformers():
             model.save_pretrained(written)
             tokenizer.save_pretrained(written)
@@ -140,10 +143,7 @@ def _require_fit(base: BaseModel, output: Path, bits: int, overwrite: bool) -> N
             "the bitsandbytes package is not installed",
             hint="pip install 'alignkit[quantization]'",
         )
-    if output.exists() and not overwrite:
-        raise ModelError(
-            f"{output} already exists", hint="add --overwrite, or name another --output"
-        )
+    require_free(output, overwrite=overwrite)
     if output.exists() and not is_plain_model(output):
         raise ModelError(
             f"{output} is no model folder, so it is not overwritten", hint="name another --output"
@@ -183,7 +183,10 @@ def _load(place: str, device: str, dtype: torch.dtype, **options: Any) -> Any:
             )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         first_line = str(error).strip().split("\n")[0]
-        raise ModelError(f"the weights of {place} could not be quantized: {first_line}") from error
+        raise ModelError(
+            f"the weights of {place} could not be quantized: {first_line}",
+            hint="check the files, and that bitsandbytes knows this device",
+        ) from error
     multiply_dense(model, dtype)  # what is measured is the weights, on any machine
     return model.eval()
 

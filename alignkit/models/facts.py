@@ -18,6 +18,7 @@ from alignkit.models.targets import (
     require_free_vocabulary,
     saved_modules,
     scales_input,
+    vocabulary_ends,
 )
 from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec
 from alignkit.recipe.facts import ModelFacts
@@ -77,7 +78,8 @@ def measure_model(
         trainable = _trainable(model, adapter, scalar_head)
         if new_tokens:
             require_free_vocabulary(model, adapter)
-        trainable += new_tokens * sum(rows.shape[1] for rows in _vocabulary(model))
+            ends = {id(m.weight): m.weight for m in vocabulary_ends(model).values()}
+            trainable += new_tokens * sum(weight.shape[1] for weight in ends.values())
     text = config.get_text_config()
     if scalar_head:
         head: Any = model.get_output_embeddings()
@@ -99,13 +101,6 @@ def measure_model(
         vocabulary=int(text.vocab_size),
         context=int(getattr(text, "max_position_embeddings", 0) or 0),
     )
-
-
-def _vocabulary(model: Any) -> list[torch.Tensor]:
-    """Embedding and output head, once where they are one matrix."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    rows = [embedding.weight]
-    return rows if head is None or head.weight is rows[0] else [*rows, head.weight]
 
 
 def _trainable(model: nn.Module, spec: LoraSpec | Ia3Spec, scalar_head: bool) -> int:

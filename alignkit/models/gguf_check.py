@@ -25,6 +25,8 @@ from alignkit.models.gguf_tokens import CONTROL, Vocabulary, tokenizer_from
 from alignkit.models.loading import BaseModel, load_model
 from alignkit.models.quiet import quiet_transformers
 
+_FAILING = "the disk may be full or failing; nothing was kept"
+
 MAX_KL = {"f32": 1e-5, "f16": 1e-3, "bf16": 1e-2, "q8_0": 1e-2}
 """Nats per token that rounding to a type may move the model."""
 
@@ -58,7 +60,7 @@ def check_tensors(
         if extra or found is None or found.shape != exact.shape or not _within(found, exact, kind):
             raise ModelError(
                 f"the file does not hold what was written: {tensor.target} differs",
-                hint="the disk may be full or failing; nothing was kept",
+                hint=_FAILING,
             )
 
 
@@ -85,7 +87,9 @@ def check_settings(file: WrittenFile, architecture: str, settings: Settings) -> 
     for key, value in wanted.items():
         exact = float(torch.tensor(value)) if isinstance(value, float) else value
         if file.fields.get(key) != exact:
-            raise ModelError(f"the file does not hold what was written: {key} differs")
+            raise ModelError(
+                f"the file does not hold what was written: {key} differs", hint=_FAILING
+            )
 
 
 def check_tokenizer(
@@ -109,7 +113,9 @@ def check_tokenizer(
     same = ("kind", "cut", "tokens", "types", "scores", "merges", "special", "add_bos", "add_space")
     for name in same:
         if getattr(stored, name) != getattr(vocabulary, name):
-            raise ModelError(f"the file does not hold what was written: {name} differs")
+            raise ModelError(
+                f"the file does not hold what was written: {name} differs", hint=_FAILING
+            )
     built = tokenizer_from(stored)
     texts = [*TRICKY_TEXTS, *(tokenizer.decode(row) for row in rows)]
     marks = [t for t, k in zip(stored.tokens, stored.types, strict=True) if k == CONTROL]
@@ -152,7 +158,8 @@ def load_back(path: Path, config: Any) -> Any:
             if getattr(stated, name) != getattr(config, name):
                 raise ModelError(
                     f"transformers reads {name} = {getattr(stated, name)!r} from the file, "
-                    f"not {getattr(config, name)!r}"
+                    f"not {getattr(config, name)!r}",
+                    hint="serve the safetensors folder instead; nothing was kept",
                 )
         return AutoModelForCausalLM.from_pretrained(
             path.parent,

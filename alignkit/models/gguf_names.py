@@ -180,7 +180,10 @@ def _planned(
 ) -> PlannedTensor:
     target = names.get_name(source, try_suffixes=(".weight", ".bias"))
     if target is None:
-        raise ModelError(f"GGUF has no name for {source} of {family.title}")
+        raise ModelError(
+            f"GGUF has no name for {source} of {family.title}",
+            hint="serve the safetensors folder instead, as with `vllm serve`",
+        )
     heads = 0
     if family.turned and ".q_proj." in source:
         heads = config.num_attention_heads

@@ -23,6 +23,7 @@ from alignkit.models.requantized import as_trained
 from alignkit.models.rounding import round_stochastically
 from alignkit.models.shards import Weights, open_weights
 from alignkit.models.streaming import build_without_weights, make_room, streaming
+from alignkit.models.targets import vocabulary_ends
 from alignkit.models.updates import AdapterPart, Blend, Updates, seed_of
 
 Onto = Literal["auto", "original", "dequantized"]
@@ -50,7 +51,7 @@ class MergedWeights:
         require_plain_weights(base)
         self.base, self.dtype = base, dtype
         self.blend = adapter if isinstance(adapter, Blend) else Blend((AdapterPart(adapter),))
-        self.plain = self._skeleton()
+        self.plain = _skeleton(base)
         self.config = self.plain.config
         resized = _vocabulary_names(self.plain) if base.changes.tokens else []
         self.stored = open_weights(base, self.plain, resized)
@@ -63,14 +64,8 @@ class MergedWeights:
         self.survived, self.rounding_error, self._sums = 1.0, 0.0, [0.0, 0.0, 0.0]
         self._put_onto(self.original)
 
-    def _skeleton(self) -> Any:
-        trust = self.base.trust_remote_code
-        return build_without_weights(
-            AutoModelForCausalLM, load_config(self.base), trust_remote_code=trust
-        )
-
     def _under(self, adapter: Path) -> Any:
-        model = self._skeleton()
+        model = _skeleton(self.base)
         make_room(model, read_weights(adapter))
         return load_adapter(model, adapter)
 
@@ -219,23 +214,24 @@ class MergedWeights:
             self.survived, self.rounding_error = kept / squared, (lost / squared) ** 0.5
 
 
+def _skeleton(base: BaseModel) -> Any:
+    config, trust = load_config(base), base.trust_remote_code
+    return build_without_weights(AutoModelForCausalLM, config, trust_remote_code=trust)
+
+
 def _vocabulary_names(model: Any) -> list[str]:
     """Names of the weights with a row for each token."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return [
         f"{name}.{key}"
-        for name, module in model.named_modules()
-        if any(module is end for end in ends)
+        for name, module in vocabulary_ends(model).items()
         for key, _ in module.named_parameters(recurse=False)
     ]
 
 
 def stored_weights(base: BaseModel) -> Weights:
-    """The base's weights by name, without loading them."""
-    config, trust = load_config(base), base.trust_remote_code
-    return open_weights(
-        base, build_without_weights(AutoModelForCausalLM, config, trust_remote_code=trust)
-    )
+    """The base's weights by name, as they are stored."""
+    skeleton = _skeleton(base)
+    return open_weights(base, skeleton, _vocabulary_names(skeleton))
 
 
 def read_merged(

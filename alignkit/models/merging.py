@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from alignkit.errors import ModelError
 from alignkit.models.comparing import (
     Sample,
     closeness,
@@ -31,7 +30,7 @@ from alignkit.models.loading import BaseModel, load_tokenizer
 from alignkit.models.merge_report import Drift, MergeReport, require_faithful
 from alignkit.models.merged_weights import MergedWeights, Onto, read_merged
 from alignkit.models.updates import Blend
-from alignkit.models.writing import beside, write_language_model, write_settings
+from alignkit.models.writing import beside, require_free, write_language_model, write_settings
 from alignkit.packed import IntArray
 
 MAX_DRIFT = 0.05
@@ -113,18 +112,6 @@ def _loss_drift(samples: Sequence[Sample], trained: torch.Tensor, original: torc
     losses = mean_loss(trained, samples), mean_loss(original, samples)
     distance = f"KL {mean_kl(trained, original):.2g} nats/token"
     return Drift("loss", *losses, distance, MAX_DRIFT, losses[1] - losses[0] > MAX_DRIFT)
-
-
-def require_free(output: Path, *, overwrite: bool) -> None:
-    """Refuse to write over something.
-
-    Raises:
-        ModelError: the output exists.
-    """
-    if output.exists() and not overwrite:
-        raise ModelError(
-            f"{output} already exists", hint="add --overwrite, or name another --output"
-        )
 
 
 def write_dense(

@@ -17,12 +17,10 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import nn
 
 from alignkit.errors import ModelError
-from alignkit.models.adapter_files import HEAD_KEY, read_adapter_config
+from alignkit.models.adapter_files import put_weights, read_adapter_config
 from alignkit.models.adapters import adapter_layers
 from alignkit.models.lora_linear import use_fast_lora
 from alignkit.models.quiet import quiet_transformers
@@ -125,25 +123,16 @@ def add_stored_adapter(model: Any, name: str, folder: Path) -> None:
     config = read_adapter_config(folder)
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
     config.lora_dropout = 0.0  # roles score in training mode
-    weights = load_file(folder / "adapter_model.safetensors")
-    weights.pop(HEAD_KEY, None)
     try:
         with quiet_transformers():
             model.add_adapter(name, config)
-            result = set_peft_model_state_dict(model, weights, adapter_name=name)
     except (ValueError, RuntimeError, KeyError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ModelError(
             f"the adapter in {folder} does not fit the base: {first_line[:300]}",
             hint="it must have been trained over the same base",
         ) from error
-    missing = [key for key in result.missing_keys if f".{name}." in key]
-    if missing or result.unexpected_keys:
-        odd = [*missing, *result.unexpected_keys][0]
-        raise ModelError(
-            f"the adapter in {folder} does not fit the base: {odd} has no counterpart",
-            hint="it must have been trained over the same base",
-        )
+    put_weights(model, folder, name)
     use_fast_lora(model)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as IA3_FEEDFORWARD,
@@ -101,20 +101,25 @@ def saved_modules(model: nn.Module, spec: LoraSpec) -> list[str]:
     return found
 
 
+def vocabulary_ends(model: Any) -> dict[str, Any]:
+    """Name -> module of the embedding and, where there is one, of the output head."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {name: m for name, m in model.named_modules() if any(m is end for end in ends)}
+
+
 def require_free_vocabulary(model: nn.Module, spec: LoraSpec | Ia3Spec) -> None:
     """Refuse to train embedding or head beside the rows of new tokens in them.
 
     Raises:
         ModelError: the adapter changes one of the two.
     """
-    ends = [getattr(model, f"get_{end}_embeddings")() for end in ("input", "output")]
-    names = {name for name, module in model.named_modules() if any(module is end for end in ends)}
     trained = set(adapted_layers(model, spec))
     if isinstance(spec, LoraSpec):
         trained |= set(saved_modules(model, spec))
-    if names & trained:
+    twice = sorted(trained & vocabulary_ends(model).keys())
+    if twice:
         raise ModelError(
-            f"adapter trains {sorted(names & trained)[0]}, in which model.add_tokens trains rows",
+            f"adapter trains {twice[0]}, in which model.add_tokens trains rows",
             hint="leave it out of adapter.targets and adapter.modules_to_save, or add the tokens "
             "in a run of their own before",
         )

@@ -50,6 +50,22 @@ def beside(output: Path) -> Iterator[Path]:
             ) from error
 
 
+def require_free(output: Path, *, overwrite: bool) -> None:
+    """Refuse to write over something.
+
+    Args:
+        output: file or folder.
+        overwrite: the user said so.
+
+    Raises:
+        ModelError: the output exists.
+    """
+    if output.exists() and not overwrite:
+        raise ModelError(
+            f"{output} already exists", hint="add --overwrite, or name another --output"
+        )
+
+
 def is_plain_model(folder: Path) -> bool:
     """A model folder or an empty one; never a run, a home or a checkout."""
     if not folder.is_dir():

@@ -35,7 +35,7 @@ class ModelSpec(Section):
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Storage of the frozen base weights: `nf4` keeps them in 4 bits with double quantization
     (QLoRA, https://arxiv.org/abs/2305.14314), `int8` in 8 bits with one scale a row. Products are
-    computed in `dtype`, and merging goes into the original weights."""
+    computed in `dtype`; merging goes onto the original weights where the adapter is as good."""
     attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = "auto"
     """`auto` packs rows without padding and checks itself against the model's own attention at
     the start; `packed` insists on it; the others are padded batches through transformers."""

@@ -14,6 +14,7 @@ from alignkit.models.export_quantized import KINDS, QuantizedReport, export_quan
 from alignkit.models.fitness import require_language_model
 from alignkit.models.loading import BaseModel, find_base, load_tokenizer
 from alignkit.models.ollama import recognise, write_modelfile
+from alignkit.models.writing import require_free
 from alignkit.runtime.devices import find_device
 from alignkit.stages.card import write_card
 from alignkit.stages.checking import file_rows
@@ -73,10 +74,7 @@ def gguf_of(source: str, *, output: Path | None, kind: str, overwrite: bool) -> 
             hint=f"for example {output.with_suffix('.gguf')}",
         )
     modelfile = output.with_suffix(".Modelfile")
-    if modelfile.exists() and not overwrite:
-        raise ModelError(
-            f"{modelfile} already exists", hint="add --overwrite, or name another --output"
-        )
+    require_free(modelfile, overwrite=overwrite)
     tokenizer = load_tokenizer(base)
     rows = file_rows(None, tokenizer)
     report = export_gguf(base, output, kind=kind, rows=rows, title=name, overwrite=overwrite)

@@ -20,7 +20,7 @@ from alignkit.models.merged_weights import ONTO, Onto
 from alignkit.models.merging import merge_adapter
 from alignkit.models.opening import adapter_in, base_of_adapter
 from alignkit.models.updates import METHODS, AdapterPart, Blend, Method
-from alignkit.models.writing import is_plain_model
+from alignkit.models.writing import is_plain_model, require_free
 from alignkit.packed import IntArray
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.load import load_recipe
@@ -188,10 +188,7 @@ def _run_facts(run: Path) -> dict[str, Any]:
 
 def _check_output(output: Path, adapter: Path, overwrite: bool) -> None:
     """Refuse to replace anything but a merged model."""
-    if output.exists() and not overwrite:
-        raise ModelError(
-            f"{output} already exists", hint="add --overwrite, or name another --output"
-        )
+    require_free(output, overwrite=overwrite)
     if output.exists() and not is_plain_model(output):
         raise ModelError(
             f"{output} is no merged model, so it is not overwritten",

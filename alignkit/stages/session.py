@@ -14,9 +14,9 @@ from torch import nn
 
 from alignkit.data.report import DataReport
 from alignkit.errors import Interrupted, RunError
-from alignkit.models.adapter_files import has_head
+from alignkit.models.adapter_files import has_head, put_weights
 from alignkit.models.adapters import attach_adapter, trainable_report
-from alignkit.models.continued import adapter_folder, put_weights, started_adapter
+from alignkit.models.continued import adapter_folder, started_adapter
 from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import DTYPES, BaseModel, load_model, token_rows
 from alignkit.models.merged_weights import stored_weights

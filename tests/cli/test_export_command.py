@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commandline import CommandLine, Done
+from commandline import CommandLine, refused
 from peft import LoraConfig, get_peft_model
 from tiny import save_tiny, tiny_model
 from transformers import AutoModelForCausalLM
@@ -14,14 +14,6 @@ from transformers import AutoModelForCausalLM
 
 def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def refused(done: Done, sentence: str, hint: str) -> None:
-    assert done.code == 2, done.stderr
-    assert sentence in done.stderr
-    assert f"hint: {hint}" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
 
 
 def test_gguf_and_modelfile(alignkit: CommandLine, tiny_base: Path, tmp_path: Path) -> None:

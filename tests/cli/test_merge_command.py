@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commandline import CommandLine, Done
+from commandline import CommandLine, refused
 from peft import LoraConfig, get_peft_model
 from running import make_preference_recipe, make_recipe, train
 from tiny import save_tiny, tiny_model
@@ -32,14 +32,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.peft_config["default"].base_model_name_or_path = str(folder / "other")
     model.save_pretrained(folder / "stranger")
     return folder
-
-
-def refused(done: Done, sentence: str, hint: str) -> None:
-    assert done.code == 2, done.stderr
-    assert sentence in done.stderr
-    assert f"hint: {hint}" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
 
 
 def test_two_runs_become_one_model(alignkit: CommandLine, runs: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from running import make_ppo_recipe, make_preference_recipe, make_recipe, train
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model
 
 from alignkit.errors import AlignkitError
@@ -64,6 +65,45 @@ def test_it_starts_where_the_other_ended(
         for run in (first, second)
     )
     assert one == two
+
+
+def test_new_rows_and_whole_modules_go_on(tiny_base: Path, tmp_path: Path) -> None:
+    for number, (kind, fields) in enumerate(
+        (
+            ({**KINDS["lora"], "modules_to_save": ["norm", "lm_head"]}, {}),
+            (KINDS["lora"], {"model__add_tokens": ["<tool>", "</tool>"]}),
+        )
+    ):
+        place = tmp_path / str(number)
+        first = run_of(place / "a", tiny_base, kind, **fields)
+        second = run_of(place / "b", tiny_base, {"kind": "lora", "from": str(first)}, **fields)
+        assert values(second, "before") == values(first, "after")
+        assert values(second, "after") != values(second, "before")
+    again = {"kind": "lora", "from": str(tmp_path / "1/a/run")}
+    with pytest.raises(
+        AlignkitError, match=r"trained with other model\.rope_scaling or model\.add"
+    ):
+        run_of(tmp_path / "c", tiny_base, again)
+
+
+@pytest.mark.parametrize("damage", ["missing", "too many", "shape", "nan"])
+def test_damaged_weights_are_not_trained_on(damage: str, tiny_base: Path, tmp_path: Path) -> None:
+    first = run_of(tmp_path / "a", tiny_base, KINDS["lora"])
+    path = first / "adapter/adapter_model.safetensors"
+    weights = load_file(path)
+    name = next(iter(weights))
+    if damage == "missing":
+        del weights[name]
+    elif damage == "too many":
+        weights[name.replace("layers.0", "layers.9")] = weights[name].clone()
+    elif damage == "shape":
+        weights[name] = weights[name][:, :-1].contiguous()
+    else:
+        weights[name][0, 0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    message = "no finite numbers" if damage == "nan" else "does not fit the base"
+    with pytest.raises(AlignkitError, match=message):
+        run_of(tmp_path / "b", tiny_base, {"kind": "lora", "from": str(first)})
 
 
 def test_only_where_no_reference_is_compared_with(tiny_base: Path, tmp_path: Path) -> None:
