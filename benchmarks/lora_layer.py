@@ -1,16 +1,18 @@
 """LoRA alone against PEFT's: the seven adapted layers of one decoder layer, forward and backward.
 
 No attention, norm or loss: each layer reads an input of the right shape, queries, keys and values
-the same one, gate and up the same one. The base is bfloat16, the adapters are float32 under
-autocast, as in training; both engines hold the same weights. Before anything is timed the outputs
-and gradients are compared, in float32 and in bfloat16.
+the same one, gate and up the same one. The base is bfloat16, the adapters are float32, PEFT's
+default; all engines hold the same weights. PEFT runs twice: under autocast, as trainers call it,
+and plainly, as a model in bfloat16 is called, where it computes the update in float32. Before
+anything is timed the outputs and gradients are compared, in float32 and in bfloat16.
 
     python benchmarks/lora_layer.py --out result.json
 
-The two take turns in one process (A B B A ...), with the same allocator settings; times are medians
-of passes, ratios are medians of rounds with a bootstrap interval. A third engine is the base alone,
-without adapters, whose weights are frozen too: the time that no LoRA can do without. So ratios are
-given of the whole, and of what each engine adds to the base.
+They take turns in one process (A B B A ...), all with the allocator settings of a run, or none with
+`--plain-allocator`; times are medians of passes, ratios are medians of rounds with a bootstrap
+interval. One more engine is the base alone, without adapters, whose weights are frozen too: the
+time that no LoRA can do without. So ratios are given of the whole, and of what each engine adds to
+the base.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ READS = {
 }
 """Input -> the layers that read it."""
 
+ENGINES = ("alignkit", "peft", "peft_plain", "base")
+
 PACKAGES = ("torch", "transformers", "peft", "alignkit")
 
 
@@ -54,6 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--passes", type=int, default=5, help="of an engine in each round")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--plain-allocator", action="store_true", help="as Python starts")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
@@ -107,7 +112,7 @@ class Layer:
 
     def run(self) -> dict[str, torch.Tensor]:
         """Outputs and all gradients of one pass."""
-        narrow = self.dtype != torch.float32
+        narrow = self.dtype != torch.float32 and self.kind != "peft_plain"
         context = torch.autocast(self.device, self.dtype) if narrow else contextlib.nullcontext()
         with context:
             outputs = {n: self.layers[n](self.inputs[r]) for r, ns in READS.items() for n in ns}
@@ -147,12 +152,13 @@ def ratio(theirs: np.ndarray, ours: np.ndarray) -> dict[str, float]:
 
 def main() -> None:
     options = parse()
-    tune_allocator()
+    if not options.plain_allocator:
+        tune_allocator()
     parity = {str(t).removeprefix("torch."): difference(options, t) for t in DTYPES}
     for dtype, limit in DTYPES.items():
         name = str(dtype).removeprefix("torch.")
         assert parity[name] <= limit, f"not the same arithmetic in {name}: {parity[name]:.2g}"
-    engines = {kind: Layer(kind, options, torch.bfloat16) for kind in ("alignkit", "peft", "base")}
+    engines = {kind: Layer(kind, options, torch.bfloat16) for kind in ENGINES}
     for engine in engines.values():
         engine.seconds(3)
     rounds: dict[str, list[float]] = {kind: [] for kind in engines}
@@ -160,7 +166,7 @@ def main() -> None:
         order = list(engines) if number % 2 == 0 else list(engines)[::-1]
         for kind in order:
             rounds[kind].append(engines[kind].seconds(options.passes))
-    ours, theirs, base = (np.asarray(rounds[kind]) for kind in ("alignkit", "peft", "base"))
+    ours, theirs, plain, base = (np.asarray(rounds[kind]) for kind in ENGINES)
     result = {
         "what": "seven LoRA layers of one decoder layer, forward and backward",
         "machine": f"{platform.processor() or platform.machine()}, {options.device}, "
@@ -171,8 +177,11 @@ def main() -> None:
         "largest_relative_difference": parity,
         "milliseconds": {k: 1e3 * statistics.median(v) for k, v in rounds.items()},
         "times_peft": ratio(theirs, ours),
+        "times_peft_plain": ratio(plain, ours),
         "times_peft_beyond_the_base": ratio(theirs - base, ours - base),
+        "times_peft_plain_beyond_the_base": ratio(plain - base, ours - base),
         "bound_by_the_base": ratio(theirs, base),
+        "bound_by_the_base_plain": ratio(plain, base),
     }
     text = json.dumps(result, indent=2)
     print(text)

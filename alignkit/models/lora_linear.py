@@ -46,7 +46,7 @@ class _Frozen(NamedTuple):
 
 
 class _Factors(NamedTuple):
-    """Factors in the compute dtype: `[Σr, I]` all A in one, and each layer's B, `[O, r]`."""
+    """Factors in the compute dtype: `[Σr, I]` all s A in one, and each layer's B, `[O, r]`."""
 
     a: torch.Tensor
     b: tuple[torch.Tensor, ...]
@@ -83,10 +83,12 @@ class _LoraProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         x, low, narrow_a, *narrow_b = ctx.saved_tensors
         ranks = [layer.rank for layer in ctx.layers]
-        parts = [torch.mm(grad, b) for grad, b in zip(grads, narrow_b, strict=True)]
-        grad_low = _scale(torch.cat(parts, dim=1), ctx.layers)
+        grad_low = torch.cat([grad @ b for grad, b in zip(grads, narrow_b, strict=True)], dim=1)
         # Transposed in memory first: the products gain more time than the copy takes.
-        grad_a = torch.mm(grad_low.T.contiguous(), x).float().split(ranks)
+        by_rank = torch.mm(grad_low.T.contiguous(), x).split(ranks)
+        grad_a = [
+            layer.scale * part.float() for part, layer in zip(by_rank, ctx.layers, strict=True)
+        ]
         grad_b = [
             torch.mm(part, grad).T.float()
             for part, grad in zip(low.T.contiguous().split(ranks), grads, strict=True)
@@ -103,7 +105,7 @@ def _products(
     x: torch.Tensor, layers: Sequence[_Frozen], narrow: _Factors
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """y `[T, O]` of each layer, and all s · x Aᵀ, `[T, Σr]`."""
-    low, outputs = _scale(torch.mm(x, narrow.a.T), layers), []
+    low, outputs = torch.mm(x, narrow.a.T), []
     parts = low.split([layer.rank for layer in layers], dim=1)
     for layer, part, b in zip(layers, parts, narrow.b, strict=True):
         # The small term first, so that the sum is rounded once. Added to an xWᵀ that is already
@@ -113,15 +115,6 @@ def _products(
             y += layer.base.bias
         outputs.append(y)
     return outputs, low
-
-
-def _scale(low: torch.Tensor, layers: Sequence[_Frozen]) -> torch.Tensor:
-    """Multiply `[T, Σr]` in place by the scale of the layer that each column belongs to."""
-    if len({layer.scale for layer in layers}) == 1:
-        return low.mul_(layers[0].scale)
-    for layer, part in zip(layers, low.split([one.rank for one in layers], dim=1), strict=True):
-        part.mul_(layer.scale)
-    return low
 
 
 def use_fast_lora(model: nn.Module) -> int:
@@ -176,7 +169,8 @@ def _group(first: Any, name: str, dtype: torch.dtype) -> _Group:
         found: _Group = kept[name, dtype]
         return found
     layers = first.readers.alike(first, name)
-    a = [layer.lora_A[name].weight.detach().to(dtype) for layer in layers]
+    # Scaled before the product: A is small, and what it gives has a row for each token.
+    a = [(layer.scaling[name] * layer.lora_A[name].weight.detach()).to(dtype) for layer in layers]
     b = tuple(layer.lora_B[name].weight.detach().to(dtype) for layer in layers)
     factors = _Factors(torch.cat(a) if len(a) > 1 else a[0], b)
     group = _Group(layers, [_frozen(layer, name) for layer in layers], factors)
