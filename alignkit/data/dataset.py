@@ -200,7 +200,10 @@ def split_dataset(
         )
     items = np.arange(len(dataset))
     first = np.unique(dataset.order[held], return_index=True)[1]
-    return dataset.subset(items[~held]), dataset.subset(np.sort(items[held][first]))
+    train, held_out = dataset.subset(items[~held]), dataset.subset(np.sort(items[held][first]))
+    lengths, trained = held_out.lengths.tolist(), int(held_out.num_trained.sum())
+    told, rest = dataset.report.split(lengths, trained)
+    return dataclasses.replace(train, report=told), dataclasses.replace(held_out, report=rest)
 
 
 def count_overlap(train: TokenDataset, held_out: TokenDataset) -> int:

@@ -238,7 +238,9 @@ def split_prompts(prompts: PromptSet, fraction: float, seed: int) -> tuple[Promp
             hint="use a smaller fraction or more prompts",
         )
     once = _first_of_each_row(prompts, np.flatnonzero(held).tolist())
-    return prompts.subset(np.flatnonzero(~held)), prompts.subset(once)
+    train, held_out = prompts.subset(np.flatnonzero(~held)), prompts.subset(once)
+    told, rest = prompts.report.split([len(prompt.ids) for prompt in held_out.prompts])
+    return dataclasses.replace(train, report=told), dataclasses.replace(held_out, report=rest)
 
 
 def count_prompt_overlap(train: PromptSet, held_out: PromptSet) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ class DataReport:
         tokens: tokens of the kept rows.
         stop_tokens: ids that end a trained turn.
         prompts: the rows are prompts, which hold no answer that could lose its end.
+        held_out: rows that are kept for evaluation instead.
     """
 
     rows: int = 0
@@ -39,6 +41,7 @@ class DataReport:
     tokens: int = 0
     stop_tokens: list[int] = field(default_factory=list)
     prompts: bool = False
+    held_out: int = 0
 
     def drop(self, reason: str, place: str) -> None:
         """Count a row that is left out."""
@@ -72,6 +75,29 @@ class DataReport:
             self.examples[key] = (self.examples.get(key, []) + places)[:3]
         self.stop_tokens = sorted({*self.stop_tokens, *other.stop_tokens})
 
+    def split(self, lengths: list[int], trained_tokens: int = 0) -> tuple[DataReport, DataReport]:
+        """Reports of the training and of a held-out part; the first tells what was dropped.
+
+        Args:
+            lengths: tokens of each held-out row.
+            trained_tokens: of the held-out rows.
+        """
+        held_out = DataReport(
+            rows=len(lengths),
+            kept=len(lengths),
+            lengths=lengths,
+            tokens=sum(lengths),
+            trained_tokens=trained_tokens,
+            stop_tokens=self.stop_tokens,
+            prompts=self.prompts,
+        )
+        train = copy.deepcopy(self)
+        train.held_out = held_out.kept
+        train.kept -= held_out.kept
+        train.tokens -= held_out.tokens
+        train.trained_tokens -= trained_tokens
+        return train, held_out
+
     def percentiles(self) -> dict[str, int]:
         """Length percentiles in tokens, before truncation."""
         if not self.lengths:
@@ -83,6 +109,8 @@ class DataReport:
     def lines(self) -> list[str]:
         """The report in sentences, most important first."""
         lines = [f"{self.kept:,} of {self.rows:,} rows used"]
+        if self.held_out:
+            lines[0] += f", {self.held_out:,} held out"
         for reason, count in self.dropped.items():
             lines.append(f"{count:,} rows dropped: {reason} ({', '.join(self.examples[reason])})")
         if self.truncated and self.prompts:
@@ -102,6 +130,7 @@ class DataReport:
         return {
             "rows": self.rows,
             "kept": self.kept,
+            "held_out": self.held_out,
             "dropped": self.dropped,
             "truncated": self.truncated,
             "lost_ends": self.lost_ends,

@@ -404,6 +404,20 @@ def test_split_is_a_partition_of_the_asked_size() -> None:
     assert count_overlap(train, held) == 0
 
 
+def test_the_reports_of_both_parts_add_up() -> None:
+    dataset = load(write("a.jsonl", texts(*numbers(40), "x" * 400)), max_length=100)
+    whole = dataset.report
+    train, held = split_dataset(dataset, 0.25, seed=0)
+    assert train.report.lines()[0] == "30 of 41 rows used, 10 held out"
+    assert held.report.lines() == ["10 of 10 rows used"]
+    assert whole.lines()[0] == "40 of 41 rows used"
+    assert train.report.dropped == whole.dropped != {}
+    for part in (train, held):
+        assert part.report.tokens == part.lengths.sum() > 0
+        assert part.report.trained_tokens == part.num_trained.sum() > 0
+    assert sorted(held.report.lengths) == sorted(held.lengths)
+
+
 def test_split_depends_on_the_seed_alone() -> None:
     dataset = load(write("a.jsonl", texts(*numbers(40))))
     first, again = split_dataset(dataset, 0.25, seed=1), split_dataset(dataset, 0.25, seed=1)

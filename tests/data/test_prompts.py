@@ -575,7 +575,8 @@ def numbers(*tokens: int, places: list[str] | None = None) -> PromptSet:
         Prompt(np.array([token], np.int32), str(token), None, {}, place)
         for token, place in zip(tokens, named, strict=True)
     )
-    return PromptSet(made, DataReport(rows=len(made), kept=len(made)), "f")
+    report = DataReport(rows=len(made), kept=len(made), tokens=len(made))
+    return PromptSet(made, report, "f")
 
 
 def test_subset_picks_in_order() -> None:
@@ -597,6 +598,9 @@ def test_equal_prompts_stay_on_one_side(seed: int) -> None:
     assert count_prompt_overlap(train, held_out) == 0
     places = [prompt.place for side in (train, held_out) for prompt in side.prompts]
     assert sorted(places) == sorted(prompt.place for prompt in prompts.prompts)
+    assert (train.report.kept, train.report.held_out, held_out.report.kept) == (28, 12, 12)
+    assert train.report.tokens + held_out.report.tokens == prompts.report.tokens
+    assert held_out.report.tokens == sum(len(prompt.ids) for prompt in held_out.prompts)
     again = split_prompts(prompts, 0.3, seed)
     assert [shown(side) for side in again] == [shown(train), shown(held_out)]
 
