@@ -35,7 +35,7 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from alignkit.models.lora_linear import use_fast_lora
-from alignkit.runtime.devices import tune_allocator
+from alignkit.runtime.devices import tune_processor
 
 READS = {
     "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -153,7 +153,7 @@ def ratio(theirs: np.ndarray, ours: np.ndarray) -> dict[str, float]:
 def main() -> None:
     options = parse()
     if not options.plain_allocator:
-        tune_allocator()
+        tune_processor()
     parity = {str(t).removeprefix("torch."): difference(options, t) for t in DTYPES}
     for dtype, limit in DTYPES.items():
         name = str(dtype).removeprefix("torch.")

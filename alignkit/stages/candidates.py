@@ -23,7 +23,7 @@ from alignkit.models.roles import POLICY, Role
 from alignkit.models.scorer import causal_model
 from alignkit.models.selfcheck import build_scorer
 from alignkit.recipe.memory import SAMPLING_TOKENS
-from alignkit.runtime.devices import find_device, tune_allocator
+from alignkit.runtime.devices import find_device, tune_processor
 from alignkit.stages.ppo import stop_tokens
 from alignkit.stages.reward_models import check_tokens, require_reward_model
 from alignkit.stages.roles import ScoringModel
@@ -83,7 +83,7 @@ def open_answering(model: str, reward: str, dtype: str, base: str | None = None)
     Raises:
         ModelError: either is not what it should be, or they read other tokens.
     """
-    tune_allocator()
+    tune_processor()
     place = require_reward_model(reward)
     opened = open_language_model(model, dtype=DTYPES[dtype], device=find_device(), base=base)
     check_tokens(reward, load_tokenizer(place), opened.tokenizer)

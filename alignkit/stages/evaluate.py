@@ -27,7 +27,7 @@ from alignkit.recipe.load import load_recipe
 from alignkit.recipe.objectives import CpoSpec, DpoSpec
 from alignkit.recipe.rows import SourceSpec
 from alignkit.recipe.schema import DpoRecipe, KtoRecipe, Recipe, RewardRecipe, needs_reference
-from alignkit.runtime.devices import find_device, tune_allocator
+from alignkit.runtime.devices import find_device, tune_processor
 from alignkit.stages.kto import kto_stage
 from alignkit.stages.pairs import pair_stage
 from alignkit.stages.preference import preference_scores
@@ -75,7 +75,7 @@ def evaluate_models(names: list[str], question: Question) -> dict[str, Evaluatio
         ModelError: no rows to evaluate on, or rows that the model cannot be measured on.
     """
     question.check()
-    tune_allocator()
+    tune_processor()
     run = None if question.data else run_with_recipe(names)
     found = {}
     for name in names:

@@ -26,7 +26,7 @@ from alignkit.recipe.adapters import FullSpec, LoraSpec, b_rate
 from alignkit.recipe.plan import Plan
 from alignkit.recipe.schema import Recipe
 from alignkit.runtime.checkpoint import find_checkpoint, load_checkpoint
-from alignkit.runtime.devices import build_accelerator, tune_allocator
+from alignkit.runtime.devices import build_accelerator, tune_processor
 from alignkit.runtime.metrics import MetricsFile
 from alignkit.runtime.optim import build_optimizer
 from alignkit.runtime.progress import StepProgress, print_line
@@ -68,7 +68,7 @@ class Session:
     """
 
     def __init__(self, recipe: Recipe, options: RunOptions) -> None:
-        tune_allocator()
+        tune_processor()
         self.recipe, self.options = recipe, options
         self.output: Path = check_output(recipe, resume=options.resume, overwrite=options.overwrite)
         trackers = recipe.training.trackers
