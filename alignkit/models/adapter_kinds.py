@@ -38,8 +38,8 @@ def require_mergeable(folder: Path) -> None:
     """
     if peft_kind(folder) in UNMERGEABLE:
         raise ModelError(
-            f"{folder} is a prefix, which has no merge: keys and values that stand before every "
-            "row, and no weight can hold them",
-            hint="chat, generate, eval and label read it with its base, as PEFT does; train with "
-            "adapter.kind=lora where a whole model is needed",
+            f"{folder} is a prefix, which has no merge: no weight can hold keys and values that "
+            "stand before every row",
+            hint="chat, generate, eval and label read it over its base, as PEFT does, and "
+            "adapter.from trains it on; train with adapter.kind=lora for a whole model",
         )
