@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,8 @@ def test_the_file_is_pefts_and_gives_the_same(spec: PrefixSpec, tmp_path: Path) 
     assert {n: w.shape for n, w in read_weights(tmp_path).items()} == {
         "prompt_embeddings": (TOKENS, 2 * 2 * 2 * 16)
     }
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["prefix_projection"] is False  # the network is not in the file
     ids = torch.arange(5, 65).view(3, 20)
     read = PeftModel.from_pretrained(tiny_model(), str(tmp_path)).eval()
     with torch.no_grad():
