@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from tiny import MODELS, save_tiny, tiny_model
 from torch.nn.functional import log_softmax
 
@@ -155,6 +155,25 @@ def test_the_file_is_pefts_and_gives_the_same(spec: PrefixSpec, tmp_path: Path) 
         for found in (read, load_adapter(tiny_model(), tmp_path)):
             torch.testing.assert_close(found(input_ids=ids).logits, expected, rtol=0, atol=1e-6)
     assert float((tiny_model()(input_ids=ids).logits - expected).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_prefix_that_peft_wrote(projection: bool, tmp_path: Path) -> None:
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=4,
+        prefix_projection=projection,
+        encoder_hidden_size=24,
+    )
+    model = get_peft_model(tiny_model(), config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = load_adapter(tiny_model(), tmp_path)
+    states = prefix_states(loaded)
+    assert states is not None
+    assert states.shape == (2, 2, 2, 4, 16)
+    with torch.no_grad():
+        found = TokenScorer(loaded, torch.float32)(probe_batch(VOCABULARY)).logprobs
+        torch.testing.assert_close(found, by_peft(model), rtol=0.0, atol=2e-5)
 
 
 def test_stored_weights_are_put_back_or_refused(tmp_path: Path) -> None:

@@ -30,9 +30,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from alignkit.errors import AlignkitError, ModelError, RecipeError
+from alignkit.models.adapters import attach_adapter
 from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import BaseModel
 from alignkit.models.opening import open_model
+from alignkit.models.prefix import prefix_states, start_words
+from alignkit.recipe.adapters import PrefixSpec
 from alignkit.recipe.load import load_recipe
 from alignkit.stages.base import start_model
 from alignkit.stages.prepare import load_rows
@@ -117,6 +120,22 @@ def test_the_first_loss_is_pefts(tiny_base: Path, tmp_path: Path) -> None:
         each = cross_entropy(logits, ids[0, 1:], reduction="none")[on[1:]]
         total, count = total + float(each.double().sum()), count + len(each)
     assert losses(run)[0] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_run_starts_as_its_text(tiny_base: Path, tmp_path: Path) -> None:
+    still = {"training__max_steps": 1, "training__learning_rate": 1e-12}
+    stored = []
+    for text in (None, "the cat sat on a mat and saw many red birds"):
+        adapter = {**RAW, "text": text}
+        run = run_of(tmp_path / str(text), tiny_base, adapter=adapter, **still)
+        model = open_model(str(tiny_base), dtype=torch.float32).model
+        spec = PrefixSpec(**adapter)
+        words = start_words(spec, BaseModel(str(tiny_base)))
+        expected = prefix_states(attach_adapter(model, spec, 0, words=words))
+        found = prefix_states(open_model(str(run), dtype=torch.float32).model)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        stored.append(found)
+    assert float((stored[0] - stored[1]).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("kind", KINDS)
