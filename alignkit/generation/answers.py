@@ -11,6 +11,7 @@ from transformers import TextStreamer
 from alignkit.errors import AlignkitError
 from alignkit.generation.sampling import SamplingSettings
 from alignkit.models.opening import OpenModel
+from alignkit.models.prefix import has_window, prefix_length
 from alignkit.models.quiet import quiet_transformers
 
 Turns = list[dict[str, str]]
@@ -36,8 +37,10 @@ def generate_answers(
     """
     answers: list[str] = []
     torch.manual_seed(settings.seed)
-    for start in range(0, len(conversations), _BATCH):
-        texts = [render_prompt(opened, turns) for turns in conversations[start : start + _BATCH]]
+    model = opened.model
+    together = 1 if prefix_length(model) and has_window(model.config) else _BATCH
+    for start in range(0, len(conversations), together):
+        texts = [render_prompt(opened, turns) for turns in conversations[start : start + together]]
         inputs = _encode(opened, texts, settings)
         output = _generate(opened, inputs, settings)
         width = inputs["input_ids"].shape[1]
@@ -93,11 +96,12 @@ def _encode(opened: OpenModel, texts: list[str], settings: SamplingSettings) -> 
     )
     config = opened.model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
-    longest = int(inputs["attention_mask"].sum(1).max())
-    if context and longest + settings.max_new_tokens > context:
+    longest, before = int(inputs["attention_mask"].sum(1).max()), prefix_length(opened.model)
+    if context and before + longest + settings.max_new_tokens > context:
+        after = f" after a prefix of {before}" if before else ""
         raise AlignkitError(
             f"a prompt of {longest} tokens and {settings.max_new_tokens} new ones do not fit the "
-            f"model's context of {context}",
+            f"model's context of {context}{after}",
             hint="shorten the prompt, or lower --max-new-tokens",
         )
     return inputs.to(opened.model.device)

@@ -16,9 +16,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from alignkit.models.cached_attention import cached_forward, keep_rows, new_cache, round_up
+from alignkit.models.cached_attention import (
+    cached_forward,
+    fill_cache,
+    keep_rows,
+    new_cache,
+    round_up,
+)
 from alignkit.models.lora_linear import fixed_factors
 from alignkit.models.precision import compute_context
+from alignkit.models.prefix import has_window
 from alignkit.models.vocab_head import logit_transform, next_logits
 from alignkit.packed import IntArray
 
@@ -85,12 +92,19 @@ class TransformersEngine:
         dtype: compute precision.
         settings: lengths, temperature, stop tokens.
         budget: tokens, prompts and room for responses together, of one batch.
+        prefix: `[L, 2, K, P, D]` keys and values of each layer that stand before every prompt.
     """
 
     def __init__(
-        self, inner: Any, dtype: torch.dtype, settings: RolloutSettings, budget: int = 16384
+        self,
+        inner: Any,
+        dtype: torch.dtype,
+        settings: RolloutSettings,
+        budget: int = 16384,
+        prefix: torch.Tensor | None = None,
     ) -> None:
         self.inner, self.dtype, self.settings, self.budget = inner, dtype, settings, budget
+        self.prefix, self.alike = prefix, prefix is not None and has_window(inner.config)
         transform = logit_transform(inner.config.get_text_config())
         self.transform = replace(transform, temperature=settings.temperature)
 
@@ -118,6 +132,8 @@ class TransformersEngine:
         while start < len(lengths):
             room = lengths[start] + self.settings.max_new_tokens
             stop = min(len(lengths), start + max(1, self.budget // room))
+            if self.alike:
+                stop = min(stop, start + lengths[start:].count(lengths[start]))
             batches.append(range(start, stop))
             start = stop
         return batches
@@ -130,22 +146,26 @@ class TransformersEngine:
             [np.random.default_rng(list(s)).random(settings.max_new_tokens) for s in seeds]
         )
         uniform = torch.from_numpy(draws).to(device)
-        width = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+        longest, before = max(map(len, prompts)), 0 if self.prefix is None else self.prefix.shape[3]
+        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        width = before + longest
         room = width + settings.max_new_tokens
         mask = torch.zeros(len(prompts), round_up(room), dtype=torch.bool)
+        mask[:, :before] = True
         for row, prompt in enumerate(prompts):  # on the left, so that new tokens line up
-            ids[row, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, np.int64))
+            ids[row, longest - len(prompt) :] = torch.from_numpy(np.asarray(prompt, np.int64))
             mask[row, width - len(prompt) : room] = True
         ids, mask = ids.to(device), mask.to(device)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         layers = int(self.inner.config.get_text_config().num_hidden_layers)
         cache = new_cache(layers, room)
+        if self.prefix is not None:
+            fill_cache(cache, self.prefix.to(device, self.dtype), len(prompts))
         batch = _Batch(len(prompts), settings.max_new_tokens)
         live = torch.arange(len(prompts), device=device)
         stops = torch.tensor(sorted(settings.stop_tokens), device=device)
         columns = torch.arange(mask.shape[1], device=device)
-        step_ids, start = ids, 0
+        step_ids, start = ids, before
         for step in range(settings.max_new_tokens):
             end = width + step
             seen = mask[:, : round_up(end)] & (columns[: round_up(end)] < end)

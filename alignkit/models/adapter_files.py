@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from alignkit.errors import ModelError
+from alignkit.models.adapter_kinds import KINDS
 from alignkit.models.changes import BaseChanges
 from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import BaseModel, share_files
 from alignkit.models.lora_linear import use_fast_lora
+from alignkit.models.prefix import make_switchable, require_fitting_prefix
 from alignkit.models.quiet import quiet_transformers
 from alignkit.recipe.rope import RopeSpec
 
@@ -28,9 +30,6 @@ WEIGHTS = "adapter_model.safetensors"
 
 TRAINED_OVER = "trained_over.json"
 """Says which weights the adapter was trained over. PEFT knows no such file and lets it be."""
-
-MERGEABLE = ("LORA", "IA3")
-"""PEFT's kinds of adapters that are read here: all that alignkit trains."""
 
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Values of PEFT's `init_lora_weights` that leave the base as it is."""
@@ -103,6 +102,8 @@ def save_adapter(
         about = dataclasses.asdict(trained_over)
         (folder / TRAINED_OVER).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     config = model.peft_config[adapter].to_dict()
+    if "prefix_projection" in config:
+        config["prefix_projection"] = False  # the network stays behind
     config["base_model_name_or_path"] = base_name
     config["inference_mode"] = True
     if head is not None:
@@ -118,8 +119,8 @@ def read_adapter_config(folder: Path) -> Any:
     """PEFT's configuration of an adapter folder.
 
     Raises:
-        ModelError: no adapter there, a kind that is not among `MERGEABLE`, or one over a base that
-            its start has changed.
+        ModelError: no adapter there, a kind that is not among `KINDS`, or one over a base that its
+            start has changed.
     """
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(
@@ -135,10 +136,10 @@ def read_adapter_config(folder: Path) -> Any:
             hint="the file must be one that PEFT wrote",
         ) from error
     kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind not in MERGEABLE:
+    if kind not in KINDS:
         raise ModelError(
-            f"{folder} is a {kind} adapter, which has no merge into weights here",
-            hint=f"adapters that can be merged: {', '.join(MERGEABLE)}",
+            f"{folder} is a {kind} adapter, which is not read here",
+            hint=f"kinds that are: {', '.join(KINDS)}",
         )
     for key in ("layer_replication", "alora_invocation_tokens"):
         if getattr(config, key, None):
@@ -154,6 +155,8 @@ def read_adapter_config(folder: Path) -> Any:
             hint="let PEFT convert it while saving: save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...)",
         )
+    if getattr(config, "prefix_projection", False):
+        config.prefix_projection = False  # stored is what the network made, without it
     return config
 
 
@@ -174,6 +177,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     if has_head(folder):
         whole = [name for name in config.modules_to_save or [] if name != "score"]
         config.task_type, config.modules_to_save = "CAUSAL_LM", whole or None
+    require_fitting_prefix(config, model, folder)
     stored = read_weights(folder)
     try:
         with quiet_transformers():
@@ -186,6 +190,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         ) from error
     _require_whole(folder, set(stored) - set(HEAD_KEYS), loaded)
     use_fast_lora(loaded)
+    make_switchable(loaded)
     return loaded.eval()
 
 
@@ -203,15 +208,15 @@ def put_weights(model: PeftModel, folder: Path, adapter: str = "default") -> Non
     stored = {name: w for name, w in read_weights(folder).items() if name not in HEAD_KEYS}
     try:
         with quiet_transformers():
-            result = set_peft_model_state_dict(model, stored, adapter_name=adapter)
+            set_peft_model_state_dict(model, stored, adapter_name=adapter)
     except (ValueError, RuntimeError, KeyError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ModelError(
             f"the adapter in {folder} does not fit the base: {first_line[:300]}",
             hint="it must have been trained over the same base",
         ) from error
-    odd = [key for key in result.missing_keys if f".{adapter}." in f"{key}."]
-    odd += result.unexpected_keys
+    own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    odd = sorted(own.keys() ^ stored.keys())
     if odd:
         raise ModelError(
             f"the adapter in {folder} does not fit the base: {odd[0]} has no counterpart",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
+from peft.tuners import PrefixEncoder
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -17,6 +18,7 @@ from torch import nn
 
 from alignkit.errors import ModelError
 from alignkit.models.lora_linear import use_fast_lora
+from alignkit.models.prefix import make_switchable, prefix_config, prefix_shape, start_prefix
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.starts import HELD, start_factors, with_frozen_half
 from alignkit.models.targets import (
@@ -28,7 +30,7 @@ from alignkit.models.targets import (
     saved_modules,
     vocabulary_ends,
 )
-from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec
+from alignkit.recipe.adapters import AnyAdapter, AnySpec, FullSpec, Ia3Spec, LoraSpec, PrefixSpec
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class TrainableReport:
 
 def peft_config(
     model: nn.Module,
-    spec: LoraSpec | Ia3Spec,
+    spec: AnyAdapter,
     task: str = "CAUSAL_LM",
     new_tokens: Sequence[int] = (),
 ) -> PeftConfig:
@@ -69,8 +71,11 @@ def peft_config(
         new_tokens: ids whose rows of embedding and output head are trained.
 
     Raises:
-        ModelError: a target or a pattern matches nothing, or a rank is above a layer's size.
+        ModelError: a target or a pattern matches nothing, a rank is above a layer's size, or the
+            model has no place for a prefix.
     """
+    if isinstance(spec, PrefixSpec):
+        return prefix_config(model, spec, task)
     if isinstance(spec, LoraSpec):
         spec = with_frozen_half(spec)
     layers = adapted_layers(model, spec)
@@ -111,10 +116,11 @@ def _token_rows(model: Any, ids: Sequence[int]) -> Any:
 
 def attach_adapter(
     model: Any,
-    spec: LoraSpec | Ia3Spec | FullSpec,
+    spec: AnySpec,
     seed: int,
     new_tokens: Sequence[int] = (),
     original: Callable[[str], torch.Tensor] | None = None,
+    words: Sequence[int] = (),
 ) -> Any:
     """Make the model trainable the way the recipe says.
 
@@ -124,6 +130,7 @@ def attach_adapter(
         seed: of the adapter's random half; the other half starts at zero.
         new_tokens: ids whose rows are trained too; with all weights they are in any case.
         original: gives unquantized weights by their names, for a start that wants them.
+        words: tokens whose keys and values a prefix starts as; without them it is drawn.
 
     Returns:
         A PEFT model whose adapter weights are float32, or the model itself with its weights
@@ -143,9 +150,12 @@ def attach_adapter(
     for weight in adapted.parameters():
         if weight.requires_grad:  # copies of whole modules are as wide as the base otherwise
             weight.data = weight.data.float()
+    if words:
+        start_prefix(adapted, words)
     if isinstance(spec, LoraSpec):
         start_factors(adapted, spec, seed, original)
     use_fast_lora(adapted)
+    make_switchable(adapted)
     return adapted
 
 
@@ -178,7 +188,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 def adapter_layers(model: nn.Module) -> list[Any]:
     """Everything that an adapter put into a model and that can be turned off."""
-    kinds = (BaseTunerLayer, ModulesToSaveWrapper)
+    kinds = (BaseTunerLayer, ModulesToSaveWrapper, PrefixEncoder)
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
@@ -198,6 +208,8 @@ def trainable_report(model: nn.Module) -> TrainableReport:
             key = name.rsplit(".", 1)[-1], module.in_features, module.out_features
         elif isinstance(module, ModulesToSaveWrapper):
             key = f"all of {name.rsplit('.', 1)[-1]}", *_widths(module)
+        elif isinstance(module, PrefixEncoder):
+            key = prefix_shape(module)
         else:
             continue
         modules[key] = modules.get(key, 0) + 1

@@ -12,6 +12,7 @@ Shapes: `B` = 1 packed row, `H` query heads, `K` key heads, `T` tokens, `D` head
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -19,6 +20,7 @@ from transformers import AttentionInterface
 
 from alignkit.models import attention_blocks, cpu_attention
 from alignkit.models.precision import product_dtype
+from alignkit.models.prefix_rows import drop_before, longer_segments, put_before
 from alignkit.packed import Segment
 
 PACKED = "alignkit_packed"
@@ -27,13 +29,14 @@ Segments = tuple[Segment, ...]
 
 
 def packed_attention(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
     segments: Segments | None = None,
+    prefix_states: torch.Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -43,12 +46,14 @@ def packed_attention(
     """Attention output of every segment.
 
     Args:
-        module: the attention layer; read for nothing, transformers passes it.
+        module: the attention layer; its place among the layers picks those of the prefix.
         query: `[1, H, T, D]`.
         key: `[1, K, T, D]`, H a multiple of K.
         value: `[1, K, T, D]`.
         attention_mask: must be None; the segments say who sees whom.
         segments: cover `0..T-1` in order.
+        prefix_states: `[L, 2, K, P, D]` trained keys and values of each layer, which stand before
+            every document; None without.
         scaling: factor on the scores; None is 1 / sqrt(D).
         dropout: probability on the attention weights.
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
@@ -69,21 +74,28 @@ def packed_attention(
             raise NotImplementedError(f"packed attention does not know {name}")
     # Rotated queries and keys may come wider than values.
     query, key, value = (x.to(product_dtype(x)) for x in (query, key, value))
+    seen = segments
+    if prefix_states is not None:
+        keys, values = prefix_states[module.layer_idx]
+        rows, seen = keys.shape[1], longer_segments(segments, keys.shape[1])
+        query = put_before(query, None, segments, rows)
+        key, value = (put_before(x, p, segments, rows) for x, p in ((key, keys), (value, values)))
     if _fits_processor(query, value, dropout, softcap):
         output = cpu_attention.cpu_attention(
-            query, key, value, segments, scaling=scaling, sliding_window=sliding_window
+            query, key, value, seen, scaling=scaling, sliding_window=sliding_window
         )
-        return output, None
-    return plain_attention(
-        query,
-        key,
-        value,
-        segments,
-        scaling=scaling,
-        dropout=dropout,
-        sliding_window=sliding_window,
-        softcap=softcap,
-    ), None
+    else:
+        output = plain_attention(
+            query,
+            key,
+            value,
+            seen,
+            scaling=scaling,
+            dropout=dropout,
+            sliding_window=sliding_window,
+            softcap=softcap,
+        )
+    return output if prefix_states is None else drop_before(output, segments, rows), None
 
 
 def _fits_processor(

@@ -116,6 +116,19 @@ def new_cache(layers: int, room: int) -> Cache:
     return Cache(layers=[GrowingLayer(store, layer) for layer in range(layers)])
 
 
+def fill_cache(cache: Cache, states: torch.Tensor, rows: int) -> None:
+    """Write the same keys and values at the front of every row of an empty cache.
+
+    Args:
+        cache: of `new_cache`.
+        states: `[L, 2, K, P, D]` of each layer, in the dtype that is computed in.
+        rows: `B`.
+    """
+    for layer, both in enumerate(states):
+        key, value = both[:, None].expand(-1, rows, -1, -1, -1)
+        cache.update(key, value, layer)
+
+
 def keep_rows(cache: Cache, rows: torch.Tensor) -> None:
     """Keep these rows of every layer."""
     for layer in cache.layers:

@@ -11,9 +11,10 @@ from alignkit.models.adapter_files import (
     require_base,
     trained_over,
 )
+from alignkit.models.adapter_kinds import KINDS
 from alignkit.models.loading import BaseModel
 from alignkit.models.opening import adapter_in
-from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec, continues
+from alignkit.recipe.adapters import AnySpec, FullSpec, continues
 
 _LORA = {
     "rank": "r",
@@ -26,7 +27,9 @@ _LORA = {
     "modules_to_save": "modules_to_save",
 }
 _IA3 = {"targets": "target_modules", "feedforward": "feedforward_modules"}
-"""Key of a recipe -> PEFT's name."""
+_PREFIX = {"tokens": "num_virtual_tokens", "projection": "prefix_projection"}
+_NAMES = {"lora": _LORA, "ia3": _IA3, "prefix": _PREFIX}
+"""Kind -> key of a recipe -> PEFT's name."""
 
 _UNKNOWN = (
     "lora_bias",
@@ -40,9 +43,7 @@ _UNKNOWN = (
 """What PEFT can do and a recipe cannot say."""
 
 
-def started_adapter(
-    spec: LoraSpec | Ia3Spec | FullSpec, base: BaseModel
-) -> LoraSpec | Ia3Spec | FullSpec:
+def started_adapter(spec: AnySpec, base: BaseModel) -> AnySpec:
     """What is trained, with the shape of the adapter that is trained on.
 
     Args:
@@ -67,7 +68,7 @@ def started_adapter(
             hint="give the recipe those of the run that it comes from",
         )
     config = read_adapter_config(folder)
-    kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    kind = KINDS[str(getattr(config.peft_type, "value", config.peft_type))]
     if kind != spec.kind:
         raise ModelError(
             f"adapter.kind = {spec.kind}, and {folder} is of kind {kind}",
@@ -83,8 +84,7 @@ def started_adapter(
             f"{folder} uses PEFT's {odd[0]}, which alignkit does not train",
             hint="merge it, and train a fresh adapter over the result",
         )
-    names = _LORA if isinstance(spec, LoraSpec) else _IA3
-    found = {key: _plain(key, getattr(config, name)) for key, name in names.items()}
+    found = {key: _plain(key, getattr(config, name)) for key, name in _NAMES[kind].items()}
     for key in spec.model_fields_set & found.keys():
         own = _plain(key, getattr(spec, key))
         # Defaults stand written out in a run's own recipe.yaml.
@@ -97,7 +97,7 @@ def started_adapter(
     return spec.model_copy(update=found)
 
 
-def adapter_folder(spec: LoraSpec | Ia3Spec | FullSpec) -> Path | None:
+def adapter_folder(spec: AnySpec) -> Path | None:
     """Where the adapter is that is trained on; None for a fresh one.
 
     Raises:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from alignkit.errors import ModelError
+from alignkit.models.prefix import count_weights, prefix_config
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.targets import (
     adapted_layers,
@@ -20,7 +21,7 @@ from alignkit.models.targets import (
     scales_input,
     vocabulary_ends,
 )
-from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec
+from alignkit.recipe.adapters import AnyAdapter, AnySpec, FullSpec, Ia3Spec, PrefixSpec
 from alignkit.recipe.facts import ModelFacts
 
 
@@ -46,7 +47,7 @@ def build_skeleton(config: Any, *, trust_remote_code: bool = False) -> nn.Module
 
 def measure_model(
     config: Any,
-    adapter: LoraSpec | Ia3Spec | FullSpec,
+    adapter: AnySpec,
     *,
     trust_remote_code: bool = False,
     scalar_head: bool = False,
@@ -100,11 +101,14 @@ def measure_model(
         key_value_width=int(getattr(text, "num_key_value_heads", heads) or heads) * head_dim,
         vocabulary=int(text.vocab_size),
         context=int(getattr(text, "max_position_embeddings", 0) or 0),
+        prefix=adapter.tokens if isinstance(adapter, PrefixSpec) else 0,
     )
 
 
-def _trainable(model: nn.Module, spec: LoraSpec | Ia3Spec, scalar_head: bool) -> int:
+def _trainable(model: nn.Module, spec: AnyAdapter, scalar_head: bool) -> int:
     """Weights of the adapter that are trained; on a reward model's vocabulary head none is."""
+    if isinstance(spec, PrefixSpec):
+        return count_weights(prefix_config(model, spec))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers = {
         name: layer

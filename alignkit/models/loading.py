@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from alignkit.errors import ModelError
+from alignkit.models.adapter_kinds import require_mergeable
 from alignkit.models.changes import (
     UNCHANGED,
     BaseChanges,
@@ -114,6 +115,8 @@ def _model_in(folder: Path) -> Path:
     if (folder / "merged" / "config.json").is_file():
         return folder / "merged"
     if (folder / "adapter_config.json").is_file() or (folder / "adapter").is_dir():
+        for adapter in (folder, folder / "adapter"):
+            require_mergeable(adapter)
         raise ModelError(
             f"{folder} holds an adapter, not a whole model",
             hint=f"run `alignkit merge-lora {folder}` first",

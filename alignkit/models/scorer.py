@@ -22,6 +22,7 @@ from alignkit.models.attention import PACKED
 from alignkit.models.cpu_norm import use_cpu_norms
 from alignkit.models.cpu_rotary import use_cpu_rotation
 from alignkit.models.precision import compute_context
+from alignkit.models.prefix import prefix_states, with_cached_prefix
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.vocab_head import TokenScores, logit_transform, score_targets
 from alignkit.packed import PackedBatch, Segment
@@ -142,11 +143,14 @@ class TokenScorer(Scorer):
         """
         batch = round_up(batch, ROUNDING)
         with compute_context(self.causal, self.dtype):
+            prefix = prefix_states(self.model)
+            before = 0 if prefix is None else prefix.shape[3]
             hidden = self.causal.get_decoder()(
                 input_ids=self.tensor(batch.input_ids)[None],
-                position_ids=self.tensor(batch.position_ids)[None],
+                position_ids=self.tensor(batch.position_ids + before)[None],
                 use_cache=False,
                 segments=batch.segments,
+                prefix_states=prefix,
             ).last_hidden_state[0]
             if self.head is not None and self.reading == "ends":
                 return self.rewards(hidden.index_select(0, self.tensor(batch.sequence_ends)))
@@ -204,14 +208,15 @@ class PaddedScorer(Scorer):
         with compute_context(self.causal, self.dtype):
             read = None
             if self.head is not None:
-                hidden = self.causal.get_decoder()(**inputs).last_hidden_state
+                read_inputs = with_cached_prefix(self.model, inputs)
+                hidden = self.causal.get_decoder()(**read_inputs).last_hidden_state
                 if self.reading == "ends":
                     last = torch.tensor([len(row) - 1 for row in rows], device=device)
                     return self.rewards(hidden[torch.arange(len(rows), device=device), last])
                 read = self.rewards(hidden[sequences, columns])
                 if self.reading == "targets":
                     return read
-            logits = self.causal(**inputs).logits
+            logits = self.causal(**with_cached_prefix(self.model, inputs)).logits
         logprobs = torch.log_softmax(logits.float() / self.temperature, dim=-1)
         picked = logprobs[sequences, columns]
         chosen = picked.gather(1, self.tensor(batch.target_ids)[:, None])[:, 0]

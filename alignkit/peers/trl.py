@@ -48,7 +48,7 @@ from alignkit.models.heap import release_memory
 from alignkit.models.loading import BaseModel, load_config, load_model
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.reward_head import new_head
-from alignkit.recipe.adapters import FullSpec, b_rate, continues
+from alignkit.recipe.adapters import FullSpec, b_rate, continues, is_mergeable
 from alignkit.recipe.schema import Recipe
 
 DPO_LOSSES = {
@@ -227,6 +227,12 @@ def _adapter(recipe: Recipe, base: BaseModel) -> PeftConfig | None:
         raise AlignkitError(
             "TRL has no counterpart of adapter.from, nor of a start that leaves the base whole",
             hint="leave out adapter.from and adapter.init",
+        )
+    if not is_mergeable(spec):
+        raise AlignkitError(
+            "TRL recomputes activations, for which transformers drops the cache that PEFT keeps a "
+            "prefix in",
+            hint="compare with adapter.kind=lora",
         )
     skeleton = build_skeleton(load_config(base))
     task = "SEQ_CLS" if recipe.stage == "reward" else "CAUSAL_LM"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model
 
-from alignkit.recipe.section import Positive, Section
+from alignkit.recipe.section import Positive, PositiveInt, Section
 
 Rank = Annotated[int, Field(ge=1, le=4096)]
 
@@ -74,6 +74,26 @@ class Ia3Spec(_Continued):
     """Those among them whose input is scaled instead of their output."""
 
 
+class PrefixSpec(_Continued):
+    """Trained keys and values that every row has before its own, in each layer
+    (https://arxiv.org/abs/2101.00190)."""
+
+    kind: Literal["prefix"]
+    """`prefix` trains what attention finds before each row, over a frozen base. No weight can hold
+    it: the run ends with adapter/ and without merged/."""
+    tokens: Annotated[int, Field(ge=1, le=4096)] = 20
+    """Keys and values of each layer and key head. They take room in the context as tokens do."""
+    text: Annotated[str, Field(min_length=1)] | None = None
+    """Text whose own keys and values they start as, repeated or cut to so many tokens; null is a
+    plain instruction. An instruction that fits the rows is a better start."""
+    projection: bool = False
+    """Train them through a small network that makes all layers' from one vector for each token, as
+    the paper does. It starts at random, far from any text; what is saved are the keys and values
+    it ends with."""
+    projection_width: PositiveInt = 512
+    """Hidden width of that network."""
+
+
 class FullSpec(Section):
     """All weights are trained."""
 
@@ -84,25 +104,44 @@ class FullSpec(Section):
     `model.layers.0`, or regular expressions for whole names."""
 
 
-AdapterSpec = Annotated[LoraSpec | Ia3Spec | FullSpec, Field(discriminator="kind")]
+AnyAdapter = LoraSpec | Ia3Spec | PrefixSpec
+"""What is trained over a frozen base."""
+
+AnySpec = AnyAdapter | FullSpec
+"""What is trained."""
+
+AdapterSpec = Annotated[AnySpec, Field(discriminator="kind")]
+
+UNTRAINED = {"ia3": ("ppo",), "prefix": ("reward", "ppo")}
+"""Kind -> stages that do not train it."""
 
 
-def has_adapter(spec: LoraSpec | Ia3Spec | FullSpec) -> bool:
+def has_adapter(spec: AnySpec) -> bool:
     """Whether the base stays frozen under what is trained."""
     return not isinstance(spec, FullSpec)
 
 
-def continues(spec: LoraSpec | Ia3Spec | FullSpec) -> str | None:
+def is_mergeable(spec: AnySpec) -> bool:
+    """Whether weights of the base's shapes can hold what is trained."""
+    return not isinstance(spec, PrefixSpec)
+
+
+def rate_key(spec: AnySpec) -> str:
+    """What the usual learning rates depend on: the kind, and whether a network makes a prefix."""
+    return "projection" if isinstance(spec, PrefixSpec) and spec.projection else spec.kind
+
+
+def continues(spec: AnySpec) -> str | None:
     """The folder of the adapter that is trained on; None for a fresh one."""
     found: str | None = getattr(spec, "from", None)
     return found
 
 
-def takes_from_base(spec: LoraSpec | Ia3Spec | FullSpec) -> bool:
+def takes_from_base(spec: AnySpec) -> bool:
     """Whether LoRA's factors start with a part of the base, and have a frozen half."""
     return isinstance(spec, LoraSpec) and spec.init not in ("default", "loftq")
 
 
-def b_rate(spec: LoraSpec | Ia3Spec | FullSpec) -> float:
+def b_rate(spec: AnySpec) -> float:
     """Learning rate of LoRA's B as a multiple of all others'."""
     return spec.b_learning_rate if isinstance(spec, LoraSpec) else 1.0

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from alignkit.recipe.adapters import LoraSpec
+from alignkit.recipe.adapters import LoraSpec, rate_key
 from alignkit.recipe.facts import DataFacts, HardwareFacts
 from alignkit.recipe.memory import ROOM, MemoryEstimate
+from alignkit.recipe.rates import USUAL_RATES
 from alignkit.recipe.schema import KtoRecipe, PpoRecipe, Recipe, examples_per_step
 
-_USUAL_RATES = {
-    "sft": {"lora": (1e-5, 1e-3), "ia3": (3e-4, 3e-2), "full": (5e-7, 1e-4)},
-    "reward": {"lora": (1e-5, 1e-3), "ia3": (3e-4, 3e-2), "full": (1e-6, 1e-4)},
-    "dpo": {"lora": (1e-6, 5e-4), "ia3": (1e-5, 1e-2), "full": (5e-8, 1e-5)},
-    "kto": {"lora": (1e-6, 5e-4), "ia3": (1e-5, 1e-2), "full": (5e-8, 1e-5)},
-    "ppo": {"lora": (1e-6, 5e-4), "full": (5e-8, 1e-5)},
+_KINDS = {
+    "lora": "LoRA",
+    "ia3": "IA3",
+    "prefix": "a prefix",
+    "projection": "a projected prefix",
+    "full": "full weights",
 }
-"""Stage -> adapter -> usual range of the learning rate."""
-
-_KINDS = {"lora": "LoRA", "ia3": "IA3", "full": "full weights"}
 """Adapter -> its name in sentences."""
 
 _KTO_BALANCE = (1.0, 4.0 / 3.0)
@@ -36,8 +34,8 @@ def find_warnings(
         memory: the estimate.
     """
     training, found = recipe.training, []
-    kind = recipe.adapter.kind
-    low, high = _USUAL_RATES[recipe.stage][kind]
+    kind = rate_key(recipe.adapter)
+    low, high = USUAL_RATES[recipe.stage][kind]
     rate = training.learning_rate or 0.0
     if not low <= rate <= high:
         side = "above" if rate > high else "below"

@@ -20,6 +20,7 @@ class ModelFacts:
         key_value_width: key heads × head dimension.
         vocabulary: rows of the output head.
         context: longest sequence the model was made for; 0 if it does not say.
+        prefix: tokens of a trained prefix, which stand before every row.
     """
 
     architecture: str
@@ -32,6 +33,7 @@ class ModelFacts:
     key_value_width: int
     vocabulary: int
     context: int
+    prefix: int = 0
 
 
 @dataclass(frozen=True)

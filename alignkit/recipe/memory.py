@@ -73,6 +73,7 @@ def estimate_memory(
     checkpointing: bool,
     reference: str | None = None,
     reward_models: int = 0,
+    documents: int = 0,
 ) -> MemoryEstimate:
     """Peak of a process that reads `tokens` tokens in one pass.
 
@@ -84,13 +85,13 @@ def estimate_memory(
         checkpointing: activations are recomputed layer by layer.
         reference: kind of the reference model, if there is one.
         reward_models: those that are loaded beside the policy's base.
+        documents: rows of the data among the tokens; a trained prefix stands before each.
 
     Returns:
         The estimate, term by term.
     """
     wide, adapted = _BYTES[recipe.model.dtype], has_adapter(recipe.adapter)
-    on_cpu = hardware.device == "cpu"
-    libraries = 600_000_000
+    on_cpu, libraries = hardware.device == "cpu", 600_000_000
     trained = _kept_as_trained(recipe, model)
     if adapted:
         weights = _base_bytes(recipe, model, wide) + trained * 4
@@ -99,11 +100,11 @@ def estimate_memory(
         weights = model.parameters * (4 if wide == 4 else 4 + wide)
     per_weight = 4 + _MOMENT_BYTES[recipe.training.optimizer]  # gradient and moments
     state = round(trained * per_weight)
-    layer = _layer_bytes(model, wide)
+    layer = tokens * _layer_bytes(model, wide) + _prefix_bytes(model, wide, tokens, documents)
     if checkpointing:
-        activations = tokens * (model.layers * model.hidden * 4 + layer)
+        activations = tokens * model.layers * model.hidden * 4 + layer
     else:
-        activations = tokens * model.layers * layer
+        activations = model.layers * layer
     activations += tokens * model.hidden * (wide + 4)
     # Holes between blocks: glibc's heap keeps more of them than CUDA's caching allocator.
     activations = round(activations * (1.35 if on_cpu else 1.1))
@@ -170,6 +171,15 @@ def _workspace_bytes(recipe: Recipe, model: ModelFacts, tokens: int, wide: int) 
     return workspace
 
 
+def _prefix_bytes(model: ModelFacts, wide: int, tokens: int, documents: int) -> int:
+    """Bytes that attention keeps in one layer for a prefix: its own output, from which that of the
+    rows is copied, and queries, keys, values and output of the prefix before each document."""
+    if not model.prefix:
+        return 0
+    a, k = model.attention_width, model.key_value_width
+    return (tokens * a + documents * model.prefix * (2 * a + 2 * k)) * wide
+
+
 def _layer_bytes(model: ModelFacts, wide: int) -> int:
     """Bytes that one decoder layer keeps for one token."""
     h, i = model.hidden, model.intermediate
@@ -177,5 +187,6 @@ def _layer_bytes(model: ModelFacts, wide: int) -> int:
     norms = 2 * 4 * h  # each norm's input, as wide as transformers keeps it
     attention = (2 * a + 2 * k) * wide  # queries, keys, values, output
     feed_forward = 3 * i * wide  # gate, activated gate, up
-    inputs = (2 * h + a + i) * wide  # each kept once, whatever number of layers reads it
+    # Each kept once, whatever number of layers reads it; by none where these are frozen throughout.
+    inputs = 0 if model.prefix else (2 * h + a + i) * wide
     return norms + attention + feed_forward + inputs

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import AlignkitError, RecipeError
+from alignkit.recipe.adapters import is_mergeable
 from alignkit.recipe.document import (
     Document,
     KeyPath,
@@ -204,21 +205,24 @@ class _Reading:
         self.outputs[name] = folder
 
     def check_kinds(self) -> None:
-        """A reward model writes no answers, and nothing else gives rewards."""
-        stages = {
-            step.name: step.settings.stage
-            for step in self.steps
-            if isinstance(step.settings, BaseRecipe)
+        """A reward model writes no answers, nothing else gives rewards, a prefix has no merge."""
+        trained = {
+            step.name: step.settings for step in self.steps if isinstance(step.settings, BaseRecipe)
         }
         for step in self.steps:
             for key, names in step.references.items():
-                made = stages.get(names[0])
+                made = trained.get(names[0])
+                if made is None:
+                    continue
                 own = ("model",) if isinstance(step.settings, LabelSpec) else ("model", "base")
-                if key == own and made == "reward":
+                if key == own and made.stage == "reward":
                     what = f"the reward model of stage {names[0]}"
                     rule = f"{show_path(key)} is {what}, which cannot write"
                     hint = "name the stage whose model it was trained from"
-                elif _gives_reward(key) and made not in ("reward", None):
+                elif key == ("model", "base") and not is_mergeable(made.adapter):
+                    rule = f"{show_path(key)} is stage {names[0]}, whose prefix no weight can hold"
+                    hint = "train that stage with adapter.kind = lora"
+                elif _gives_reward(key) and made.stage != "reward":
                     rule = f"{show_path(key)} is stage {names[0]}, which trains no reward model"
                     hint = "name a stage with stage: reward"
                 else:

@@ -111,11 +111,13 @@ def make_plan(
             f"{key} = {batch_size} is less than the {hardware.processes} processes",
             hint="each process needs at least one example of every step",
         )
-    if model.context and recipe.data.max_length > model.context:
+    room = model.context - model.prefix
+    if model.context and recipe.data.max_length > room:
+        before = f" after a prefix of {model.prefix}" if model.prefix else ""
         raise AlignkitError(
             f"data.max_length = {recipe.data.max_length} is longer than the model's context of "
-            f"{model.context} tokens",
-            hint=f"set data.max_length={model.context} or less",
+            f"{model.context} tokens{before}",
+            hint=f"set data.max_length={room} or less",
         )
     steps_per_epoch = -(-data.rows // batch_size)
     steps = training.max_steps or max(1, math.ceil(training.epochs * steps_per_epoch))
@@ -197,8 +199,9 @@ def _fit_memory(
     for checkpointing in choices:
         for budget in budgets:
             tokens = max(min(budget, round(1.25 * step_tokens)), data.longest)
+            documents = math.ceil(tokens * data.rows / data.tokens)
             memory = estimate_memory(
-                recipe, model, hardware, tokens, checkpointing, reference, reward_models
+                recipe, model, hardware, tokens, checkpointing, reference, reward_models, documents
             )
             last = (budget, checkpointing, memory)
             if memory.peak <= ROOM * hardware.memory:

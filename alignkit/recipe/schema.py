@@ -9,7 +9,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from alignkit.recipe.adapters import AdapterSpec, FullSpec, Ia3Spec, LoraSpec, continues
+from alignkit.recipe.adapters import (
+    UNTRAINED,
+    AdapterSpec,
+    FullSpec,
+    LoraSpec,
+    PrefixSpec,
+    continues,
+    is_mergeable,
+    rate_key,
+)
+from alignkit.recipe.model import ModelSpec
 from alignkit.recipe.objectives import (
     REFERENCE_FREE,
     BradleyTerrySpec,
@@ -19,35 +29,10 @@ from alignkit.recipe.objectives import (
     PreferenceSpec,
 )
 from alignkit.recipe.ppo import GuardSpec, PpoSpec, RewardSources, RolloutSpec, ValueSpec
-from alignkit.recipe.rope import RopeSpec
+from alignkit.recipe.rates import DEFAULT_LEARNING_RATE
 from alignkit.recipe.rows import DataSpec, SftDataSpec
 from alignkit.recipe.section import Section
 from alignkit.recipe.training import LoopSpec, TrainingSpec
-
-
-class ModelSpec(Section):
-    """The model to start from."""
-
-    base: Annotated[str, Field(min_length=1)]
-    """Hub id, folder, `.gguf` file, run folder (its `merged/`) or a name `alignkit fetch` knows."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Compute precision. Trainable weights and loss arithmetic are float32 in every case."""
-    quantization: Literal["none", "nf4", "int8"] = "none"
-    """Storage of the frozen base weights: `nf4` keeps them in 4 bits with double quantization
-    (QLoRA, https://arxiv.org/abs/2305.14314), `int8` in 8 bits with one scale a row. Products are
-    computed in `dtype`; merging goes onto the original weights where the adapter is as good."""
-    attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """`auto` packs rows without padding and checks itself against the model's own attention at
-    the start; `packed` insists on it; the others are padded batches through transformers."""
-    chat_template: str | None = None
-    """A template file or a shipped name; null keeps the model's own."""
-    rope_scaling: RopeSpec | None = None
-    """Longer context, as in {kind: yarn, factor: 4}; written into the merged configuration."""
-    add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Texts that become one token each. Their rows of embedding and output head start as the mean
-    of the pieces they were cut into, are trained, and are saved with the adapter."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for sources you trust."""
 
 
 class ReferenceSpec(Section):
@@ -80,19 +65,39 @@ class BaseRecipe(Section):
     training: LoopSpec = TrainingSpec()
     """The optimizer step and the loop around it."""
     merge: bool = True
-    """Write `merged/`, a checkpoint that plain transformers loads, and verify it."""
+    """Write `merged/`, a checkpoint that plain transformers loads, and verify it. Never with a
+    prefix, which no weight can hold."""
+
+    @field_validator("merge")
+    @classmethod
+    def _no_merge_of_a_prefix(cls, value: bool, info: ValidationInfo) -> bool:
+        adapter = info.data.get("adapter")
+        if value and adapter is not None and not is_mergeable(adapter):
+            raise ValueError(
+                f"is true, and adapter.kind = {adapter.kind} cannot be merged: no weight can hold "
+                "it; leave merge away"
+            )
+        return value
 
     @field_validator("adapter")
     @classmethod
     def _frozen_if_quantized(cls, value: AdapterSpec, info: ValidationInfo) -> AdapterSpec:
-        model = info.data.get("model")
+        model, stage = info.data.get("model"), info.data.get("stage")
+        if stage in UNTRAINED.get(value.kind, ()):
+            raise ValueError(
+                f"has kind = {value.kind}, which {stage} does not train: use lora, or full"
+            )
         if isinstance(value, LoraSpec) and value.init != "default":
             if value.dora or continues(value):
                 raise ValueError(f"has init = {value.init}, which goes with neither dora nor from")
             if value.init == "loftq" and model is not None and model.quantization == "none":
                 raise ValueError("has init = loftq, which needs model.quantization")
-        if isinstance(value, Ia3Spec) and model is not None and model.add_tokens:
-            raise ValueError("has kind = ia3, which trains no rows of model.add_tokens: use lora")
+        if value.kind in UNTRAINED and model is not None and model.add_tokens:
+            raise ValueError(
+                f"has kind = {value.kind}, which trains no rows of model.add_tokens: use lora"
+            )
+        if isinstance(value, PrefixSpec) and value.text and (value.projection or continues(value)):
+            raise ValueError("has text, where its projection or from says how it starts")
         if isinstance(value, FullSpec) and model is not None and model.quantization != "none":
             raise ValueError(
                 f"trains all weights, and model.quantization = {model.quantization} freezes them"
@@ -228,8 +233,6 @@ class PpoRecipe(BaseRecipe):
     @field_validator("adapter")
     @classmethod
     def _no_dropout(cls, value: AdapterSpec) -> AdapterSpec:
-        if isinstance(value, Ia3Spec):
-            raise ValueError("has kind = ia3, which ppo does not train: use lora, or full")
         _refuse_continuing(value)
         if isinstance(value, LoraSpec) and value.init != "default":
             raise ValueError(f"has init = {value.init}, which ppo does not take: use default")
@@ -266,16 +269,6 @@ DEFAULT_KINDS = {
 }
 """Section -> stage -> kind of a section that names none."""
 
-DEFAULT_LEARNING_RATE = {
-    "sft": {"lora": 2.0e-4, "ia3": 3.0e-3, "full": 2.0e-5},
-    "reward": {"lora": 1.0e-4, "ia3": 3.0e-3, "full": 1.0e-5},
-    "dpo": {"lora": 2.0e-5, "ia3": 5.0e-4, "full": 5.0e-7},
-    "kto": {"lora": 2.0e-5, "ia3": 5.0e-4, "full": 1.0e-6},
-    "ppo": {"lora": 2.0e-5, "full": 1.0e-6},
-}
-"""Stage -> adapter -> peak learning rate. Preference losses move all answers of a kind at once, so
-they take far smaller steps than imitation."""
-
 
 def with_defaults(recipe: Recipe) -> Recipe:
     """The recipe with every default that depends on another key filled in.
@@ -284,13 +277,15 @@ def with_defaults(recipe: Recipe) -> Recipe:
         recipe: a validated recipe.
 
     Returns:
-        The same recipe with `training.learning_rate` set, and `reference` and
-        `value.learning_rate` where there is one.
+        The same recipe with `training.learning_rate` set, `reference` and `value.learning_rate`
+        where there is one, and `merge` off where there is nothing to merge.
     """
     changes: dict[str, Any] = {}
     if recipe.training.learning_rate is None:
-        rate = DEFAULT_LEARNING_RATE[recipe.stage][recipe.adapter.kind]
+        rate = DEFAULT_LEARNING_RATE[recipe.stage][rate_key(recipe.adapter)]
         changes["training"] = recipe.training.model_copy(update={"learning_rate": rate})
+    if not is_mergeable(recipe.adapter):
+        changes["merge"] = False
     if needs_reference(recipe) and getattr(recipe, "reference", None) is None:
         changes["reference"] = ReferenceSpec()
     if isinstance(recipe, PpoRecipe) and recipe.value.learning_rate is None:

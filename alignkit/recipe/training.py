@@ -21,7 +21,8 @@ class LoopSpec(Section):
     learning_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Peak learning rate. Unset: that of the stage, for LoRA, IA3 and full weights in turn:
     sft 2e-4, 3e-3 and 2e-5, reward 1e-4, 3e-3 and 1e-5, dpo 2e-5, 5e-4 and 5e-7, kto 2e-5, 5e-4
-    and 1e-6; ppo 2e-5 and 1e-6, without IA3."""
+    and 1e-6; ppo 2e-5 and 1e-6, without IA3. For a prefix 3e-2 in sft, 3e-3 in dpo and kto; with
+    its projection 5e-4 and 1e-4."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after warm-up; cosine and linear end at zero."""
     warmup: Annotated[float, Field(ge=0.0)] = 0.03

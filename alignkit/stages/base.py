@@ -14,6 +14,7 @@ from pathlib import Path
 
 from alignkit.errors import ModelError
 from alignkit.models.adapter_files import has_head
+from alignkit.models.adapter_kinds import require_mergeable
 from alignkit.models.changes import BaseChanges
 from alignkit.models.fitness import require_language_model, require_plain_weights
 from alignkit.models.identity import weights_version
@@ -21,7 +22,7 @@ from alignkit.models.loading import BaseModel, find_base, load_tokenizer, stored
 from alignkit.models.merging import merge_adapter
 from alignkit.models.opening import adapter_in, base_of_adapter
 from alignkit.recipe.assets import alignkit_home
-from alignkit.recipe.schema import ModelSpec
+from alignkit.recipe.model import ModelSpec
 from alignkit.runtime.progress import print_line
 from alignkit.stages.checking import file_rows
 
@@ -36,7 +37,7 @@ def start_model(spec: ModelSpec) -> BaseModel:
         A language model.
 
     Raises:
-        ModelError: there is no such model, or it is a reward model.
+        ModelError: there is no such model, it is a reward model, or an adapter without a merge.
     """
     adapter = _bare_adapter(spec.base)
     if adapter is not None:
@@ -57,6 +58,7 @@ def _bare_adapter(name: str) -> Path | None:
 
 
 def _merged(adapter: Path, *, trust_remote_code: bool) -> BaseModel:
+    require_mergeable(adapter)
     if has_head(adapter):
         raise ModelError(
             f"{adapter} is a reward model, not a language model",

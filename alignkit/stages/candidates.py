@@ -19,6 +19,7 @@ from alignkit.generation.answers import Turns, render_prompt
 from alignkit.generation.rollout import RolloutSettings, TransformersEngine
 from alignkit.models.loading import DTYPES, load_tokenizer
 from alignkit.models.opening import OpenModel, open_language_model, open_model
+from alignkit.models.prefix import prefix_length, prefix_states
 from alignkit.models.roles import POLICY, Role
 from alignkit.models.scorer import causal_model
 from alignkit.models.selfcheck import build_scorer
@@ -112,7 +113,7 @@ def room_for_prompts(opened: OpenModel, max_new_tokens: int) -> int:
         ModelError: no prompt fits.
     """
     context = getattr(opened.model.config.get_text_config(), "max_position_embeddings", None)
-    room = int(context or 10**9) - max_new_tokens
+    room = int(context or 10**9) - max_new_tokens - prefix_length(opened.model)
     if room < 2:
         raise ModelError(
             f"{max_new_tokens} new tokens leave no room for a prompt in the context of "
@@ -139,7 +140,8 @@ def sample_answers(
     inner = causal_model(opened.model)
     stops = stop_tokens(inner, opened.tokenizer)
     limits = RolloutSettings(settings.max_new_tokens, settings.temperature, stops)
-    engine = TransformersEngine(inner, DTYPES[settings.dtype], limits, SAMPLING_TOKENS)
+    prefix = prefix_states(opened.model)
+    engine = TransformersEngine(inner, DTYPES[settings.dtype], limits, SAMPLING_TOKENS, prefix)
     found: list[Rollout] = []
     for items in _blocks(len(prompts), _PROMPTS):
         found += sample(

@@ -1,6 +1,7 @@
-"""The model card of a merged or quantized model: origin, settings, measured results, licence.
+"""The model card: origin, settings, measured results, licence.
 
-It names files and folders without the path to them: a card is made to be shared.
+Of a merged or quantized model, or of an adapter that has no merge. It names files and folders
+without the path to them: a card is made to be shared.
 """
 
 from __future__ import annotations
@@ -11,10 +12,16 @@ from typing import Any, Protocol
 import yaml
 
 import alignkit
+from alignkit.models.adapter_kinds import peft_kind
 from alignkit.models.licence import licence_of
 from alignkit.models.loading import BaseModel
 from alignkit.recipe.rows import SourceSpec
 from alignkit.recipe.schema import Recipe, as_dict
+
+_USE = (
+    "An adapter that cannot be merged: no weight can hold it. PEFT loads it over {base}, the model "
+    "it was trained on."
+)
 
 SETTINGS = ("seed", "adapter", "objective", "reference", "rollout", "value", "guard", "training")
 """Sections of a recipe that a card repeats; the others name places."""
@@ -42,7 +49,7 @@ def write_card(
     """Write `README.md` into a model folder.
 
     Args:
-        folder: of the model.
+        folder: of the model, or of an adapter.
         base: that was trained or quantized.
         recipe: of the run; None for an adapter from elsewhere.
         before: held-out values before training.
@@ -51,16 +58,16 @@ def write_card(
         quantized: report of the export, where only the precision has changed.
         classifier: a reward model.
     """
-    licence = licence_of(base)
+    licence, adapter = licence_of(base), peft_kind(folder) != ""
     head: dict[str, Any] = {
         "base_model": _short(base.name),
-        "library_name": "transformers",
+        "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-classification" if classifier else "text-generation",
         "tags": ["alignkit", *([recipe.stage] if recipe else [])],
         **({"license": licence} if licence else {}),
     }
     place = folder.resolve()
-    name = place.parent.name if place.name == "merged" else place.name
+    name = place.parent.name if place.name in ("merged", "adapter") else place.name
     parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {name}"]
     how = f"by the `{recipe.stage}` stage of" if recipe else "by merging an adapter with"
     if quantized is not None:
@@ -75,6 +82,8 @@ def write_card(
         values = as_dict(recipe)
         shown = {key: values[key] for key in SETTINGS if values.get(key) is not None}
         parts += ["## Settings", f"```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```"]
+    if adapter:
+        parts += ["## Use", _USE.format(base=_short(base.name))]
     if report is not None:
         # The first line says where it was written.
         parts += ["## Merge", "\n".join(f"- {line}" for line in report.lines()[1:])]

@@ -12,6 +12,7 @@ from typing import Any
 from alignkit.data.dataset import load_dataset
 from alignkit.errors import ModelError
 from alignkit.models.adapter_files import has_head
+from alignkit.models.adapter_kinds import require_mergeable
 from alignkit.models.classifier import ClassifierReport, merge_reward
 from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import DTYPES, BaseModel, load_tokenizer, stored_dtype
@@ -118,6 +119,7 @@ def _adapter(source: str) -> Path:
             f"{source} holds no adapter: there is no adapter_config.json",
             hint="name a run folder, its adapter/, or a folder written by PEFT",
         )
+    require_mergeable(adapter)
     return adapter
 
 

@@ -19,7 +19,7 @@ from alignkit.models.merge_report import MergeReport
 from alignkit.models.merging import merge_adapter, write_dense
 from alignkit.models.reward_head import RewardStatistics
 from alignkit.models.scorer import causal_model
-from alignkit.recipe.adapters import FullSpec
+from alignkit.recipe.adapters import FullSpec, is_mergeable
 from alignkit.runtime.metrics import read_metrics
 from alignkit.stages.card import write_card
 from alignkit.stages.ppo_step import PpoRun
@@ -82,9 +82,10 @@ def finish_run(
     if run.metrics is not None:
         run.metrics.close()
     summary = _summarise(folder.path, run, merge)
-    if (folder.path / "merged").is_dir():
+    whole = (folder.path / "merged").is_dir()
+    if whole or not is_mergeable(session.recipe.adapter):
         write_card(
-            folder.path / "merged",
+            folder.path / ("merged" if whole else "adapter"),
             rows.base,
             recipe=session.recipe,
             before=summary.before,
@@ -128,6 +129,11 @@ def _write_models(
     run.scorer = run.optimizer = None
     session.accelerator.free_memory()
     release_memory()
+    if not is_mergeable(recipe.adapter):
+        session.say(
+            f"the prefix is in {output / 'adapter'}; there is no merged/, because no weight can "
+            "hold it: alignkit and PEFT read it together with its base"
+        )
     if not recipe.merge:
         return None
     session.say("merging and checking against base + adapter")

@@ -10,7 +10,8 @@ from alignkit.errors import ModelError
 from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import DTYPES
 from alignkit.recipe.load import stored_recipe
-from alignkit.recipe.schema import ModelSpec, Recipe
+from alignkit.recipe.model import ModelSpec
+from alignkit.recipe.schema import Recipe
 from alignkit.stages.base import start_model
 from alignkit.stages.run_folder import read_about
 

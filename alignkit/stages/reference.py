@@ -1,8 +1,8 @@
 """Reference log-probs: adapter off, a frozen copy, or scored once and kept on disk.
 
-The reference is always the model that training starts from. A fresh LoRA adapter changes nothing,
-so that model is the base with adapters off; in every other case it is scored, or copied, before
-the first step and before a checkpoint is loaded.
+The reference is always the base that training starts from: with an adapter, the model with adapters
+off; in every other case it is scored, or copied, before the first step and before a checkpoint is
+loaded. A fresh LoRA adapter changes nothing, so its policy starts there; a prefix starts off it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from alignkit.models.loading import DTYPES, load_model
 from alignkit.models.scorer import evaluating, sum_by_sequence, sum_dtype
 from alignkit.models.selfcheck import build_scorer
 from alignkit.packed import PackedBatch
+from alignkit.recipe.adapters import has_adapter
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.plan import Plan
 from alignkit.stages.loop import share_of
@@ -133,7 +134,9 @@ def _with_references(
         session.say(f"scoring {len(needed):,} rows with the reference model, once")
         started = time.monotonic()
         documents = [dataset.document(row) for row in needed.tolist()]
-        values = score_sequences(scorer, documents, share)
+        adapted = has_adapter(session.recipe.adapter)
+        with adapters_off(scorer) if adapted else contextlib.nullcontext():
+            values = score_sequences(scorer, documents, share)
         session.say(f"scored them in {time.monotonic() - started:.0f} s; kept for later runs")
         if session.leads:
             _write(path, needed, values)

@@ -20,6 +20,7 @@ from alignkit.models.continued import adapter_folder, started_adapter
 from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import DTYPES, BaseModel, load_model, token_rows
 from alignkit.models.merged_weights import stored_weights
+from alignkit.models.prefix import start_words
 from alignkit.models.reward_head import freeze_unused_head, new_head, read_head
 from alignkit.models.selfcheck import build_scorer
 from alignkit.recipe.adapters import FullSpec, LoraSpec, b_rate
@@ -139,7 +140,8 @@ class Session:
         started, original = started_adapter(adapter, base), None
         if isinstance(adapter, LoraSpec) and adapter.init == "loftq":
             original = stored_weights(base).__getitem__
-        model = attach_adapter(model, started, self.recipe.seed, added, original)
+        words = start_words(started, base) if before is None else []
+        model = attach_adapter(model, started, self.recipe.seed, added, original, words)
         head = new_head(model, self.recipe.seed) if scalar_head else None
         if before is not None:
             put_weights(model, before)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from documents import PAIRS, gradients, random_batch
-from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import MODELS, plain_lora, save_tiny, tiny_model, trained_model
 from transformers import AutoModelForSequenceClassification
@@ -208,10 +208,11 @@ def test_folders_that_hold_no_lora(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ModelError, match="cannot be read"):
         read_adapter_config(tmp_path)
-    model = get_peft_model(tiny_model(), PrefixTuningConfig("CAUSAL_LM", num_virtual_tokens=3))
-    model.save_pretrained(tmp_path / "prefix")
-    with pytest.raises(ModelError, match="is a PREFIX_TUNING adapter, which has no merge"):
-        read_adapter_config(tmp_path / "prefix")
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(tiny_model(), config).save_pretrained(tmp_path / "prompt")
+    with pytest.raises(ModelError, match="is a PROMPT_TUNING adapter, which is not read") as raised:
+        read_adapter_config(tmp_path / "prompt")
+    assert "LORA, IA3, PREFIX_TUNING" in raised.value.hint
 
 
 QUESTION = torch.arange(12)[None]

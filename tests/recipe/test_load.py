@@ -241,7 +241,7 @@ def test_a_default_learning_rate_is_filled_in() -> None:
         (
             "kind: lora",
             "kind: lroa",
-            "r.yaml:5: adapter.kind must be 'lora', 'ia3' or 'full', got 'lroa'\n"
+            "r.yaml:5: adapter.kind must be 'lora', 'ia3', 'prefix' or 'full', got 'lroa'\n"
             "hint: did you mean lora?",
         ),
         # limits

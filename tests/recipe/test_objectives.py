@@ -17,9 +17,9 @@ from alignkit.objectives.preference import PREFERENCE_OBJECTIVES
 from alignkit.recipe import objectives
 from alignkit.recipe.load import LoadedRecipe, load_recipe, render_recipe
 from alignkit.recipe.problems import sections_of
+from alignkit.recipe.rates import DEFAULT_LEARNING_RATE, USUAL_RATES
 from alignkit.recipe.schema import (
     DEFAULT_KINDS,
-    DEFAULT_LEARNING_RATE,
     STAGES,
     DpoRecipe,
     ReferenceSpec,
@@ -321,19 +321,31 @@ def test_a_reference_that_is_refused(line: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "lora", "ia3", "full"),
+    ("stage", "rates"),
     [
-        ("sft", 2.0e-4, 3.0e-3, 2.0e-5),
-        ("reward", 1.0e-4, 3.0e-3, 1.0e-5),
-        ("dpo", 2.0e-5, 5.0e-4, 5.0e-7),
-        ("kto", 2.0e-5, 5.0e-4, 1.0e-6),
+        (
+            "sft",
+            {"lora": 2.0e-4, "ia3": 3.0e-3, "prefix": 3.0e-2, "projection": 5.0e-4, "full": 2.0e-5},
+        ),
+        ("reward", {"lora": 1.0e-4, "ia3": 3.0e-3, "full": 1.0e-5}),
+        (
+            "dpo",
+            {"lora": 2.0e-5, "ia3": 5.0e-4, "prefix": 3.0e-3, "projection": 1.0e-4, "full": 5.0e-7},
+        ),
+        (
+            "kto",
+            {"lora": 2.0e-5, "ia3": 5.0e-4, "prefix": 3.0e-3, "projection": 1.0e-4, "full": 1.0e-6},
+        ),
     ],
 )
-def test_default_learning_rates(stage: str, lora: float, ia3: float, full: float) -> None:
-    assert load(stage).recipe.training.learning_rate == lora
-    assert load(stage, "adapter: {kind: ia3}").recipe.training.learning_rate == ia3
-    assert load(stage, "adapter: {kind: full}").recipe.training.learning_rate == full
-    assert DEFAULT_LEARNING_RATE[stage] == {"lora": lora, "ia3": ia3, "full": full}
+def test_default_learning_rates(stage: str, rates: dict[str, float]) -> None:
+    assert load(stage).recipe.training.learning_rate == rates["lora"]
+    for kind, rate in rates.items():
+        text = "kind: prefix, projection: true" if kind == "projection" else f"kind: {kind}"
+        assert load(stage, f"adapter: {{{text}}}").recipe.training.learning_rate == rate
+    assert DEFAULT_LEARNING_RATE[stage] == rates
+    for kind, (low, high) in USUAL_RATES[stage].items():
+        assert low < rates[kind] < high
     given = load(stage, "training: {learning_rate: 3e-4}").recipe
     assert given.training.learning_rate == 3e-4
 

@@ -180,6 +180,14 @@ def test_files_of_earlier_stages_are_found_once_they_are_there(tmp_path: Path) -
             "hint: a reference is ${name}; write $${ for the characters ${ themselves",
         ),
         (
+            "    data: {train: [{path: rows.jsonl}]}\n  rm:",
+            "    adapter: {kind: prefix}\n    data: {train: [{path: rows.jsonl}]}\n  rm:",
+            "p.yaml:11: model.base is stage sft, whose prefix no weight can hold\n"
+            "hint: train that stage with adapter.kind = lora\n"
+            "p.yaml:16: model.base is stage sft, whose prefix no weight can hold\n"
+            "hint: train that stage with adapter.kind = lora",
+        ),
+        (
             "${sft}/adapter",
             "${rm}",
             "p.yaml:15: model.base is the reward model of stage rm, which cannot write\n"

@@ -14,7 +14,7 @@ from alignkit.errors import ModelError
 from alignkit.models.loading import find_base, load_model
 from alignkit.models.opening import open_model
 from alignkit.recipe.load import load_recipe
-from alignkit.recipe.schema import ModelSpec
+from alignkit.recipe.model import ModelSpec
 from alignkit.stages.base import start_model
 
 PAIRS = [{"path": "data_templates/preference/pairs.jsonl", "take": 8}]

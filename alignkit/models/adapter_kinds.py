@@ -1,0 +1,45 @@
+"""Kinds of adapters on disk, by their configuration: which are read, which can be merged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from alignkit.errors import ModelError
+
+CONFIG = "adapter_config.json"
+"""PEFT's name of the file that says what an adapter is."""
+
+KINDS = {"LORA": "lora", "IA3": "ia3", "PREFIX_TUNING": "prefix"}
+"""PEFT's kinds of adapters that are read here, all that alignkit trains -> their names in recipes.
+"""
+
+UNMERGEABLE = ("PREFIX_TUNING",)
+"""Those of them that no weight of the base can hold."""
+
+
+def peft_kind(folder: Path) -> str:
+    """PEFT's kind of the adapter in a folder; empty where its configuration does not say."""
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(values.get("peft_type", ""))
+
+
+def require_mergeable(folder: Path) -> None:
+    """Refuse an adapter that has no merge.
+
+    Args:
+        folder: PEFT adapter folder.
+
+    Raises:
+        ModelError: it is of a kind that no weight can hold.
+    """
+    if peft_kind(folder) in UNMERGEABLE:
+        raise ModelError(
+            f"{folder} is a prefix, which has no merge: no weight can hold keys and values that "
+            "stand before every row",
+            hint="chat, generate, eval and label read it over its base, as PEFT does, and "
+            "adapter.from trains it on; train with adapter.kind=lora for a whole model",
+        )
