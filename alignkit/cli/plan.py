@@ -31,6 +31,7 @@ def plan(
     gigabytes = {name: value / 1e9 for name, value in vars(memory).items()}
     terms = ", ".join(f"{n.replace('_', ' ')} {v:.2f}" for n, v in gigabytes.items() if n != "peak")
     checkpointing = "on" if made.gradient_checkpointing else "off"
+    most = "at most " if model.at_most else ""
     reference = (made.reference or "").replace("_", " ")
     print_pairs(
         [
@@ -38,7 +39,7 @@ def plan(
             ("model", f"{model.architecture}, {model.parameters / 1e6:,.1f} M weights"),
             (
                 "trained",
-                f"{model.trainable:,} weights ({model.trainable / model.parameters:.2%}), "
+                f"{most}{model.trainable:,} weights ({model.trainable / model.parameters:.2%}), "
                 f"{loaded.recipe.adapter.kind}",
             ),
             (

@@ -114,7 +114,7 @@ def attach_adapter(
     spec: LoraSpec | Ia3Spec | FullSpec,
     seed: int,
     new_tokens: Sequence[int] = (),
-    original: Callable[[str], torch.Tensor] | None = None,
+    given: Callable[[str], torch.Tensor] | None = None,
 ) -> Any:
     """Make the model trainable the way the recipe says.
 
@@ -123,7 +123,7 @@ def attach_adapter(
         spec: an adapter, or all weights.
         seed: of the adapter's random half; the other half starts at zero.
         new_tokens: ids whose rows are trained too; with all weights they are in any case.
-        original: gives unquantized weights by their names, for a start that wants them.
+        given: what some starts are made from; see `start_factors`.
 
     Returns:
         A PEFT model whose adapter weights are float32, or the model itself with its weights
@@ -144,7 +144,7 @@ def attach_adapter(
         if weight.requires_grad:  # copies of whole modules are as wide as the base otherwise
             weight.data = weight.data.float()
     if isinstance(spec, LoraSpec):
-        start_factors(adapted, spec, seed, original)
+        start_factors(adapted, spec, seed, given)
     use_fast_lora(adapted)
     return adapted
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from alignkit.errors import ModelError
 from alignkit.models.quiet import quiet_transformers
+from alignkit.models.ranks import costliest_ranks
 from alignkit.models.targets import (
     adapted_layers,
     frozen_weights,
@@ -20,7 +21,7 @@ from alignkit.models.targets import (
     scales_input,
     vocabulary_ends,
 )
-from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec
+from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec, moves_ranks
 from alignkit.recipe.facts import ModelFacts
 
 
@@ -62,7 +63,8 @@ def measure_model(
         new_tokens: added to the vocabulary; an adapter trains their rows.
 
     Returns:
-        The facts; `trainable` counts weights that the adapter would train.
+        The facts; `trainable` counts weights that the adapter would train. Where the rows decide
+        its ranks, as if the widest layers took all they may.
 
     Raises:
         ModelError: no causal language model, or a target that matches nothing.
@@ -100,6 +102,7 @@ def measure_model(
         key_value_width=int(getattr(text, "num_key_value_heads", heads) or heads) * head_dim,
         vocabulary=int(text.vocab_size),
         context=int(getattr(text, "max_position_embeddings", 0) or 0),
+        at_most=moves_ranks(adapter),
     )
 
 
@@ -117,7 +120,7 @@ def _trainable(model: nn.Module, spec: LoraSpec | Ia3Spec, scalar_head: bool) ->
             layer.in_features if scales_input(name, inputs) else layer.out_features
             for name, layer in layers.items()
         )
-    ranks = layer_ranks(layers, spec)
+    ranks = costliest_ranks(layers, spec) if moves_ranks(spec) else layer_ranks(layers, spec)
     whole = [model.get_submodule(name) for name in saved_modules(model, spec)]
     saved = sum(w.numel() for module in whole for w in module.parameters(recurse=False))
     return saved + sum(

@@ -20,6 +20,7 @@ class ModelFacts:
         key_value_width: key heads × head dimension.
         vocabulary: rows of the output head.
         context: longest sequence the model was made for; 0 if it does not say.
+        at_most: whether `trainable` is a bound, because the rows decide the adapter's ranks.
     """
 
     architecture: str
@@ -32,6 +33,7 @@ class ModelFacts:
     key_value_width: int
     vocabulary: int
     context: int
+    at_most: bool = False
 
 
 @dataclass(frozen=True)

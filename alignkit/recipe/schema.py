@@ -9,7 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from alignkit.recipe.adapters import AdapterSpec, FullSpec, Ia3Spec, LoraSpec, continues
+from alignkit.recipe.adapters import (
+    AdapterSpec,
+    Ia3Spec,
+    LoraSpec,
+    check_adapter,
+    continues,
+    spelled_out,
+)
 from alignkit.recipe.objectives import (
     REFERENCE_FREE,
     BradleyTerrySpec,
@@ -86,17 +93,8 @@ class BaseRecipe(Section):
     @classmethod
     def _frozen_if_quantized(cls, value: AdapterSpec, info: ValidationInfo) -> AdapterSpec:
         model = info.data.get("model")
-        if isinstance(value, LoraSpec) and value.init != "default":
-            if value.dora or continues(value):
-                raise ValueError(f"has init = {value.init}, which goes with neither dora nor from")
-            if value.init == "loftq" and model is not None and model.quantization == "none":
-                raise ValueError("has init = loftq, which needs model.quantization")
-        if isinstance(value, Ia3Spec) and model is not None and model.add_tokens:
-            raise ValueError("has kind = ia3, which trains no rows of model.add_tokens: use lora")
-        if isinstance(value, FullSpec) and model is not None and model.quantization != "none":
-            raise ValueError(
-                f"trains all weights, and model.quantization = {model.quantization} freezes them"
-            )
+        if model is not None:
+            check_adapter(value, model.quantization, adds_tokens=bool(model.add_tokens))
         return value
 
 
@@ -231,8 +229,8 @@ class PpoRecipe(BaseRecipe):
         if isinstance(value, Ia3Spec):
             raise ValueError("has kind = ia3, which ppo does not train: use lora, or full")
         _refuse_continuing(value)
-        if isinstance(value, LoraSpec) and value.init != "default":
-            raise ValueError(f"has init = {value.init}, which ppo does not take: use default")
+        if isinstance(value, LoraSpec) and value.init not in ("default", "eva"):
+            raise ValueError(f"has init = {value.init}, which ppo does not take: use default, eva")
         if isinstance(value, LoraSpec) and value.modules_to_save:
             raise ValueError("has modules_to_save, which ppo does not train: use full")
         if isinstance(value, LoraSpec) and value.dropout > 0:
@@ -287,7 +285,7 @@ def with_defaults(recipe: Recipe) -> Recipe:
         The same recipe with `training.learning_rate` set, and `reference` and
         `value.learning_rate` where there is one.
     """
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"adapter": spelled_out(recipe.adapter)}
     if recipe.training.learning_rate is None:
         rate = DEFAULT_LEARNING_RATE[recipe.stage][recipe.adapter.kind]
         changes["training"] = recipe.training.model_copy(update={"learning_rate": rate})
