@@ -31,7 +31,6 @@ def plan(
     gigabytes = {name: value / 1e9 for name, value in vars(memory).items()}
     terms = ", ".join(f"{n.replace('_', ' ')} {v:.2f}" for n, v in gigabytes.items() if n != "peak")
     checkpointing = "on" if made.gradient_checkpointing else "off"
-    most = "at most " if model.at_most else ""
     reference = (made.reference or "").replace("_", " ")
     print_pairs(
         [
@@ -39,8 +38,8 @@ def plan(
             ("model", f"{model.architecture}, {model.parameters / 1e6:,.1f} M weights"),
             (
                 "trained",
-                f"{most}{model.trainable:,} weights ({model.trainable / model.parameters:.2%}), "
-                f"{loaded.recipe.adapter.kind}",
+                f"{'at most ' * model.at_most}{model.trainable:,} weights "
+                f"({model.trainable / model.parameters:.2%}), {loaded.recipe.adapter.kind}",
             ),
             (
                 "rows",
