@@ -25,6 +25,9 @@ from alignkit.recipe.adapters import EvaSpec
 _WIDER = 2
 """The fast decomposition follows so many times the directions that are wanted."""
 
+_SEED = 42
+"""Of the fast decomposition; PEFT's, so that the same rows give the same start there."""
+
 _NOTHING = 1e-5
 """Share of the largest singular value below which a direction is rounding."""
 
@@ -59,14 +62,13 @@ class _Input:
     Args:
         readers: names of the layers.
         size: directions that are followed.
-        seed: of the fast decomposition.
     """
 
-    def __init__(self, readers: list[str], size: int, seed: int) -> None:
+    def __init__(self, readers: list[str], size: int) -> None:
         self.readers, self.size = readers, size
         self.waiting: list[torch.Tensor] = []
-        self.pca = IncrementalPCA(size, lowrank=True, lowrank_q=_WIDER * size, lowrank_seed=seed)
-        self.cosines = torch.zeros(size)
+        self.pca = IncrementalPCA(size, lowrank=True, lowrank_q=_WIDER * size, lowrank_seed=_SEED)
+        self.cosines = torch.full((size,), -1.0)  # of none yet
 
     def settled(self, rank: int, tau: float) -> bool:
         """Whether the first directions, as many as the rank, turned no more in the last pass."""
@@ -98,7 +100,6 @@ def find_start(
     budget: int,
     batches: Iterable[PackedBatch],
     spec: EvaSpec,
-    seed: int = 0,
 ) -> EvaStart:
     """Main directions of the layers' inputs, and the ranks that follow from them.
 
@@ -109,7 +110,6 @@ def find_start(
         budget: sum of all ranks, at most that of the largest.
         batches: rows of the run, in its order; read until all layers have settled.
         spec: when they have, and which states count.
-        seed: of the fast decomposition.
 
     Returns:
         The start; what it was found from is decided by the rows, their order and the cuts between
@@ -119,7 +119,7 @@ def find_start(
         ModelError: a layer does not read whole rows, the rows have too few states for a rank, or a
             layer's inputs do not vary or are not finite.
     """
-    inputs = _find_inputs(scorer, layers, largest, seed)
+    inputs = _find_inputs(scorer, layers, largest)
     owner = {name: one for one in inputs for name in one.readers}
     need = dict(largest)
     most = max(largest.values())
@@ -168,7 +168,7 @@ def _start(
             if rank:
                 factors[name] = one.pca.components_[:rank].float().cpu().contiguous()
             if not one.settled(rank, spec.tau):
-                unsettled[name] = float(one.cosines[:rank].min())
+                unsettled[name] = max(0.0, float(one.cosines[:rank].min()))
             if not one.varies(rank):
                 narrow.append(name)
     rows, read, used = counts
@@ -202,7 +202,7 @@ def _forward(scorer: Scorer, batch: PackedBatch, watched: dict[nn.Linear, Watch]
 
 
 def _find_inputs(
-    scorer: Scorer, layers: Mapping[str, nn.Linear], largest: Mapping[str, int], seed: int
+    scorer: Scorer, layers: Mapping[str, nn.Linear], largest: Mapping[str, int]
 ) -> list[_Input]:
     """Which layers read the same tensor, found on a few tokens.
 
@@ -234,7 +234,7 @@ def _find_inputs(
             + ("reads single tokens of a row" if odd[0] in lengths else "is not called as a layer"),
             hint="leave it out of adapter.targets, or take another adapter.init",
         )
-    return [_Input(names, max(largest[name] for name in names), seed) for names in groups]
+    return [_Input(names, max(largest[name] for name in names)) for names in groups]
 
 
 def _require_variance(shares: Mapping[str, torch.Tensor], owner: Mapping[str, _Input]) -> None:

@@ -100,7 +100,6 @@ def _find(session: Any, model: Any, rows: AnyRows, plan: Plan, spec: LoraSpec) -
         sum(own.values()),
         batches_of(rows.train, plan, session.recipe.seed, how.max_tokens),
         how,
-        session.recipe.seed,
     )
     if session.accelerator.num_processes > 1:
         # Each has found it from the same rows; of equal sums some kernels differ in the last bit.
