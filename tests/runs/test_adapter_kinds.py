@@ -39,6 +39,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora+": {**LORA, "b_learning_rate": 16},
     "pissa": {**LORA, "init": "pissa"},
     "olora": {**LORA, "init": "olora", "rslora": True, "rank_pattern": {"q_proj": 2}},
+    "eva": {**LORA, "init": "eva"},
+    "eva dora": {**LORA, "init": "eva", "dora": True, "rank_pattern": {"q_proj": 2}},
     "ia3": {"kind": "ia3"},
     "full": {"kind": "full"},
     "frozen": {"kind": "full", "freeze": ["model.embed_tokens", "model.layers.0"]},
