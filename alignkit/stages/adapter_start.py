@@ -15,6 +15,7 @@ from alignkit.data.documents import Branch, Document
 from alignkit.data.packing import pack_documents, step_items
 from alignkit.models.continued import started_adapter
 from alignkit.models.eva import EvaStart, find_start
+from alignkit.models.heap import release_memory
 from alignkit.models.loading import DTYPES
 from alignkit.models.merged_weights import stored_weights
 from alignkit.models.ranks import largest_ranks, with_ranks
@@ -101,6 +102,8 @@ def _find(session: Any, model: Any, rows: AnyRows, plan: Plan, spec: LoraSpec) -
         batches_of(rows.train, plan, session.recipe.seed, how.max_tokens),
         how,
     )
+    del scorer
+    release_memory()  # what the passes left, before the run makes its own blocks
     if session.accelerator.num_processes > 1:
         # Each has found it from the same rows; of equal sums some kernels differ in the last bit.
         box = [start]

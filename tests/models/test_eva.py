@@ -287,6 +287,9 @@ def test_the_plan_counts_no_less_than_is_trained(rho: float) -> None:
     trained = trainable_report(model).trainable
     assert facts.at_most == (rho > 1)
     assert trained <= facts.trainable if rho > 1 else trained == facts.trainable
+    plain = measure_model(tiny_model().config, spec.model_copy(update={"init": "default"}))
+    assert not plain.at_most
+    assert (facts.trainable > plain.trainable) == (rho > 1)
     layers = adapted_layers(tiny_model(), spec)
     ranks = costliest_ranks(layers, spec)
     assert sum(ranks.values()) == 4 * len(layers)
