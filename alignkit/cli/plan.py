@@ -38,8 +38,8 @@ def plan(
             ("model", f"{model.architecture}, {model.parameters / 1e6:,.1f} M weights"),
             (
                 "trained",
-                f"{model.trainable:,} weights ({model.trainable / model.parameters:.2%}), "
-                f"{loaded.recipe.adapter.kind}",
+                f"{'at most ' * model.at_most}{model.trainable:,} weights "
+                f"({model.trainable / model.parameters:.2%}), {loaded.recipe.adapter.kind}",
             ),
             (
                 "rows",

@@ -119,8 +119,7 @@ def attach_adapter(
     spec: AnySpec,
     seed: int,
     new_tokens: Sequence[int] = (),
-    original: Callable[[str], torch.Tensor] | None = None,
-    words: Sequence[int] = (),
+    given: Callable[[str], torch.Tensor] | None = None,
 ) -> Any:
     """Make the model trainable the way the recipe says.
 
@@ -129,8 +128,7 @@ def attach_adapter(
         spec: an adapter, or all weights.
         seed: of the adapter's random half; the other half starts at zero.
         new_tokens: ids whose rows are trained too; with all weights they are in any case.
-        original: gives unquantized weights by their names, for a start that wants them.
-        words: tokens whose keys and values a prefix starts as; without them it is drawn.
+        given: what some starts are made from; see `start_factors` and `start_prefix`.
 
     Returns:
         A PEFT model whose adapter weights are float32, or the model itself with its weights
@@ -150,10 +148,10 @@ def attach_adapter(
     for weight in adapted.parameters():
         if weight.requires_grad:  # copies of whole modules are as wide as the base otherwise
             weight.data = weight.data.float()
-    if words:
-        start_prefix(adapted, words)
+    if isinstance(spec, PrefixSpec) and given is not None:
+        start_prefix(adapted, given)
     if isinstance(spec, LoraSpec):
-        start_factors(adapted, spec, seed, original)
+        start_factors(adapted, spec, seed, given)
     use_fast_lora(adapted)
     make_switchable(adapted)
     return adapted

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from alignkit.errors import ModelError
 from alignkit.models.prefix import count_weights, prefix_config
 from alignkit.models.quiet import quiet_transformers
+from alignkit.models.ranks import costliest_ranks
 from alignkit.models.targets import (
     adapted_layers,
     frozen_weights,
@@ -21,7 +22,14 @@ from alignkit.models.targets import (
     scales_input,
     vocabulary_ends,
 )
-from alignkit.recipe.adapters import AnyAdapter, AnySpec, FullSpec, Ia3Spec, PrefixSpec
+from alignkit.recipe.adapters import (
+    AnyAdapter,
+    AnySpec,
+    FullSpec,
+    Ia3Spec,
+    PrefixSpec,
+    moves_ranks,
+)
 from alignkit.recipe.facts import ModelFacts
 
 
@@ -63,7 +71,8 @@ def measure_model(
         new_tokens: added to the vocabulary; an adapter trains their rows.
 
     Returns:
-        The facts; `trainable` counts weights that the adapter would train.
+        The facts; `trainable` counts weights that the adapter would train. Where the rows decide
+        its ranks, as if the widest layers took all they may.
 
     Raises:
         ModelError: no causal language model, or a target that matches nothing.
@@ -102,6 +111,7 @@ def measure_model(
         vocabulary=int(text.vocab_size),
         context=int(getattr(text, "max_position_embeddings", 0) or 0),
         prefix=adapter.tokens if isinstance(adapter, PrefixSpec) else 0,
+        at_most=moves_ranks(adapter),
     )
 
 
@@ -121,7 +131,7 @@ def _trainable(model: nn.Module, spec: AnyAdapter, scalar_head: bool) -> int:
             layer.in_features if scales_input(name, inputs) else layer.out_features
             for name, layer in layers.items()
         )
-    ranks = layer_ranks(layers, spec)
+    ranks = costliest_ranks(layers, spec) if moves_ranks(spec) else layer_ranks(layers, spec)
     whole = [model.get_submodule(name) for name in saved_modules(model, spec)]
     saved = sum(w.numel() for module in whole for w in module.parameters(recurse=False))
     return saved + sum(

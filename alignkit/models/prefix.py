@@ -10,7 +10,7 @@ Shapes: `L` layers, `K` key heads, `P` tokens of the prefix, `D` head dimension,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,15 @@ from transformers import DynamicCache
 
 from alignkit.errors import ModelError
 from alignkit.models.loading import BaseModel, load_tokenizer
-from alignkit.recipe.adapters import AnySpec, PrefixSpec
+from alignkit.recipe.adapters import AnySpec, PrefixSpec, continues
 
 _SLIDING = "sliding_attention"
 _PLAIN = {"full_attention", _SLIDING}
 """Kinds of layers whose attention reads keys that stand before a row's own."""
 
+
+STATES = "prompt_embeddings"
+"""PEFT's name of a prefix in its file."""
 
 _TEXT = "Read the request with care, and give an answer that is true, helpful and clear."
 
@@ -125,7 +128,7 @@ def start_words(spec: AnySpec, base: BaseModel) -> list[int]:
     Returns:
         `P` token ids; none for what is no prefix or starts otherwise.
     """
-    if not isinstance(spec, PrefixSpec) or spec.projection:
+    if not isinstance(spec, PrefixSpec) or spec.projection or continues(spec):
         return []
     tokenizer, text = load_tokenizer(base), spec.text or _TEXT
     once = len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -134,21 +137,31 @@ def start_words(spec: AnySpec, base: BaseModel) -> list[int]:
 
 
 @torch.no_grad()
-def start_prefix(model: Any, words: Sequence[int]) -> None:
+def text_states(model: Any, words: Sequence[int]) -> torch.Tensor:
+    """`[P, L · 2 · K · D]` keys and values of some text, in the order in which PEFT stores them.
+
+    Args:
+        model: the bare base.
+        words: `P` token ids.
+    """
+    cache = DynamicCache()
+    device = model.get_input_embeddings().weight.device
+    ids = torch.tensor([list(words)], device=device)
+    model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+    states = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
+    return states.permute(3, 0, 1, 2, 4).flatten(1)
+
+
+@torch.no_grad()
+def start_prefix(model: Any, given: Callable[[str], torch.Tensor]) -> None:
     """Let a fresh prefix stand for some text: drawn at random, keys and values take each row's
     attention from its own first tokens.
 
     Args:
-        model: a PEFT model with a prefix of `P` tokens, without a network.
-        words: `P` token ids.
+        model: a PEFT model with a prefix, without a network.
+        given: gives its values by their name in PEFT's file.
     """
-    inner, cache = model.get_base_model(), DynamicCache()
-    device = inner.get_input_embeddings().weight.device
-    ids = torch.tensor([list(words)], device=device)
-    inner.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
-    states = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
-    weight = model.prompt_encoder[model.active_adapter].embedding.weight
-    weight.copy_(states.permute(3, 0, 1, 2, 4).flatten(1))
+    model.prompt_encoder[model.active_adapter].embedding.weight.copy_(given(STATES))
 
 
 def count_weights(config: PrefixTuningConfig) -> int:

@@ -130,6 +130,18 @@ class TokenScorer(Scorer):
         transform = logit_transform(inner.config.get_text_config())
         self.transform = dataclasses.replace(transform, temperature=temperature)
 
+    def places(self, batch: PackedBatch, *, targets: bool) -> torch.Tensor:
+        """`[N]` where the states that predict the targets stand among those that layers read.
+
+        Args:
+            batch: `N` targets.
+            targets: false gives the places of all tokens of all sequences instead, one sequence
+                after another. What sequences share counts for each of them, so that neither
+                depends on how documents are packed.
+        """
+        rows = batch.target_rows if targets else np.concatenate(sequence_rows(batch))
+        return torch.from_numpy(rows)
+
     def forward(self, batch: PackedBatch) -> Scores:
         """Log-probs of the batch's targets, or what the head reads.
 
@@ -191,6 +203,16 @@ class PaddedScorer(Scorer):
             if attention != "sdpa":
                 raise
             self.causal.set_attn_implementation("eager")  # Gemma 2 and others have no sdpa
+
+    def places(self, batch: PackedBatch, *, targets: bool) -> torch.Tensor:
+        """Where states stand among those that layers read; see `TokenScorer.places`."""
+        rows = sequence_rows(batch)
+        width = max(map(len, rows))
+        if targets:
+            columns = batch.position_ids[batch.target_rows]
+            return torch.from_numpy(batch.target_sequences * width + columns)
+        every = [number * width + np.arange(len(row)) for number, row in enumerate(rows)]
+        return torch.from_numpy(np.concatenate(every))
 
     def forward(self, batch: PackedBatch) -> Scores:
         """Log-probs of the batch's targets, or what the head reads; see `TokenScorer.forward`."""

@@ -1,4 +1,4 @@
-"""Where LoRA's factors start, if not at B = 0: from the weights they stand beside.
+"""Where LoRA's factors start, if not at random: from the weights they stand beside, or given.
 
 PiSSA and OLoRA start with a part of the weight itself, s B₀ A₀, and take it out of the base: the
 sum stays what it was. Here the base stays whole, because with adapters off it is the reference, and
@@ -43,7 +43,7 @@ def start_factors(
     model: nn.Module,
     spec: LoraSpec,
     seed: int,
-    original: Callable[[str], torch.Tensor] | None = None,
+    given: Callable[[str], torch.Tensor] | None = None,
 ) -> None:
     """Put the factors of a fresh adapter where they start.
 
@@ -51,10 +51,11 @@ def start_factors(
         model: carries the adapter, with ranks of `with_frozen_half`.
         spec: of the recipe.
         seed: of PiSSA's fast decomposition.
-        original: for LoftQ, gives the unquantized weights by their names.
+        given: what the start is made from, by the name of a layer's weight: for LoftQ the
+            unquantized weight, for EVA the factor A.
 
     Raises:
-        ModelError: LoftQ over a base that is not quantized.
+        ModelError: LoftQ over a base that is not quantized, or EVA without factors.
     """
     if spec.init == "default":
         return
@@ -64,16 +65,24 @@ def start_factors(
         base = layer.get_base_layer()
         rank, scale = layer.r["default"], layer.scaling["default"]
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        stored = name.removeprefix("base_model.model.") + ".weight"
+        if spec.init == "eva":
+            if given is None:
+                raise ModelError(
+                    "adapter.init = eva is found from the rows of a run, and there are none here",
+                    hint="leave adapter.init away",
+                )
+            a.copy_(given(stored))  # B stays 0
+            continue
         weight = dense_weight(base).float()
         if spec.init == "loftq":
-            if original is None or not is_quantized(base):
+            if given is None or not is_quantized(base):
                 raise ModelError(
                     "adapter.init = loftq makes up for what quantization loses, and the base is "
                     "not quantized",
                     hint="set model.quantization=nf4, or leave adapter.init away",
                 )
-            stored = name.removeprefix("base_model.model.") + ".weight"
-            lost = original(stored).to(weight.device).float() - weight
+            lost = given(stored).to(weight.device).float() - weight
             first, second = _largest(lost, rank, scale, "pissa", seed)
             a.copy_(first)
             b.copy_(second)

@@ -25,6 +25,21 @@ _FROM: dict[str, Any] = {  # `from` cannot be written as an attribute
 _Continued: Any = create_model("_Continued", __base__=Section, **_FROM)
 
 
+class EvaSpec(Section):
+    """How a start from the rows is found."""
+
+    rho: Annotated[float, Field(ge=1.0, le=64.0)] = 1.0
+    """Above 1, ranks move to the layers whose inputs they explain best: up to `rho` times its own
+    rank for a layer, down to none, the same sum over all. PEFT takes 2."""
+    tau: Annotated[float, Field(ge=0.0, le=1.0)] = 0.99
+    """A layer's directions have settled when each one's cosine with what it was before the last
+    pass is at least this. Rows are read until all have, or `max_tokens` or the rows are used up."""
+    use_label_mask: bool = True
+    """Only look at states that predict a trained token; false looks at all tokens of the rows."""
+    max_tokens: PositiveInt = 32768
+    """Tokens of the rows that are read at most."""
+
+
 class LoraSpec(_Continued):
     """Low-rank adapters, W + (alpha / rank) · B A (https://arxiv.org/abs/2106.09685)."""
 
@@ -38,12 +53,16 @@ class LoraSpec(_Continued):
     """Dropout on the adapter's input."""
     targets: str | tuple[str, ...] = "all-linear"
     """`all-linear`, a list of module names such as `[q_proj, v_proj]`, or a regular expression."""
-    init: Literal["default", "pissa", "pissa_niter_16", "olora", "loftq"] = "default"
+    init: Literal["default", "pissa", "pissa_niter_16", "olora", "loftq", "eva"] = "default"
     """Where A and B start: `default` at no update; `pissa` (https://arxiv.org/abs/2404.02948) and
     `olora` (https://arxiv.org/abs/2406.01775) with the base's own largest part, which a frozen half
     takes off again, so that the base stays the reference; `pissa_niter_16` finds it faster in large
     layers; `loftq` (https://arxiv.org/abs/2310.08659) with what quantization lost. Files of the
-    first three have twice the rank, and weight decay leaves their factors alone."""
+    first three have twice the rank, and weight decay leaves their factors alone. `eva` starts A at
+    the main directions of each layer's inputs over the run's rows, B at 0, and moves ranks between
+    layers (https://arxiv.org/abs/2410.07170)."""
+    eva: EvaSpec | None = None
+    """How `init: eva` finds its start."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead: high ranks learn as fast as low ones
     (https://arxiv.org/abs/2312.03732)."""
@@ -139,7 +158,65 @@ def continues(spec: AnySpec) -> str | None:
 
 def takes_from_base(spec: AnySpec) -> bool:
     """Whether LoRA's factors start with a part of the base, and have a frozen half."""
-    return isinstance(spec, LoraSpec) and spec.init not in ("default", "loftq")
+    return isinstance(spec, LoraSpec) and spec.init in ("pissa", "pissa_niter_16", "olora")
+
+
+def eva_of(spec: LoraSpec) -> EvaSpec:
+    """How its start is found, with the defaults where the recipe does not say."""
+    return spec.eva or EvaSpec()
+
+
+def moves_ranks(spec: AnySpec) -> bool:
+    """Whether the rows decide how large the rank of each layer is."""
+    return isinstance(spec, LoraSpec) and spec.init == "eva" and eva_of(spec).rho > 1
+
+
+def spelled_out(spec: AnySpec) -> AnySpec:
+    """The same with the defaults of `eva` where its start is found that way."""
+    if not isinstance(spec, LoraSpec) or spec.init != "eva":
+        return spec
+    return spec.model_copy(update={"eva": eva_of(spec)})
+
+
+def check_adapter(
+    spec: AnySpec, stage: str, quantization: str | None, *, adds_tokens: bool
+) -> None:
+    """Refuse what does not go together.
+
+    Args:
+        spec: of the recipe.
+        stage: of the recipe.
+        quantization: of the base, `none` for a plain one; None where it is not known.
+        adds_tokens: whether the vocabulary grows.
+
+    Raises:
+        ValueError: says what does not fit.
+    """
+    if stage in UNTRAINED.get(spec.kind, ()):
+        raise ValueError(f"has kind = {spec.kind}, which {stage} does not train: use lora, or full")
+    if isinstance(spec, LoraSpec):
+        _check_start(spec, quantization)
+    if spec.kind in UNTRAINED and adds_tokens:
+        raise ValueError(
+            f"has kind = {spec.kind}, which trains no rows of model.add_tokens: use lora"
+        )
+    if isinstance(spec, PrefixSpec) and spec.text and (spec.projection or continues(spec)):
+        raise ValueError("has text, where its projection or from says how it starts")
+    if isinstance(spec, FullSpec) and quantization not in ("none", None):
+        raise ValueError(
+            f"trains all weights, and model.quantization = {quantization} freezes them"
+        )
+
+
+def _check_start(spec: LoraSpec, quantization: str | None) -> None:
+    if spec.eva is not None and spec.init != "eva":
+        raise ValueError(f"has eva, which does nothing with init = {spec.init}: set init: eva")
+    if spec.init == "eva" and continues(spec):
+        raise ValueError("has init = eva, which does not go with from: that adapter has its start")
+    if spec.init not in ("default", "eva") and (spec.dora or continues(spec)):
+        raise ValueError(f"has init = {spec.init}, which goes with neither dora nor from")
+    if spec.init == "loftq" and quantization == "none":
+        raise ValueError("has init = loftq, which needs model.quantization")
 
 
 def b_rate(spec: AnySpec) -> float:

@@ -21,6 +21,7 @@ class ModelFacts:
         vocabulary: rows of the output head.
         context: longest sequence the model was made for; 0 if it does not say.
         prefix: tokens of a trained prefix, which stand before every row.
+        at_most: whether `trainable` is a bound, because the rows decide the adapter's ranks.
     """
 
     architecture: str
@@ -34,6 +35,7 @@ class ModelFacts:
     vocabulary: int
     context: int
     prefix: int = 0
+    at_most: bool = False
 
 
 @dataclass(frozen=True)

@@ -242,26 +242,31 @@ def _nearest_key(
     near = difflib.get_close_matches(key, siblings, n=1)
     if near:
         return f"did you mean {show_path((*parent, near[0]))}?"
-    elsewhere = list(dict.fromkeys(show_path(path) for path in iter_keys(model) if path[-1] == key))
+    # From inside a section nobody means one that is not there unless it is written.
+    known = list(iter_keys(model, unset=not parent))
+    elsewhere = list(dict.fromkeys(show_path(path) for path in known if path[-1] == key))
     if show_path((*(part for part in parent if isinstance(part, str)), key)) in elsewhere:
         other = "reward" if parent[:1] == ("reward",) else "kind"
         return f"it belongs to another {other}; keys here: {', '.join(siblings)}"
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
-    names = [str(path[-1]) for path in iter_keys(model)]
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(key, [path[-1] for path in known], n=1, cutoff=0.75)
     if near:
-        full = next(path for path in iter_keys(model) if path[-1] == near[0])
+        full = next(path for path in known if path[-1] == near[0])
         return f"did you mean {show_path(full)}?"
     return f"keys here: {', '.join(siblings)}"
 
 
-def iter_keys(model: type[BaseModel], parent: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every key path that the schema knows, depth first; list levels are left out."""
+def iter_keys(
+    model: type[BaseModel], parent: tuple[str, ...] = (), *, unset: bool = True
+) -> Iterator[tuple[str, ...]]:
+    """Key paths that the schema knows, depth first; list levels are left out, and with `unset`
+    false what is in sections that are null by default."""
     for name, field in model.model_fields.items():
         yield (*parent, name)
-        for section in sections_of(field.annotation):
-            yield from iter_keys(section, (*parent, name))
+        if unset or field.is_required() or field.default is not None:
+            for section in sections_of(field.annotation):
+                yield from iter_keys(section, (*parent, name), unset=unset)
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:

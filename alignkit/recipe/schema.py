@@ -10,14 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from alignkit.recipe.adapters import (
-    UNTRAINED,
     AdapterSpec,
-    FullSpec,
     LoraSpec,
-    PrefixSpec,
+    check_adapter,
     continues,
     is_mergeable,
     rate_key,
+    spelled_out,
 )
 from alignkit.recipe.model import ModelSpec
 from alignkit.recipe.objectives import (
@@ -81,27 +80,11 @@ class BaseRecipe(Section):
 
     @field_validator("adapter")
     @classmethod
-    def _frozen_if_quantized(cls, value: AdapterSpec, info: ValidationInfo) -> AdapterSpec:
-        model, stage = info.data.get("model"), info.data.get("stage")
-        if stage in UNTRAINED.get(value.kind, ()):
-            raise ValueError(
-                f"has kind = {value.kind}, which {stage} does not train: use lora, or full"
-            )
-        if isinstance(value, LoraSpec) and value.init != "default":
-            if value.dora or continues(value):
-                raise ValueError(f"has init = {value.init}, which goes with neither dora nor from")
-            if value.init == "loftq" and model is not None and model.quantization == "none":
-                raise ValueError("has init = loftq, which needs model.quantization")
-        if value.kind in UNTRAINED and model is not None and model.add_tokens:
-            raise ValueError(
-                f"has kind = {value.kind}, which trains no rows of model.add_tokens: use lora"
-            )
-        if isinstance(value, PrefixSpec) and value.text and (value.projection or continues(value)):
-            raise ValueError("has text, where its projection or from says how it starts")
-        if isinstance(value, FullSpec) and model is not None and model.quantization != "none":
-            raise ValueError(
-                f"trains all weights, and model.quantization = {model.quantization} freezes them"
-            )
+    def _fits_the_rest(cls, value: AdapterSpec, info: ValidationInfo) -> AdapterSpec:
+        model = info.data.get("model")
+        quantization = None if model is None else model.quantization
+        adds_tokens = model is not None and bool(model.add_tokens)
+        check_adapter(value, info.data.get("stage", ""), quantization, adds_tokens=adds_tokens)
         return value
 
 
@@ -234,8 +217,8 @@ class PpoRecipe(BaseRecipe):
     @classmethod
     def _no_dropout(cls, value: AdapterSpec) -> AdapterSpec:
         _refuse_continuing(value)
-        if isinstance(value, LoraSpec) and value.init != "default":
-            raise ValueError(f"has init = {value.init}, which ppo does not take: use default")
+        if isinstance(value, LoraSpec) and value.init not in ("default", "eva"):
+            raise ValueError(f"has init = {value.init}, which ppo does not take: use default, eva")
         if isinstance(value, LoraSpec) and value.modules_to_save:
             raise ValueError("has modules_to_save, which ppo does not train: use full")
         if isinstance(value, LoraSpec) and value.dropout > 0:
@@ -280,7 +263,7 @@ def with_defaults(recipe: Recipe) -> Recipe:
         The same recipe with `training.learning_rate` set, `reference` and `value.learning_rate`
         where there is one, and `merge` off where there is nothing to merge.
     """
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"adapter": spelled_out(recipe.adapter)}
     if recipe.training.learning_rate is None:
         rate = DEFAULT_LEARNING_RATE[recipe.stage][rate_key(recipe.adapter)]
         changes["training"] = recipe.training.model_copy(update={"learning_rate": rate})

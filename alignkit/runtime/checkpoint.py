@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -106,6 +106,12 @@ def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             return Checkpoint(candidate, int(state["step"]), state), skipped
         skipped.append(f"{candidate.name} is damaged ({fault}); using the one before")
     return None, skipped
+
+
+def stored_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every trained weight in a checkpoint; no tensor is read."""
+    with safe_open(checkpoint.folder / "trainable.safetensors", framework="pt") as stored:
+        return {name: tuple(stored.get_slice(name).get_shape()) for name in list(stored.keys())}
 
 
 def load_checkpoint(

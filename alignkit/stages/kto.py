@@ -42,7 +42,7 @@ def run_kto(recipe: KtoRecipe, options: RunOptions) -> RunSummary | None:
     session = Session(recipe, options)
     rows = load_rows(recipe)
     plan = session.plan(rows)
-    scorer = session.build_scorer(rows.base, plan)
+    scorer = session.build_scorer(rows, plan)
     with session.running(rows, plan):
         reference, rows = build_reference(session, scorer, rows, plan)
         stage = kto_stage(recipe.objective, reference, len(rows.train))

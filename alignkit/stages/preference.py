@@ -32,7 +32,7 @@ def run_preference(recipe: DpoRecipe, options: RunOptions) -> RunSummary | None:
     session = Session(recipe, options)
     rows = load_rows(recipe)
     plan = session.plan(rows)
-    scorer = session.build_scorer(rows.base, plan)
+    scorer = session.build_scorer(rows, plan)
     with session.running(rows, plan):
         reference = None
         if needs_reference(recipe):

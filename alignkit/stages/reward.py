@@ -37,7 +37,7 @@ def run_reward(recipe: RewardRecipe, options: RunOptions) -> RunSummary | None:
     rows = load_rows(recipe)
     plan = session.plan(rows)
     stage = pair_stage(reward_scores(recipe.objective.center), len(rows.train))
-    scorer = session.build_scorer(rows.base, plan, scalar_head=True)
+    scorer = session.build_scorer(rows, plan, scalar_head=True)
     with session.running(rows, plan):
         run, first_step = session.start(rows, plan, stage, scorer)
         del scorer  # the run alone holds the weights, so that merging can let them go

@@ -29,6 +29,7 @@ from alignkit.models.selfcheck import build_scorer, scorer_factory
 from alignkit.recipe.adapters import has_adapter
 from alignkit.recipe.plan import Plan
 from alignkit.recipe.schema import PpoRecipe
+from alignkit.stages.adapter_start import find_adapter_start
 from alignkit.stages.prepare import PromptRows
 from alignkit.stages.reward_models import RewardModel
 from alignkit.stages.session import Session
@@ -152,7 +153,8 @@ def _over_one_base(
 ) -> Roles:
     spec, device = recipe.model, session.accelerator.device
     model = load_model(rows.base, session.weights_dtype, device, spec.quantization)
-    model = attach_adapter(model, recipe.adapter, recipe.seed)
+    started, given = find_adapter_start(session, model, rows, plan)
+    model = attach_adapter(model, started, recipe.seed, given=given)
     own_value, source = recipe.value.kind != "head", starts_from_reward(recipe, found)
     if own_value and source is not None:
         add_stored_adapter(model, VALUE, source.folder)

@@ -16,14 +16,12 @@ from alignkit.data.report import DataReport
 from alignkit.errors import Interrupted, RunError
 from alignkit.models.adapter_files import has_head, put_weights
 from alignkit.models.adapters import attach_adapter, trainable_report
-from alignkit.models.continued import adapter_folder, started_adapter
+from alignkit.models.continued import adapter_folder
 from alignkit.models.identity import weights_fingerprint
-from alignkit.models.loading import DTYPES, BaseModel, load_model, token_rows
-from alignkit.models.merged_weights import stored_weights
-from alignkit.models.prefix import start_words
+from alignkit.models.loading import DTYPES, load_model, token_rows
 from alignkit.models.reward_head import freeze_unused_head, new_head, read_head
 from alignkit.models.selfcheck import build_scorer
-from alignkit.recipe.adapters import FullSpec, LoraSpec, b_rate
+from alignkit.recipe.adapters import FullSpec, b_rate
 from alignkit.recipe.plan import Plan
 from alignkit.recipe.schema import Recipe
 from alignkit.runtime.checkpoint import find_checkpoint, load_checkpoint
@@ -31,6 +29,7 @@ from alignkit.runtime.devices import build_accelerator, tune_processor
 from alignkit.runtime.metrics import MetricsFile
 from alignkit.runtime.optim import build_optimizer
 from alignkit.runtime.progress import StepProgress, print_line
+from alignkit.stages.adapter_start import find_adapter_start
 from alignkit.stages.batches import Batches
 from alignkit.stages.fingerprints import adapter_identity
 from alignkit.stages.loop import Loop
@@ -77,6 +76,7 @@ class Session:
         self.leads = bool(self.accelerator.is_main_process)
         self.quiet = options.quiet or not self.leads
         self.folder: RunFolder | None = None
+        self.about: dict[str, Any] = {}  # found on the way to the first step, for run.json
 
     def say(self, text: str, label: str = "") -> None:
         """Print one line for the user."""
@@ -105,8 +105,9 @@ class Session:
                 self.say(head)
                 for note in notes:
                     self.say(note, "note")
+        most = "at most " if plan.model.at_most else ""
         self.say(
-            f"plan: {plan.steps} steps of {plan.batch_size} examples, "
+            f"plan: {plan.steps} steps of {plan.batch_size} examples, {most}"
             f"{plan.model.trainable / 1e6:.1f} of {plan.model.parameters / 1e6:.1f} M weights "
             f"trained, about {plan.memory.peak / 1e9:.1f} GB"
         )
@@ -124,24 +125,21 @@ class Session:
         full = isinstance(self.recipe.adapter, FullSpec)
         return torch.float32 if full else DTYPES[self.recipe.model.dtype]
 
-    def build_scorer(self, base: BaseModel, plan: Plan, *, scalar_head: bool = False) -> nn.Module:
+    def build_scorer(self, rows: Rows, plan: Plan, *, scalar_head: bool = False) -> nn.Module:
         """Weights, adapter and checked scorer, in training mode.
 
         Args:
-            base: where the weights are.
+            rows: say where the weights are; an adapter may start from what they hold.
             plan: whether activations are recomputed.
             scalar_head: put a fresh head of a reward model on it.
         """
-        spec = self.recipe.model
+        spec, base = self.recipe.model, rows.base
         device = self.accelerator.device
         model = load_model(base, self.weights_dtype, device, spec.quantization)
         added = token_rows(base)[0] if spec.add_tokens else []
-        adapter, before = self.recipe.adapter, adapter_folder(self.recipe.adapter)
-        started, original = started_adapter(adapter, base), None
-        if isinstance(adapter, LoraSpec) and adapter.init == "loftq":
-            original = stored_weights(base).__getitem__
-        words = start_words(started, base) if before is None else []
-        model = attach_adapter(model, started, self.recipe.seed, added, original, words)
+        before = adapter_folder(self.recipe.adapter)
+        started, given = find_adapter_start(self, model, rows, plan)
+        model = attach_adapter(model, started, self.recipe.seed, added, given)
         head = new_head(model, self.recipe.seed) if scalar_head else None
         if before is not None:
             put_weights(model, before)
@@ -162,12 +160,14 @@ class Session:
         """Own the run folder; record how the run ends."""
         about = _about(rows, self.options, adapter_folder(self.recipe.adapter))
         if self.options.resume and (self.output / "run.json").is_file():
-            _check_same_inputs(about, read_about(self.output))
+            stored = read_about(self.output)
+            _check_same_inputs(about, stored)
+            self.about = {k: stored[k] for k in ("start",) if k in stored} | self.about
         if self.leads:
             self.folder = RunFolder(self.output, overwrite=self.options.overwrite)
         try:
             if self.folder is not None:
-                self.folder.describe(self.recipe, plan, about)
+                self.folder.describe(self.recipe, plan, {**about, **self.about})
             yield
         except BaseException as error:
             if self.folder is not None:

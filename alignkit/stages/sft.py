@@ -37,7 +37,7 @@ def run_sft(recipe: SftRecipe, options: RunOptions) -> RunSummary | None:
     rows = load_rows(recipe)
     plan = session.plan(rows)
     stage = Stage(sft_loss, rows.train.num_trained.tolist(), evaluate_heldout, say_heldout)
-    scorer = session.build_scorer(rows.base, plan)
+    scorer = session.build_scorer(rows, plan)
     with session.running(rows, plan):
         run, first_step = session.start(rows, plan, stage, scorer)
         del scorer  # the run alone holds the weights, so that merging can let them go

@@ -23,7 +23,14 @@ from alignkit.models.attention import packed_attention
 from alignkit.models.facts import measure_model
 from alignkit.models.loading import BaseModel
 from alignkit.models.opening import open_model
-from alignkit.models.prefix import prefix_length, prefix_states, start_prefix, start_words
+from alignkit.models.prefix import (
+    STATES,
+    prefix_length,
+    prefix_states,
+    start_prefix,
+    start_words,
+    text_states,
+)
 from alignkit.models.prefix_rows import longer_segments
 from alignkit.models.scorer import PaddedScorer, TokenScorer, sequence_rows
 from alignkit.models.selfcheck import packed_fault, probe_batch
@@ -211,7 +218,7 @@ def test_the_plan_counts_what_is_trained(family: str, spec: PrefixSpec) -> None:
 def test_it_starts_as_the_text_it_is_given(tmp_path: Path) -> None:
     # Where rows stand behind the text itself, the model gives them the same log-probs.
     model, words = prefixed(), [11, 12, 13, 14, 15]
-    start_prefix(model, words)
+    start_prefix(model, {STATES: text_states(tiny_model(), words)}.__getitem__)
     ids = torch.arange(40, 60)[None]
     whole = torch.cat([torch.tensor([words]), ids], dim=1)
     with torch.no_grad():
@@ -223,7 +230,7 @@ def test_it_starts_as_the_text_it_is_given(tmp_path: Path) -> None:
 def test_it_starts_as_a_text_longer_than_the_window(family: str) -> None:
     spec = PrefixSpec(kind="prefix", tokens=12)
     model, words = prefixed(family, spec), list(range(11, 23))
-    start_prefix(model, words)
+    start_prefix(model, {STATES: text_states(tiny_model(family), words)}.__getitem__)
     ids = torch.arange(40, 60)[None]
     whole = torch.cat([torch.tensor([words]), ids], dim=1)
     with torch.no_grad():

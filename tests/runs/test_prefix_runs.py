@@ -34,7 +34,7 @@ from alignkit.models.adapters import attach_adapter
 from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import BaseModel
 from alignkit.models.opening import open_model
-from alignkit.models.prefix import prefix_states, start_words
+from alignkit.models.prefix import STATES, prefix_states, start_words, text_states
 from alignkit.recipe.adapters import PrefixSpec
 from alignkit.recipe.load import load_recipe
 from alignkit.stages.base import start_model
@@ -130,8 +130,8 @@ def test_a_run_starts_as_its_text(tiny_base: Path, tmp_path: Path) -> None:
         run = run_of(tmp_path / str(text), tiny_base, adapter=adapter, **still)
         model = open_model(str(tiny_base), dtype=torch.float32).model
         spec = PrefixSpec(**adapter)
-        words = start_words(spec, BaseModel(str(tiny_base)))
-        expected = prefix_states(attach_adapter(model, spec, 0, words=words))
+        given = {STATES: text_states(model, start_words(spec, BaseModel(str(tiny_base))))}
+        expected = prefix_states(attach_adapter(model, spec, 0, given=given.__getitem__))
         found = prefix_states(open_model(str(run), dtype=torch.float32).model)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
         stored.append(found)
