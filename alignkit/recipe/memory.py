@@ -30,6 +30,9 @@ _MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 
 a float32 scale each for 256 of them. Paged ones may leave the device; they are counted all the
 same."""
 
+_KERNELS = 500_000_000
+"""Bytes of compiled kernels on a processor, once lengths have come and gone. Fitted to SFT runs."""
+
 _BRANCHES = 1.2
 """Further activations where prompts are shared: each branch has its own copy of their keys and
 values. Fitted to runs of 2,800 and 4,000 tokens."""
@@ -50,7 +53,7 @@ class MemoryEstimate:
         reference: models beside the trained one: to compare with, for values, for rewards.
         training_state: gradients and optimizer moments.
         activations: kept for the backward pass of one micro-batch.
-        workspace: logits of a chunk, gradients in flight, keys and values while sampling.
+        workspace: logits of a chunk, gradients in flight, keys and values while sampling, kernels.
         merging: what verifying the merged model needs beyond `libraries`, after training.
         peak: on the device; merging always runs on the processor.
     """
@@ -110,7 +113,7 @@ def estimate_memory(
     activations = round(activations * (1.35 if on_cpu else 1.1))
     if recipe.stage not in ("sft", "ppo"):
         activations = round(activations * _BRANCHES)
-    workspace = _workspace_bytes(recipe, model, tokens, wide)
+    workspace = _workspace_bytes(recipe, model, tokens, wide) + _KERNELS * on_cpu
     merging = 0
     if recipe.merge and adapted:
         # Files of at most 5 GB, three at once, and both ends of the vocabulary in float32.
