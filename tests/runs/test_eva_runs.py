@@ -103,7 +103,7 @@ def test_every_stage(stage: str, tiny_base: Path, tmp_path: Path) -> None:
 def test_the_first_loss_is_that_of_a_plain_start(
     stage: str, tiny_base: Path, tmp_path: Path
 ) -> None:
-    plain = {key: value for key, value in EVA.items() if key != "init"}
+    plain = {key: value for key, value in EVA.items() if key not in ("init", "eva")}
     found = []
     for name, adapter in (("eva", EVA), ("plain", plain)):
         path = make(tmp_path / name, tiny_base, stage, adapter=adapter, merge=False)
