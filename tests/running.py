@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,26 @@ def make_rows(count: int = 16, seed: int = 0, longest: int = 24) -> list[dict[st
         messages = [{"role": role, "content": content} for role, content in turns]
         rows.append({"messages": messages})
     return rows
+
+
+def break_off(run: Path, step: int) -> list[str]:
+    """Leave a finished run as if its process had died after a step that has a checkpoint.
+
+    Args:
+        run: folder of the run.
+        step: later checkpoints and measurements go.
+
+    Returns:
+        The lines of all its measurements.
+    """
+    for folder in (run / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:step]), encoding="utf-8")
+    state = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    (run / "run.json").write_text(json.dumps({**state, "status": "failed"}), encoding="utf-8")
+    return lines
 
 
 GOOD, BAD = ("birds", "fly", "over", "house"), ("mat", "cat", "sat", "red")

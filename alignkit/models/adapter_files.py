@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ TRAINED_OVER = "trained_over.json"
 
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Values of PEFT's `init_lora_weights` that leave the base as it is."""
+
+_SAME_BASE = "it must have been trained over the same base"
 
 HEAD_KEY = "base_model.model.score.weight"
 """Where PEFT keeps the trained head of a sequence classifier."""
@@ -179,15 +183,8 @@ def load_adapter(model: Any, folder: Path) -> Any:
         config.task_type, config.modules_to_save = "CAUSAL_LM", whole or None
     require_fitting_prefix(config, model, folder)
     stored = read_weights(folder)
-    try:
-        with quiet_transformers():
-            loaded = PeftModel.from_pretrained(model, str(folder), config=config)
-    except Exception as error:
-        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-        raise ModelError(
-            f"the adapter in {folder} does not fit the base: {' '.join(lines[:2])[:300]}",
-            hint="name the base it was trained on with --base",
-        ) from error
+    with fitting(folder, hint="name the base it was trained on with --base"):
+        loaded = PeftModel.from_pretrained(model, str(folder), config=config)
     _require_whole(folder, set(stored) - set(HEAD_KEYS), loaded)
     use_fast_lora(loaded)
     make_switchable(loaded)
@@ -206,22 +203,29 @@ def put_weights(model: PeftModel, folder: Path, adapter: str = "default") -> Non
         ModelError: a tensor is missing, left over, damaged or of another shape.
     """
     stored = {name: w for name, w in read_weights(folder).items() if name not in HEAD_KEYS}
-    try:
-        with quiet_transformers():
-            set_peft_model_state_dict(model, stored, adapter_name=adapter)
-    except (ValueError, RuntimeError, KeyError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"the adapter in {folder} does not fit the base: {first_line[:300]}",
-            hint="it must have been trained over the same base",
-        ) from error
+    with fitting(folder):
+        set_peft_model_state_dict(model, stored, adapter_name=adapter)
     own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     odd = sorted(own.keys() ^ stored.keys())
     if odd:
         raise ModelError(
             f"the adapter in {folder} does not fit the base: {odd[0]} has no counterpart",
-            hint="it must have been trained over the same base",
+            hint=_SAME_BASE,
         )
+
+
+@contextlib.contextmanager
+def fitting(folder: Path, hint: str = _SAME_BASE) -> Iterator[None]:
+    """Let PEFT put the adapter of a folder on a model: what it raises becomes one error with a hint
+    what to do."""
+    try:
+        with quiet_transformers():
+            yield
+    except Exception as error:
+        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+        raise ModelError(
+            f"the adapter in {folder} does not fit the base: {' '.join(lines[:2])[:300]}", hint=hint
+        ) from error
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

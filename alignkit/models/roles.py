@@ -19,8 +19,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from alignkit.errors import ModelError
-from alignkit.models.adapter_files import put_weights, read_adapter_config
+from alignkit.models.adapter_files import fitting, put_weights, read_adapter_config
 from alignkit.models.adapters import adapter_layers
 from alignkit.models.lora_linear import use_fast_lora
 from alignkit.models.quiet import quiet_transformers
@@ -123,15 +122,8 @@ def add_stored_adapter(model: Any, name: str, folder: Path) -> None:
     config = read_adapter_config(folder)
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
     config.lora_dropout = 0.0  # roles score in training mode
-    try:
-        with quiet_transformers():
-            model.add_adapter(name, config)
-    except (ValueError, RuntimeError, KeyError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"the adapter in {folder} does not fit the base: {first_line[:300]}",
-            hint="it must have been trained over the same base",
-        ) from error
+    with fitting(folder):
+        model.add_adapter(name, config)
     put_weights(model, folder, name)
     use_fast_lora(model)
 

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from running import (
     adapter_of,
+    break_off,
     furthest,
     losses,
     make_ppo_recipe,
@@ -150,15 +151,7 @@ def test_resuming_is_exact(
     fields = {"training__save_every": 2, "training__max_steps": 4, **further}
     straight = run_of(tmp_path / "straight", tiny_base, "sft", kind, **fields)
     broken = run_of(tmp_path / "broken", tiny_base, "sft", kind, **fields)
-    # As if the process had died after its second step.
-    for path in (broken / "checkpoints").glob("step-000004"):
-        for part in path.iterdir():
-            part.unlink()
-        path.rmdir()
-    lines = (broken / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (broken / "metrics.jsonl").write_text("".join(lines[:2]), encoding="utf-8")
-    state = json.loads((broken / "run.json").read_text(encoding="utf-8"))
-    (broken / "run.json").write_text(json.dumps({**state, "status": "failed"}), encoding="utf-8")
+    lines = break_off(broken, 2)
     train(tmp_path / "broken/recipe.yaml", resume=True)
     assert losses(broken) == losses(straight)
     again = (broken / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)

@@ -16,6 +16,7 @@ from commandline import CommandLine, refused
 from peft import PeftModel
 from running import (
     adapter_of,
+    break_off,
     furthest,
     losses,
     make_ppo_recipe,
@@ -143,14 +144,7 @@ def test_resuming_is_exact(kind: str, tiny_base: Path, tmp_path: Path) -> None:
     fields = {"training__save_every": 2, "training__max_steps": 4}
     straight = run_of(tmp_path / "straight", tiny_base, kind, **fields)
     broken = run_of(tmp_path / "broken", tiny_base, kind, **fields)
-    for path in (broken / "checkpoints").glob("step-000004"):
-        for part in path.iterdir():
-            part.unlink()
-        path.rmdir()
-    lines = (broken / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (broken / "metrics.jsonl").write_text("".join(lines[:2]), encoding="utf-8")
-    state = json.loads((broken / "run.json").read_text(encoding="utf-8"))
-    (broken / "run.json").write_text(json.dumps({**state, "status": "failed"}), encoding="utf-8")
+    lines = break_off(broken, 2)
     train(tmp_path / "broken/recipe.yaml", resume=True)
     again = (broken / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     assert again[:2] == lines[:2]  # not from the beginning
