@@ -76,6 +76,10 @@ def finish_run(
     merge = None
     if folder is not None:
         merge = _write_models(session, run, rows, statistics)
+    # The wrapper of several processes goes before their group: as its last owner it would wait,
+    # holding the interpreter, for a thread of the group that waits for the interpreter.
+    run.scorer = run.optimizer = None
+    accelerator.free_memory()
     accelerator.wait_for_everyone()
     if folder is None:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +175,8 @@ class Session:
                 self.folder.finish("interrupted" if isinstance(error, Interrupted) else "failed")
             raise
         finally:
+            if self.accelerator.num_processes > 1:
+                time.sleep(0.1)  # the group's thread needs the interpreter to end its last work
             self.accelerator.end_training()
             if self.folder is not None:
                 self.folder.close()
