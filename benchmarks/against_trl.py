@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -25,6 +24,8 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+
+from machine import describe_machine
 
 OBJECTIVES = {"dpo": {"kind": "dpo", "beta": 0.1}, "kto": {"kind": "kto", "beta": 0.1}}
 
@@ -163,8 +164,7 @@ def main() -> None:
     ours = summarise(found["alignkit"], used)
     result: dict[str, object] = {
         "stage": args.stage,
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
+        "machine": describe_machine(),
         "date": time.strftime("%Y-%m-%d"),
         "versions": {p: version(p) for p in ("torch", "transformers", "peft", "trl", "alignkit")},
         "rows": used,

@@ -7,12 +7,13 @@ and plainly, as a model in bfloat16 is called, where it computes the update in f
 anything is timed the outputs and gradients are compared, in float32 and in bfloat16.
 
     python benchmarks/lora_layer.py --out result.json
+    python benchmarks/lora_layer.py --quantization nf4
 
 They take turns in one process (A B B A ...), all with the allocator settings of a run, or none with
 `--plain-allocator`; times are medians of passes, ratios are medians of rounds with a bootstrap
 interval. One more engine is the base alone, without adapters, whose weights are frozen too: the
 time that no LoRA can do without. So ratios are given of the whole, and of what each engine adds to
-the base.
+the base. Over a quantized base that one is bitsandbytes' own layers, which engines may undercut.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import argparse
 import contextlib
 import datetime
 import json
-import platform
 import statistics
 import time
 from importlib.metadata import version
@@ -30,7 +30,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from machine import describe_machine
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -58,6 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--passes", type=int, default=5, help="of an engine in each round")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quantization", choices=("none", "nf4", "int8"), default="none")
     parser.add_argument("--plain-allocator", action="store_true", help="as Python starts")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
@@ -71,6 +75,26 @@ def widths(model: str | None) -> Any:
     )
 
 
+def quantize(layer: nn.Module, kind: str, device: str) -> None:
+    """Put bitsandbytes' layers in the place of linear ones."""
+    for name, linear in list(layer.named_modules()):
+        if not isinstance(linear, nn.Linear):
+            continue
+        sizes = linear.in_features, linear.out_features
+        if kind == "nf4":
+            narrow: nn.Linear = Linear4bit(
+                *sizes, bias=False, compute_dtype=linear.weight.dtype, quant_type="nf4"
+            )
+            narrow.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+        else:
+            narrow = Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+            narrow.weight = Int8Params(
+                linear.weight.data, requires_grad=False, has_fp16_weights=False
+            )
+        layer.set_submodule(name, narrow.to(device))
+    layer.is_loaded_in_4bit, layer.is_loaded_in_8bit = kind == "nf4", kind == "int8"  # for PEFT
+
+
 class Layer:
     """One decoder layer's linear layers, and the inputs and gradients they get."""
 
@@ -79,6 +103,8 @@ class Layer:
         config = widths(options.model)
         config._attn_implementation = "eager"
         layer = LlamaDecoderLayer(config, 0).to(options.device, dtype)
+        if options.quantization != "none":
+            quantize(layer, options.quantization, options.device)
         self.kind, self.dtype, self.device = kind, dtype, options.device
         if kind != "base":
             lora = LoraConfig(
@@ -169,8 +195,7 @@ def main() -> None:
     ours, theirs, plain, base = (np.asarray(rounds[kind]) for kind in ENGINES)
     result = {
         "what": "seven LoRA layers of one decoder layer, forward and backward",
-        "machine": f"{platform.processor() or platform.machine()}, {options.device}, "
-        f"{torch.get_num_threads()} threads",
+        "machine": describe_machine(),
         "date": datetime.date.today().isoformat(),
         "arguments": {k: v for k, v in vars(options).items() if k not in ("out", "model")},
         "packages": {name: version(name) for name in PACKAGES},

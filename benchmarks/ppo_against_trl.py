@@ -23,7 +23,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,8 @@ import time
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
+
+from machine import describe_machine
 
 KL_COEF = 0.05
 LEARNING_RATE = 3e-6
@@ -269,12 +270,6 @@ def differences(engines: dict[str, dict[str, Any]]) -> list[str]:
     return found
 
 
-def cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    _, _, found = (path.read_text() if path.exists() else "").partition("model name")
-    return found.partition("\n")[0].strip(" \t:") or platform.processor() or platform.machine()
-
-
 def main() -> None:
     args = parse()
     if args.worker:
@@ -297,7 +292,7 @@ def main() -> None:
     lengths = sorted(len(row) for row in inputs["ids"])
     result: dict[str, Any] = {
         "stage": "ppo",
-        "machine": f"{cpu_name()}, {os.cpu_count()} cores",
+        "machine": describe_machine(),
         "date": time.strftime("%Y-%m-%d"),
         "arguments": {k: v for k, v in vars(args).items() if isinstance(v, int)},
         "trl": {"dtype": args.trl_dtype, "value": args.trl_value, "padding": inputs["pad"]},

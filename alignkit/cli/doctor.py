@@ -55,7 +55,7 @@ def _examine() -> tuple[dict[str, dict[str, Any]], list[str]]:
         for name, use in OPTIONAL.items()
     }
     from alignkit.recipe.assets import alignkit_home
-    from alignkit.runtime.devices import describe_hardware
+    from alignkit.runtime.devices import describe_bf16, describe_hardware
 
     hardware = describe_hardware()
     machine = {
@@ -65,7 +65,7 @@ def _examine() -> tuple[dict[str, dict[str, Any]], list[str]]:
         "processor": hardware.name,
         "threads": hardware.cores,
         "free memory": f"{hardware.memory / 1e9:.1f} GB",
-        "bf16 matmul": _bf16(hardware.device),
+        "bf16 matmul": describe_bf16(hardware.device),
     }
     home = alignkit_home()
     known = home / "models"
@@ -82,17 +82,3 @@ def _examine() -> tuple[dict[str, dict[str, Any]], list[str]]:
         problems.append("less than 2 GB of memory are free")
     facts = {"packages": packages, "optional": optional, "machine": machine, "storage": storage}
     return facts, problems
-
-
-def _bf16(device: str) -> str:
-    """Whether the device multiplies bf16 matrices in hardware."""
-    if device == "cuda":
-        import torch
-
-        return "yes" if torch.cuda.is_bf16_supported() else "no: use model.dtype float32"
-    flags = Path("/proc/cpuinfo")
-    text = flags.read_text(encoding="utf-8") if flags.is_file() else ""
-    for flag, name in (("amx_bf16", "yes (AMX)"), ("avx512_bf16", "yes (AVX-512)")):
-        if flag in text:
-            return name
-    return "no: float32 may be faster (model.dtype=float32)"

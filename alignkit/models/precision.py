@@ -8,10 +8,12 @@ memory traffic and no product.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 
 @contextlib.contextmanager
@@ -33,6 +35,49 @@ def compute_context(model: Any, dtype: torch.dtype) -> Iterator[None]:
             yield
     finally:
         hook.remove()
+
+
+def widen_layer_norms(model: nn.Module) -> int:
+    """Let LayerNorms with narrow weights read a float32 stream, on every device.
+
+    Each computes what its class does, y = w ∘ (x - mean(x)) / sqrt(var(x) + ε) + b (Ba et al.,
+    arXiv:1607.06450), in the wider dtype of x and w. Autocast does so on a GPU; on a processor
+    torch refuses the mixture.
+
+    Args:
+        model: of transformers, with or without adapters.
+
+    Returns:
+        Number of norms that do.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    for norm in norms:
+        norm.forward = functools.partial(_in_wider_dtype, norm)
+    return len(norms)
+
+
+def _in_wider_dtype(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """The norm of x `[..., H]`, in the same shape."""
+    weights = [weight for weight in (norm.weight, norm.bias) if weight is not None]
+    dtype = functools.reduce(torch.promote_types, (weight.dtype for weight in weights), x.dtype)
+    output: torch.Tensor = type(norm).forward(_Widened(norm, dtype), x.to(dtype))
+    return output
+
+
+class _Widened:
+    """A norm whose weights are wider, as the forward of its class sees it.
+
+    Args:
+        norm: a LayerNorm, with weights or without.
+        dtype: of the weights.
+    """
+
+    def __init__(self, norm: Any, dtype: torch.dtype) -> None:
+        self.norm = norm
+        self.weight, self.bias = (p if p is None else p.to(dtype) for p in (norm.weight, norm.bias))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.norm, name)
 
 
 def product_dtype(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.dtype:

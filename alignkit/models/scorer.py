@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from alignkit.models.attention import PACKED
 from alignkit.models.cpu_norm import use_cpu_norms
 from alignkit.models.cpu_rotary import use_cpu_rotation
-from alignkit.models.precision import compute_context
+from alignkit.models.precision import compute_context, widen_layer_norms
 from alignkit.models.prefix import prefix_states, with_cached_prefix
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.vocab_head import TokenScores, logit_transform, score_targets
@@ -89,6 +89,7 @@ class Scorer(nn.Module):
         self.head = head
         self.reading = reading
         self.temperature = temperature
+        widen_layer_norms(model)
 
     @property
     def causal(self) -> Any:

@@ -45,13 +45,28 @@ def describe_hardware(processes: int = 1) -> HardwareFacts:
     return HardwareFacts(device, name, memory, torch.get_num_threads(), processes)
 
 
+def describe_bf16(device: str) -> str:
+    """Whether a device multiplies bfloat16 matrices in hardware, as `yes (AMX)` or `no: …`."""
+    if device == "cuda":
+        return "yes" if torch.cuda.is_bf16_supported() else "no: use model.dtype float32"
+    text = _processor_facts()
+    for flag, name in (("amx_bf16", "yes (AMX)"), ("avx512_bf16", "yes (AVX-512)")):
+        if flag in text:
+            return name
+    return "no: float32 may be faster (model.dtype=float32)"
+
+
 def _processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").split("\n"):
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    for line in _processor_facts().split("\n"):
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _processor_facts() -> str:
+    """What Linux says of its processors; elsewhere nothing."""
+    info = Path("/proc/cpuinfo")
+    return info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
 
 
 def tune_processor() -> bool:
