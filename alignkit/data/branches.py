@@ -76,7 +76,7 @@ def fit_branches(
     prompt, place = document.prompt, document.place
     longest = max(len(branch.ids) for branch in document.branches)
     length = len(prompt) + longest
-    report.lengths.append(length)
+    report.measure(length, place)
     if length <= limit:
         return document
     if too_long == "error":
@@ -94,7 +94,7 @@ def fit_branches(
             report.drop(f"an answer alone fills max_length = {limit} tokens", place)
             return None
         kept = np.concatenate([prompt[:head], prompt[len(prompt) - rest :]])
-        report.truncated += 1
+        report.truncate(place, lost_end=False)
         return replace(document, prompt=kept)
     room = limit - len(prompt)
     branches = tuple(
@@ -107,6 +107,5 @@ def fit_branches(
     if len(branches) > 1 and np.array_equal(branches[0].ids, branches[1].ids):
         report.drop(f"the two answers are equal up to max_length = {limit} tokens", place)
         return None
-    report.truncated += 1
-    report.lost_ends += 1
+    report.truncate(place, lost_end=True)
     return replace(document, branches=branches)

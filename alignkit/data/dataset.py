@@ -201,8 +201,9 @@ def split_dataset(
     items = np.arange(len(dataset))
     first = np.unique(dataset.order[held], return_index=True)[1]
     train, held_out = dataset.subset(items[~held]), dataset.subset(np.sort(items[held][first]))
-    lengths, trained = held_out.lengths.tolist(), int(held_out.num_trained.sum())
-    told, rest = dataset.report.split(lengths, trained)
+    places = [dataset.places[row] for row in held_out.order.tolist()]
+    tokens, trained = int(held_out.lengths.sum()), int(held_out.num_trained.sum())
+    told, rest = dataset.report.split(places, tokens, trained)
     return dataclasses.replace(train, report=told), dataclasses.replace(held_out, report=rest)
 
 

@@ -197,7 +197,7 @@ def _fit(
     report: DataReport,
 ) -> npt.NDArray[np.int32] | None:
     """The prompt cut to its longest length; None if it is dropped. Both are counted."""
-    report.lengths.append(len(ids))
+    report.measure(len(ids), place)
     if len(ids) <= limit:
         return ids
     if too_long == "error":
@@ -209,7 +209,7 @@ def _fit(
         report.drop(f"longer than max_length = {limit} tokens", place)
         return None
     head = int(int(ids[0]) == bos)
-    report.truncated += 1
+    report.truncate(place, lost_end=False)
     return np.concatenate([ids[:head], ids[len(ids) - limit + head :]])
 
 
@@ -239,7 +239,8 @@ def split_prompts(prompts: PromptSet, fraction: float, seed: int) -> tuple[Promp
         )
     once = _first_of_each_row(prompts, np.flatnonzero(held).tolist())
     train, held_out = prompts.subset(np.flatnonzero(~held)), prompts.subset(once)
-    told, rest = prompts.report.split([len(prompt.ids) for prompt in held_out.prompts])
+    places = [prompt.place for prompt in held_out.prompts]
+    told, rest = prompts.report.split(places, sum(len(p.ids) for p in held_out.prompts))
     return dataclasses.replace(train, report=told), dataclasses.replace(held_out, report=rest)
 
 

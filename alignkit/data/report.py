@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +18,13 @@ class DataReport:
         rows: rows read from the sources.
         kept: rows that are used.
         dropped: reason -> rows left out.
-        truncated: rows cut to max_length.
-        lost_ends: truncated rows whose last trained token was cut off.
+        cut: places of the rows that were cut to max_length.
+        lost: of those, the ones whose last trained token was cut off.
         notes: observation -> rows it was made on.
         examples: reason or observation -> places of the first few rows.
-        lengths: tokens of every row before truncation, dropped rows included.
+        lengths: tokens of every row before truncation, dropped rows included; of a row with
+            several answers, prompt and longest answer.
+        measured: place of each of these rows.
         trained_tokens: tokens that carry loss, over the kept rows.
         tokens: tokens of the kept rows.
         stop_tokens: ids that end a trained turn.
@@ -32,16 +35,38 @@ class DataReport:
     rows: int = 0
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
-    truncated: int = 0
-    lost_ends: int = 0
+    cut: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
     notes: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
+    measured: list[str] = field(default_factory=list)
     trained_tokens: int = 0
     tokens: int = 0
     stop_tokens: list[int] = field(default_factory=list)
     prompts: bool = False
     held_out: int = 0
+
+    @property
+    def truncated(self) -> int:
+        """Rows cut to max_length."""
+        return len(self.cut)
+
+    @property
+    def lost_ends(self) -> int:
+        """Truncated rows whose last trained token was cut off."""
+        return len(self.lost)
+
+    def measure(self, length: int, place: str) -> None:
+        """Note a row's tokens before truncation."""
+        self.lengths.append(length)
+        self.measured.append(place)
+
+    def truncate(self, place: str, *, lost_end: bool) -> None:
+        """Count a row that is cut to max_length."""
+        self.cut.append(place)
+        if lost_end:
+            self.lost.append(place)
 
     def drop(self, reason: str, place: str) -> None:
         """Count a row that is left out."""
@@ -62,11 +87,12 @@ class DataReport:
         """Add another source's counts."""
         self.rows += other.rows
         self.kept += other.kept
-        self.truncated += other.truncated
-        self.lost_ends += other.lost_ends
+        self.cut += other.cut
+        self.lost += other.lost
         self.trained_tokens += other.trained_tokens
         self.tokens += other.tokens
         self.lengths += other.lengths
+        self.measured += other.measured
         for key, count in other.dropped.items():
             self.dropped[key] = self.dropped.get(key, 0) + count
         for key, count in other.notes.items():
@@ -75,27 +101,31 @@ class DataReport:
             self.examples[key] = (self.examples.get(key, []) + places)[:3]
         self.stop_tokens = sorted({*self.stop_tokens, *other.stop_tokens})
 
-    def split(self, lengths: list[int], trained_tokens: int = 0) -> tuple[DataReport, DataReport]:
+    def split(
+        self, places: Sequence[str], tokens: int, trained_tokens: int = 0
+    ) -> tuple[DataReport, DataReport]:
         """Reports of the training and of a held-out part; the first tells what was dropped.
 
         Args:
-            lengths: tokens of each held-out row.
+            places: of the held-out rows.
+            tokens: of the held-out rows.
             trained_tokens: of the held-out rows.
         """
-        held_out = DataReport(
-            rows=len(lengths),
-            kept=len(lengths),
-            lengths=lengths,
-            tokens=sum(lengths),
-            trained_tokens=trained_tokens,
-            stop_tokens=self.stop_tokens,
-            prompts=self.prompts,
-        )
+        held = set(places)
         train = copy.deepcopy(self)
-        train.held_out = held_out.kept
-        train.kept -= held_out.kept
-        train.tokens -= held_out.tokens
+        held_out = DataReport(stop_tokens=self.stop_tokens, prompts=self.prompts)
+        for part, wanted in ((train, False), (held_out, True)):
+            rows = zip(self.lengths, self.measured, strict=True)
+            inside = [row for row in rows if (row[1] in held) == wanted]
+            part.lengths = [length for length, _ in inside]
+            part.measured = [place for _, place in inside]
+            part.cut = [place for place in self.cut if (place in held) == wanted]
+            part.lost = [place for place in self.lost if (place in held) == wanted]
+        train.held_out = held_out.rows = held_out.kept = len(places)
+        train.kept -= len(places)
+        train.tokens -= tokens
         train.trained_tokens -= trained_tokens
+        held_out.tokens, held_out.trained_tokens = tokens, trained_tokens
         return train, held_out
 
     def percentiles(self) -> dict[str, int]:

@@ -210,7 +210,7 @@ def _fit(
     row: TokenizedRow, settings: TokenizeSettings, tokenizer: Any, report: DataReport
 ) -> TokenizedRow | None:
     length, limit = len(row.ids), settings.max_length
-    report.lengths.append(length)
+    report.measure(length, row.place)
     if not row.trained.any():
         report.drop("nothing to train on", row.place)
         return None
@@ -237,6 +237,5 @@ def _fit(
     if not trained.any():
         report.drop(f"the prompt alone fills max_length = {limit} tokens", row.place)
         return None
-    report.truncated += 1
-    report.lost_ends += lost_end
+    report.truncate(row.place, lost_end=lost_end)
     return TokenizedRow(ids, trained, row.place)

@@ -119,7 +119,7 @@ def find_start(
         ModelError: a layer does not read whole rows, the rows have too few states for a rank, or a
             layer's inputs do not vary or are not finite.
     """
-    inputs = _find_inputs(scorer, layers, largest)
+    inputs = active = _find_inputs(scorer, layers, largest)
     owner = {name: one for one in inputs for name in one.readers}
     need = dict(largest)
     most = max(largest.values())
@@ -140,8 +140,9 @@ def find_start(
 
     with evaluating(scorer):
         for batch in batches:
-            # What settled may turn again when ranks have moved to it; then it is read on.
-            active = inputs if waiting else [one for one in inputs if not settled(one)]
+            if not waiting:
+                # What settled may turn again when ranks have moved to it; then it is read on.
+                active = [one for one in inputs if not settled(one)]
             if not active:
                 break
             places = scorer.places(batch, targets=spec.use_label_mask)
@@ -154,7 +155,7 @@ def find_start(
     if waiting >= most:
         learn()
     if not used:
-        _refuse_few(waiting, most, spec)
+        _refuse_few(waiting, most, spec, limited=read >= spec.max_tokens)
     return _start(inputs, need, spec, (rows, read, used))
 
 
@@ -247,9 +248,9 @@ def _require_variance(shares: Mapping[str, torch.Tensor], owner: Mapping[str, _I
             )
 
 
-def _refuse_few(found: int, most: int, spec: EvaSpec) -> None:
+def _refuse_few(found: int, most: int, spec: EvaSpec, *, limited: bool) -> None:
     what = "states that predict a trained token" if spec.use_label_mask else "tokens"
-    ways = ["lower adapter.rank", "give more rows"]
+    ways = ["lower adapter.rank", "raise adapter.eva.max_tokens" if limited else "give more rows"]
     ways += ["lower adapter.eva.rho"] if spec.rho > 1 else []
     ways += ["set adapter.eva.use_label_mask=false"] if spec.use_label_mask else []
     raise ModelError(

@@ -37,7 +37,7 @@ class EvaSpec(Section):
     use_label_mask: bool = True
     """Only look at states that predict a trained token; false looks at all tokens of the rows."""
     max_tokens: PositiveInt = 32768
-    """Tokens of the rows that are read at most."""
+    """No further row is read once so many tokens are."""
 
 
 class LoraSpec(_Continued):

@@ -95,7 +95,7 @@ def _find(session: Any, model: Any, rows: AnyRows, plan: Plan, spec: LoraSpec) -
     how, started = eva_of(spec), time.monotonic()
     layers = adapted_layers(model, spec)
     own = layer_ranks(layers, spec)
-    session.say(f"eva: reading at most {how.max_tokens:,} tokens of the rows to see where A starts")
+    session.say(f"eva: reading rows, until all layers settle or {how.max_tokens:,} tokens are read")
     settings = session.recipe.model
     scorer = build_scorer(model, DTYPES[settings.dtype], settings.attention, session.say)
     start = find_start(
@@ -116,11 +116,9 @@ def _find(session: Any, model: Any, rows: AnyRows, plan: Plan, spec: LoraSpec) -
     used_up = start.rows >= min(plan.steps * plan.batch_size, len(rows.train))
     for line, label in describe_start(start, own, time.monotonic() - started, used_up=used_up):
         session.say(line, label)
-    session.about["start"] = {
-        name: value
-        for name, value in dataclasses.asdict(start).items()
-        if name not in ("factors", "ranks")
-    }
+    about = dataclasses.asdict(dataclasses.replace(start, factors={}))
+    about["ranks"] = {name: rank for name, rank in start.ranks.items() if rank != own[name]}
+    session.about["start"] = {key: value for key, value in about.items() if key != "factors"}
     return start
 
 

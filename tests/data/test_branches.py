@@ -299,14 +299,16 @@ PAIR = document([BOS, 2, 3, 4, 5], [10, 11, 12, 13], [20, 21])
 def test_a_pair_of_exactly_max_length_is_kept_whole(too_long: str, limit: int) -> None:
     found, report = fit(PAIR, limit, too_long)
     assert found is PAIR
-    assert report == DataReport(lengths=[9])
+    assert report == DataReport(lengths=[9], measured=["r:3"])
 
 
 def test_drop() -> None:
     found, report = fit(PAIR, 8, "drop")
     assert found is None
     reason = "longer than max_length = 8 tokens"
-    assert report == DataReport(lengths=[9], dropped={reason: 1}, examples={reason: ["r:3"]})
+    assert report == DataReport(
+        lengths=[9], measured=["r:3"], dropped={reason: 1}, examples={reason: ["r:3"]}
+    )
 
 
 def test_error() -> None:
@@ -336,7 +338,7 @@ def test_truncate_left_cuts_the_prompt_after_bos(
     assert found is not None
     assert shape(found) == (prompt, shape(PAIR)[1])
     assert (found.place, found.margin) == ("r:3", 2.0)
-    assert report == DataReport(lengths=[9], truncated=1)
+    assert report == DataReport(lengths=[9], measured=["r:3"], cut=["r:3"])
 
 
 @pytest.mark.parametrize(("limit", "bos"), [(4, BOS), (3, BOS), (4, None), (1, None)])
@@ -370,7 +372,7 @@ def test_truncate_right_cuts_the_answers(
     assert prompt == PAIR.prompt.tolist()
     assert branches == [(chosen, [1] * len(chosen)), (rejected, [1] * len(rejected))]
     assert [branch.role for branch in found.branches] == [Role.CHOSEN, Role.REJECTED]
-    assert report == DataReport(lengths=[9], truncated=1, lost_ends=1)
+    assert report == DataReport(lengths=[9], measured=["r:3"], cut=["r:3"], lost=["r:3"])
 
 
 @pytest.mark.parametrize("limit", [5, 4, 1])

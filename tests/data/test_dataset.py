@@ -416,6 +416,25 @@ def test_the_reports_of_both_parts_add_up() -> None:
         assert part.report.tokens == part.lengths.sum() > 0
         assert part.report.trained_tokens == part.num_trained.sum() > 0
     assert sorted(held.report.lengths) == sorted(held.lengths)
+    assert sorted(train.report.lengths + held.report.lengths) == sorted(whole.lengths)
+
+
+def test_the_reports_of_pairs_divide_lengths_and_cuts() -> None:
+    """Every row's own: prompt and longest answer before it was cut, and whether it was."""
+    rows = [
+        {"prompt": f"q{'z' * n}", "chosen": "a" * 12, "rejected": "b" * (n + 4)} for n in range(24)
+    ]
+    spec = write("p.jsonl", rows)
+    lengths = load(spec, rows="pairs").report.lengths
+    limit = sorted(lengths)[11]
+    dataset = load(spec, rows="pairs", max_length=limit, too_long="truncate_right")
+    assert dataset.report.lengths == lengths
+    for part in split_dataset(dataset, 0.3, seed=0):
+        own = [lengths[row] for row in part.order.tolist()]
+        assert part.report.lengths == own
+        over = sum(length > limit for length in own)
+        assert 0 < part.report.truncated == part.report.lost_ends == over < len(own)
+        assert f"{over} rows truncated" in part.report.lines()[1]
 
 
 def test_split_depends_on_the_seed_alone() -> None:

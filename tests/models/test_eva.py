@@ -322,6 +322,28 @@ def test_few_states_wait_for_more() -> None:
     start_of(spec.model_copy(update={"eva": everything}), packed(short[:1], 1))
 
 
+def test_what_has_settled_is_not_read_halfway() -> None:
+    """Rows of few states wait for each other, while some layers have settled and others have not.
+
+    A layer that is watched from the second of them on would learn from too few states.
+    """
+    short = random_documents(tuple((20, (12 if n % 2 else 5,)) for n in range(40)), 700, 4)
+    for documents_in_turn in (short, short[1:]):  # 5 of the states that come later are too few
+        spec = LoraSpec(rank=8, init="eva", eva=EvaSpec(tau=0.8))
+        start = start_of(spec, packed(documents_in_turn, 1))
+        assert not start.unsettled
+        assert 6 < start.rows < 39
+
+
+def test_too_few_states_for_a_rank_say_what_to_raise() -> None:
+    rows = packed(random_documents(((20, (5,)),), 700, 4), 1)
+    for limit, hint in ((10, "raise adapter.eva.max_tokens"), (1000, "give more rows")):
+        spec = LoraSpec(rank=8, init="eva", eva=EvaSpec(max_tokens=limit))
+        with pytest.raises(ModelError, match="wants 8 directions") as caught:
+            start_of(spec, rows)
+        assert hint in str(caught.value.hint)
+
+
 def test_how_documents_are_packed_does_not_matter() -> None:
     # A start that prompts share is computed once, and counts for each of them.
     first = documents(8, 5)

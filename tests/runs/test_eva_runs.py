@@ -280,7 +280,7 @@ def test_the_user_sees_what_it_was_found_from(
     done = alignkit("sft", str(recipe), cwd=tmp_path)
     assert done.code == 0, done.stderr
     assert "examples, at most " in done.stderr
-    assert "eva: reading at most 3,000 tokens of the rows" in done.stderr
+    assert "eva: reading rows, until all layers settle or 3,000 tokens are read" in done.stderr
     start = about(tmp_path / "run")["start"]
     counts = f"eva: {start['rows']} rows, {start['read']:,} tokens read, {start['used']:,} states"
     assert counts in done.stderr
