@@ -1,0 +1,57 @@
+"""Whole runs of families with LayerNorms, and of layers that GPT-2 keeps transposed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from running import losses, make_preference_recipe, make_recipe, train
+from tiny import tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+IDS = torch.arange(20, 80)[None]
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "GPTNeoX": {**SIZES, "intermediate_size": 64, "max_position_embeddings": 512},
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "Falcon": SIZES,  # its attention cannot be packed
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    tokenizer = tiny_tokenizer()
+    config = getattr(transformers, f"{request.param}Config")(
+        vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **FAMILIES[request.param]
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_lora_in_bfloat16_ends_in_a_merged_model(base: Path, stage: str, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {
+        "model__dtype": "bfloat16",
+        "training__max_steps": 4,
+        "training__learning_rate": 1e-2,
+        "merge": True,
+        "adapter": {"kind": "lora", "rank": 4},
+    }
+    if stage == "sft":
+        train(make_recipe(tmp_path, base, **fields))
+        assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    else:
+        train(make_preference_recipe(tmp_path, base, stage, **fields))
+    run = tmp_path / "run"
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    merged = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32).eval()
+    with torch.no_grad():
+        before, found = plain(IDS).logits, merged(IDS).logits
+        expected = PeftModel.from_pretrained(plain, str(run / "adapter")).eval()(IDS).logits
+    assert (found - expected).abs().max() < 0.02 * (expected - before).abs().max()
