@@ -132,8 +132,10 @@ def open_weights(base: BaseModel, skeleton: Any, resized: Collection[str] = ()) 
             stored = StoredWeights(folder, tied)
             shapes = stored.shapes()
             wanted = {n: tuple(w.shape) for n, w in skeleton.state_dict().items() if n not in tied}
-            same = {name: shape for name, shape in wanted.items() if name not in resized}
-            if all(shapes.get(name) == shape for name, shape in same.items()):
+            if all(
+                name in shapes and (name in resized or shapes[name] == shape)
+                for name, shape in wanted.items()
+            ):
                 return stored
     plain = replace(base, changes=BaseChanges())
     return HeldWeights(load_model(plain, stored_dtype(plain)))

@@ -10,6 +10,7 @@ import torch
 import transformers
 from peft import PeftModel
 from running import losses, make_preference_recipe, make_recipe, train
+from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -22,20 +23,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=FAMILIES)
-def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def make_base(folder: Path, family: str) -> Path:
     tokenizer = tiny_tokenizer()
-    config = getattr(transformers, f"{request.param}Config")(
-        vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **FAMILIES[request.param]
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **FAMILIES[family]
     )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_lora_in_bfloat16_ends_in_a_merged_model(base: Path, stage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_in_bfloat16_ends_in_a_merged_model(family: str, stage: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", family)
     fields: dict[str, Any] = {
         "model__dtype": "bfloat16",
         "training__max_steps": 4,
@@ -55,3 +58,12 @@ def test_lora_in_bfloat16_ends_in_a_merged_model(base: Path, stage: str, tmp_pat
         before, found = plain(IDS).logits, merged(IDS).logits
         expected = PeftModel.from_pretrained(plain, str(run / "adapter")).eval()(IDS).logits
     assert (found - expected).abs().max() < 0.02 * (expected - before).abs().max()
+
+
+def test_tokens_are_added_where_files_name_the_head_otherwise(tmp_path: Path) -> None:
+    """Files of GPT-NeoX call the head `embed_out`, transformers calls it `lm_head`."""
+    base = make_base(tmp_path / "base", "GPTNeoX")
+    rows, _ = load_file(base / "model.safetensors")["embed_out.weight"].shape
+    train(make_recipe(tmp_path, base, model__add_tokens=["<tool>"], merge=True))
+    merged = load_file(tmp_path / "run/merged/model.safetensors")
+    assert merged["embed_out.weight"].shape == (rows + 1, 32)
