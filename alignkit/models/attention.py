@@ -11,7 +11,9 @@ Shapes: `B` = 1 packed row, `H` query heads, `K` key heads, `T` tokens, `D` head
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +28,19 @@ from alignkit.packed import Segment
 PACKED = "alignkit_packed"
 
 Segments = tuple[Segment, ...]
+
+_listeners: list[set[int]] = []
+
+
+@contextlib.contextmanager
+def noting_layers() -> Iterator[set[int]]:
+    """Identities of the layers whose attention is packed, as long as the block lasts."""
+    reached: set[int] = set()
+    _listeners.append(reached)
+    try:
+        yield reached
+    finally:
+        _listeners.remove(reached)
 
 
 def packed_attention(
@@ -72,6 +87,8 @@ def packed_attention(
     for name in ("s_aux", "position_bias", "cache"):
         if options.get(name) is not None:
             raise NotImplementedError(f"packed attention does not know {name}")
+    for reached in _listeners:
+        reached.add(id(module))
     # Rotated queries and keys may come wider than values.
     query, key, value = (x.to(product_dtype(x)) for x in (query, key, value))
     seen = segments

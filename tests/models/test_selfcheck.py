@@ -44,6 +44,9 @@ OTHERS: dict[str, tuple[str, dict[str, Any], bool]] = {
     # attention sinks, no attention interface, no attention
     "gpt_oss": ("GptOssConfig", {"head_dim": 16, "num_local_experts": 4}, False),
     "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}, False),
+    "codegen": ("CodeGenConfig", {"n_layer": 2, "n_head": 4, "n_embd": 64, "rotary_dim": 8}, False),
+    # every other layer a convolution over all tokens, no attention at all
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}, False),
     "mamba": ("MambaConfig", {"state_size": 8}, False),
 }
 
@@ -83,6 +86,19 @@ def test_other_architectures_are_packed_or_fall_back(name: str) -> None:
         found = chosen(pack_documents(documents)).logprobs
         expected = naive_logprobs(other_model(name), documents)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_weights_that_say_little_do_not_change_the_choice(name: str, dtype: torch.dtype) -> None:
+    """Which layers mix tokens is looked at, not only what comes of it."""
+    model = other_model(name)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data *= 0.05
+    said: list[str] = []
+    chosen = build_scorer(model.to(dtype), dtype, "auto", said.append)
+    assert isinstance(chosen, TokenScorer if OTHERS[name][2] else PaddedScorer), said
 
 
 def wrong_transform(monkeypatch: pytest.MonkeyPatch) -> None:
