@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from peft.tuners import PrefixEncoder
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -21,10 +22,12 @@ from alignkit.models.lora_linear import use_fast_lora
 from alignkit.models.prefix import make_switchable, prefix_config, prefix_shape, start_prefix
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.starts import HELD, start_factors, with_frozen_half
+from alignkit.models.streaming import stored_name
 from alignkit.models.targets import (
     adapted_layers,
     frozen_weights,
     ia3_names,
+    linear_names,
     patterned,
     require_free_vocabulary,
     saved_modules,
@@ -114,6 +117,31 @@ def _token_rows(model: Any, ids: Sequence[int]) -> Any:
     return {name.rsplit(".", 1)[-1]: list(ids) for name in ends}
 
 
+def put_adapter(model: Any, spec: AnyAdapter, new_tokens: Sequence[int] = ()) -> Any:
+    """PEFT's own model around a model, its adapter as PEFT starts it.
+
+    Args:
+        model: with or without storage; its weights are frozen.
+        spec: of the recipe.
+        new_tokens: ids whose rows are trained too.
+
+    Raises:
+        ModelError: see `peft_config`; or PEFT cannot adapt these layers in this way.
+    """
+    config = peft_config(model, spec, new_tokens=new_tokens)
+    model.requires_grad_(False)
+    others = ", ".join(linear_names(model))
+    try:
+        with quiet_transformers():
+            return get_peft_model(model, config)
+    except (ValueError, NotImplementedError) as error:
+        raise ModelError(
+            f"PEFT has no such adapter for a {model.config.model_type!r} model: "
+            + str(error).split("\n")[0],
+            hint=f"choose among the linear layers in adapter.targets: {others}",
+        ) from error
+
+
 def attach_adapter(
     model: Any,
     spec: AnySpec,
@@ -140,11 +168,8 @@ def attach_adapter(
         for name, weight in model.named_parameters():
             weight.requires_grad_(name not in frozen)
         return model
-    config = peft_config(model, spec, new_tokens=new_tokens)
-    model.requires_grad_(False)
     torch.manual_seed(seed)
-    with quiet_transformers():
-        adapted = get_peft_model(model, config)
+    adapted = put_adapter(model, spec, new_tokens)
     for weight in adapted.parameters():
         if weight.requires_grad:  # copies of whole modules are as wide as the base otherwise
             weight.data = weight.data.float()
@@ -190,6 +215,12 @@ def adapter_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
+def _parameter(name: str, layer: Any) -> str:
+    """Last part of a layer's name, with its parameter where adapters are on parameters."""
+    last = stored_name(name).rsplit(".", 1)[-1]
+    return f"{last}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else last
+
+
 def _widths(module: Any) -> tuple[int, int]:
     shape = next(module.original_module.parameters()).shape
     return int(shape[-1]), int(shape[0])
@@ -203,7 +234,7 @@ def trainable_report(model: nn.Module) -> TrainableReport:
         if isinstance(module, TrainableTokensLayer):
             key = f"new rows of {name.rsplit('.', 2)[-2]}", *reversed(module.weight.shape)
         elif isinstance(module, BaseTunerLayer) and trained:
-            key = name.rsplit(".", 1)[-1], module.in_features, module.out_features
+            key = _parameter(name, module), module.in_features, module.out_features
         elif isinstance(module, ModulesToSaveWrapper):
             key = f"all of {name.rsplit('.', 1)[-1]}", *_widths(module)
         elif isinstance(module, PrefixEncoder):

@@ -9,24 +9,22 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from alignkit.errors import ModelError
+from alignkit.models.adapters import put_adapter
 from alignkit.models.prefix import count_weights, prefix_config
 from alignkit.models.quiet import quiet_transformers
-from alignkit.models.ranks import costliest_ranks
+from alignkit.models.ranks import costliest_ranks, with_ranks
+from alignkit.models.starts import require_linear
 from alignkit.models.targets import (
     adapted_layers,
     frozen_weights,
-    ia3_names,
-    layer_ranks,
     require_free_vocabulary,
-    saved_modules,
-    scales_input,
     vocabulary_ends,
 )
 from alignkit.recipe.adapters import (
     AnyAdapter,
     AnySpec,
     FullSpec,
-    Ia3Spec,
+    LoraSpec,
     PrefixSpec,
     moves_ranks,
 )
@@ -84,12 +82,12 @@ def measure_model(
         frozen = frozen_weights(weights, adapter)
         trainable = sum(w.numel() for name, w in weights.items() if name not in frozen)
     else:
-        frozen = set(weights)
-        trainable = _trainable(model, adapter, scalar_head)
+        frozen, trainable = set(weights), 0
         if new_tokens:
             require_free_vocabulary(model, adapter)
             ends = {id(m.weight): m.weight for m in vocabulary_ends(model).values()}
-            trainable += new_tokens * sum(weight.shape[1] for weight in ends.values())
+            trainable = new_tokens * sum(weight.shape[1] for weight in ends.values())
+        trainable += _trainable(model, adapter, scalar_head)  # the model is changed from here on
     text = config.get_text_config()
     if scalar_head:
         head: Any = model.get_output_embeddings()
@@ -119,23 +117,19 @@ def _trainable(model: nn.Module, spec: AnyAdapter, scalar_head: bool) -> int:
     """Weights of the adapter that are trained; on a reward model's vocabulary head none is."""
     if isinstance(spec, PrefixSpec):
         return count_weights(prefix_config(model, spec))
+    plain = spec
+    if isinstance(spec, LoraSpec):
+        if moves_ranks(spec):
+            spec = with_ranks(model, spec, costliest_ranks(adapted_layers(model, spec), spec))
+        plain = spec.model_copy(update={"init": "default"})
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    layers = {
-        name: layer
-        for name, layer in adapted_layers(model, spec).items()
-        if not (scalar_head and layer is head)
-    }
-    if isinstance(spec, Ia3Spec):
-        inputs = ia3_names(model, spec)[1]
-        return sum(
-            layer.in_features if scales_input(name, inputs) else layer.out_features
-            for name, layer in layers.items()
-        )
-    ranks = costliest_ranks(layers, spec) if moves_ranks(spec) else layer_ranks(layers, spec)
-    whole = [model.get_submodule(name) for name in saved_modules(model, spec)]
-    saved = sum(w.numel() for module in whole for w in module.parameters(recurse=False))
-    return saved + sum(
-        ranks[name] * (layer.in_features + layer.out_features)
-        + (layer.out_features if spec.dora else 0)
-        for name, layer in layers.items()
+    unused = [name for name, m in model.named_modules() if scalar_head and m is head]
+    with torch.device("meta"):
+        adapted = put_adapter(model, plain)
+    if isinstance(spec, LoraSpec):
+        require_linear(adapted, spec)
+    return sum(
+        weight.numel()
+        for name, weight in adapted.named_parameters()
+        if weight.requires_grad and not any(f".{part}." in name for part in unused)
     )

@@ -18,6 +18,7 @@ from torch import nn
 
 from alignkit.errors import ModelError
 from alignkit.models.quantized import dense_weight, is_quantized
+from alignkit.models.streaming import stored_name
 from alignkit.recipe.adapters import LoraSpec, takes_from_base
 
 _SPARE = 16
@@ -38,6 +39,26 @@ def with_frozen_half(spec: LoraSpec) -> LoraSpec:
     return spec.model_copy(update={**changes, "rank_pattern": ranks, "alpha_pattern": patterned})
 
 
+def require_linear(model: nn.Module, spec: LoraSpec) -> None:
+    """Refuse a start that only linear layers have.
+
+    Args:
+        model: with or without storage, carries the adapter.
+        spec: of the recipe.
+
+    Raises:
+        ModelError: the adapter changes something else too, such as the experts of a mixture.
+    """
+    if spec.init == "default":
+        return
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and not isinstance(layer.get_base_layer(), nn.Linear):
+            raise ModelError(
+                f"adapter.init = {spec.init} is for linear layers, and {stored_name(name)} is none",
+                hint="name linear layers alone in adapter.targets, or leave adapter.init away",
+            )
+
+
 @torch.no_grad()
 def start_factors(
     model: nn.Module,
@@ -55,8 +76,10 @@ def start_factors(
             unquantized weight, for EVA the factor A.
 
     Raises:
-        ModelError: LoftQ over a base that is not quantized, or EVA without factors.
+        ModelError: LoftQ over a base that is not quantized, EVA without factors, or any other than
+            the default over what is no linear layer.
     """
+    require_linear(model, spec)
     if spec.init == "default":
         return
     for name, layer in model.named_modules():

@@ -77,7 +77,7 @@ def _check_ranks(layers: dict[str, nn.Linear], spec: LoraSpec) -> None:
             raise ModelError(
                 f"adapter.rank = {rank} is more than {name} can hold: "
                 f"{layer.in_features} × {layer.out_features}",
-                hint=f"at most {size} there; adapter.rank_pattern gives single modules their own",
+                hint=f"at most {size} there: adapter.rank_pattern={{{name.rsplit('.', 1)[-1]}: {size}}}",
             )
 
 
@@ -154,11 +154,6 @@ def ia3_names(model: nn.Module, spec: Ia3Spec) -> tuple[list[str], list[str]]:
     return targets, feedforward
 
 
-def scales_input(name: str, feedforward: Sequence[str]) -> bool:
-    """Whether IA3 scales the input of a layer of this name, not its output."""
-    return any(_ends(name, part) for part in feedforward)
-
-
 def frozen_weights(names: Iterable[str], spec: FullSpec) -> set[str]:
     """Names of the weights that stay as they are.
 
@@ -226,5 +221,5 @@ def _require(missing: Sequence[str], key: str, what: str, known: Iterable[str]) 
     hint = f"did you mean {', '.join(dict.fromkeys(near))}? " if near else ""
     raise ModelError(
         f"adapter.{key} matches no {what}: {', '.join(map(repr, missing))}",
-        hint=f"{hint}this model has {', '.join(names)}",
+        hint=f"{hint}this model has {', '.join(names) or 'none that can be named'}",
     )

@@ -9,6 +9,7 @@ A with another's B.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.merge_utils import dare_linear, dare_ties, task_arithmetic, ties
-from torch import nn
 
 from alignkit.errors import ModelError
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.streaming import given_weights, holding, stored_name
+
+Wrapped = list[tuple[str, Any]]
+"""What one adapter put around a layer, by name: one module, or one for each of its parameters."""
 
 Method = Literal["linear", "ties", "dare_linear", "dare_ties"]
 
@@ -79,7 +82,7 @@ class Updates:
         base: Callable[[str], torch.Tensor],
     ) -> None:
         self._base, self._blend = base, blend
-        self._layers: dict[str, list[tuple[str, nn.Module] | None]] = {}
+        self._layers: dict[str, list[Wrapped]] = {}
         self._replaced: dict[str, torch.Tensor] = {}
         for position, model in enumerate(models):
             for name, module in model.named_modules():
@@ -88,14 +91,9 @@ class Updates:
                     for key, weight in kept.named_parameters():
                         self._replace(f"{stored_name(name)}.{key}", weight)
                 elif isinstance(module, BaseTunerLayer):
-                    found = self._layers.setdefault(stored_name(name), [None] * len(models))
-                    if found[position] is not None:
-                        raise ModelError(
-                            f"{stored_name(name)} carries several adapters inside one another "
-                            "(PEFT's target_parameters), which are not merged here",
-                            hint="merge it with PEFT's merge_and_unload",
-                        )
-                    found[position] = name, module
+                    layer = stored_name(name)
+                    found = self._layers.setdefault(layer, [[] for _ in models])
+                    found[position].append((name, module))
             for name, weight in given_weights(model).items():
                 if name.rpartition(".")[0] not in self._layers:  # else merged with its layer
                     self._replace(name, weight)
@@ -117,7 +115,7 @@ class Updates:
         """Names of the weights that may be changed."""
         found = set(self._replaced)
         for layer, parts in self._layers.items():
-            for _, module in filter(None, parts):
+            for _, module in itertools.chain(*parts):
                 own = module.get_base_layer()._parameters.items()
                 found |= {f"{layer}.{key}" for key, weight in own if weight is not None}
         return found
@@ -155,7 +153,7 @@ class Updates:
     def _merge(self, layer: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Name of each weight of a layer -> before and after."""
         parts = self._layers[layer]
-        merged = [part and _merged(*part, self._base) for part in parts]
+        merged = [_merged(part, self._base) if part else None for part in parts]
         before = next(filter(None, merged))[0]
         if self.plain:
             after = merged[0][1]  # type: ignore[index]
@@ -188,9 +186,10 @@ def seed_of(name: str) -> int:
 
 @torch.no_grad()
 def _merged(
-    name: str, module: Any, base: Callable[[str], torch.Tensor]
+    wrapped: Wrapped, base: Callable[[str], torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Weights of one layer before and after its adapter."""
+    (name, module), *_ = wrapped
 
     def copied(weight: str) -> torch.Tensor:
         return base(weight).to(torch.float32, copy=True)  # merged in place, and mapped from a file
@@ -199,7 +198,8 @@ def _merged(
     with holding(layer, name, copied), quiet_transformers():
         before = {key: w.detach().clone() for key, w in layer._parameters.items() if w is not None}
         try:
-            module.merge(safe_merge=True)
+            for _, part in wrapped:
+                part.merge(safe_merge=True)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             diverged = "NaN" in str(error)
             raise ModelError(
@@ -209,7 +209,8 @@ def _merged(
                 else "PEFT merges no such layer: use the adapter as it is",
             ) from error
         after = {key: w.detach() for key, w in layer._parameters.items() if w is not None}
-    module.merged_adapters = []
-    if hasattr(module, "_caches"):
-        module._caches.clear()
+    for _, part in wrapped:
+        part.merged_adapters = []
+        if hasattr(part, "_caches"):
+            part._caches.clear()
     return before, after

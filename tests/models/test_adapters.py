@@ -12,6 +12,7 @@ import torch
 from documents import PAIRS, gradients, random_batch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
+from test_shards import mixture
 from tiny import MODELS, plain_lora, save_tiny, tiny_model, trained_model
 from transformers import AutoModelForSequenceClassification
 
@@ -52,6 +53,42 @@ def test_trained_weights_in_closed_form() -> None:
     assert report.trainable == 2 * 3 * (128 + 96 + 96 + 128 + 3 * 160)
     base = sum(parameter.numel() for parameter in tiny_model().parameters())
     assert report.total == base + report.trainable
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        LoraSpec(rank=4),
+        LoraSpec(rank=4, rslora=True, rank_pattern={"q_proj": 2}),
+        LoraSpec(rank=4, targets=("q_proj", "o_proj"), dora=True, modules_to_save=("lm_head",)),
+    ],
+    ids=["all-linear", "ranks", "attention"],
+)
+def test_the_plan_counts_experts(spec: LoraSpec) -> None:
+    facts = measure_model(mixture().config, spec)
+    report = trainable_report(attach_adapter(mixture(), spec, 0))
+    assert facts.trainable == report.trainable
+    experts = {"gate.weight", "experts.gate_up_proj", "experts.down_proj"}
+    named = experts & {name for name, _, _ in report.modules}
+    assert named == (experts if spec.targets == "all-linear" else set())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dropout": 0.1}, "no such adapter for a 'mixtral' model: .* lora_dropout"),
+        ({"dora": True}, "no such adapter for a 'mixtral' model: .* use_dora"),
+        ({"init": "pissa"}, "init = pissa is for linear layers, and model.* is none"),
+        ({"init": "eva"}, "init = eva is for linear layers"),
+    ],
+)
+def test_what_experts_cannot_have(fields: dict[str, Any], message: str) -> None:
+    spec = LoraSpec(rank=4, **fields)
+    with pytest.raises(ModelError, match=message) as caught:
+        measure_model(mixture().config, spec)
+    assert "adapter.targets" in str(caught.value.hint)
+    attention = spec.model_copy(update={"targets": ("q_proj", "v_proj")})
+    assert measure_model(mixture().config, attention).trainable > 0
 
 
 @pytest.mark.parametrize(

@@ -73,13 +73,44 @@ def test_refused_by_name(options: dict[str, Any], message: str, tmp_path: Path) 
     assert not (tmp_path / "merged").exists()
 
 
-def test_adapters_inside_one_another_are_not_half_merged(tmp_path: Path) -> None:
-    mixture().save_pretrained(tmp_path / "base")
-    tiny_tokenizer("chatml").save_pretrained(tmp_path / "base")
-    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    write(tmp_path / "adapter", mixture(), target_modules=[], target_parameters=experts)
-    with pytest.raises(ModelError, match="carries several adapters inside one another"):
-        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+EXPERTS = ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def save_mixture(folder: Path) -> None:
+    mixture().save_pretrained(folder)
+    tiny_tokenizer("chatml").save_pretrained(folder)
+
+
+@pytest.mark.parametrize("chosen", [EXPERTS, EXPERTS[1:2], EXPERTS[:1]])
+def test_adapters_on_parameters_inside_one_another(chosen: list[str], tmp_path: Path) -> None:
+    save_mixture(tmp_path / "base")
+    options = {"target_modules": ["q_proj"], "target_parameters": chosen}
+    model = write(tmp_path / "adapter", mixture(), **options)
+    report = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
+    assert (logits(model) - logits(mixture())).abs().max() > 1e-2
+    assert report.mean_kl < 1e-6 < report.mean_kl_to_base
+
+
+def test_adapters_on_experts_are_added_with_weights(tmp_path: Path) -> None:
+    save_mixture(tmp_path / "base")
+    options = {"target_modules": ["q_proj"], "target_parameters": EXPERTS}
+    write(tmp_path / "one", mixture(), **options)
+    write(tmp_path / "two", mixture(), **{**options, "target_parameters": EXPERTS[1:], "r": 2})
+    found = {}
+    for name, weights in {"one": (1, 0), "two": (0, 1), "both": (0.7, 0.3)}.items():
+        parts = (AdapterPart(tmp_path / n, w) for n, w in zip(("one", "two"), weights, strict=True))
+        merge(tmp_path / "base", Blend(tuple(parts)), tmp_path / f"m-{name}")  # type: ignore[arg-type]
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / f"m-{name}", dtype=torch.float32)
+        found[name] = model.state_dict()
+    base = mixture().state_dict()
+    for name, weight in base.items():
+        one, two, both = (found[kind][name] - weight for kind in ("one", "two", "both"))
+        torch.testing.assert_close(both, 0.7 * one + 0.3 * two, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(
+        found["two"][stacked := "model.layers.0.mlp.experts.down_proj"], base[stacked]
+    )
 
 
 def test_whole_modules_are_not_weighted(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_scales() -> None:
         (
             LoraSpec(rank=33),
             "adapter.rank = 33 is more than model.layers.0.self_attn.k_proj can hold: 64 × 32",
-            "at most 32 there; adapter.rank_pattern",
+            "at most 32 there: adapter.rank_pattern={k_proj: 32}",
         ),
         (
             LoraSpec(rank_pattern={"v_proj": 40}),

@@ -1,7 +1,8 @@
-"""Whole runs of families with LayerNorms, and of layers that GPT-2 keeps transposed."""
+"""Whole runs of families with LayerNorms, transposed layers (GPT-2) and experts."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from running import losses, make_preference_recipe, make_recipe, train
+from running import adapter_of, losses, make_preference_recipe, make_recipe, train
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -20,6 +21,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "GPTNeoX": {**SIZES, "intermediate_size": 64, "max_position_embeddings": 512},
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "Falcon": SIZES,  # its attention cannot be packed
+    # experts, which PEFT adapts as parameters
+    "Mixtral": {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "num_local_experts": 4},
+    "Qwen3Moe": {
+        **SIZES,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
 }
 
 
@@ -52,6 +63,8 @@ def test_lora_in_bfloat16_ends_in_a_merged_model(family: str, stage: str, tmp_pa
     else:
         train(make_preference_recipe(tmp_path, base, stage, **fields))
     run = tmp_path / "run"
+    planned = json.loads((run / "plan.json").read_text(encoding="utf-8"))["model"]["trainable"]
+    assert planned == sum(weight.numel() for weight in adapter_of(run).values())
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     merged = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32).eval()
     with torch.no_grad():
