@@ -103,6 +103,12 @@ class TokenDataset(Sequence[Document]):
         return rows[self.order].astype(np.int64)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, a prompt and one of its answers."""
+        pieces = np.diff(self.bounds, axis=1)[self.order]
+        return int((pieces[:, 0] + pieces[:, 1:].max(axis=1)).max())
+
+    @property
     def num_trained(self) -> IntArray:
         """`[m]` trained tokens of each item."""
         before = np.concatenate([[0], np.cumsum(self.trained)])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PrefixTuningConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -182,6 +182,8 @@ def load_adapter(model: Any, folder: Path) -> Any:
         whole = [name for name in config.modules_to_save or [] if name != "score"]
         config.task_type, config.modules_to_save = "CAUSAL_LM", whole or None
     require_fitting_prefix(config, model, folder)
+    if isinstance(config, PrefixTuningConfig):
+        config.task_type = "CAUSAL_LM"  # PEFT's forward of no task leaves a prefix out
     stored = read_weights(folder)
     with fitting(folder, hint="name the base it was trained on with --base"):
         loaded = PeftModel.from_pretrained(model, str(folder), config=config)

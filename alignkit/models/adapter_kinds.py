@@ -24,7 +24,7 @@ def peft_kind(folder: Path) -> str:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
-    return str(values.get("peft_type", ""))
+    return str(values.get("peft_type", "")) if isinstance(values, dict) else ""
 
 
 def require_mergeable(folder: Path) -> None:

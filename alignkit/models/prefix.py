@@ -47,14 +47,7 @@ def prefix_config(model: Any, spec: PrefixSpec, task: str = "CAUSAL_LM") -> Pref
         ModelError: the model's layers do not all keep keys and values of one shape, or the prefix
             takes its whole context.
     """
-    text = model.config.get_text_config()
-    odd = _unlike_layers(text)
-    if odd:
-        raise ModelError(
-            f"adapter.kind = prefix needs keys and values of one shape in every layer, and a "
-            f"{text.model_type!r} model has {odd}",
-            hint="use adapter.kind=lora",
-        )
+    sizes, text = _key_sizes(model), model.config.get_text_config()
     context = int(getattr(text, "max_position_embeddings", 0) or 0)
     if context and spec.tokens >= context:
         raise ModelError(
@@ -62,19 +55,59 @@ def prefix_config(model: Any, spec: PrefixSpec, task: str = "CAUSAL_LM") -> Pref
             "tokens",
             hint="20 is usual; a few hundred at most",
         )
-    query_heads = int(text.num_attention_heads)
-    heads = int(getattr(text, "num_key_value_heads", None) or query_heads)
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // query_heads)
     return PrefixTuningConfig(
+        **sizes,
         num_virtual_tokens=spec.tokens,
-        num_layers=int(text.num_hidden_layers),
-        num_attention_heads=heads,
-        token_dim=heads * width,
         num_transformer_submodules=1,
         prefix_projection=spec.projection,
         encoder_hidden_size=spec.projection_width if spec.projection else None,
         task_type=task,
     )
+
+
+def _key_sizes(model: Any) -> dict[str, int]:
+    """Layers, key heads and numbers of a token's keys, under PEFT's names."""
+    text = model.config.get_text_config()
+    odd = _unlike_layers(text)
+    if odd:
+        raise _no_prefix(model, odd)
+    query_heads = int(text.num_attention_heads)
+    heads = int(getattr(text, "num_key_value_heads", None) or query_heads)
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // query_heads)
+    layers = int(text.num_hidden_layers)
+    return {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * width}
+
+
+def _no_prefix(model: Any, odd: str) -> ModelError:
+    return ModelError(
+        "adapter.kind = prefix needs keys and values of one shape in every layer, and a "
+        f"{model.config.get_text_config().model_type!r} model has {odd}",
+        hint="use adapter.kind=lora",
+    )
+
+
+@torch.no_grad()
+def require_kept_keys(model: Any) -> None:
+    """Refuse a base that keeps other keys than its configuration says.
+
+    Args:
+        model: the bare base.
+
+    Raises:
+        ModelError: says what it keeps.
+    """
+    sizes, cache = _key_sizes(model), DynamicCache()
+    ids = torch.zeros((1, 2), dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+    heads = sizes["num_attention_heads"]
+    wanted = torch.Size((1, heads, 2, sizes["token_dim"] // heads))
+    if len(cache.layers) != sizes["num_layers"]:
+        raise _no_prefix(model, f"keys of {len(cache.layers)} layers")
+    for layer in cache.layers:
+        if {layer.keys.shape, layer.values.shape} != {wanted}:
+            raise _no_prefix(
+                model, f"{layer.keys.shape[1]} key heads of {layer.keys.shape[3]} numbers"
+            )
 
 
 def require_fitting_prefix(config: Any, model: Any, folder: Path) -> None:
@@ -86,18 +119,26 @@ def require_fitting_prefix(config: Any, model: Any, folder: Path) -> None:
         folder: of the adapter, for the message.
 
     Raises:
-        ModelError: number of layers, of key heads or their width differ.
+        ModelError: it is no prefix of tokens, or number of layers, of key heads or their width
+            differ.
     """
     if not isinstance(config, PrefixTuningConfig):
         return
-    fitting = prefix_config(model, PrefixSpec(kind="prefix", tokens=config.num_virtual_tokens))
+    tokens, modules = config.num_virtual_tokens, config.num_transformer_submodules
+    if not isinstance(tokens, int) or tokens < 1 or modules not in (1, None):
+        raise ModelError(
+            f"the adapter in {folder} is no prefix of a causal model: num_virtual_tokens is "
+            f"{tokens!r}, num_transformer_submodules {modules!r}",
+            hint="look at its adapter_config.json",
+        )
+    fitting = _key_sizes(model)
     names = {
         "num_layers": "layers",
         "num_attention_heads": "key heads",
         "token_dim": "keys a token",
     }
     for name, what in names.items():
-        stored, own = getattr(config, name), getattr(fitting, name)
+        stored, own = getattr(config, name), fitting[name]
         if stored != own:
             raise ModelError(
                 f"the adapter in {folder} does not fit the base: it has {stored} {what}, and the "
@@ -118,20 +159,31 @@ def _unlike_layers(text: Any) -> str:
     return f"layers of {other[0]}" if other else ""
 
 
-def start_words(spec: AnySpec, base: BaseModel) -> list[int]:
+def start_words(spec: AnySpec, base: BaseModel, say: Callable[[str], None]) -> list[int]:
     """Tokens whose keys and values a prefix starts as.
 
     Args:
         spec: of the recipe.
         base: whose tokenizer cuts the text.
+        say: told in one sentence when the recipe's text is longer than the prefix.
 
     Returns:
         `P` token ids; none for what is no prefix or starts otherwise.
+
+    Raises:
+        ModelError: the tokenizer makes no token of the text.
     """
     if not isinstance(spec, PrefixSpec) or spec.projection or continues(spec):
         return []
     tokenizer, text = load_tokenizer(base), spec.text or _TEXT
     once = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not once:
+        raise ModelError(
+            f"the tokenizer of {base.location} makes no token of adapter.text = {text!r}",
+            hint="choose another text",
+        )
+    if spec.text and once > spec.tokens:
+        say(f"the prefix starts as the first {spec.tokens} of {once} tokens of adapter.text")
     ids: list[int] = tokenizer(" ".join([text] * (spec.tokens // max(1, once) + 1)))["input_ids"]
     return (ids * spec.tokens)[: spec.tokens]  # joined, pieces may be fewer
 

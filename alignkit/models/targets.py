@@ -72,12 +72,12 @@ def _check_ranks(layers: dict[str, nn.Linear], spec: LoraSpec) -> None:
         _require(missing, key, "adapted layer", (name.rsplit(".", 1)[-1] for name in layers))
     for name, rank in layer_ranks(layers, spec).items():
         layer = layers[name]
-        size = min(layer.in_features, layer.out_features)
+        size, last = min(layer.in_features, layer.out_features), name.rsplit(".", 1)[-1]
         if rank > size:
             raise ModelError(
                 f"adapter.rank = {rank} is more than {name} can hold: "
                 f"{layer.in_features} × {layer.out_features}",
-                hint=f"at most {size} there: adapter.rank_pattern={{{name.rsplit('.', 1)[-1]}: {size}}}",
+                hint=f"at most {size} there: adapter.rank_pattern={{{last}: {size}}}",
             )
 
 

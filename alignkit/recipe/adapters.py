@@ -202,10 +202,17 @@ def check_adapter(
         )
     if isinstance(spec, PrefixSpec) and spec.text and (spec.projection or continues(spec)):
         raise ValueError("has text, where its projection or from says how it starts")
+    if isinstance(spec, PrefixSpec) and not spec.projection and _differs(spec, "projection_width"):
+        raise ValueError("has projection_width, which does nothing without projection: true")
     if isinstance(spec, FullSpec) and quantization not in ("none", None):
         raise ValueError(
             f"trains all weights, and model.quantization = {quantization} freezes them"
         )
+
+
+def _differs(spec: Section, key: str) -> bool:
+    """Whether a value is not the default: a run's own recipe has defaults written out."""
+    return bool(getattr(spec, key) != type(spec).model_fields[key].default)
 
 
 def _check_start(spec: LoraSpec, quantization: str | None) -> None:

@@ -73,8 +73,8 @@ class BaseRecipe(Section):
         adapter = info.data.get("adapter")
         if value and adapter is not None and not is_mergeable(adapter):
             raise ValueError(
-                f"is true, and adapter.kind = {adapter.kind} cannot be merged: no weight can hold "
-                "it; leave merge away"
+                f"cannot be true with adapter.kind = {adapter.kind}, which no weight can hold: set "
+                "merge: false"
             )
         return value
 
@@ -92,8 +92,12 @@ def _refuse_continuing(adapter: Any) -> None:
     """Where the reference is the base with adapters off, the policy must start there."""
     if adapter is not None and continues(adapter):
         raise ValueError(
-            "is compared with a reference, which `adapter.from` would make the bare base: set "
-            "model.base to the run instead, which is merged first"
+            "is compared with a reference, which `adapter.from` would make the bare base: "
+            + (
+                "set model.base to the run instead, which is merged first"
+                if is_mergeable(adapter)
+                else "take an objective without a reference, such as simpo"
+            )
         )
     if isinstance(adapter, LoraSpec) and adapter.init == "loftq":
         raise ValueError("is compared with a reference, from which adapter.init = loftq starts off")

@@ -18,12 +18,12 @@ from alignkit.models.eva import EvaStart, find_start
 from alignkit.models.heap import release_memory
 from alignkit.models.loading import DTYPES
 from alignkit.models.merged_weights import stored_weights
-from alignkit.models.prefix import STATES, start_words, text_states
+from alignkit.models.prefix import STATES, require_kept_keys, start_words, text_states
 from alignkit.models.ranks import largest_ranks, with_ranks
 from alignkit.models.selfcheck import build_scorer
 from alignkit.models.targets import adapted_layers, layer_ranks
 from alignkit.packed import PackedBatch, Role
-from alignkit.recipe.adapters import AnySpec, LoraSpec, eva_of
+from alignkit.recipe.adapters import AnySpec, LoraSpec, PrefixSpec, eva_of
 from alignkit.recipe.plan import Plan
 from alignkit.runtime.checkpoint import find_checkpoint, stored_shapes
 from alignkit.stages.prepare import AnyRows
@@ -57,7 +57,9 @@ def find_adapter_start(
         ModelError: the adapter does not fit, or the rows give no start.
     """
     spec = started_adapter(session.recipe.adapter, rows.base)
-    words = start_words(spec, rows.base)
+    if isinstance(spec, PrefixSpec):
+        require_kept_keys(model)
+    words = start_words(spec, rows.base, session.say)
     if words:
         return spec, {STATES: text_states(model, words)}.__getitem__
     if not isinstance(spec, LoraSpec):

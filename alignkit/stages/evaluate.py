@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from alignkit.evaluation.columns import WHOLE, score_documents
 from alignkit.evaluation.heldout import evaluate_heldout
 from alignkit.models.loading import DTYPES
 from alignkit.models.opening import OpenModel, open_language_model, open_model
+from alignkit.models.prefix import prefix_length
 from alignkit.models.scorer import sum_by_sequence
 from alignkit.models.selfcheck import build_scorer
 from alignkit.packed import PackedBatch
@@ -158,14 +160,30 @@ def _rows(opened: OpenModel, question: Question, run: Path | None) -> tuple[RowK
                 f"{opened.name} reads text with another tokenizer than the run in {run}",
                 hint="name a file with --data; then every model tokenizes it its own way",
             )
+        room = _room(opened)
+        if rows.held_out.longest > room:
+            raise ModelError(
+                f"{opened.name} has room for {room:,} tokens, and a row of {run} has "
+                f"{rows.held_out.longest:,}",
+                hint="name a file with --data; longer rows are left out there, and counted",
+            )
         return ROW_KINDS[recipe.stage], rows.held_out
     source = SourceSpec(path=question.data, take=question.take)
-    limit = question.max_length or 1024
+    limit, room = question.max_length or 1024, _room(opened)
+    if limit > room:
+        question.say(f"{opened.name} has room for {room:,} tokens: longer rows are left out")
+        limit = room
     kind = _kind_of_rows(source, opened)
     settings = TokenizeSettings(limit, "drop", "completions", kind)
     cache = alignkit_home() / "cache" / "tokens"
     dataset = load_dataset([source], opened.tokenizer, settings, 0, cache)
     return kind, with_mismatched(dataset, limit, 0) if kind == "labelled" else dataset
+
+
+def _room(opened: OpenModel) -> int:
+    """Tokens that a row may have: the model's context less its prefix."""
+    context = getattr(opened.model.config.get_text_config(), "max_position_embeddings", 0)
+    return int(context) - prefix_length(opened.model) if context else sys.maxsize
 
 
 def _kind_of_rows(source: SourceSpec, opened: OpenModel) -> RowKind:

@@ -22,9 +22,11 @@ from alignkit.models.adapter_files import (
     WEIGHTS,
     TrainedOver,
     load_adapter,
+    read_adapter_config,
     require_base,
     trained_over,
 )
+from alignkit.models.adapter_kinds import peft_kind, require_mergeable
 from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import BaseModel
 
@@ -177,3 +179,12 @@ def test_trained_embeddings_of_plain_peft_are_no_surplus(tmp_path: Path) -> None
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], r=2))
     model.save_pretrained(tmp_path / "embeddings", save_embedding_layers=True)
     load_adapter(tiny_model(), tmp_path / "embeddings")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", "{"])
+def test_a_configuration_that_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(text, encoding="utf-8")
+    assert peft_kind(tmp_path) == ""
+    require_mergeable(tmp_path)
+    with pytest.raises(ModelError):
+        read_adapter_config(tmp_path)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from tiny import MODELS, save_tiny, tiny_model
 from torch.nn.functional import log_softmax
@@ -17,6 +18,7 @@ from alignkit.errors import ModelError
 from alignkit.generation.answers import generate_answers
 from alignkit.generation.rollout import RolloutSettings, TransformersEngine
 from alignkit.generation.sampling import SamplingSettings
+from alignkit.models import prefix
 from alignkit.models.adapter_files import load_adapter, put_weights, read_weights, save_adapter
 from alignkit.models.adapters import adapters_off, attach_adapter, trainable_report
 from alignkit.models.attention import packed_attention
@@ -27,6 +29,7 @@ from alignkit.models.prefix import (
     STATES,
     prefix_length,
     prefix_states,
+    require_kept_keys,
     start_prefix,
     start_words,
     text_states,
@@ -164,6 +167,70 @@ def test_the_file_is_pefts_and_gives_the_same(spec: PrefixSpec, tmp_path: Path) 
     assert float((tiny_model()(input_ids=ids).logits - expected).abs().max()) > 0.1
 
 
+def change_config(folder: Path, **fields: Any) -> None:
+    path = folder / "adapter_config.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**stored, **fields}), encoding="utf-8")
+
+
+def test_a_prefix_without_a_task_is_read_all_the_same(tmp_path: Path) -> None:
+    """PEFT leaves it out of the forward pass of a model that has no task."""
+    model = prefixed().eval()
+    save_adapter(model, tmp_path, "somewhere")
+    change_config(tmp_path, task_type=None)
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        found = load_adapter(tiny_model(), tmp_path)(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_virtual_tokens": 0},
+        {"num_virtual_tokens": None},
+        {"num_virtual_tokens": "5"},
+        {"num_transformer_submodules": 2},
+    ],
+)
+def test_a_stored_prefix_of_another_kind(fields: dict[str, Any], tmp_path: Path) -> None:
+    save_adapter(prefixed(), tmp_path, "somewhere")
+    change_config(tmp_path, **fields)
+    with pytest.raises(ModelError, match="is no prefix of a causal model"):
+        load_adapter(tiny_model(), tmp_path)
+
+
+def test_a_stored_prefix_may_be_longer_than_recipes_allow(tmp_path: Path) -> None:
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4100)
+    get_peft_model(tiny_model(), config).save_pretrained(tmp_path)
+    assert prefix_length(load_adapter(tiny_model(), tmp_path)) == 4100
+
+
+KEEPS_OTHERWISE = {
+    "one key head": (
+        transformers.FalconConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, multi_query=True
+        ),
+        "has 1 key heads of 8 numbers",
+    ),
+    "nothing": (transformers.OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=4), "keys of 0 layers"),
+}
+
+
+@pytest.mark.parametrize("kind", KEEPS_OTHERWISE)
+def test_a_base_that_keeps_other_keys_than_it_says(kind: str) -> None:
+    config, sentence = KEEPS_OTHERWISE[kind]
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ModelError, match=f"of one shape in every layer.*{sentence}"):
+        require_kept_keys(model)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_families_keep_what_they_say(family: str) -> None:
+    require_kept_keys(tiny_model(family))
+
+
 @pytest.mark.parametrize("projection", [False, True])
 def test_a_prefix_that_peft_wrote(projection: bool, tmp_path: Path) -> None:
     config = PrefixTuningConfig(
@@ -241,15 +308,24 @@ def test_it_starts_as_a_text_longer_than_the_window(family: str) -> None:
 def test_words_of_a_start(tiny_base: Path) -> None:
     base = BaseModel(str(tiny_base))
     tokenizer = open_model(str(tiny_base), dtype=torch.float32).tokenizer
+    said: list[str] = []
     for text, tokens in (("the cat sat on a mat", 3), ("the cat", 40)):
         spec = PrefixSpec(kind="prefix", tokens=tokens, text=text)
-        words = start_words(spec, base)
+        words = start_words(spec, base, said.append)
         once = tokenizer(text)["input_ids"]
         assert len(words) == tokens
         assert words[: len(once)] == once[:tokens]
-    assert len(start_words(PrefixSpec(kind="prefix", tokens=100), base)) == 100
-    assert start_words(PROJECTED, base) == []
-    assert start_words(LoraSpec(), base) == []
+    whole = len(tokenizer("the cat sat on a mat")["input_ids"])
+    assert said == [f"the prefix starts as the first 3 of {whole} tokens of adapter.text"]
+    assert len(start_words(PrefixSpec(kind="prefix", tokens=100), base, print)) == 100
+    assert start_words(PROJECTED, base, print) == []
+    assert start_words(LoraSpec(), base, print) == []
+
+
+def test_a_text_without_tokens(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix, "load_tokenizer", lambda base: lambda *a, **k: {"input_ids": []})
+    with pytest.raises(ModelError, match="makes no token of adapter"):
+        start_words(PrefixSpec(kind="prefix", text="the cat"), BaseModel(str(tiny_base)), print)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3"])

@@ -27,6 +27,7 @@ from running import (
     train,
     write_rows,
 )
+from tiny import save_tiny
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -131,7 +132,7 @@ def test_a_run_starts_as_its_text(tiny_base: Path, tmp_path: Path) -> None:
         run = run_of(tmp_path / str(text), tiny_base, adapter=adapter, **still)
         model = open_model(str(tiny_base), dtype=torch.float32).model
         spec = PrefixSpec(**adapter)
-        given = {STATES: text_states(model, start_words(spec, BaseModel(str(tiny_base))))}
+        given = {STATES: text_states(model, start_words(spec, BaseModel(str(tiny_base)), print))}
         expected = prefix_states(attach_adapter(model, spec, 0, given=given.__getitem__))
         found = prefix_states(open_model(str(run), dtype=torch.float32).model)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
@@ -225,6 +226,7 @@ def folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lora = {"kind": "lora", "rank": 2}
     train(make_preference_recipe(folder / "rm", tiny_base, "reward", adapter=lora))
     write_rows(folder / "prompts.jsonl", make_prompts(4))
+    make_recipe(folder / "next", folder / "run")
     return folder
 
 
@@ -276,7 +278,6 @@ def test_evaluated_as_at_the_end_of_the_run(alignkit: CommandLine, folder: Path)
 
 
 def test_what_needs_a_whole_model_refuses(alignkit: CommandLine, folder: Path) -> None:
-    make_recipe(folder / "next", folder / "run")
     for command in (
         ("merge-lora", "run"),
         ("merge-lora", "run/adapter", "--output", "out"),
@@ -290,11 +291,38 @@ def test_what_needs_a_whole_model_refuses(alignkit: CommandLine, folder: Path) -
     assert not (folder / "out").exists()
 
 
-def test_no_reward_model_is_found_there(folder: Path) -> None:
+def test_it_is_no_base_of_a_further_run(folder: Path) -> None:
     with pytest.raises(ModelError, match="is a prefix, which has no merge"):
         start_model(load_recipe(str(folder / "next/recipe.yaml")).recipe.model)
     over = json.loads((folder / "run/adapter/trained_over.json").read_text(encoding="utf-8"))
     assert over["fingerprint"] == weights_fingerprint(BaseModel(over["name"]))
+
+
+def test_rows_beyond_the_room_behind_a_prefix(alignkit: CommandLine, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base", max_position_embeddings=64)
+    run_of(tmp_path, tmp_path / "base", data__max_length=58, training__max_steps=1)
+    long = {"prompt": "the cat", "completion": " ".join(["sat"] * 70)}
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": "the cat", "completion": "sat"}, long])
+    done = alignkit("eval", "run", "base", "--data", "rows.jsonl", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert "run has room for 58 tokens: longer rows are left out" in done.stderr
+    assert "base has room for 64 tokens: longer rows are left out" in done.stderr
+    assert "1 of 2 rows used" in done.stderr
+
+
+def test_rows_of_another_run_beyond_the_room(alignkit: CommandLine, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base", max_position_embeddings=64)
+    row = {"prompt": "the cat", "completion": " ".join(["sat"] * 70)}
+    fields = {
+        "data__max_length": 64,
+        "data__too_long": "truncate_right",
+        "data__eval": [{"path": str(write_rows(tmp_path / "long.jsonl", [row]))}],
+        "training__max_steps": 1,
+    }
+    train(make_recipe(tmp_path / "lora", tmp_path / "base", **fields))
+    run_of(tmp_path, tmp_path / "base", data__max_length=58, training__max_steps=1)
+    done = alignkit("eval", "lora/run", "run", cwd=tmp_path)
+    refused(done, "run has room for 58 tokens, and a row of lora/run has 64", "name a file")
 
 
 @pytest.mark.parametrize("stage", ["reward", "ppo"])
@@ -316,7 +344,8 @@ def test_stages_that_train_no_prefix(stage: str, tiny_base: Path, tmp_path: Path
         ({"adapter": {**RAW, "rank": 4}}, "adapter.rank is no key of a recipe"),
         ({"adapter": {**RAW, "modules_to_save": ["norm"]}}, "adapter.modules_to_save is no key"),
         ({"adapter": {**PROJECTED, "text": "the cat"}}, "has text, where its projection or from"),
-        ({"merge": True}, "merge is true, and adapter.kind = prefix cannot be merged"),
+        ({"adapter": {**RAW, "projection_width": 8}}, "has projection_width, which does nothing"),
+        ({"merge": True}, "merge cannot be true with adapter.kind = prefix, .* set merge: false"),
         ({"model__add_tokens": ["<tool>"]}, "has kind = prefix, which trains no rows of model.add"),
     ],
 )
