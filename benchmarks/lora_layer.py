@@ -38,6 +38,7 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from alignkit.models.lora_linear import use_fast_lora
+from alignkit.models.quantized import multiply_dense
 from alignkit.runtime.devices import tune_processor
 
 READS = {
@@ -105,6 +106,8 @@ class Layer:
         layer = LlamaDecoderLayer(config, 0).to(options.device, dtype)
         if options.quantization != "none":
             quantize(layer, options.quantization, options.device)
+            if kind == "alignkit":
+                multiply_dense(layer, dtype)
         self.kind, self.dtype, self.device = kind, dtype, options.device
         if kind != "base":
             lora = LoraConfig(
