@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from alignkit.errors import ModelError
-from alignkit.models.adapter_kinds import KINDS
+from alignkit.models.adapter_kinds import KINDS, stored_config
 from alignkit.models.changes import BaseChanges
 from alignkit.models.identity import weights_fingerprint
 from alignkit.models.loading import BaseModel, share_files
@@ -312,8 +312,4 @@ def is_plain_lora(adapter: Path) -> bool:
 
 def has_head(folder: Path) -> bool:
     """Whether an adapter folder is that of a reward model."""
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        return False
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return values.get("task_type") == "SEQ_CLS"
+    return stored_config(folder).get("task_type") == "SEQ_CLS"

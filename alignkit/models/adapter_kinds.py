@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from alignkit.errors import ModelError
 
@@ -18,13 +19,18 @@ UNMERGEABLE = ("PREFIX_TUNING",)
 """Those of them that no weight of the base can hold."""
 
 
-def peft_kind(folder: Path) -> str:
-    """PEFT's kind of the adapter in a folder; empty where its configuration does not say."""
+def stored_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the adapter in a folder; empty where it is none."""
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return ""
-    return str(values.get("peft_type", "")) if isinstance(values, dict) else ""
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def peft_kind(folder: Path) -> str:
+    """PEFT's kind of the adapter in a folder; empty where its configuration does not say."""
+    return str(stored_config(folder).get("peft_type", ""))
 
 
 def require_mergeable(folder: Path) -> None:

@@ -179,7 +179,7 @@ def _user_path(details: ErrorDetails, values: Any) -> KeyPath:
         if known:
             path.append(part)
             here = here[part]
-        elif last and details["type"] == "missing":
+        elif last and (details["type"] == "missing" or isinstance(details["input"], BaseModel)):
             path.append(part)
     return tuple(path)
 
@@ -204,6 +204,8 @@ def _rule(details: ErrorDetails) -> str:
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, BaseModel):  # a default: files have plain values
+        return str(getattr(value, "kind", "the default"))
     if isinstance(value, dict):
         return "{" + ", ".join(str(key) for key in value) + "}"
     yaml_words = {"None": "null", "True": "true", "False": "false"}

@@ -73,8 +73,7 @@ class BaseRecipe(Section):
         adapter = info.data.get("adapter")
         if value and adapter is not None and not is_mergeable(adapter):
             raise ValueError(
-                f"cannot be true with adapter.kind = {adapter.kind}, which no weight can hold: set "
-                "merge: false"
+                f"must be false with adapter.kind = {adapter.kind}, which no weight can hold"
             )
         return value
 
@@ -96,7 +95,7 @@ def _refuse_continuing(adapter: Any) -> None:
             + (
                 "set model.base to the run instead, which is merged first"
                 if is_mergeable(adapter)
-                else "take an objective without a reference, such as simpo"
+                else "a prefix has no merge, so train with kind: lora"
             )
         )
     if isinstance(adapter, LoraSpec) and adapter.init == "loftq":

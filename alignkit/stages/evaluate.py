@@ -47,6 +47,9 @@ from alignkit.stages.session import describe_rows
 
 _BUDGET = 2048
 
+_MAX_LENGTH = 1024
+"""Longest row where nothing else is said."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -79,12 +82,13 @@ def evaluate_models(names: list[str], question: Question) -> dict[str, Evaluatio
     question.check()
     tune_processor()
     run = None if question.data else run_with_recipe(names)
-    found = {}
+    found, used, room = {}, set(), sys.maxsize
     for name in names:
         opened = open_model(
             name, dtype=DTYPES[question.dtype], device=find_device(), base=question.base
         )
         kind, rows = _rows(opened, question, run)
+        used, room = used | {len(rows)}, min(room, _room(opened))
         for line in describe_rows(name, rows.report):
             question.say(line)
         if question.reference is not None and (opened.head is not None or kind == "answers"):
@@ -98,6 +102,9 @@ def evaluate_models(names: list[str], question: Question) -> dict[str, Evaluatio
             found[name] = Evaluation(evaluate_heldout(scorer, rows, _BUDGET), [])
         else:
             found[name] = _evaluate_preference(opened, scorer, kind, rows, question)
+    if len(used) > 1:
+        longest = min(room, question.max_length or _MAX_LENGTH)
+        question.say(f"the models have not read the same rows: compare with --max-length {longest}")
     return found
 
 
@@ -169,7 +176,7 @@ def _rows(opened: OpenModel, question: Question, run: Path | None) -> tuple[RowK
             )
         return ROW_KINDS[recipe.stage], rows.held_out
     source = SourceSpec(path=question.data, take=question.take)
-    limit, room = question.max_length or 1024, _room(opened)
+    limit, room = question.max_length or _MAX_LENGTH, _room(opened)
     if limit > room:
         question.say(f"{opened.name} has room for {room:,} tokens: longer rows are left out")
         limit = room

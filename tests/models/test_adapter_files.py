@@ -21,6 +21,7 @@ from alignkit.models.adapter_files import (
     TRAINED_OVER,
     WEIGHTS,
     TrainedOver,
+    has_head,
     load_adapter,
     read_adapter_config,
     require_base,
@@ -186,5 +187,6 @@ def test_a_configuration_that_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(text, encoding="utf-8")
     assert peft_kind(tmp_path) == ""
     require_mergeable(tmp_path)
+    assert not has_head(tmp_path)
     with pytest.raises(ModelError):
         read_adapter_config(tmp_path)

@@ -308,6 +308,12 @@ def test_rows_beyond_the_room_behind_a_prefix(alignkit: CommandLine, tmp_path: P
     assert "run has room for 58 tokens: longer rows are left out" in done.stderr
     assert "base has room for 64 tokens: longer rows are left out" in done.stderr
     assert "1 of 2 rows used" in done.stderr
+    assert "have not read the same rows" not in done.stderr
+    middle = {"prompt": "the cat", "completion": " ".join(["sat"] * 28)}
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": "the cat", "completion": "sat"}, middle])
+    done = alignkit("eval", "run", "base", "--data", "rows.jsonl", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert "have not read the same rows: compare with --max-length 58" in done.stderr
 
 
 def test_rows_of_another_run_beyond_the_room(alignkit: CommandLine, tmp_path: Path) -> None:
@@ -345,7 +351,10 @@ def test_stages_that_train_no_prefix(stage: str, tiny_base: Path, tmp_path: Path
         ({"adapter": {**RAW, "modules_to_save": ["norm"]}}, "adapter.modules_to_save is no key"),
         ({"adapter": {**PROJECTED, "text": "the cat"}}, "has text, where its projection or from"),
         ({"adapter": {**RAW, "projection_width": 8}}, "has projection_width, which does nothing"),
-        ({"merge": True}, "merge cannot be true with adapter.kind = prefix, .* set merge: false"),
+        (
+            {"merge": True},
+            "merge must be false with adapter.kind = prefix, .* got true",
+        ),
         ({"model__add_tokens": ["<tool>"]}, "has kind = prefix, which trains no rows of model.add"),
     ],
 )
