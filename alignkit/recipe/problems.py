@@ -170,16 +170,15 @@ def _hint(path: KeyPath) -> str:
 def _user_path(details: ErrorDetails, values: Any) -> KeyPath:
     """pydantic's location without the union tags it inserts."""
     path: list[str | int] = []
-    here = values
+    here, given, end = values, details["input"], len(details["loc"]) - 1
     for position, part in enumerate(details["loc"]):
-        last = position == len(details["loc"]) - 1
         known = (isinstance(here, dict) and part in here) or (
             isinstance(here, list) and isinstance(part, int) and part < len(here)
         )
         if known:
             path.append(part)
             here = here[part]
-        elif last and (details["type"] == "missing" or isinstance(details["input"], BaseModel)):
+        elif position == end and (details["type"] == "missing" or isinstance(given, BaseModel)):
             path.append(part)
     return tuple(path)
 
@@ -204,12 +203,12 @@ def _rule(details: ErrorDetails) -> str:
 
 
 def _show(value: Any) -> str:
-    if isinstance(value, BaseModel):  # a default: files have plain values
+    if isinstance(value, BaseModel):
         return str(getattr(value, "kind", "the default"))
     if isinstance(value, dict):
-        return "{" + ", ".join(str(key) for key in value) + "}"
-    yaml_words = {"None": "null", "True": "true", "False": "false"}
-    text = yaml_words.get(str(value), repr(value)) if not isinstance(value, str) else repr(value)
+        return "{" + ", ".join(map(str, value)) + "}"
+    words = {"None": "null", "True": "true", "False": "false"}  # as YAML has them
+    text = repr(value) if isinstance(value, str) else words.get(str(value), repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 
