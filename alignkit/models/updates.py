@@ -60,6 +60,10 @@ class Blend:
     density: float = 0.5
 
 
+_Adapted = tuple[str, list[Any]]
+"""Name of a layer in the model, and the adapters around it: one, or one for each parameter."""
+
+
 class Updates:
     """Base weights after adapters, by name.
 
@@ -79,7 +83,7 @@ class Updates:
         base: Callable[[str], torch.Tensor],
     ) -> None:
         self._base, self._blend = base, blend
-        self._layers: dict[str, list[tuple[str, nn.Module] | None]] = {}
+        self._layers: dict[str, list[_Adapted | None]] = {}
         self._replaced: dict[str, torch.Tensor] = {}
         for position, model in enumerate(models):
             for name, module in model.named_modules():
@@ -89,13 +93,9 @@ class Updates:
                         self._replace(f"{stored_name(name)}.{key}", weight)
                 elif isinstance(module, BaseTunerLayer):
                     found = self._layers.setdefault(stored_name(name), [None] * len(models))
-                    if found[position] is not None:
-                        raise ModelError(
-                            f"{stored_name(name)} carries several adapters inside one another "
-                            "(PEFT's target_parameters), which are not merged here",
-                            hint="merge it with PEFT's merge_and_unload",
-                        )
-                    found[position] = name, module
+                    # A wrapper around each parameter, inside one another: the outer one comes first
+                    found[position] = found[position] or (name, [])
+                    found[position][1].append(module)  # type: ignore[index]
             for name, weight in given_weights(model).items():
                 if name.rpartition(".")[0] not in self._layers:  # else merged with its layer
                     self._replace(name, weight)
@@ -117,8 +117,8 @@ class Updates:
         """Names of the weights that may be changed."""
         found = set(self._replaced)
         for layer, parts in self._layers.items():
-            for _, module in filter(None, parts):
-                own = module.get_base_layer()._parameters.items()
+            for _, modules in filter(None, parts):
+                own = modules[0].get_base_layer()._parameters.items()
                 found |= {f"{layer}.{key}" for key, weight in own if weight is not None}
         return found
 
@@ -188,18 +188,19 @@ def seed_of(name: str) -> int:
 
 @torch.no_grad()
 def _merged(
-    name: str, module: Any, base: Callable[[str], torch.Tensor]
+    name: str, modules: list[Any], base: Callable[[str], torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Weights of one layer before and after its adapter."""
+    """Weights of one layer before and after its adapters."""
 
     def copied(weight: str) -> torch.Tensor:
         return base(weight).to(torch.float32, copy=True)  # merged in place, and mapped from a file
 
-    layer = module.get_base_layer()
+    layer = modules[0].get_base_layer()
     with holding(layer, name, copied), quiet_transformers():
         before = {key: w.detach().clone() for key, w in layer._parameters.items() if w is not None}
         try:
-            module.merge(safe_merge=True)
+            for module in modules:
+                module.merge(safe_merge=True)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             diverged = "NaN" in str(error)
             raise ModelError(
@@ -209,7 +210,8 @@ def _merged(
                 else "PEFT merges no such layer: use the adapter as it is",
             ) from error
         after = {key: w.detach() for key, w in layer._parameters.items() if w is not None}
-    module.merged_adapters = []
-    if hasattr(module, "_caches"):
-        module._caches.clear()
+    for module in modules:
+        module.merged_adapters = []
+        if hasattr(module, "_caches"):
+            module._caches.clear()
     return before, after

@@ -12,8 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from running import make_ppo_recipe, make_recipe, train
 from test_merging import logits, merge
-from test_shards import mixture
-from tiny import save_tiny, tiny_model, tiny_tokenizer
+from tiny import save_tiny, tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from alignkit.errors import AlignkitError, ModelError
@@ -71,15 +70,6 @@ def test_refused_by_name(options: dict[str, Any], message: str, tmp_path: Path) 
     with pytest.raises(ModelError, match=message):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
-
-
-def test_adapters_inside_one_another_are_not_half_merged(tmp_path: Path) -> None:
-    mixture().save_pretrained(tmp_path / "base")
-    tiny_tokenizer("chatml").save_pretrained(tmp_path / "base")
-    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    write(tmp_path / "adapter", mixture(), target_modules=[], target_parameters=experts)
-    with pytest.raises(ModelError, match="carries several adapters inside one another"):
-        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
 
 
 def test_whole_modules_are_not_weighted(tmp_path: Path) -> None:
