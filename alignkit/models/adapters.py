@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from alignkit.errors import ModelError
 from alignkit.models.lora_linear import use_fast_lora
 from alignkit.models.prefix import make_switchable, prefix_config, prefix_shape, start_prefix
 from alignkit.models.quiet import quiet_transformers
+from alignkit.models.stacks import Adaptable, has_experts, shortened
 from alignkit.models.starts import HELD, start_factors, with_frozen_half
 from alignkit.models.targets import (
     adapted_layers,
@@ -88,7 +89,7 @@ def peft_config(
         r=spec.rank,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
-        target_modules=spec.targets if isinstance(spec.targets, str) else list(spec.targets),
+        **_targets(model, spec, layers),
         use_rslora=spec.rslora,
         use_dora=spec.dora,
         rank_pattern=_by_layer(patterned(layers, spec.rank_pattern, "rank_pattern")),
@@ -97,6 +98,21 @@ def peft_config(
         trainable_token_indices=_token_rows(model, new_tokens),
         task_type=task,
     )
+
+
+def _targets(model: nn.Module, spec: LoraSpec, layers: Mapping[str, Adaptable]) -> dict[str, Any]:
+    """Targets as PEFT wants them; where there are experts it would widen regular expressions."""
+    if not has_experts(model):
+        return {
+            "target_modules": spec.targets if isinstance(spec.targets, str) else [*spec.targets]
+        }
+    parameters = [name for name, layer in layers.items() if layer.parameter]
+    modules = layers.keys() - set(parameters)
+    return {
+        "target_modules": shortened(modules, (n for n, _ in model.named_modules()), 1),
+        "target_parameters": shortened(parameters, (n for n, _ in model.named_parameters()), 2)
+        or None,
+    }
 
 
 def _by_layer(values: dict[str, Any]) -> dict[str, Any]:
@@ -157,6 +173,18 @@ def attach_adapter(
     return adapted
 
 
+def adapted_skeleton(model: nn.Module, spec: AnyAdapter) -> Any:
+    """A model without storage under a fresh adapter, whose weights have none either.
+
+    Args:
+        model: on the meta device; changed in place.
+        spec: an adapter.
+    """
+    config = peft_config(model, spec)
+    with quiet_transformers(), torch.device("meta"):
+        return get_peft_model(model.requires_grad_(False), config)
+
+
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """The model without its adapters and without gradients, for the length of the block.
@@ -195,6 +223,13 @@ def _widths(module: Any) -> tuple[int, int]:
     return int(shape[-1]), int(shape[0])
 
 
+def _own_name(name: str, module: Any) -> str:
+    """Last part of a layer's name; of a parameter's, with that of the module that holds it."""
+    last = name.replace(".base_layer", "").rsplit(".", 1)[-1]
+    parameter = getattr(module, "parameter_name", None)
+    return f"{last}.{parameter}" if parameter else last
+
+
 def trainable_report(model: nn.Module) -> TrainableReport:
     """How many weights are trained, and in which modules."""
     modules: dict[tuple[str, int, int], int] = {}
@@ -203,7 +238,7 @@ def trainable_report(model: nn.Module) -> TrainableReport:
         if isinstance(module, TrainableTokensLayer):
             key = f"new rows of {name.rsplit('.', 2)[-2]}", *reversed(module.weight.shape)
         elif isinstance(module, BaseTunerLayer) and trained:
-            key = name.rsplit(".", 1)[-1], module.in_features, module.out_features
+            key = _own_name(name, module), module.in_features, module.out_features
         elif isinstance(module, ModulesToSaveWrapper):
             key = f"all of {name.rsplit('.', 1)[-1]}", *_widths(module)
         elif isinstance(module, PrefixEncoder):

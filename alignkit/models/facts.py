@@ -5,28 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from alignkit.errors import ModelError
+from alignkit.models.adapters import adapted_skeleton, peft_config, trainable_report
 from alignkit.models.prefix import count_weights, prefix_config
 from alignkit.models.quiet import quiet_transformers
-from alignkit.models.ranks import costliest_ranks
+from alignkit.models.ranks import costliest_ranks, with_ranks
 from alignkit.models.targets import (
     adapted_layers,
     frozen_weights,
-    ia3_names,
-    layer_ranks,
     require_free_vocabulary,
-    saved_modules,
-    scales_input,
     vocabulary_ends,
 )
 from alignkit.recipe.adapters import (
     AnyAdapter,
     AnySpec,
     FullSpec,
-    Ia3Spec,
+    LoraSpec,
     PrefixSpec,
     moves_ranks,
 )
@@ -85,11 +83,12 @@ def measure_model(
         trainable = sum(w.numel() for name, w in weights.items() if name not in frozen)
     else:
         frozen = set(weights)
-        trainable = _trainable(model, adapter, scalar_head)
+        trainable = 0
         if new_tokens:
             require_free_vocabulary(model, adapter)
             ends = {id(m.weight): m.weight for m in vocabulary_ends(model).values()}
             trainable += new_tokens * sum(weight.shape[1] for weight in ends.values())
+        trainable += _trainable(model, adapter, scalar_head)
     text = config.get_text_config()
     if scalar_head:
         head: Any = model.get_output_embeddings()
@@ -116,26 +115,22 @@ def measure_model(
 
 
 def _trainable(model: nn.Module, spec: AnyAdapter, scalar_head: bool) -> int:
-    """Weights of the adapter that are trained; on a reward model's vocabulary head none is."""
+    """Weights of the adapter that are trained; on a reward model's vocabulary head none is.
+
+    PEFT puts its adapter on the model, whose weights have no storage, and it is counted.
+    """
     if isinstance(spec, PrefixSpec):
         return count_weights(prefix_config(model, spec))
+    peft_config(model, spec)  # the start may need twice the rank
+    if isinstance(spec, LoraSpec) and spec.init != "default":
+        if moves_ranks(spec):
+            spec = with_ranks(model, spec, costliest_ranks(adapted_layers(model, spec), spec))
+        spec = spec.model_copy(
+            update={"init": "default"}
+        )  # what it adds to the rank is not trained
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    layers = {
-        name: layer
-        for name, layer in adapted_layers(model, spec).items()
-        if not (scalar_head and layer is head)
-    }
-    if isinstance(spec, Ia3Spec):
-        inputs = ia3_names(model, spec)[1]
-        return sum(
-            layer.in_features if scales_input(name, inputs) else layer.out_features
-            for name, layer in layers.items()
-        )
-    ranks = costliest_ranks(layers, spec) if moves_ranks(spec) else layer_ranks(layers, spec)
-    whole = [model.get_submodule(name) for name in saved_modules(model, spec)]
-    saved = sum(w.numel() for module in whole for w in module.parameters(recurse=False))
-    return saved + sum(
-        ranks[name] * (layer.in_features + layer.out_features)
-        + (layer.out_features if spec.dora else 0)
-        for name, layer in layers.items()
-    )
+    trained = trainable_report(adapted_skeleton(model, spec)).trainable
+    for module in model.modules():
+        if scalar_head and isinstance(module, BaseTunerLayer) and module.get_base_layer() is head:
+            trained -= sum(w.numel() for w in module.parameters() if w.requires_grad)
+    return trained

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from alignkit.errors import ModelError
 from alignkit.models.quantized import dense_weight, is_quantized
@@ -75,6 +76,7 @@ def start_factors(
             a.copy_(given(stored))  # B stays 0
             continue
         weight = dense_weight(base).float()
+        weight = weight.T if isinstance(base, Conv1D) else weight  # which is stored transposed
         if spec.init == "loftq":
             if given is None or not is_quantized(base):
                 raise ModelError(

@@ -18,7 +18,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.merge_utils import dare_linear, dare_ties, task_arithmetic, ties
-from torch import nn
 
 from alignkit.errors import ModelError
 from alignkit.models.quiet import quiet_transformers

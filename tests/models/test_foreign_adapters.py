@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from running import make_ppo_recipe, make_recipe, train
 from test_merging import logits, merge
-from tiny import save_tiny, tiny_model
+from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from alignkit.errors import AlignkitError, ModelError
