@@ -14,6 +14,7 @@ from alignkit.models.adapters import adapted_skeleton, peft_config, trainable_re
 from alignkit.models.prefix import count_weights, prefix_config
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.ranks import costliest_ranks, with_ranks
+from alignkit.models.stacks import stacked_weights
 from alignkit.models.targets import (
     adapted_layers,
     frozen_weights,
@@ -78,6 +79,10 @@ def measure_model(
     model = build_skeleton(config, trust_remote_code=trust_remote_code)
     total = sum(parameter.numel() for parameter in model.parameters())
     weights = dict(model.named_parameters())
+    experts = {name for name, one in stacked_weights(model).items() if one.stacked}
+    changed: set[str] = set()
+    if isinstance(adapter, LoraSpec):
+        changed = experts & adapted_layers(model, adapter).keys()
     if isinstance(adapter, FullSpec):
         frozen = frozen_weights(weights, adapter)
         trainable = sum(w.numel() for name, w in weights.items() if name not in frozen)
@@ -111,6 +116,8 @@ def measure_model(
         context=int(getattr(text, "max_position_embeddings", 0) or 0),
         prefix=adapter.tokens if isinstance(adapter, PrefixSpec) else 0,
         at_most=moves_ranks(adapter),
+        experts=sum(weights[name].numel() for name in experts),
+        changed_experts=sum(weights[name].numel() for name in changed),
     )
 
 

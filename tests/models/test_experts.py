@@ -155,6 +155,15 @@ def test_the_plan_counts_what_is_trained(family: str, kind: str) -> None:
     assert planned == trained > 0
 
 
+@pytest.mark.parametrize(
+    ("targets", "share"), [("all-linear", 3), (("experts.down_proj",), 1), (("q_proj",), 0)]
+)
+def test_the_plan_knows_the_stacks(targets: Any, share: int) -> None:
+    facts = measure_model(mixture("Mixtral").config, LORA.model_copy(update={"targets": targets}))
+    third = 2 * 4 * 48 * 32  # layers, experts, feed-forward width, hidden: gate, up and down each
+    assert (facts.experts, facts.changed_experts) == (3 * third, share * third)
+
+
 @pytest.mark.parametrize("family", ["GptOss", "Olmoe", "DeepseekV3"])
 def test_the_plan_counts_all_linear_of_other_families(family: str) -> None:
     planned, trained = counts(mixture(family), LORA)
