@@ -17,6 +17,8 @@ from alignkit.errors import ModelError
 from alignkit.models.adapter_files import save_adapter
 from alignkit.models.adapters import adapters_off, attach_adapter, trainable_report
 from alignkit.models.facts import measure_model
+from alignkit.models.streaming import stored_name
+from alignkit.models.targets import adapted_layers
 from alignkit.models.updates import AdapterPart, Blend
 from alignkit.recipe.adapters import EvaSpec, FullSpec, Ia3Spec, LoraSpec, PrefixSpec
 
@@ -200,6 +202,20 @@ def test_layers_that_are_stored_transposed_start_as_the_base(init: Any) -> None:
     start = layer.lora_B["default"].weight[:, :2] @ layer.lora_A["default"].weight[:2]
     weight = layer.get_base_layer().weight.T
     assert (weight - start).norm() < 0.9 * weight.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_widths_are_those_that_peft_finds(family: str) -> None:
+    layers = adapted_layers(mixture(family), LORA)
+    expected = {(n, la.in_features, la.out_features) for n, la in layers.items() if la.stacked}
+    assert len(expected) == 4
+    model = attach_adapter(mixture(family), LORA, 0)
+    found = {
+        (f"{stored_name(name)}.{module.parameter_name}", module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if hasattr(module, "parameter_name")
+    }
+    assert found == expected
 
 
 def test_names_in_the_report() -> None:

@@ -183,6 +183,9 @@ def test_what_stacks_of_experts_take() -> None:
     # A changed copy of each of twelve layers' in 2 bytes, and the gradient of one.
     none, all_of_them = (found(n, model={"base": "m"}).activations for n in (0, 60_000_000))
     assert all_of_them - none == 13 * 5_000_000 * 2
+    # Their files name weights otherwise, so a merge holds the base and what it wrote.
+    held = found(0, model={"base": "m"}).merging - plan("sft", model={"base": "m"}).memory.merging
+    assert held == 2 * MODEL.parameters * 2
 
 
 def test_what_the_optimizer_keeps() -> None:
