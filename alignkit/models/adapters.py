@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from peft.tuners import PrefixEncoder
-from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -21,13 +20,12 @@ from alignkit.errors import ModelError
 from alignkit.models.lora_linear import use_fast_lora
 from alignkit.models.prefix import make_switchable, prefix_config, prefix_shape, start_prefix
 from alignkit.models.quiet import quiet_transformers
+from alignkit.models.stacks import Adaptable, has_experts, shortened
 from alignkit.models.starts import HELD, start_factors, with_frozen_half
-from alignkit.models.streaming import stored_name
 from alignkit.models.targets import (
     adapted_layers,
     frozen_weights,
     ia3_names,
-    linear_names,
     patterned,
     require_free_vocabulary,
     saved_modules,
@@ -91,7 +89,7 @@ def peft_config(
         r=spec.rank,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
-        target_modules=spec.targets if isinstance(spec.targets, str) else list(spec.targets),
+        **_targets(model, spec, layers),
         use_rslora=spec.rslora,
         use_dora=spec.dora,
         rank_pattern=_by_layer(patterned(layers, spec.rank_pattern, "rank_pattern")),
@@ -100,6 +98,21 @@ def peft_config(
         trainable_token_indices=_token_rows(model, new_tokens),
         task_type=task,
     )
+
+
+def _targets(model: nn.Module, spec: LoraSpec, layers: Mapping[str, Adaptable]) -> dict[str, Any]:
+    """Targets as PEFT wants them; where there are experts it would widen regular expressions."""
+    if not has_experts(model):
+        return {
+            "target_modules": spec.targets if isinstance(spec.targets, str) else [*spec.targets]
+        }
+    parameters = [name for name, layer in layers.items() if layer.parameter]
+    modules = layers.keys() - set(parameters)
+    return {
+        "target_modules": shortened(modules, (n for n, _ in model.named_modules()), 1),
+        "target_parameters": shortened(parameters, (n for n, _ in model.named_parameters()), 2)
+        or None,
+    }
 
 
 def _by_layer(values: dict[str, Any]) -> dict[str, Any]:
@@ -115,31 +128,6 @@ def _token_rows(model: Any, ids: Sequence[int]) -> Any:
     if len({id(module.weight) for module in ends.values()}) == 1:
         return list(ids)  # PEFT finds both ends of a shared matrix
     return {name.rsplit(".", 1)[-1]: list(ids) for name in ends}
-
-
-def put_adapter(model: Any, spec: AnyAdapter, new_tokens: Sequence[int] = ()) -> Any:
-    """PEFT's own model around a model, its adapter as PEFT starts it.
-
-    Args:
-        model: with or without storage; its weights are frozen.
-        spec: of the recipe.
-        new_tokens: ids whose rows are trained too.
-
-    Raises:
-        ModelError: see `peft_config`; or PEFT cannot adapt these layers in this way.
-    """
-    config = peft_config(model, spec, new_tokens=new_tokens)
-    model.requires_grad_(False)
-    others = ", ".join(linear_names(model))
-    try:
-        with quiet_transformers():
-            return get_peft_model(model, config)
-    except (ValueError, NotImplementedError) as error:
-        raise ModelError(
-            f"PEFT has no such adapter for a {model.config.model_type!r} model: "
-            + str(error).split("\n")[0],
-            hint=f"choose among the linear layers in adapter.targets: {others}",
-        ) from error
 
 
 def attach_adapter(
@@ -168,8 +156,11 @@ def attach_adapter(
         for name, weight in model.named_parameters():
             weight.requires_grad_(name not in frozen)
         return model
+    config = peft_config(model, spec, new_tokens=new_tokens)
+    model.requires_grad_(False)
     torch.manual_seed(seed)
-    adapted = put_adapter(model, spec, new_tokens)
+    with quiet_transformers():
+        adapted = get_peft_model(model, config)
     for weight in adapted.parameters():
         if weight.requires_grad:  # copies of whole modules are as wide as the base otherwise
             weight.data = weight.data.float()
@@ -180,6 +171,18 @@ def attach_adapter(
     use_fast_lora(adapted)
     make_switchable(adapted)
     return adapted
+
+
+def adapted_skeleton(model: nn.Module, spec: AnyAdapter) -> Any:
+    """A model without storage under a fresh adapter, whose weights have none either.
+
+    Args:
+        model: on the meta device; changed in place.
+        spec: an adapter.
+    """
+    config = peft_config(model, spec)
+    with quiet_transformers(), torch.device("meta"):
+        return get_peft_model(model.requires_grad_(False), config)
 
 
 @contextlib.contextmanager
@@ -215,15 +218,16 @@ def adapter_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
-def _parameter(name: str, layer: Any) -> str:
-    """Last part of a layer's name, with its parameter where adapters are on parameters."""
-    last = stored_name(name).rsplit(".", 1)[-1]
-    return f"{last}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else last
-
-
 def _widths(module: Any) -> tuple[int, int]:
     shape = next(module.original_module.parameters()).shape
     return int(shape[-1]), int(shape[0])
+
+
+def _own_name(name: str, module: Any) -> str:
+    """Last part of a layer's name; of a parameter's, with that of the module that holds it."""
+    last = name.replace(".base_layer", "").rsplit(".", 1)[-1]
+    parameter = getattr(module, "parameter_name", None)
+    return f"{last}.{parameter}" if parameter else last
 
 
 def trainable_report(model: nn.Module) -> TrainableReport:
@@ -234,7 +238,7 @@ def trainable_report(model: nn.Module) -> TrainableReport:
         if isinstance(module, TrainableTokensLayer):
             key = f"new rows of {name.rsplit('.', 2)[-2]}", *reversed(module.weight.shape)
         elif isinstance(module, BaseTunerLayer) and trained:
-            key = _parameter(name, module), module.in_features, module.out_features
+            key = _own_name(name, module), module.in_features, module.out_features
         elif isinstance(module, ModulesToSaveWrapper):
             key = f"all of {name.rsplit('.', 1)[-1]}", *_widths(module)
         elif isinstance(module, PrefixEncoder):

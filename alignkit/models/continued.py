@@ -37,7 +37,6 @@ _UNKNOWN = (
     "layers_pattern",
     "layer_replication",
     "exclude_modules",
-    "target_parameters",
     "alora_invocation_tokens",
 )
 """What PEFT can do and a recipe cannot say."""
@@ -85,6 +84,8 @@ def started_adapter(spec: AnySpec, base: BaseModel) -> AnySpec:
             hint="merge it, and train a fresh adapter over the result",
         )
     found = {key: _plain(key, getattr(config, name)) for key, name in _NAMES[kind].items()}
+    if getattr(config, "target_parameters", None):  # a recipe names layers and parameters alike
+        found["targets"] = _plain("targets", {*found["targets"], *config.target_parameters})
     for key in spec.model_fields_set & found.keys():
         own = _plain(key, getattr(spec, key))
         # Defaults stand written out in a run's own recipe.yaml.

@@ -19,6 +19,7 @@ from alignkit.errors import ModelError
 from alignkit.models.ranks import shared_ranks
 from alignkit.models.scorer import Scorer, evaluating
 from alignkit.models.selfcheck import probe_batch
+from alignkit.models.stacks import Adaptable
 from alignkit.packed import PackedBatch
 from alignkit.recipe.adapters import EvaSpec
 
@@ -95,7 +96,7 @@ class _Input:
 
 def find_start(
     scorer: Scorer,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, Adaptable],
     largest: Mapping[str, int],
     budget: int,
     batches: Iterable[PackedBatch],
@@ -146,7 +147,7 @@ def find_start(
             if not active:
                 break
             places = scorer.places(batch, targets=spec.use_label_mask)
-            watched = {layers[one.readers[0]]: _keep(one, places) for one in active}
+            watched = {layers[one.readers[0]].module: _keep(one, places) for one in active}
             _forward(scorer, batch, watched)
             rows, read = rows + len(batch.rows), read + batch.num_tokens
             waiting += len(places)
@@ -203,7 +204,7 @@ def _forward(scorer: Scorer, batch: PackedBatch, watched: dict[nn.Linear, Watch]
 
 
 def _find_inputs(
-    scorer: Scorer, layers: Mapping[str, nn.Linear], largest: Mapping[str, int]
+    scorer: Scorer, layers: Mapping[str, Adaptable], largest: Mapping[str, int]
 ) -> list[_Input]:
     """Which layers read the same tensor, found on a few tokens.
 
@@ -226,7 +227,7 @@ def _find_inputs(
 
     batch = probe_batch(int(scorer.causal.config.get_text_config().vocab_size))
     with evaluating(scorer):
-        _forward(scorer, batch, {layer: watch(name) for name, layer in layers.items()})
+        _forward(scorer, batch, {layer.module: watch(name) for name, layer in layers.items()})
     usual = max(lengths.values(), default=0)
     odd = [name for name in layers if lengths.get(name) != usual]
     if odd:

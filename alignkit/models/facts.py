@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from alignkit.errors import ModelError
-from alignkit.models.adapters import put_adapter
+from alignkit.models.adapters import adapted_skeleton, peft_config, trainable_report
 from alignkit.models.prefix import count_weights, prefix_config
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.ranks import costliest_ranks, with_ranks
-from alignkit.models.starts import require_linear
+from alignkit.models.stacks import stacked_weights
 from alignkit.models.targets import (
     adapted_layers,
     frozen_weights,
@@ -78,16 +79,21 @@ def measure_model(
     model = build_skeleton(config, trust_remote_code=trust_remote_code)
     total = sum(parameter.numel() for parameter in model.parameters())
     weights = dict(model.named_parameters())
+    experts = {name for name, one in stacked_weights(model).items() if one.stacked}
+    changed: set[str] = set()
+    if isinstance(adapter, LoraSpec):
+        changed = experts & adapted_layers(model, adapter).keys()
     if isinstance(adapter, FullSpec):
         frozen = frozen_weights(weights, adapter)
         trainable = sum(w.numel() for name, w in weights.items() if name not in frozen)
     else:
-        frozen, trainable = set(weights), 0
+        frozen = set(weights)
+        trainable = 0
         if new_tokens:
             require_free_vocabulary(model, adapter)
             ends = {id(m.weight): m.weight for m in vocabulary_ends(model).values()}
-            trainable = new_tokens * sum(weight.shape[1] for weight in ends.values())
-        trainable += _trainable(model, adapter, scalar_head)  # the model is changed from here on
+            trainable += new_tokens * sum(weight.shape[1] for weight in ends.values())
+        trainable += _trainable(model, adapter, scalar_head)
     text = config.get_text_config()
     if scalar_head:
         head: Any = model.get_output_embeddings()
@@ -110,26 +116,28 @@ def measure_model(
         context=int(getattr(text, "max_position_embeddings", 0) or 0),
         prefix=adapter.tokens if isinstance(adapter, PrefixSpec) else 0,
         at_most=moves_ranks(adapter),
+        experts=sum(weights[name].numel() for name in experts),
+        changed_experts=sum(weights[name].numel() for name in changed),
     )
 
 
 def _trainable(model: nn.Module, spec: AnyAdapter, scalar_head: bool) -> int:
-    """Weights of the adapter that are trained; on a reward model's vocabulary head none is."""
+    """Weights of the adapter that are trained; on a reward model's vocabulary head none is.
+
+    PEFT puts its adapter on the model, whose weights have no storage, and it is counted.
+    """
     if isinstance(spec, PrefixSpec):
         return count_weights(prefix_config(model, spec))
-    plain = spec
-    if isinstance(spec, LoraSpec):
+    peft_config(model, spec)  # the start may need twice the rank
+    if isinstance(spec, LoraSpec) and spec.init != "default":
         if moves_ranks(spec):
             spec = with_ranks(model, spec, costliest_ranks(adapted_layers(model, spec), spec))
-        plain = spec.model_copy(update={"init": "default"})
+        spec = spec.model_copy(
+            update={"init": "default"}
+        )  # what it adds to the rank is not trained
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    unused = [name for name, m in model.named_modules() if scalar_head and m is head]
-    with torch.device("meta"):
-        adapted = put_adapter(model, plain)
-    if isinstance(spec, LoraSpec):
-        require_linear(adapted, spec)
-    return sum(
-        weight.numel()
-        for name, weight in adapted.named_parameters()
-        if weight.requires_grad and not any(f".{part}." in name for part in unused)
-    )
+    trained = trainable_report(adapted_skeleton(model, spec)).trainable
+    for module in model.modules():
+        if scalar_head and isinstance(module, BaseTunerLayer) and module.get_base_layer() is head:
+            trained -= sum(w.numel() for w in module.parameters() if w.requires_grad)
+    return trained

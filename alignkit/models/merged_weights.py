@@ -247,5 +247,6 @@ def read_merged(
         **options: for `kind.from_config`.
     """
     model = build_without_weights(kind, config, **options)
-    with streaming(model, open_weights(BaseModel(str(folder)), model).__getitem__):
+    stored = open_weights(BaseModel(str(folder)), model, kind=kind)
+    with streaming(model, stored.__getitem__):
         return read(model)

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from alignkit.models.stacks import Adaptable
 from alignkit.models.targets import adapted_layers, layer_ranks, patterned
 from alignkit.recipe.adapters import LoraSpec, eva_of
 
 
-def largest_ranks(layers: Mapping[str, nn.Linear], spec: LoraSpec) -> dict[str, int]:
+def largest_ranks(layers: Mapping[str, Adaptable], spec: LoraSpec) -> dict[str, int]:
     """Name of each layer -> `rho` times its rank, as far as its size allows.
 
     Args:
@@ -51,7 +52,7 @@ def shared_ranks(
     return dict(zip(names, counts, strict=True))
 
 
-def costliest_ranks(layers: Mapping[str, nn.Linear], spec: LoraSpec) -> dict[str, int]:
+def costliest_ranks(layers: Mapping[str, Adaptable], spec: LoraSpec) -> dict[str, int]:
     """Ranks with which the adapter would have most weights: the widest layers take all they may.
 
     Args:

@@ -18,6 +18,7 @@ from alignkit.errors import ModelError
 from alignkit.models.changes import BaseChanges
 from alignkit.models.heap import release_memory
 from alignkit.models.loading import BaseModel, load_model, stored_dtype
+from alignkit.models.quiet import quiet_transformers
 
 INDEX = "model.safetensors.index.json"
 """Says which file holds which weight, where there are several."""
@@ -110,13 +111,17 @@ class HeldWeights(Mapping[str, torch.Tensor]):
 Weights = StoredWeights | HeldWeights
 
 
-def open_weights(base: BaseModel, skeleton: Any, resized: Collection[str] = ()) -> Weights:
+def open_weights(
+    base: BaseModel, skeleton: Any, resized: Collection[str] = (), kind: Any = None
+) -> Weights:
     """The base's weights under the names that transformers gives them.
 
     Args:
         base: a place of safetensors, a GGUF file or a hub id.
         skeleton: the model without storage.
         resized: names of weights that have more rows in the skeleton than in the files.
+        kind: class that reads a folder whose files name weights otherwise; None for a language
+            model.
 
     Returns:
         The files themselves, or the loaded model where they name weights otherwise.
@@ -138,6 +143,13 @@ def open_weights(base: BaseModel, skeleton: Any, resized: Collection[str] = ()) 
             ):
                 return stored
     plain = replace(base, changes=BaseChanges())
+    if kind is not None:
+        with quiet_transformers():
+            return HeldWeights(
+                kind.from_pretrained(
+                    base.location, dtype=stored_dtype(plain), use_safetensors=True, **base.options
+                )
+            )
     return HeldWeights(load_model(plain, stored_dtype(plain)))
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from alignkit.errors import ModelError
 from alignkit.models.quantized import dense_weight, is_quantized
-from alignkit.models.streaming import stored_name
 from alignkit.recipe.adapters import LoraSpec, takes_from_base
 
 _SPARE = 16
@@ -39,26 +39,6 @@ def with_frozen_half(spec: LoraSpec) -> LoraSpec:
     return spec.model_copy(update={**changes, "rank_pattern": ranks, "alpha_pattern": patterned})
 
 
-def require_linear(model: nn.Module, spec: LoraSpec) -> None:
-    """Refuse a start that only linear layers have.
-
-    Args:
-        model: with or without storage, carries the adapter.
-        spec: of the recipe.
-
-    Raises:
-        ModelError: the adapter changes something else too, such as the experts of a mixture.
-    """
-    if spec.init == "default":
-        return
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and not isinstance(layer.get_base_layer(), nn.Linear):
-            raise ModelError(
-                f"adapter.init = {spec.init} is for linear layers, and {stored_name(name)} is none",
-                hint="name linear layers alone in adapter.targets, or leave adapter.init away",
-            )
-
-
 @torch.no_grad()
 def start_factors(
     model: nn.Module,
@@ -76,10 +56,8 @@ def start_factors(
             unquantized weight, for EVA the factor A.
 
     Raises:
-        ModelError: LoftQ over a base that is not quantized, EVA without factors, or any other than
-            the default over what is no linear layer.
+        ModelError: LoftQ over a base that is not quantized, or EVA without factors.
     """
-    require_linear(model, spec)
     if spec.init == "default":
         return
     for name, layer in model.named_modules():
@@ -98,6 +76,7 @@ def start_factors(
             a.copy_(given(stored))  # B stays 0
             continue
         weight = dense_weight(base).float()
+        weight = weight.T if isinstance(base, Conv1D) else weight  # which is stored transposed
         if spec.init == "loftq":
             if given is None or not is_quantized(base):
                 raise ModelError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, TypeVar
 
 from peft.utils.constants import (
@@ -16,36 +16,95 @@ from peft.utils.constants import (
 from torch import nn
 
 from alignkit.errors import ModelError
+from alignkit.models.stacks import (
+    ROUTING,
+    Adaptable,
+    linear_layers,
+    read_as_experts,
+    require_plain,
+    stack_names,
+    stacked_weights,
+)
 from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec
 
 T = TypeVar("T", int, float)
 
 
-def adapted_layers(model: nn.Module, spec: LoraSpec | Ia3Spec) -> dict[str, nn.Linear]:
-    """Name -> linear layer that the adapter changes.
+def adapted_layers(model: nn.Module, spec: LoraSpec | Ia3Spec) -> dict[str, Adaptable]:
+    """Name -> linear layer, or parameter of experts, that the adapter changes.
 
     Args:
         model: with or without storage.
         spec: says which.
 
     Raises:
-        ModelError: a target or a pattern matches nothing; the hint lists near names.
+        ModelError: a target or a pattern matches nothing, the hint lists near names; or PEFT cannot
+            adapt a target that way.
     """
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linear = linear_layers(model)
+    stacks = stacked_weights(model) if isinstance(spec, LoraSpec) else {}
     targets = ia3_names(model, spec)[0] if isinstance(spec, Ia3Spec) else spec.targets
-    if targets == "all-linear":
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        found = {name: layer for name, layer in linear.items() if layer is not head}
-    elif isinstance(targets, str):
-        found = {name: layer for name, layer in linear.items() if _fits(targets, name, "targets")}
-        _require([] if found else [targets], "targets", "linear layer", linear_names(model))
+    if isinstance(spec, LoraSpec) and targets == "all-linear":
+        return _all_linear(model, spec, linear, stacks)
+    every = linear | stacks
+    what = "linear layer or stack of experts" if stacks else "linear layer"
+    names = [*linear_names(model), *stack_names(stacks)]
+    if isinstance(targets, str):
+        found = {name: layer for name, layer in every.items() if _fits(targets, name, "targets")}
+        _require([] if found else [targets], "targets", what, names)
     else:
-        missing = [t for t in targets if not any(_ends(name, t) for name in linear)]
-        _require(missing, "targets", "linear layer", linear_names(model))
-        found = {n: layer for n, layer in linear.items() if any(_ends(n, t) for t in targets)}
+        fitting = {t: [n for n in every if _names_target(n, t, stacks)] for t in targets}
+        missing = [t for t, own in fitting.items() if not own]
+        parts = [t for t in missing if stacks and read_as_experts(model, t)]
+        if parts:
+            raise ModelError(
+                f"adapter.targets names {parts[0]!r}, and the experts of this model are no layers "
+                "of their own: they are stored in stacks",
+                hint=f"name the stacks, or leave them out: this model has {', '.join(names)}",
+            )
+        _require(missing, "targets", what, names)
+        chosen = {name for own in fitting.values() for name in own}
+        found = {name: layer for name, layer in every.items() if name in chosen}
     if isinstance(spec, LoraSpec):
-        _check_ranks(found, spec)
+        _refuse_misread(model, found)
+        _check(found, spec)
     return found
+
+
+def _all_linear(
+    model: nn.Module,
+    spec: LoraSpec,
+    linear: dict[str, Adaptable],
+    stacks: dict[str, Adaptable],
+) -> dict[str, Adaptable]:
+    """Every layer but the output head; with experts also these, but nothing that chooses them."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    found = {name: layer for name, layer in linear.items() if layer.module is not head}
+    lasts = {name.rpartition(".")[2] for name in found}
+    left = {last for last in lasts if read_as_experts(model, last)}
+    left |= lasts & set(ROUTING) if stacks else set()
+    found = {name: la for name, la in found.items() if name.rpartition(".")[2] not in left}
+    found |= {name: layer for name, layer in stacks.items() if layer.stacked}
+    _check(found, spec)
+    return found
+
+
+def _names_target(name: str, target: str, stacks: Collection[str]) -> bool:
+    """Whether a target stands for a layer or parameter; a router goes by its module's name too."""
+    return _ends(name, target) or (name in stacks and _ends(name.removesuffix(".weight"), target))
+
+
+def _refuse_misread(model: nn.Module, found: dict[str, Adaptable]) -> None:
+    """PEFT goes by the end of a name: what it takes for a part of the experts is out of reach."""
+    for name in (name for name, layer in found.items() if not layer.parameter):
+        last = name.rpartition(".")[2]
+        if read_as_experts(model, last):
+            free = [one for one in linear_names(model) if not read_as_experts(model, one)]
+            raise ModelError(
+                f"adapter.targets names {name}, which PEFT cannot adapt in this model: it reads "
+                f"{last!r} as a part of the experts",
+                hint=f"name others: {', '.join([*free, *stack_names(stacked_weights(model))])}",
+            )
 
 
 def layer_ranks(layers: Iterable[str], spec: LoraSpec) -> dict[str, int]:
@@ -65,7 +124,8 @@ def patterned(layers: Iterable[str], patterns: dict[str, T], key: str) -> dict[s
     return found
 
 
-def _check_ranks(layers: dict[str, nn.Linear], spec: LoraSpec) -> None:
+def _check(layers: dict[str, Adaptable], spec: LoraSpec) -> None:
+    require_plain(layers, spec)
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(spec, key)
         missing = [p for p in patterns if not any(_pattern(p, key, name) for name in layers)]
@@ -92,7 +152,9 @@ def saved_modules(model: nn.Module, spec: LoraSpec) -> list[str]:
     missing = [t for t in wanted if not any(_ends(name, t) for name in own)]
     _require(missing, "modules_to_save", "module with weights", (n.rsplit(".", 1)[-1] for n in own))
     found = [name for name in own if any(_ends(name, t) for t in wanted)]
-    twice = sorted(set(found) & set(adapted_layers(model, spec))) if found else []
+    adapted = adapted_layers(model, spec) if found else {}
+    owners = {n.rpartition(".")[0] if layer.parameter else n for n, layer in adapted.items()}
+    twice = sorted(set(found) & owners)
     if twice:
         raise ModelError(
             f"adapter.modules_to_save names {twice[0]}, which is among adapter.targets too",
@@ -184,8 +246,8 @@ def linear_names(model: nn.Module) -> dict[str, int]:
     """Last name part of every linear layer except the output head -> how many there are."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     names: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
+    for name, layer in linear_layers(model).items():
+        if layer.module is not head:
             last = name.rsplit(".", 1)[-1]
             names[last] = names.get(last, 0) + 1
     return names

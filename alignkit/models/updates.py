@@ -9,7 +9,6 @@ A with another's B.
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,6 @@ from peft.utils.merge_utils import dare_linear, dare_ties, task_arithmetic, ties
 from alignkit.errors import ModelError
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.streaming import given_weights, holding, stored_name
-
-Wrapped = list[tuple[str, Any]]
-"""What one adapter put around a layer, by name: one module, or one for each of its parameters."""
 
 Method = Literal["linear", "ties", "dare_linear", "dare_ties"]
 
@@ -63,6 +59,10 @@ class Blend:
     density: float = 0.5
 
 
+_Adapted = tuple[str, list[Any]]
+"""Name of a layer in the model, and the adapters around it: one, or one for each parameter."""
+
+
 class Updates:
     """Base weights after adapters, by name.
 
@@ -82,7 +82,7 @@ class Updates:
         base: Callable[[str], torch.Tensor],
     ) -> None:
         self._base, self._blend = base, blend
-        self._layers: dict[str, list[Wrapped]] = {}
+        self._layers: dict[str, list[_Adapted | None]] = {}
         self._replaced: dict[str, torch.Tensor] = {}
         for position, model in enumerate(models):
             for name, module in model.named_modules():
@@ -91,9 +91,10 @@ class Updates:
                     for key, weight in kept.named_parameters():
                         self._replace(f"{stored_name(name)}.{key}", weight)
                 elif isinstance(module, BaseTunerLayer):
-                    layer = stored_name(name)
-                    found = self._layers.setdefault(layer, [[] for _ in models])
-                    found[position].append((name, module))
+                    found = self._layers.setdefault(stored_name(name), [None] * len(models))
+                    # A wrapper around each parameter, inside one another: the outer one comes first
+                    found[position] = found[position] or (name, [])
+                    found[position][1].append(module)  # type: ignore[index]
             for name, weight in given_weights(model).items():
                 if name.rpartition(".")[0] not in self._layers:  # else merged with its layer
                     self._replace(name, weight)
@@ -115,8 +116,8 @@ class Updates:
         """Names of the weights that may be changed."""
         found = set(self._replaced)
         for layer, parts in self._layers.items():
-            for _, module in itertools.chain(*parts):
-                own = module.get_base_layer()._parameters.items()
+            for _, modules in filter(None, parts):
+                own = modules[0].get_base_layer()._parameters.items()
                 found |= {f"{layer}.{key}" for key, weight in own if weight is not None}
         return found
 
@@ -153,7 +154,7 @@ class Updates:
     def _merge(self, layer: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Name of each weight of a layer -> before and after."""
         parts = self._layers[layer]
-        merged = [_merged(part, self._base) if part else None for part in parts]
+        merged = [part and _merged(*part, self._base) for part in parts]
         before = next(filter(None, merged))[0]
         if self.plain:
             after = merged[0][1]  # type: ignore[index]
@@ -186,20 +187,19 @@ def seed_of(name: str) -> int:
 
 @torch.no_grad()
 def _merged(
-    wrapped: Wrapped, base: Callable[[str], torch.Tensor]
+    name: str, modules: list[Any], base: Callable[[str], torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Weights of one layer before and after its adapter."""
-    (name, module), *_ = wrapped
+    """Weights of one layer before and after its adapters."""
 
     def copied(weight: str) -> torch.Tensor:
         return base(weight).to(torch.float32, copy=True)  # merged in place, and mapped from a file
 
-    layer = module.get_base_layer()
+    layer = modules[0].get_base_layer()
     with holding(layer, name, copied), quiet_transformers():
         before = {key: w.detach().clone() for key, w in layer._parameters.items() if w is not None}
         try:
-            for _, part in wrapped:
-                part.merge(safe_merge=True)
+            for module in modules:
+                module.merge(safe_merge=True)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             diverged = "NaN" in str(error)
             raise ModelError(
@@ -209,8 +209,8 @@ def _merged(
                 else "PEFT merges no such layer: use the adapter as it is",
             ) from error
         after = {key: w.detach() for key, w in layer._parameters.items() if w is not None}
-    for _, part in wrapped:
-        part.merged_adapters = []
-        if hasattr(part, "_caches"):
-            part._caches.clear()
+    for module in modules:
+        module.merged_adapters = []
+        if hasattr(module, "_caches"):
+            module._caches.clear()
     return before, after

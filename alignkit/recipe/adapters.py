@@ -52,7 +52,8 @@ class LoraSpec(_Continued):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout on the adapter's input."""
     targets: str | tuple[str, ...] = "all-linear"
-    """`all-linear`, a list of module names such as `[q_proj, v_proj]`, or a regular expression."""
+    """`all-linear`, a list of module names such as `[q_proj, v_proj]`, or a regular expression.
+    Stacks of experts go by their names too, such as `experts.down_proj`."""
     init: Literal["default", "pissa", "pissa_niter_16", "olora", "loftq", "eva"] = "default"
     """Where A and B start: `default` at no update; `pissa` (https://arxiv.org/abs/2404.02948) and
     `olora` (https://arxiv.org/abs/2406.01775) with the base's own largest part, which a frozen half

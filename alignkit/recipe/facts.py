@@ -22,6 +22,8 @@ class ModelFacts:
         context: longest sequence the model was made for; 0 if it does not say.
         prefix: tokens of a trained prefix, which stand before every row.
         at_most: whether `trainable` is a bound, because the rows decide the adapter's ranks.
+        experts: weights in stacks of experts.
+        changed_experts: of these, in the stacks that an adapter changes.
     """
 
     architecture: str
@@ -36,6 +38,8 @@ class ModelFacts:
     context: int
     prefix: int = 0
     at_most: bool = False
+    experts: int = 0
+    changed_experts: int = 0
 
 
 @dataclass(frozen=True)

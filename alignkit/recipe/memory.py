@@ -113,12 +113,11 @@ def estimate_memory(
     activations = round(activations * (1.35 if on_cpu else 1.1))
     if recipe.stage not in ("sft", "ppo"):
         activations = round(activations * _BRANCHES)
+    # PEFT makes a changed copy of each stack and its gradient; copies stay for the backward pass.
+    copies = 1 if checkpointing else model.layers
+    activations += (copies + 1) * (model.changed_experts // model.layers) * wide
     workspace = _workspace_bytes(recipe, model, tokens, wide) + _KERNELS * on_cpu
-    merging = 0
-    if recipe.merge and adapted:
-        # Files of at most 5 GB, three at once, and both ends of the vocabulary in float32.
-        merging = 3 * min(_MERGED_FILE, model.parameters * wide) + _MERGE_ROOM
-        merging += 2 * 4 * model.vocabulary * model.hidden
+    merging = _merging_bytes(model, wide) if recipe.merge and adapted else 0
     second = 0
     if reference == "frozen_copy":  # stored as the policy's own base weights are
         second = _base_bytes(recipe, model, wide) if adapted else model.parameters * 4
@@ -150,8 +149,17 @@ def _kept_as_trained(recipe: Recipe, model: ModelFacts) -> int:
     return model.trainable * (2 if takes_from_base(recipe.adapter) else 1)
 
 
+def _merging_bytes(model: ModelFacts, wide: int) -> int:
+    """Files of at most 5 GB, three at once, and both ends of the vocabulary in float32."""
+    merging = 3 * min(_MERGED_FILE, model.parameters * wide) + _MERGE_ROOM
+    merging += 2 * 4 * model.vocabulary * model.hidden
+    if model.experts:  # the base and what was written are held whole
+        merging += 2 * model.parameters * wide
+    return merging
+
+
 def _base_bytes(recipe: Recipe, model: ModelFacts, wide: int) -> int:
-    """Bytes of the frozen base; embeddings and vocabulary head are never quantized."""
+    """Bytes of the frozen base; embeddings, vocabulary head and experts are never quantized."""
     kind = recipe.model.quantization
     if kind == "none":
         return model.parameters * wide
@@ -159,6 +167,8 @@ def _base_bytes(recipe: Recipe, model: ModelFacts, wide: int) -> int:
         2 * model.hidden * (model.attention_width + model.key_value_width)
         + 3 * model.hidden * model.intermediate
     )
+    if model.experts:
+        narrow = model.layers * 2 * model.hidden * (model.attention_width + model.key_value_width)
     narrow = min(narrow, model.parameters)
     return round(narrow * _QUANTIZED_BYTES[kind]) + (model.parameters - narrow) * wide
 

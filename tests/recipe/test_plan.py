@@ -171,6 +171,23 @@ def test_what_quantized_weights_take() -> None:
     assert weights["none"] - weights["nf4"] == pytest.approx(narrow * (2 - 0.516), rel=0.01)
 
 
+def test_what_stacks_of_experts_take() -> None:
+    def found(changed: int, **fields: Any) -> Any:
+        model = dataclasses.replace(MODEL, experts=60_000_000, changed_experts=changed)
+        return make_plan(recipe("sft", **fields), model, DATA, HARDWARE).memory
+
+    # Linear layers alone are quantized, q and o 512 × 512 each, k and v 256 × 512 each.
+    narrow = 12 * (2 * 512 * 512 + 2 * 256 * 512)
+    weights = [found(0, model={"base": "m", "quantization": q}).weights for q in ("none", "nf4")]
+    assert weights[0] - weights[1] == pytest.approx(narrow * (2 - 0.516), rel=0.01)
+    # A changed copy of each of twelve layers' in 2 bytes, and the gradient of one.
+    none, all_of_them = (found(n, model={"base": "m"}).activations for n in (0, 60_000_000))
+    assert all_of_them - none == 13 * 5_000_000 * 2
+    # Their files name weights otherwise, so a merge holds the base and what it wrote.
+    held = found(0, model={"base": "m"}).merging - plan("sft", model={"base": "m"}).memory.merging
+    assert held == 2 * MODEL.parameters * 2
+
+
 def test_what_the_optimizer_keeps() -> None:
     def state(kind: str, stage: str = "sft") -> int:
         return plan(stage, training={"optimizer": kind}).memory.training_state
