@@ -132,9 +132,8 @@ def _trainable(model: nn.Module, spec: AnyAdapter, scalar_head: bool) -> int:
     if isinstance(spec, LoraSpec) and spec.init != "default":
         if moves_ranks(spec):
             spec = with_ranks(model, spec, costliest_ranks(adapted_layers(model, spec), spec))
-        spec = spec.model_copy(
-            update={"init": "default"}
-        )  # what it adds to the rank is not trained
+        # What a start adds to the rank is not trained.
+        spec = spec.model_copy(update={"init": "default"})
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     trained = trainable_report(adapted_skeleton(model, spec)).trainable
     for module in model.modules():
