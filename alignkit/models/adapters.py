@@ -22,6 +22,7 @@ from alignkit.models.prefix import make_switchable, prefix_config, prefix_shape,
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.stacks import Adaptable, has_experts, shortened
 from alignkit.models.starts import HELD, start_factors, with_frozen_half
+from alignkit.models.streaming import stored_name
 from alignkit.models.targets import (
     adapted_layers,
     frozen_weights,
@@ -225,7 +226,7 @@ def _widths(module: Any) -> tuple[int, int]:
 
 def _own_name(name: str, module: Any) -> str:
     """Last part of a layer's name; of a parameter's, with that of the module that holds it."""
-    last = name.replace(".base_layer", "").rsplit(".", 1)[-1]
+    last = stored_name(name).rsplit(".", 1)[-1]
     parameter = getattr(module, "parameter_name", None)
     return f"{last}.{parameter}" if parameter else last
 

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from alignkit.errors import ModelError
+
 IDS = torch.arange(20, 80)[None]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -80,3 +82,12 @@ def test_tokens_are_added_where_files_name_the_head_otherwise(tmp_path: Path) ->
     train(make_recipe(tmp_path, base, model__add_tokens=["<tool>"], merge=True))
     merged = load_file(tmp_path / "run/merged/model.safetensors")
     assert merged["embed_out.weight"].shape == (rows + 1, 32)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_no_prefix_over_a_base_that_keeps_one_key_head(projection: bool, tmp_path: Path) -> None:
+    """Its configuration says four."""
+    base = make_base(tmp_path / "base", "Falcon")
+    adapter = {"kind": "prefix", "tokens": 4, "projection": projection}
+    with pytest.raises(ModelError, match="a 'falcon' model has 1 key heads of 8 numbers"):
+        train(make_recipe(tmp_path, base, adapter=adapter))
