@@ -60,8 +60,8 @@ class LoraSpec(_Continued):
     takes off again, so that the base stays the reference; `pissa_niter_16` finds it faster in large
     layers; `loftq` (https://arxiv.org/abs/2310.08659) with what quantization lost. Files of the
     first three have twice the rank, and weight decay leaves their factors alone. `eva` starts A at
-    the main directions of each layer's inputs over the run's rows, B at 0, and moves ranks between
-    layers (https://arxiv.org/abs/2410.07170)."""
+    the main directions of each layer's inputs over the run's rows, B at 0, and may move ranks
+    between layers (https://arxiv.org/abs/2410.07170)."""
     eva: EvaSpec | None = None
     """How `init: eva` finds its start."""
     rslora: bool = False

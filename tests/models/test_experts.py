@@ -238,6 +238,19 @@ def test_a_regular_expression_stays_in_its_layer() -> None:
     assert all(".layers.1." in name for name in trained)
 
 
+def refusals(family: str, spec: LoraSpec) -> list[ModelError]:
+    """What the plan says of an adapter, and what a run says."""
+    found = []
+    for use in (
+        lambda: measure_model(mixture(family).config, spec),
+        lambda: attach_adapter(mixture(family), spec, 0),
+    ):
+        with pytest.raises(ModelError) as raised:
+            use()
+        found.append(raised.value)
+    return found
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -255,14 +268,9 @@ def test_what_only_linear_layers_can_do(
     family: str, changes: dict[str, Any], sentence: str
 ) -> None:
     spec = LORA.model_copy(update=changes)
-    for use in (
-        lambda: measure_model(mixture(family).config, spec),
-        lambda: attach_adapter(mixture(family), spec, 0),
-    ):
-        with pytest.raises(ModelError) as raised:
-            use()
-        assert sentence in raised.value.message
-        assert "adapter.targets: [q_proj, k_proj, v_proj, o_proj]" in raised.value.hint
+    for error in refusals(family, spec):
+        assert sentence in error.message
+        assert "adapter.targets: [q_proj, k_proj, v_proj, o_proj]" in error.hint
     alone = spec.model_copy(update={"targets": ("q_proj", "k_proj", "v_proj", "o_proj")})
     assert measure_model(mixture(family).config, alone).trainable > 0
 
@@ -285,11 +293,6 @@ def test_targets_that_mean_nothing(
     family: str, changes: dict[str, Any], sentence: str, hint: str
 ) -> None:
     spec = LORA.model_copy(update=changes)
-    for use in (
-        lambda: measure_model(mixture(family).config, spec),
-        lambda: attach_adapter(mixture(family), spec, 0),
-    ):
-        with pytest.raises(ModelError) as raised:
-            use()
-        assert sentence in raised.value.message
-        assert hint in raised.value.hint
+    for error in refusals(family, spec):
+        assert sentence in error.message
+        assert hint in error.hint
