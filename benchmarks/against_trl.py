@@ -72,10 +72,10 @@ def recipe_text(args: argparse.Namespace, output: str) -> str:
 
 def run_alignkit(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     """Through the command's own function; the clock runs over the optimizer steps."""
-    from alignkit.recipe.load import load_recipe
+    from alignkit.recipe.reading.load import load_recipe
     from alignkit.runtime.metrics import read_metrics
-    from alignkit.stages.run import run_stage
-    from alignkit.stages.session import RunOptions
+    from alignkit.stages.registry import run_stage
+    from alignkit.stages.running.session import RunOptions
 
     recipe = folder / "recipe.yaml"
     recipe.write_text(recipe_text(args, str(folder / "run")))
@@ -91,8 +91,8 @@ def run_alignkit(args: argparse.Namespace, folder: Path) -> dict[str, object]:
 def run_trl(args: argparse.Namespace, folder: Path, track: str) -> dict[str, object]:
     """TRL's stock trainer on the ids, labels and order that alignkit trains on."""
     from alignkit.peers.trl import run_trl
-    from alignkit.recipe.load import load_recipe
-    from alignkit.stages.prepare import load_rows
+    from alignkit.recipe.reading.load import load_recipe
+    from alignkit.stages.inputs.rows import load_rows
 
     path = folder / "recipe.yaml"
     path.write_text(recipe_text(args, str(folder / "run")))

@@ -37,8 +37,8 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from alignkit.models.lora_linear import use_fast_lora
-from alignkit.models.quantized import multiply_dense
+from alignkit.models.kernels.lora import use_fast_lora
+from alignkit.models.kernels.quantized import multiply_dense
 from alignkit.runtime.devices import tune_processor
 
 READS = {

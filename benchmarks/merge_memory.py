@@ -24,7 +24,7 @@ def write_model(folder: Path, layers: int, file_size: str) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from alignkit.models.loading import find_base, load_tokenizer
+    from alignkit.models.base.loading import find_base, load_tokenizer
     from alignkit.models.quiet import quiet_transformers
 
     tokenizer = load_tokenizer(find_base("smollm2-135m-instruct"))
@@ -51,8 +51,8 @@ def write_model(folder: Path, layers: int, file_size: str) -> None:
 
 def child(folder: Path, work: bool) -> None:
     """Merge, or only import what a merge imports, and print the peak."""
-    from alignkit.models.loading import BaseModel
-    from alignkit.models.merging import merge_adapter
+    from alignkit.models.base.loading import BaseModel
+    from alignkit.models.merging.merge import merge_adapter
 
     report, start = None, time.perf_counter()
     if work:

@@ -70,7 +70,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Prompts as text and token ids, the padding token, and a reward model if none is given."""
     from transformers import AutoTokenizer
 
-    from alignkit.models.classifier import choose_padding
+    from alignkit.models.rewards.classifier import choose_padding
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     padding = choose_padding(tokenizer, [tokenizer.eos_token_id])
@@ -103,7 +103,7 @@ def new_reward_model(model: str, tokenizer: Any, pad: int, output: Path, seed: i
     """Write a classifier with a fresh head, whose scores cost what others cost."""
     from transformers import AutoModelForSequenceClassification
 
-    from alignkit.models.reward_head import new_head
+    from alignkit.models.rewards.head import new_head
 
     classifier = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
     classifier.score.weight.data.copy_(new_head(classifier, seed).weight)

@@ -153,9 +153,9 @@ if __name__ == "__main__":
     # No pass forward or backward here: autograd's threads would not survive the fork.
 
     import alignkit.generation.answers
-    import alignkit.stages.evaluate
-    import alignkit.stages.merge
-    import alignkit.stages.run  # noqa: F401
+    import alignkit.jobs.evaluate
+    import alignkit.jobs.merge
+    import alignkit.stages.registry  # noqa: F401
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the children and for pytest
     serve(sys.stdin, channel)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from alignkit.recipe.load import load_recipe
+from alignkit.recipe.reading.load import load_recipe
 from alignkit.runtime.metrics import read_metrics
-from alignkit.stages.outputs import RunSummary
-from alignkit.stages.run import run_stage
-from alignkit.stages.session import RunOptions
+from alignkit.stages.registry import run_stage
+from alignkit.stages.running.finish import RunSummary
+from alignkit.stages.running.session import RunOptions
 
 KILL_AFTER = """
 import os, signal

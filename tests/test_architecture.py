@@ -91,7 +91,7 @@ def import_faults(tree: ast.Module, name: str, room: str) -> Iterator[str]:
                 yield f"line {node.lineno}: imports {module} inside a function"
         if (
             isinstance(node, ast.ImportFrom)
-            and node.module == "alignkit.recipe.schema"
+            and node.module == "alignkit.recipe.stages.schema"
             and room not in WHOLE_RECIPE
             and any(alias.name.endswith("Recipe") for alias in node.names)
         ):
@@ -153,7 +153,11 @@ from __future__ import annotations
 '''
 
 BAD = {
-    "upward import": ("data/rows.py", "from alignkit.stages.sft import run_sft\n", "import stages"),
+    "upward import": (
+        "data/rows.py",
+        "from alignkit.stages.supervised.sft import run_sft\n",
+        "import stages",
+    ),
     "sideways import": ("models/a.py", "import alignkit.data.packing\n", "import data"),
     "import of a room by name": ("runtime/a.py", "from alignkit import models\n", "import models"),
     "runtime sees generation": ("runtime/a.py", "import alignkit.generation.sampling\n", "generat"),
@@ -175,7 +179,7 @@ BAD = {
     "relative import": ("data/a.py", "from . import rows\n", "must not import relative_imports"),
     "whole recipe": (
         "runtime/a.py",
-        "from alignkit.recipe.schema import SftRecipe\n",
+        "from alignkit.recipe.stages.schema import SftRecipe\n",
         "must not see a whole Recipe",
     ),
     "utils": ("data/utils.py", "", "in the room whose noun it serves"),
@@ -206,10 +210,10 @@ def test_the_checker_catches(case: str, tmp_path: Path) -> None:
 
 def test_the_checker_lets_good_code_pass(tmp_path: Path) -> None:
     code = {
-        "cli/a.py": "def run():\n    '''Run.'''\n    import torch, alignkit.stages.sft\n",
+        "cli/a.py": "def run():\n    '''Run.'''\n    import torch, alignkit.stages.supervised.sft\n",
         "data/sources.py": "def _read():\n    import datasets\n    import pyarrow.parquet\n",
         "objectives/kl.py": "import math\nimport torch\n",
-        "stages/sft.py": "import alignkit.models.scorer\nimport alignkit.data.packing\n",
+        "stages/supervised/sft.py": "import alignkit.models.scoring.scorer\nimport alignkit.data.packing\n",
     }
     for name, text in code.items():
         path = tmp_path / "alignkit" / name
@@ -233,7 +237,7 @@ SHOW_HEAVY = (
         "try: m.main()\nexcept SystemExit: pass",
         "import sys, alignkit.cli.main as m\nsys.argv = ['alignkit', 'sft', '--help']\n"
         "try: m.main()\nexcept SystemExit: pass",
-        "import alignkit.recipe.load, alignkit.recipe.plan, alignkit.packed",
+        "import alignkit.recipe.reading.load, alignkit.recipe.planning.plan, alignkit.packed",
     ],
     ids=["import", "help", "sft-help", "recipe"],
 )

@@ -28,7 +28,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from alignkit.models.adapters import attach_adapter
+from alignkit.models.adapters.attach import attach_adapter
 from alignkit.recipe.adapters import LoraSpec
 from alignkit.recipe.assets import assets_root
 

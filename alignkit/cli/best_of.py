@@ -67,7 +67,7 @@ def answer_best(
         dtype: of both models.
         base: of an adapter that names another.
     """
-    from alignkit.stages.candidates import (
+    from alignkit.jobs.candidates import (
         SampleSettings,
         best_of,
         judge_answers,

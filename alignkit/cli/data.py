@@ -46,8 +46,8 @@ def label(
     as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
 ) -> None:
     """Let a model answer prompts and a reward model make preference pairs of the answers."""
-    from alignkit.recipe.document import Document
     from alignkit.recipe.label import resolve_label
+    from alignkit.recipe.reading.document import Document
 
     source = {"path": prompts} if take is None else {"path": prompts, "take": take}
     values: dict[str, Any] = {
@@ -65,7 +65,7 @@ def label(
     spec = resolve_label(Document(values, {}, "command line", ()))
     # The rows name the models as they were given.
     spec = spec.model_copy(update={"model": model, "reward": reward})
-    from alignkit.stages.label import label_prompts
+    from alignkit.jobs.label import label_prompts
 
     summary = label_prompts(spec, output, say, base=base, overwrite=overwrite)
     if as_json:

@@ -37,7 +37,7 @@ def gguf(
     as_json: JsonOption = False,
 ) -> None:
     """Write one GGUF file, read back and compared, and a Modelfile: for llama.cpp and Ollama."""
-    from alignkit.stages.export import gguf_of
+    from alignkit.jobs.export import gguf_of
 
     _show(gguf_of(model, output=output, kind=kind, overwrite=overwrite), as_json)
 
@@ -53,7 +53,7 @@ def bnb(
     as_json: JsonOption = False,
 ) -> None:
     """Write a model folder quantized by bitsandbytes, read back and compared."""
-    from alignkit.stages.export import quantized_of
+    from alignkit.jobs.export import quantized_of
 
     _show(quantized_of(model, output=output, bits=bits, overwrite=overwrite), as_json)
 

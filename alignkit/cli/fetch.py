@@ -18,7 +18,7 @@ def fetch(
     again: Annotated[bool, typer.Option("--again", help="Fetch it even if it is here.")] = False,
 ) -> None:
     """Download a known model, check its hash and convert it to safetensors."""
-    from alignkit.models.registry import KNOWN_MODELS, fetch_model
+    from alignkit.models.base.known import KNOWN_MODELS, fetch_model
 
     if name is None:
         for model in KNOWN_MODELS.values():
@@ -35,7 +35,7 @@ def fetch(
     from pathlib import Path
 
     def convert(gguf: Path, folder: Path) -> None:
-        from alignkit.models.gguf_base import convert_gguf
+        from alignkit.models.base.gguf import convert_gguf
 
         convert_gguf(gguf, folder)
 

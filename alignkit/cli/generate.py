@@ -84,7 +84,7 @@ def generate(
 
 def open_for_inference(name: str, dtype: str, base: str | None = None) -> Any:
     """The model on this machine's device; see `open_language_model`."""
-    from alignkit.models.loading import DTYPES
+    from alignkit.models.base.loading import DTYPES
     from alignkit.models.opening import open_language_model
     from alignkit.runtime.devices import find_device
 
@@ -93,7 +93,7 @@ def open_for_inference(name: str, dtype: str, base: str | None = None) -> Any:
 
 
 def _check_dtype(dtype: str) -> None:
-    from alignkit.models.loading import DTYPES
+    from alignkit.models.base.loading import DTYPES
 
     if dtype not in DTYPES:
         raise AlignkitError(f"--dtype cannot be {dtype!r}", hint=f"one of {', '.join(DTYPES)}")

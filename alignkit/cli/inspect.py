@@ -19,11 +19,11 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print ids and labels as JSON.")] = False,
 ) -> None:
     """Show rows as the model will read them, and what happened to the others."""
-    from alignkit.recipe.load import load_recipe
+    from alignkit.recipe.reading.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     from alignkit.errors import DataError
-    from alignkit.stages.prepare import load_prompt_rows, load_rows
+    from alignkit.stages.inputs.rows import load_prompt_rows, load_rows
 
     read = load_prompt_rows if loaded.recipe.stage == "ppo" else load_rows
     found = read(loaded.recipe)

@@ -62,7 +62,7 @@ def merge_lora(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Merge adapters into their base, and check the result against base + adapter."""
-    from alignkit.stages.merge import MergeOptions, merge_run
+    from alignkit.jobs.merge import MergeOptions, merge_run
 
     options = MergeOptions(
         base=base,

@@ -17,11 +17,11 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Show steps, tokens, trained weights, memory and warnings of a recipe."""
-    from alignkit.recipe.load import load_recipe
+    from alignkit.recipe.reading.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from alignkit.stages.run import plan_stage
-    from alignkit.stages.session import describe_rows
+    from alignkit.stages.registry import plan_stage
+    from alignkit.stages.running.session import describe_rows
 
     rows, made = plan_stage(loaded.recipe, processes)
     if as_json:

@@ -26,7 +26,7 @@ def list_recipes(
 ) -> None:
     """Shipped recipes and pipelines with their first comment line."""
     from alignkit.recipe.assets import assets_root
-    from alignkit.recipe.load import shipped_pipelines, shipped_recipes
+    from alignkit.recipe.reading.load import shipped_pipelines, shipped_recipes
 
     root = assets_root() / "recipes"
     pipelines = shipped_pipelines()
@@ -49,7 +49,7 @@ def copy_recipe(
     target: Annotated[Path | None, typer.Argument(help="File to write.")] = None,
 ) -> None:
     """Copy a shipped recipe, to edit it."""
-    from alignkit.recipe.load import find_recipe
+    from alignkit.recipe.reading.load import find_recipe
 
     source = find_recipe(name)
     path = target or Path(source.name)
@@ -70,7 +70,7 @@ def explain(
     ] = None,
 ) -> None:
     """What every key of a recipe means, with its default."""
-    from alignkit.recipe.schema import STAGES
+    from alignkit.recipe.stages.schema import STAGES
 
     if stage is not None and stage not in STAGES:
         raise AlignkitError(f"there is no stage {stage!r}", hint=f"stages: {', '.join(STAGES)}")
@@ -98,7 +98,7 @@ def schema(
     stage: Annotated[str, typer.Option(help="Stage of the recipe.")] = "sft",
 ) -> None:
     """The JSON schema of a recipe, for editors."""
-    from alignkit.recipe.schema import STAGES
+    from alignkit.recipe.stages.schema import STAGES
 
     if stage not in STAGES:
         raise AlignkitError(f"there is no stage {stage!r}", hint=f"stages: {', '.join(STAGES)}")
@@ -121,7 +121,7 @@ def _without_kinds(name: str) -> str:
 def _explanations(
     model: type[BaseModel], parent: str
 ) -> typing.Iterator[tuple[str, tuple[str, str, str]]]:
-    from alignkit.recipe.problems import choice_of, sections_of
+    from alignkit.recipe.reading.problems import choice_of, sections_of
 
     for name, field in model.model_fields.items():
         path = f"{parent}.{name}" if parent else name

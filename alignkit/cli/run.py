@@ -44,8 +44,8 @@ def run(
         raise AlignkitError(
             "a pipeline runs in one process", hint="train its stages one by one with --processes"
         )
-    from alignkit.stages.pipeline import PipelineRun
-    from alignkit.stages.session import RunOptions
+    from alignkit.pipelines.running import PipelineRun
+    from alignkit.stages.running.session import RunOptions
 
     line = shlex.join(["alignkit", *sys.argv[1:]])
     running = PipelineRun(loaded, RunOptions(overwrite=overwrite, quiet=quiet, command=line))

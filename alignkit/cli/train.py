@@ -49,13 +49,13 @@ def train_command(stage: str) -> Callable[..., None]:
         quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
     ) -> None:
-        from alignkit.recipe.load import load_recipe
+        from alignkit.recipe.reading.load import load_recipe
 
         loaded = load_recipe(recipe, overrides, stage=stage)
         if processes > 1 and not is_worker():
             raise typer.Exit(launch_processes(processes))
-        from alignkit.stages.run import run_stage
-        from alignkit.stages.session import RunOptions
+        from alignkit.stages.registry import run_stage
+        from alignkit.stages.running.session import RunOptions
 
         line = shlex.join(["alignkit", *sys.argv[1:]])
         summary = run_stage(loaded.recipe, RunOptions(resume, overwrite, quiet, line))

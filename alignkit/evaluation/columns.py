@@ -12,7 +12,7 @@ from torch import nn
 
 from alignkit.data.documents import Document
 from alignkit.data.packing import split_documents
-from alignkit.models.scorer import evaluating
+from alignkit.models.scoring.scorer import evaluating
 
 _BLOCK = 512
 """Documents that are packed together."""

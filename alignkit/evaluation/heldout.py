@@ -12,7 +12,7 @@ from torch import nn
 from alignkit.data.documents import Document
 from alignkit.data.packing import pack_documents
 from alignkit.evaluation.columns import WHOLE, Share, score_documents
-from alignkit.models.scorer import sum_by_sequence
+from alignkit.models.scoring.scorer import sum_by_sequence
 from alignkit.objectives.cross_entropy import cross_entropy_loss
 
 

@@ -10,8 +10,8 @@ from transformers import TextStreamer
 
 from alignkit.errors import AlignkitError
 from alignkit.generation.sampling import SamplingSettings
+from alignkit.models.adapters.prefix import has_window, prefix_length
 from alignkit.models.opening import OpenModel
-from alignkit.models.prefix import has_window, prefix_length
 from alignkit.models.quiet import quiet_transformers
 
 Turns = list[dict[str, str]]

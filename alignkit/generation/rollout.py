@@ -16,17 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from alignkit.models.cached_attention import (
+from alignkit.models.adapters.prefix import has_window
+from alignkit.models.attention.cached import (
     cached_forward,
     fill_cache,
     keep_rows,
     new_cache,
     round_up,
 )
-from alignkit.models.lora_linear import fixed_factors
-from alignkit.models.precision import compute_context
-from alignkit.models.prefix import has_window
-from alignkit.models.vocab_head import logit_transform, next_logits
+from alignkit.models.kernels.lora import fixed_factors
+from alignkit.models.kernels.precision import compute_context
+from alignkit.models.kernels.vocab_head import logit_transform, next_logits
 from alignkit.packed import IntArray
 
 COMPACT = 0.75

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from alignkit.errors import ModelError
-from alignkit.models.adapter_files import (
+from alignkit.models.adapters.files import (
     has_head,
     load_adapter,
     read_adapter_config,
     require_base,
     trained_over,
 )
-from alignkit.models.fitness import is_classifier, require_language_model
-from alignkit.models.loading import BaseModel, find_base, load_model, load_tokenizer
-from alignkit.models.reward_head import read_head
+from alignkit.models.base.fitness import is_classifier, require_language_model
+from alignkit.models.base.loading import BaseModel, find_base, load_model, load_tokenizer
+from alignkit.models.rewards.head import read_head
 
 
 @dataclass(frozen=True)

@@ -41,15 +41,15 @@ from alignkit.data.dataset import TokenDataset
 from alignkit.data.documents import Document
 from alignkit.data.packing import step_items
 from alignkit.errors import AlignkitError
-from alignkit.models.adapters import attach_adapter, peft_config
-from alignkit.models.classifier_chat import choose_padding
-from alignkit.models.facts import build_skeleton
+from alignkit.models.adapters.attach import attach_adapter, peft_config
+from alignkit.models.adapters.sizes import build_skeleton
+from alignkit.models.base.loading import BaseModel, load_config, load_model
 from alignkit.models.heap import release_memory
-from alignkit.models.loading import BaseModel, load_config, load_model
 from alignkit.models.quiet import quiet_transformers
-from alignkit.models.reward_head import new_head
+from alignkit.models.rewards.chat import choose_padding
+from alignkit.models.rewards.head import new_head
 from alignkit.recipe.adapters import FullSpec, b_rate, continues, is_mergeable
-from alignkit.recipe.schema import Recipe
+from alignkit.recipe.stages.schema import Recipe
 
 DPO_LOSSES = {
     "dpo": "sigmoid",

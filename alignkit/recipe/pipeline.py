@@ -14,7 +14,8 @@ from typing import Any
 
 from alignkit.errors import AlignkitError, RecipeError
 from alignkit.recipe.adapters import is_mergeable
-from alignkit.recipe.document import (
+from alignkit.recipe.label import LABEL, LabelSpec, resolve_label
+from alignkit.recipe.reading.document import (
     Document,
     KeyPath,
     apply_overrides,
@@ -24,10 +25,9 @@ from alignkit.recipe.document import (
     show_file,
     show_path,
 )
-from alignkit.recipe.label import LABEL, LabelSpec, resolve_label
-from alignkit.recipe.load import find_recipe, resolve_recipe
-from alignkit.recipe.references import STAGE_NAME, anchor_files, replace_references
-from alignkit.recipe.schema import BaseRecipe
+from alignkit.recipe.reading.load import find_recipe, resolve_recipe
+from alignkit.recipe.reading.references import STAGE_NAME, anchor_files, replace_references
+from alignkit.recipe.stages.schema import BaseRecipe
 
 Reader = Callable[[Document, Collection[KeyPath]], Any]
 
@@ -39,7 +39,7 @@ READERS: dict[str, Reader] = {
 }
 """Kind of stage -> what checks its mapping and makes its settings of it; the keys given with it
 name files that an earlier stage will make. A stage with another kind's name as its only key, as in
-`label: {...}`, is of that kind; `alignkit.stages.pipeline_steps.RUNNERS` runs it."""
+`label: {...}`, is of that kind; `alignkit.pipelines.steps.RUNNERS` runs it."""
 
 
 @dataclass(frozen=True)

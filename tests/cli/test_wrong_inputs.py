@@ -13,8 +13,8 @@ from commandline import CommandLine, Done
 from running import make_labelled, make_pairs, make_recipe, make_rows, write_rows
 from tiny import tiny_model
 
-from alignkit.models.adapter_files import save_adapter
-from alignkit.models.adapters import attach_adapter
+from alignkit.models.adapters.attach import attach_adapter
+from alignkit.models.adapters.files import save_adapter
 from alignkit.recipe.adapters import LoraSpec
 
 
@@ -496,7 +496,7 @@ def test_a_bug_exits_with_1_and_its_traceback(
 ) -> None:
     recipe = make_recipe(folder, tiny_base)
     spoil = """
-import alignkit.stages.run as run
+import alignkit.stages.registry as run
 def broken(recipe):
     raise AssertionError("never so")
 run.load_rows = broken

@@ -23,7 +23,7 @@ from alignkit.data.report import DataReport
 from alignkit.errors import DataError, ModelError
 from alignkit.recipe.assets import assets_root
 from alignkit.recipe.rows import SourceSpec
-from alignkit.stages.session import describe_rows
+from alignkit.stages.running.session import describe_rows
 
 FORMATS = assets_root() / "data_templates" / "formats"
 PLAIN = "plain text: the model's chat template is not used"

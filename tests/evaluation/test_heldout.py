@@ -22,8 +22,8 @@ from torch import nn
 from alignkit.data.documents import Document
 from alignkit.evaluation.columns import WHOLE, Share, score_documents
 from alignkit.evaluation.heldout import evaluate_heldout, say_heldout
-from alignkit.models.scorer import TokenScorer
-from alignkit.models.vocab_head import TokenScores
+from alignkit.models.kernels.vocab_head import TokenScores
+from alignkit.models.scoring.scorer import TokenScorer
 
 VOCABULARY = 600
 SHAPES: tuple[Shape, ...] = ((0, (21,)), (5, (9,)), (0, (33,)), (11, (4,)), (0, (7,)))

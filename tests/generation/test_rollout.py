@@ -23,8 +23,8 @@ from alignkit.generation.rollout import (
     TransformersEngine,
     draw_tokens,
 )
-from alignkit.models.cached_attention import new_cache
-from alignkit.models.scorer import TokenScorer, causal_model
+from alignkit.models.attention.cached import new_cache
+from alignkit.models.scoring.scorer import TokenScorer, causal_model
 
 FAMILIES = ["llama", "qwen2", "mistral", "gemma2", "gemma3"]  # the last three with a window of 8
 LENGTHS = [5, 1, 19, 12, 2, 12]

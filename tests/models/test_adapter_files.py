@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model
 
 from alignkit.errors import ModelError
-from alignkit.models.adapter_files import (
+from alignkit.models.adapters.files import (
     TRAINED_OVER,
     WEIGHTS,
     TrainedOver,
@@ -27,9 +27,9 @@ from alignkit.models.adapter_files import (
     require_base,
     trained_over,
 )
-from alignkit.models.adapter_kinds import peft_kind, require_mergeable
-from alignkit.models.identity import weights_fingerprint
-from alignkit.models.loading import BaseModel
+from alignkit.models.base.adapter_kinds import peft_kind, require_mergeable
+from alignkit.models.base.identity import weights_fingerprint
+from alignkit.models.base.loading import BaseModel
 
 Tensors = dict[str, torch.Tensor]
 

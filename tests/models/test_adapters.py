@@ -17,18 +17,18 @@ from tiny import MODELS, plain_lora, save_tiny, tiny_model, trained_model
 from transformers import AutoModelForSequenceClassification
 
 from alignkit.errors import ModelError
-from alignkit.models.adapter_files import (
+from alignkit.models.adapters.attach import adapters_off, attach_adapter, trainable_report
+from alignkit.models.adapters.files import (
     HEAD_KEY,
     has_head,
     load_adapter,
     read_adapter_config,
     save_adapter,
 )
-from alignkit.models.adapters import adapters_off, attach_adapter, trainable_report
-from alignkit.models.facts import build_skeleton, measure_model
-from alignkit.models.reward_head import new_head, read_head
-from alignkit.models.scorer import PaddedScorer, TokenScorer, causal_model
-from alignkit.models.targets import linear_names
+from alignkit.models.adapters.sizes import build_skeleton, measure_model
+from alignkit.models.adapters.targets import linear_names
+from alignkit.models.rewards.head import new_head, read_head
+from alignkit.models.scoring.scorer import PaddedScorer, TokenScorer, causal_model
 from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec
 
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

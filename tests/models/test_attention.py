@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from alignkit.models import attention, attention_blocks, cpu_attention
-from alignkit.models.attention import packed_attention, plain_attention, segment_mask
+from alignkit.models.attention import blocks as attention_blocks
+from alignkit.models.attention import packed as attention
+from alignkit.models.attention import processor as cpu_attention
+from alignkit.models.attention.packed import packed_attention, plain_attention, segment_mask
 from alignkit.packed import Segment
 
 # A row of 9, a prompt of 5 with branches of 4 and 7, a row of 1.

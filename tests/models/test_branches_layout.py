@@ -20,8 +20,8 @@ from torch import nn
 
 from alignkit.data.documents import Branch, Document
 from alignkit.data.packing import pack_documents
-from alignkit.models.reward_head import freeze_unused_head, new_head
-from alignkit.models.scorer import (
+from alignkit.models.rewards.head import freeze_unused_head, new_head
+from alignkit.models.scoring.scorer import (
     ROUNDING,
     PaddedScorer,
     TokenScorer,

@@ -27,14 +27,15 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from alignkit.errors import ModelError
-from alignkit.models import classifier, shards
-from alignkit.models.adapter_files import save_adapter
-from alignkit.models.adapters import attach_adapter
-from alignkit.models.classifier import ClassifierReport, merge_reward, write_reward
-from alignkit.models.classifier_chat import choose_padding, end_at_turn, missing_end
-from alignkit.models.loading import BaseModel
-from alignkit.models.reward_head import RewardStatistics, new_head, read_head, read_statistics
-from alignkit.models.scorer import causal_model
+from alignkit.models.adapters.attach import attach_adapter
+from alignkit.models.adapters.files import save_adapter
+from alignkit.models.base.loading import BaseModel
+from alignkit.models.rewards import classifier
+from alignkit.models.rewards.chat import choose_padding, end_at_turn, missing_end
+from alignkit.models.rewards.classifier import ClassifierReport, merge_reward, write_reward
+from alignkit.models.rewards.head import RewardStatistics, new_head, read_head, read_statistics
+from alignkit.models.scoring.scorer import causal_model
+from alignkit.models.weights import shards
 from alignkit.recipe.adapters import LoraSpec
 from alignkit.recipe.assets import assets_root
 

@@ -12,8 +12,9 @@ from tiny import MODELS, tiny_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from alignkit.models import cpu_blocks, cpu_norm
-from alignkit.models.cpu_norm import rms_norm, use_cpu_norms
+from alignkit.models.kernels import blocks as cpu_blocks
+from alignkit.models.kernels import norms as cpu_norm
+from alignkit.models.kernels.norms import rms_norm, use_cpu_norms
 
 HIDDEN, EPSILON = 40, 1e-5
 SHAPES = [(1, 1, HIDDEN), (1, 23, HIDDEN), (2, 5, 3, HIDDEN)]

@@ -13,8 +13,9 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
 
-from alignkit.models import cpu_blocks, cpu_rotary
-from alignkit.models.cpu_rotary import rotate, use_cpu_rotation
+from alignkit.models.kernels import blocks as cpu_blocks
+from alignkit.models.kernels import rotary as cpu_rotary
+from alignkit.models.kernels.rotary import rotate, use_cpu_rotation
 
 HEADS, KEYS, TOKENS, WIDTH = 6, 2, 23, 16
 Turned = tuple[torch.Tensor, torch.Tensor]

@@ -18,12 +18,12 @@ from torch import nn
 from alignkit.data.documents import Document
 from alignkit.data.packing import pack_documents
 from alignkit.errors import ModelError
-from alignkit.models.adapters import adapters_off, attach_adapter, trainable_report
-from alignkit.models.eva import EvaStart, find_start
-from alignkit.models.facts import measure_model
-from alignkit.models.ranks import costliest_ranks, largest_ranks, shared_ranks, with_ranks
-from alignkit.models.scorer import PaddedScorer, Scorer, TokenScorer
-from alignkit.models.targets import adapted_layers, layer_ranks
+from alignkit.models.adapters.attach import adapters_off, attach_adapter, trainable_report
+from alignkit.models.adapters.eva import EvaStart, find_start
+from alignkit.models.adapters.ranks import costliest_ranks, largest_ranks, shared_ranks, with_ranks
+from alignkit.models.adapters.sizes import measure_model
+from alignkit.models.adapters.targets import adapted_layers, layer_ranks
+from alignkit.models.scoring.scorer import PaddedScorer, Scorer, TokenScorer
 from alignkit.packed import PackedBatch
 from alignkit.recipe.adapters import EvaSpec, LoraSpec, eva_of
 

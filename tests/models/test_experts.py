@@ -14,12 +14,12 @@ from test_merging import adapted, logits, merge
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from alignkit.errors import ModelError
-from alignkit.models.adapter_files import save_adapter
-from alignkit.models.adapters import adapters_off, attach_adapter, trainable_report
-from alignkit.models.facts import measure_model
-from alignkit.models.streaming import stored_name
-from alignkit.models.targets import adapted_layers
-from alignkit.models.updates import AdapterPart, Blend
+from alignkit.models.adapters.attach import adapters_off, attach_adapter, trainable_report
+from alignkit.models.adapters.files import save_adapter
+from alignkit.models.adapters.sizes import measure_model
+from alignkit.models.adapters.targets import adapted_layers
+from alignkit.models.merging.updates import AdapterPart, Blend
+from alignkit.models.weights.streaming import stored_name
 from alignkit.recipe.adapters import EvaSpec, FullSpec, Ia3Spec, LoraSpec, PrefixSpec
 
 FAMILIES = ["Mixtral", "Qwen3Moe", "Qwen2Moe", "GptOss"]

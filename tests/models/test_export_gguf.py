@@ -24,12 +24,12 @@ from transformers import (
 )
 
 from alignkit.errors import ModelError
-from alignkit.models import export_gguf as exporting
-from alignkit.models import gguf_check, gguf_files, gguf_names
-from alignkit.models.export_gguf import GgufReport, export_gguf
-from alignkit.models.gguf_settings import settings_of
-from alignkit.models.gguf_tokens import tokenizer_from, vocabulary_of
-from alignkit.models.loading import BaseModel
+from alignkit.models.base.loading import BaseModel
+from alignkit.models.export import gguf as exporting
+from alignkit.models.export import gguf_check, gguf_files, gguf_names
+from alignkit.models.export.gguf import GgufReport, export_gguf
+from alignkit.models.export.gguf_settings import settings_of
+from alignkit.models.export.gguf_tokens import tokenizer_from, vocabulary_of
 
 TEXTS = [
     "It's 12345 o'clock, they'll come.  Two  spaces,\ttabs\n\n\nand lines\r\n",

@@ -15,10 +15,10 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit.errors import ModelError
-from alignkit.models import export_quantized as exporting
-from alignkit.models.export_quantized import QuantizedReport, export_quantized
-from alignkit.models.loading import BaseModel
-from alignkit.models.quantized import multiply_dense
+from alignkit.models.base.loading import BaseModel
+from alignkit.models.export import bitsandbytes as exporting
+from alignkit.models.export.bitsandbytes import QuantizedReport, export_quantized
+from alignkit.models.kernels.quantized import multiply_dense
 
 ROWS = [np.random.default_rng(n).integers(0, 600, 40) for n in range(4)]
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -17,10 +17,10 @@ from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from alignkit.errors import AlignkitError, ModelError
-from alignkit.models.adapter_files import TRAINED_OVER, TrainedOver
-from alignkit.models.updates import AdapterPart, Blend
-from alignkit.recipe.load import load_recipe
-from alignkit.stages.merge import MergeOptions, merge_run
+from alignkit.jobs.merge import MergeOptions, merge_run
+from alignkit.models.adapters.files import TRAINED_OVER, TrainedOver
+from alignkit.models.merging.updates import AdapterPart, Blend
+from alignkit.recipe.reading.load import load_recipe
 
 
 def write(folder: Path, model: Any, **options: Any) -> Any:

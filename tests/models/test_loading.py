@@ -14,12 +14,12 @@ from tiny import MODELS, save_tiny, tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from alignkit.errors import ModelError
-from alignkit.models import identity
-from alignkit.models.adapter_files import save_adapter
-from alignkit.models.adapters import attach_adapter
-from alignkit.models.fitness import require_language_model
-from alignkit.models.identity import weights_fingerprint
-from alignkit.models.loading import (
+from alignkit.models.adapters.attach import attach_adapter
+from alignkit.models.adapters.files import save_adapter
+from alignkit.models.base import identity
+from alignkit.models.base.fitness import require_language_model
+from alignkit.models.base.identity import weights_fingerprint
+from alignkit.models.base.loading import (
     BaseModel,
     find_base,
     load_config,

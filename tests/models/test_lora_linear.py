@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from torch import nn
 
-from alignkit.models import lora_linear
-from alignkit.models.adapter_files import save_adapter
-from alignkit.models.adapters import attach_adapter
-from alignkit.models.lora_linear import fixed_factors, use_fast_lora
+from alignkit.models.adapters.attach import attach_adapter
+from alignkit.models.adapters.files import save_adapter
+from alignkit.models.kernels import lora as lora_linear
+from alignkit.models.kernels.lora import fixed_factors, use_fast_lora
 from alignkit.recipe.adapters import LoraSpec
 
 

@@ -16,11 +16,13 @@ from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit.errors import ModelError
-from alignkit.models import merge_report, merged_weights, shards, writing
-from alignkit.models.comparing import CHECK_TOKENS, take_samples
-from alignkit.models.loading import BaseModel
-from alignkit.models.merge_report import MergeReport
-from alignkit.models.merging import merge_adapter, write_dense
+from alignkit.models.base.loading import BaseModel
+from alignkit.models.merging import dense as merged_weights
+from alignkit.models.merging import report as merge_report
+from alignkit.models.merging.merge import merge_adapter, write_dense
+from alignkit.models.merging.report import MergeReport
+from alignkit.models.weights import shards, writing
+from alignkit.models.weights.comparing import CHECK_TOKENS, take_samples
 
 ROWS = [np.random.default_rng(n).integers(0, 600, 40) for n in range(4)]
 QUESTION = torch.arange(100, 112)[None]

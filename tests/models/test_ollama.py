@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny import END_OF_TURN, TOKENIZERS, tiny_tokenizer
 
-from alignkit.models.ollama import recognise, write_modelfile
+from alignkit.models.export.ollama import recognise, write_modelfile
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASK = {"role": "user", "content": "Name a colour.\nOne word."}

@@ -18,14 +18,9 @@ from alignkit.errors import ModelError
 from alignkit.generation.answers import generate_answers
 from alignkit.generation.rollout import RolloutSettings, TransformersEngine
 from alignkit.generation.sampling import SamplingSettings
-from alignkit.models import prefix
-from alignkit.models.adapter_files import load_adapter, put_weights, read_weights, save_adapter
-from alignkit.models.adapters import adapters_off, attach_adapter, trainable_report
-from alignkit.models.attention import packed_attention
-from alignkit.models.facts import measure_model
-from alignkit.models.loading import BaseModel
-from alignkit.models.opening import open_model
-from alignkit.models.prefix import (
+from alignkit.models.adapters.attach import adapters_off, attach_adapter, prefix, trainable_report
+from alignkit.models.adapters.files import load_adapter, put_weights, read_weights, save_adapter
+from alignkit.models.adapters.prefix import (
     STATES,
     prefix_length,
     prefix_states,
@@ -34,9 +29,13 @@ from alignkit.models.prefix import (
     start_words,
     text_states,
 )
-from alignkit.models.prefix_rows import longer_segments
-from alignkit.models.scorer import PaddedScorer, TokenScorer, sequence_rows
-from alignkit.models.selfcheck import packed_fault, probe_batch
+from alignkit.models.adapters.sizes import measure_model
+from alignkit.models.attention.packed import packed_attention
+from alignkit.models.attention.prefix_rows import longer_segments
+from alignkit.models.base.loading import BaseModel
+from alignkit.models.opening import open_model
+from alignkit.models.scoring.scorer import PaddedScorer, TokenScorer, sequence_rows
+from alignkit.models.scoring.selfcheck import packed_fault, probe_batch
 from alignkit.packed import Segment
 from alignkit.recipe.adapters import LoraSpec, PrefixSpec
 
@@ -127,8 +126,8 @@ def test_segments_with_room() -> None:
 
 
 def test_without_a_prefix_attention_is_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alignkit.models.attention.put_before", None)
-    monkeypatch.setattr("alignkit.models.attention.longer_segments", None)
+    monkeypatch.setattr("alignkit.models.attention.packed.put_before", None)
+    monkeypatch.setattr("alignkit.models.attention.packed.longer_segments", None)
     model = attach_adapter(tiny_model(), LoraSpec(rank=2), 0)
     assert prefix_states(model) is None
     assert prefix_length(model) == 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignkit.models import products
-from alignkit.models.products import add_product, product, row_blocks
+from alignkit.models.kernels import products
+from alignkit.models.kernels.products import add_product, product, row_blocks
 
 HEIGHTS = [1, 511, 512, 513, 714, 768, 1024, 1100, 1535, 1536, 4000]
 

@@ -16,9 +16,9 @@ pytest.importorskip("bitsandbytes")
 from bitsandbytes.nn import Linear8bitLt
 
 from alignkit.errors import ModelError
-from alignkit.models.adapters import adapters_off, attach_adapter
-from alignkit.models.loading import BaseModel, find_base, load_model
-from alignkit.models.quantized import dense_weight, is_quantized, multiply_dense
+from alignkit.models.adapters.attach import adapters_off, attach_adapter
+from alignkit.models.base.loading import BaseModel, find_base, load_model
+from alignkit.models.kernels.quantized import dense_weight, is_quantized, multiply_dense
 from alignkit.recipe.adapters import Ia3Spec, LoraSpec
 from alignkit.runtime.metrics import read_metrics
 

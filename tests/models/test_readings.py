@@ -22,10 +22,10 @@ from tiny import plain_lora, tiny_model, trained_model
 from torch import nn
 
 from alignkit.data.packing import pack_documents
-from alignkit.models import vocab_head
-from alignkit.models.adapters import attach_adapter
-from alignkit.models.scorer import PaddedScorer, Reading, TokenScorer, sequence_rows
-from alignkit.models.vocab_head import LogitTransform, score_targets
+from alignkit.models.adapters.attach import attach_adapter
+from alignkit.models.kernels import vocab_head
+from alignkit.models.kernels.vocab_head import LogitTransform, score_targets
+from alignkit.models.scoring.scorer import PaddedScorer, Reading, TokenScorer, sequence_rows
 from alignkit.recipe.adapters import LoraSpec
 
 VOCABULARY = 600  # below that of every tiny tokenizer

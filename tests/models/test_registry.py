@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from alignkit.errors import ModelError
-from alignkit.models import registry
-from alignkit.models.registry import KNOWN_MODELS, fetch_model, model_folder
+from alignkit.models.base import known as registry
+from alignkit.models.base.known import KNOWN_MODELS, fetch_model, model_folder
 
 NAME = "smollm2-135m-instruct"
 CONTENT = b"GGUF and some weights"

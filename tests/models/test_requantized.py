@@ -14,12 +14,12 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from alignkit.errors import ModelError, RoundingError
-from alignkit.models import merging
-from alignkit.models.adapter_files import TRAINED_OVER, TrainedOver, load_adapter
-from alignkit.models.loading import BaseModel, load_model
-from alignkit.models.quantized import dense_weight, is_quantized
-from alignkit.models.requantized import as_trained, quantized_names
-from alignkit.models.streaming import build_without_weights
+from alignkit.models.adapters.files import TRAINED_OVER, TrainedOver, load_adapter
+from alignkit.models.base.loading import BaseModel, load_model
+from alignkit.models.kernels.quantized import dense_weight, is_quantized
+from alignkit.models.kernels.requantized import as_trained, quantized_names
+from alignkit.models.merging.merge import merge as merging
+from alignkit.models.weights.streaming import build_without_weights
 
 pytest.importorskip("bitsandbytes")
 KINDS = ["nf4", "int8"]

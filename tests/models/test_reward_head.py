@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from alignkit.errors import ModelError
-from alignkit.models.adapter_files import save_adapter
-from alignkit.models.adapters import attach_adapter
-from alignkit.models.facts import measure_model
-from alignkit.models.reward_head import (
+from alignkit.models.adapters.attach import attach_adapter
+from alignkit.models.adapters.files import save_adapter
+from alignkit.models.adapters.sizes import measure_model
+from alignkit.models.rewards.head import (
     STATISTICS,
     RewardStatistics,
     freeze_unused_head,
@@ -26,7 +26,7 @@ from alignkit.models.reward_head import (
     read_head,
     read_statistics,
 )
-from alignkit.models.scorer import TokenScorer, causal_model
+from alignkit.models.scoring.scorer import TokenScorer, causal_model
 from alignkit.recipe.adapters import FullSpec, LoraSpec
 
 TIED = {"llama": False, "qwen2": False, "mistral": False, "gemma": True, "gemma3": True}

@@ -18,10 +18,9 @@ from tiny import tiny_model
 from torch.utils.checkpoint import CheckpointError
 
 from alignkit.errors import ModelError
-from alignkit.models.adapter_files import has_head, save_adapter
-from alignkit.models.adapters import attach_adapter
-from alignkit.models.reward_head import new_head
-from alignkit.models.roles import (
+from alignkit.models.adapters.attach import attach_adapter
+from alignkit.models.adapters.files import has_head, save_adapter
+from alignkit.models.adapters.switching import (
     POLICY,
     Role,
     adapter_parameters,
@@ -31,7 +30,8 @@ from alignkit.models.roles import (
     train_only,
     use_adapter,
 )
-from alignkit.models.scorer import TokenScorer
+from alignkit.models.rewards.head import new_head
+from alignkit.models.scoring.scorer import TokenScorer
 from alignkit.recipe.adapters import LoraSpec
 
 BATCH = random_batch(PAIRS, 600)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignkit.models.rounding import round_stochastically
+from alignkit.models.weights.rounding import round_stochastically
 
 HALF = [torch.bfloat16, torch.float16]
 

@@ -27,9 +27,10 @@ from tiny import MODELS, plain_lora, tiny_model, trained_model
 
 from alignkit.data.documents import Branch, Document
 from alignkit.data.packing import pack_documents
-from alignkit.models import attention_blocks, scorer
-from alignkit.models.adapters import attach_adapter
-from alignkit.models.scorer import (
+from alignkit.models.adapters.attach import attach_adapter
+from alignkit.models.attention import blocks as attention_blocks
+from alignkit.models.scoring import scorer
+from alignkit.models.scoring.scorer import (
     PaddedScorer,
     TokenScorer,
     causal_model,

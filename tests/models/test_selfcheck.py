@@ -13,11 +13,14 @@ from tiny import MODELS, tiny_model
 
 from alignkit.data.packing import pack_documents
 from alignkit.errors import ModelError
-from alignkit.models import attention, attention_blocks, cpu_attention, scorer
-from alignkit.models.adapters import attach_adapter
-from alignkit.models.scorer import PaddedScorer, TokenScorer
-from alignkit.models.selfcheck import build_scorer, packed_fault, probe_batch
-from alignkit.models.vocab_head import LogitTransform
+from alignkit.models.adapters.attach import attach_adapter
+from alignkit.models.attention import blocks as attention_blocks
+from alignkit.models.attention import packed as attention
+from alignkit.models.attention import processor as cpu_attention
+from alignkit.models.kernels.vocab_head import LogitTransform
+from alignkit.models.scoring import scorer
+from alignkit.models.scoring.scorer import PaddedScorer, TokenScorer
+from alignkit.models.scoring.selfcheck import build_scorer, packed_fault, probe_batch
 from alignkit.packed import PackedBatch, Segment
 from alignkit.recipe.adapters import LoraSpec
 

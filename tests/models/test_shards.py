@@ -16,9 +16,9 @@ from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from alignkit.errors import ModelError
-from alignkit.models.loading import BaseModel
-from alignkit.models.shards import INDEX, HeldWeights, StoredWeights, open_weights
-from alignkit.models.streaming import build_without_weights, streaming
+from alignkit.models.base.loading import BaseModel
+from alignkit.models.weights.shards import INDEX, HeldWeights, StoredWeights, open_weights
+from alignkit.models.weights.streaming import build_without_weights, streaming
 
 
 def cut(folder: Path, size: str = "60KB", family: str = "llama", **options: Any) -> Path:

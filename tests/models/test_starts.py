@@ -16,12 +16,12 @@ from tiny import save_tiny, tiny_model
 from transformers import AutoModelForCausalLM
 
 from alignkit.errors import AlignkitError, ModelError
-from alignkit.models.adapters import adapters_off, attach_adapter, trainable_report
-from alignkit.models.loading import BaseModel, load_model
-from alignkit.models.merged_weights import stored_weights
-from alignkit.models.quantized import dense_weight
+from alignkit.jobs.merge import MergeOptions, merge_run
+from alignkit.models.adapters.attach import adapters_off, attach_adapter, trainable_report
+from alignkit.models.base.loading import BaseModel, load_model
+from alignkit.models.kernels.quantized import dense_weight
+from alignkit.models.merging.dense import stored_weights
 from alignkit.recipe.adapters import LoraSpec
-from alignkit.stages.merge import MergeOptions, merge_run
 
 IDS = torch.arange(50, 90)[None]
 STARTS = ["pissa", "pissa_niter_16", "olora"]

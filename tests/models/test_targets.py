@@ -12,10 +12,10 @@ from tiny import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from alignkit.errors import ModelError
-from alignkit.models.adapter_files import load_adapter, save_adapter
-from alignkit.models.adapters import attach_adapter, trainable_report
-from alignkit.models.facts import measure_model
-from alignkit.models.targets import adapted_layers, layer_ranks
+from alignkit.models.adapters.attach import attach_adapter, trainable_report
+from alignkit.models.adapters.files import load_adapter, save_adapter
+from alignkit.models.adapters.sizes import measure_model
+from alignkit.models.adapters.targets import adapted_layers, layer_ranks
 from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec
 
 QUESTION = torch.arange(12)[None]

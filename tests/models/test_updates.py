@@ -13,7 +13,7 @@ from test_merging import logits, merge, write_adapter
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
-from alignkit.models.updates import AdapterPart, Blend
+from alignkit.models.merging.updates import AdapterPart, Blend
 
 KEY = "model.layers.1.mlp.up_proj.weight"
 

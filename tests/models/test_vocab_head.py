@@ -15,10 +15,10 @@ from tiny import tiny_model
 from torch import nn
 
 from alignkit.data.packing import pack_documents
-from alignkit.models import vocab_head
-from alignkit.models.adapters import attach_adapter
-from alignkit.models.scorer import TokenScorer
-from alignkit.models.vocab_head import LogitTransform, logit_transform, score_targets
+from alignkit.models.adapters.attach import attach_adapter
+from alignkit.models.kernels import vocab_head
+from alignkit.models.kernels.vocab_head import LogitTransform, logit_transform, score_targets
+from alignkit.models.scoring.scorer import TokenScorer
 from alignkit.recipe.adapters import LoraSpec
 
 TARGETS, HIDDEN, VOCABULARY = 53, 24, 50

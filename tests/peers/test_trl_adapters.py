@@ -19,8 +19,8 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
+from alignkit.jobs.merge import MergeOptions, merge_run
 from alignkit.models.opening import open_model
-from alignkit.stages.merge import MergeOptions, merge_run
 
 IDS = torch.arange(50, 80)[None]
 SHARED: dict[str, Any] = {

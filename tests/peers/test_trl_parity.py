@@ -12,12 +12,12 @@ pytest.importorskip("trl")
 
 from alignkit.errors import AlignkitError
 from alignkit.peers.trl import DPO_LOSSES, PeerResult, run_trl
-from alignkit.recipe.load import load_recipe
-from alignkit.recipe.schema import Recipe
+from alignkit.recipe.reading.load import load_recipe
+from alignkit.recipe.stages.schema import Recipe
 from alignkit.runtime.metrics import read_metrics
-from alignkit.stages.prepare import load_rows
-from alignkit.stages.run import run_stage
-from alignkit.stages.session import RunOptions
+from alignkit.stages.inputs.rows import load_rows
+from alignkit.stages.registry import run_stage
+from alignkit.stages.running.session import RunOptions
 
 STEPS = 3
 PAIRS = "data_templates/preference/pairs.jsonl"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from alignkit.errors import RecipeError
-from alignkit.recipe.document import Document, apply_overrides, read_document, show_path
+from alignkit.recipe.reading.document import Document, apply_overrides, read_document, show_path
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ import yaml
 
 from alignkit.errors import RecipeError
 from alignkit.recipe.assets import alignkit_home, assets_root, find_path
-from alignkit.recipe.load import find_recipe, load_recipe, render_recipe, shipped_recipes
-from alignkit.recipe.schema import SftRecipe
+from alignkit.recipe.reading.load import find_recipe, load_recipe, render_recipe, shipped_recipes
+from alignkit.recipe.stages.schema import SftRecipe
 
 GOOD = """\
 stage: sft
@@ -486,7 +486,7 @@ def test_find_recipe_errors() -> None:
 def test_a_shipped_recipe_is_found_by_its_short_name(monkeypatch: pytest.MonkeyPatch) -> None:
     write(GOOD, "assets/recipes/sft/small.yaml")
     write(GOOD, "assets/recipes/quickstart/first.yaml")
-    monkeypatch.setattr("alignkit.recipe.load.assets_root", lambda: Path("assets"))
+    monkeypatch.setattr("alignkit.recipe.reading.load.assets_root", lambda: Path("assets"))
     assert shipped_recipes() == ["quickstart/first.yaml", "sft/small.yaml"]
     for name in ("sft/small", "sft/small.yaml", "recipes/sft/small.yaml"):
         assert find_recipe(name) == Path("assets/recipes/sft/small.yaml")

@@ -15,10 +15,10 @@ from alignkit.objectives.bradley_terry import bradley_terry_loss
 from alignkit.objectives.kto import kto_loss
 from alignkit.objectives.preference import PREFERENCE_OBJECTIVES
 from alignkit.recipe import objectives
-from alignkit.recipe.load import LoadedRecipe, load_recipe, render_recipe
-from alignkit.recipe.problems import sections_of
-from alignkit.recipe.rates import DEFAULT_LEARNING_RATE, USUAL_RATES
-from alignkit.recipe.schema import (
+from alignkit.recipe.reading.load import LoadedRecipe, load_recipe, render_recipe
+from alignkit.recipe.reading.problems import sections_of
+from alignkit.recipe.stages.rates import DEFAULT_LEARNING_RATE, USUAL_RATES
+from alignkit.recipe.stages.schema import (
     DEFAULT_KINDS,
     STAGES,
     DpoRecipe,

@@ -8,8 +8,8 @@ import pytest
 
 from alignkit.errors import RecipeError
 from alignkit.recipe import pipeline as module
-from alignkit.recipe.load import load_recipe, shipped_pipelines, shipped_recipes
 from alignkit.recipe.pipeline import Pipeline, load_pipeline
+from alignkit.recipe.reading.load import load_recipe, shipped_pipelines, shipped_recipes
 
 SFT = """\
 stage: sft

@@ -13,9 +13,8 @@ from commandline import CommandLine
 
 from alignkit.errors import RecipeError
 from alignkit.recipe.assets import assets_root
-from alignkit.recipe.load import load_recipe, render_recipe, stored_recipe
-from alignkit.recipe.ppo import PpoSpec
-from alignkit.recipe.problems import choice_of, sections_of
+from alignkit.recipe.reading.load import load_recipe, render_recipe, stored_recipe
+from alignkit.recipe.reading.problems import choice_of, sections_of
 from alignkit.recipe.rewards import (
     RULES,
     SOURCE_TAGS,
@@ -28,7 +27,8 @@ from alignkit.recipe.rewards import (
     UrlReward,
     reward_name,
 )
-from alignkit.recipe.schema import PpoRecipe
+from alignkit.recipe.stages.ppo import PpoSpec
+from alignkit.recipe.stages.schema import PpoRecipe
 
 GOOD = """\
 stage: ppo

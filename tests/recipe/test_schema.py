@@ -9,9 +9,9 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from alignkit.recipe.adapters import FullSpec, LoraSpec
-from alignkit.recipe.problems import iter_keys, sections_of
+from alignkit.recipe.reading.problems import iter_keys, sections_of
 from alignkit.recipe.rows import DataSpec, SourceSpec
-from alignkit.recipe.schema import STAGES, SftRecipe, as_dict, with_defaults
+from alignkit.recipe.stages.schema import STAGES, SftRecipe, as_dict, with_defaults
 
 
 def recipe(**changes: Any) -> SftRecipe:

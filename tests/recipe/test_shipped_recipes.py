@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from alignkit.recipe.assets import assets_root
-from alignkit.recipe.load import load_recipe, shipped_pipelines, shipped_recipes
-from alignkit.recipe.schema import as_dict
+from alignkit.recipe.reading.load import load_recipe, shipped_pipelines, shipped_recipes
+from alignkit.recipe.stages.schema import as_dict
 
 FOLDER = assets_root() / "recipes"
 NAMES = shipped_recipes()

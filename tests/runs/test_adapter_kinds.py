@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alignkit.errors import RecipeError
-from alignkit.models.adapter_files import load_adapter
-from alignkit.models.loading import BaseModel, load_model
+from alignkit.models.adapters.files import load_adapter
+from alignkit.models.base.loading import BaseModel, load_model
 from alignkit.models.opening import open_model
-from alignkit.recipe.load import load_recipe
+from alignkit.recipe.reading.load import load_recipe
 
 LORA = {"kind": "lora", "rank": 4, "alpha": 8}
 KINDS: dict[str, dict[str, Any]] = {

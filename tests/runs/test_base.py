@@ -11,11 +11,11 @@ import torch
 from running import make_recipe, steps_of, train
 
 from alignkit.errors import ModelError
-from alignkit.models.loading import find_base, load_model
+from alignkit.models.base.loading import find_base, load_model
 from alignkit.models.opening import open_model
-from alignkit.recipe.load import load_recipe
 from alignkit.recipe.model import ModelSpec
-from alignkit.stages.base import start_model
+from alignkit.recipe.reading.load import load_recipe
+from alignkit.stages.inputs.base import start_model
 
 PAIRS = [{"path": "data_templates/preference/pairs.jsonl", "take": 8}]
 IDS = torch.arange(12)[None]

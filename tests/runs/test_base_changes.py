@@ -15,11 +15,17 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit.errors import AlignkitError
-from alignkit.models.adapters import adapters_off, attach_adapter
-from alignkit.models.changes import BaseChanges
-from alignkit.models.loading import BaseModel, find_base, load_config, load_model, load_tokenizer
+from alignkit.models.adapters.attach import adapters_off, attach_adapter
+from alignkit.models.base.changes import BaseChanges
+from alignkit.models.base.loading import (
+    BaseModel,
+    find_base,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from alignkit.models.opening import open_model
-from alignkit.models.selfcheck import packed_fault
+from alignkit.models.scoring.selfcheck import packed_fault
 from alignkit.recipe.adapters import LoraSpec
 from alignkit.recipe.rope import RopeSpec
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from alignkit.data.documents import Branch, Document
 from alignkit.data.packing import pack_documents
-from alignkit.stages.batches import Batches, MicroBatch, StepBatches
+from alignkit.stages.running.batches import Batches, MicroBatch, StepBatches
 
 
 def rows(prompts: list[list[int]], answer: int) -> MicroBatch:

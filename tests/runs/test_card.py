@@ -12,10 +12,10 @@ from peft import LoraConfig, get_peft_model
 from running import make_preference_recipe, make_recipe, train
 from tiny import save_tiny, tiny_model
 
-from alignkit.models.licence import front_matter, licence_of
-from alignkit.models.loading import BaseModel
-from alignkit.models.registry import model_folder
-from alignkit.stages.card import write_card
+from alignkit.models.base.known import model_folder
+from alignkit.models.base.licence import front_matter, licence_of
+from alignkit.models.base.loading import BaseModel
+from alignkit.stages.running.card import write_card
 
 
 def card_of(folder: Path) -> tuple[dict[str, object], str]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model
 
 from alignkit.errors import AlignkitError
-from alignkit.recipe.load import load_recipe
+from alignkit.recipe.reading.load import load_recipe
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 4, "alpha": 8},

@@ -28,9 +28,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from alignkit.errors import AlignkitError
-from alignkit.recipe.load import load_recipe
-from alignkit.stages.merge import MergeOptions, merge_run
-from alignkit.stages.run import plan_stage
+from alignkit.jobs.merge import MergeOptions, merge_run
+from alignkit.recipe.reading.load import load_recipe
+from alignkit.stages.registry import plan_stage
 
 MOVING = {"rho": 2.0}
 EVA: dict[str, Any] = {"kind": "lora", "rank": 4, "alpha": 8, "init": "eva", "eva": MOVING}
@@ -182,7 +182,7 @@ def test_resuming_is_exact(
         def never(*args: Any) -> None:
             raise AssertionError("the start was looked for again")
 
-        monkeypatch.setattr("alignkit.stages.adapter_start.find_start", never)
+        monkeypatch.setattr("alignkit.stages.running.adapter_start.find_start", never)
     train(tmp_path / "broken/recipe.yaml", resume=True)
     assert losses(broken) == losses(straight)
     one, two = adapter_of(straight), adapter_of(broken)
@@ -197,8 +197,8 @@ APART = """
 import os
 if "RANK" in os.environ:
     import torch
-    import alignkit.models.adapters as adapters
-    import alignkit.models.eva as eva
+    import alignkit.models.adapters.attach as adapters
+    import alignkit.models.adapters.eva as eva
     eva._SEED += int(os.environ["RANK"])
     attach = adapters.attach_adapter
     def attach_and_keep(*args, **kwargs):

@@ -17,22 +17,22 @@ from tiny import tiny_tokenizer
 from alignkit.data.prompts import Prompt, PromptSet, load_prompts
 from alignkit.data.report import DataReport
 from alignkit.errors import AlignkitError, DataError, RecipeError
-from alignkit.models.opening import open_language_model
-from alignkit.recipe.label import LabelSpec
-from alignkit.recipe.pipeline import load_pipeline
-from alignkit.stages import label as module
-from alignkit.stages.candidates import (
+from alignkit.jobs import label as module
+from alignkit.jobs.candidates import (
     Answer,
     SampleSettings,
     judge_answers,
     prompts_of,
     sample_answers,
 )
-from alignkit.stages.evaluate import score_answers
-from alignkit.stages.label import CUT_OFF, EMPTY, EQUAL, label_prompts, pick_pair
-from alignkit.stages.pipeline import PipelineRun, Result
-from alignkit.stages.question import Question
-from alignkit.stages.session import RunOptions
+from alignkit.jobs.evaluate import score_answers
+from alignkit.jobs.label import CUT_OFF, EMPTY, EQUAL, label_prompts, pick_pair
+from alignkit.jobs.question import Question
+from alignkit.models.opening import open_language_model
+from alignkit.pipelines.running import PipelineRun, Result
+from alignkit.recipe.label import LabelSpec
+from alignkit.recipe.pipeline import load_pipeline
+from alignkit.stages.running.session import RunOptions
 
 TOOL = {"type": "function", "function": {"name": "count", "parameters": {}}}
 

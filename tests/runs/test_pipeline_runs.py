@@ -16,14 +16,14 @@ from commandline import CommandLine
 from running import KILL_AFTER, make_pairs, make_recipe, make_rows, train, write_rows
 
 from alignkit.errors import AlignkitError, RecipeError, RunError
+from alignkit.pipelines import steps as pipeline_steps
+from alignkit.pipelines.running import PipelineRun, Result
+from alignkit.pipelines.steps import RUNNERS, Found, Runner
 from alignkit.recipe.pipeline import READERS, load_pipeline
-from alignkit.recipe.schema import PpoRecipe
+from alignkit.recipe.stages.schema import PpoRecipe
 from alignkit.runtime.metrics import read_metrics
-from alignkit.stages import pipeline_steps
-from alignkit.stages.fingerprints import describe_changes, training_inputs
-from alignkit.stages.pipeline import PipelineRun, Result
-from alignkit.stages.pipeline_steps import RUNNERS, Found, Runner
-from alignkit.stages.session import RunOptions
+from alignkit.stages.inputs.fingerprints import describe_changes, training_inputs
+from alignkit.stages.running.session import RunOptions
 
 DENSE = "merged/model.safetensors"
 LOOP = {
@@ -255,12 +255,12 @@ def test_a_stage_that_fails_stops_the_rest(folder: Path, monkeypatch: pytest.Mon
 
 BEFORE_THE_RUN = """
 import os, signal
-import alignkit.stages.pipeline_steps as steps
+import alignkit.pipelines.steps as steps
 steps.run_stage = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 """
 AFTER_THE_RUN = """
 import os, signal
-import alignkit.stages.pipeline_steps as steps
+import alignkit.pipelines.steps as steps
 run_stage = steps.run_stage
 def run_and_die(*args):
     run_stage(*args)

@@ -18,11 +18,11 @@ from alignkit.errors import TrainingError
 from alignkit.evaluation.columns import WHOLE, Share
 from alignkit.evaluation.intervals import mean_interval
 from alignkit.generation.rollout import Continuation
-from alignkit.recipe.ppo import GuardSpec
-from alignkit.stages.health import BANDS, Health, distinct_pairs
-from alignkit.stages.ppo_step import Guard
-from alignkit.stages.ppo_update import Batch, group_rollouts, split_minibatches, sum_gradients
-from alignkit.stages.rollouts import Rollout, Scored, response_rows, sample
+from alignkit.recipe.stages.ppo import GuardSpec
+from alignkit.stages.ppo.step import Guard
+from alignkit.stages.ppo.update import Batch, group_rollouts, split_minibatches, sum_gradients
+from alignkit.stages.rollouts.health import BANDS, Health, distinct_pairs
+from alignkit.stages.rollouts.scoring import Rollout, Scored, response_rows, sample
 
 
 def rollout(prompt: int, *lengths: int, row: int = 0) -> Rollout:

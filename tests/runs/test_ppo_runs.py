@@ -40,9 +40,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alignkit.errors import TrainingError
-from alignkit.models.adapter_files import HEAD_KEY
+from alignkit.models.adapters.files import HEAD_KEY
 from alignkit.runtime.metrics import read_metrics
-from alignkit.stages import ppo_step
+from alignkit.stages.ppo.stage import step as ppo_step
 
 ADAPTER = "adapter/adapter_model.safetensors"
 VALUE = "value/adapter_model.safetensors"

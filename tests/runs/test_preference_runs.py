@@ -37,11 +37,11 @@ from tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alignkit.errors import ModelError
-from alignkit.models import classifier
-from alignkit.models.adapter_files import HEAD_KEY
+from alignkit.models.adapters.files import HEAD_KEY
+from alignkit.models.rewards import classifier
 from alignkit.runtime.metrics import read_metrics
-from alignkit.stages import outputs
-from alignkit.stages.session import Session
+from alignkit.stages.running import finish as outputs
+from alignkit.stages.running.session import Session
 
 ADAPTER = "adapter/adapter_model.safetensors"
 DENSE = "merged/model.safetensors"
@@ -272,7 +272,9 @@ def no_scoring(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def refuse(*args: Any) -> Any:
         raise AssertionError("scored again")
 
-    return lambda: monkeypatch.setattr("alignkit.stages.reference.score_sequences", refuse)
+    return lambda: monkeypatch.setattr(
+        "alignkit.stages.supervised.reference.score_sequences", refuse
+    )
 
 
 def test_scored_once_for_all_later_runs(

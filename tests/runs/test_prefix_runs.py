@@ -32,15 +32,15 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from alignkit.errors import AlignkitError, ModelError, RecipeError
-from alignkit.models.adapters import attach_adapter
-from alignkit.models.identity import weights_fingerprint
-from alignkit.models.loading import BaseModel
+from alignkit.models.adapters.attach import attach_adapter
+from alignkit.models.adapters.prefix import STATES, prefix_states, start_words, text_states
+from alignkit.models.base.identity import weights_fingerprint
+from alignkit.models.base.loading import BaseModel
 from alignkit.models.opening import open_model
-from alignkit.models.prefix import STATES, prefix_states, start_words, text_states
 from alignkit.recipe.adapters import PrefixSpec
-from alignkit.recipe.load import load_recipe
-from alignkit.stages.base import start_model
-from alignkit.stages.prepare import load_rows
+from alignkit.recipe.reading.load import load_recipe
+from alignkit.stages.inputs.base import start_model
+from alignkit.stages.inputs.rows import load_rows
 
 RAW = {"kind": "prefix", "tokens": 6}
 PROJECTED = {"kind": "prefix", "tokens": 6, "projection": True, "projection_width": 24}

@@ -235,7 +235,7 @@ def test_a_kill_after_the_last_step(
     target = {"adapter": "save_adapter", "merged": "merge_adapter"}[when]
     die = f"""
 import os, signal
-import alignkit.stages.outputs as outputs
+import alignkit.stages.running.finish as outputs
 outputs.{target} = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
 """
     assert alignkit("sft", recipe, cwd=tmp_path, before=die).code == -signal.SIGKILL
@@ -253,7 +253,7 @@ def test_a_full_disk_stops_with_a_sentence(
     # No file may grow beyond 10 kB: the second checkpoint does not fit, as on a full disk.
     limit = """
 import resource
-import alignkit.stages.loop as loop
+import alignkit.stages.running.loop as loop
 save, count = loop.save_checkpoint, []
 def save_in_little_room(*args):
     count.append(1)
@@ -281,8 +281,8 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(
 ) -> None:
     recipe = recipe_for("lora", tmp_path, tiny_base)
     explode = """
-import alignkit.stages.sft as sft
-from alignkit.stages.stage import LossSums
+import alignkit.stages.supervised.sft as sft
+from alignkit.stages.running.stage import LossSums
 right, count = sft.sft_loss, []
 def wrong(scorer, documents, measured):
     count.append(1)

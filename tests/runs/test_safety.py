@@ -8,10 +8,10 @@ import pytest
 from torch import nn, optim
 
 from alignkit.errors import ModelError, RunError
-from alignkit.recipe.schema import SftRecipe
+from alignkit.jobs.merge import MergeOptions, merge_run
+from alignkit.recipe.stages.schema import SftRecipe
 from alignkit.runtime.checkpoint import find_checkpoint, save_checkpoint
-from alignkit.stages.merge import MergeOptions, merge_run
-from alignkit.stages.run_folder import check_output
+from alignkit.stages.running.run_folder import check_output
 
 
 def recipe(output: Path, base: str = "some/model") -> SftRecipe:

@@ -1,0 +1,1 @@
+"""What is done with finished models: merge, export, evaluate, label."""

@@ -1,0 +1,212 @@
+"""Several answers to each prompt, and what a reward model says of them: for best-of-n and pairs.
+
+All answers are sampled before the reward model is loaded, so only one of the two is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from alignkit.data.prompts import Prompt, PromptSet
+from alignkit.data.report import DataReport
+from alignkit.errors import ModelError, RewardError
+from alignkit.evaluation.columns import WHOLE
+from alignkit.generation.answers import Turns, render_prompt
+from alignkit.generation.rollout import RolloutSettings, TransformersEngine
+from alignkit.models.adapters.prefix import prefix_length, prefix_states
+from alignkit.models.adapters.switching import POLICY, Role
+from alignkit.models.base.loading import DTYPES, load_tokenizer
+from alignkit.models.opening import OpenModel, open_language_model, open_model
+from alignkit.models.scoring.scorer import causal_model
+from alignkit.models.scoring.selfcheck import build_scorer
+from alignkit.recipe.planning.memory import SAMPLING_TOKENS
+from alignkit.runtime.devices import find_device, tune_processor
+from alignkit.stages.ppo.roles import ScoringModel
+from alignkit.stages.ppo.stage import stop_tokens
+from alignkit.stages.rollouts.reward_models import check_tokens, require_reward_model
+from alignkit.stages.rollouts.scoring import Judge, RewardPart, Rollout, sample
+
+_PROMPTS, _BUDGET = 64, 2048
+"""Prompts that are answered between two lines of progress; tokens of one pass of the judge."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer with its reward.
+
+    Args:
+        text: without special tokens.
+        reward: raw, at its last token.
+        tokens: that were sampled, the stop token included.
+        finish: `stop`, or `length` where it was cut off.
+    """
+
+    text: str
+    reward: float
+    tokens: int
+    finish: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How many answers, and how they are drawn.
+
+    Args:
+        samples: answers to each prompt, from 1.
+        max_new_tokens: of an answer at most, from 1.
+        temperature: divides the logits, above 0.
+        seed: of the draw; each answer has random numbers of its own.
+        dtype: of the weights and of computing.
+    """
+
+    samples: int
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    dtype: str
+
+
+def open_answering(model: str, reward: str, dtype: str, base: str | None = None) -> OpenModel:
+    """The model that answers, once it is sure that the reward model can judge its tokens.
+
+    Args:
+        model: anything that writes text.
+        reward: a reward model.
+        dtype: of the weights.
+        base: of an adapter that names another.
+
+    Raises:
+        ModelError: either is not what it should be, or they read other tokens.
+    """
+    tune_processor()
+    place = require_reward_model(reward)
+    opened = open_language_model(model, dtype=DTYPES[dtype], device=find_device(), base=base)
+    check_tokens(reward, load_tokenizer(place), opened.tokenizer)
+    return opened
+
+
+def prompts_of(opened: OpenModel, conversations: Sequence[Turns]) -> PromptSet:
+    """Conversations as prompts, tokenized as `generate_answers` does.
+
+    Args:
+        opened: model and tokenizer.
+        conversations: turns that end with the user's.
+    """
+    found = []
+    for number, turns in enumerate(conversations, start=1):
+        plain = not opened.tokenizer.chat_template
+        ids = opened.tokenizer(render_prompt(opened, turns), add_special_tokens=plain)["input_ids"]
+        found.append(Prompt(np.asarray(ids, np.int32), turns, None, {}, f"prompt {number}"))
+    return PromptSet(tuple(found), DataReport(prompts=True), "")
+
+
+def room_for_prompts(opened: OpenModel, max_new_tokens: int) -> int:
+    """Longest prompt in tokens that leaves room for an answer in the model's context.
+
+    Raises:
+        ModelError: no prompt fits.
+    """
+    context = getattr(opened.model.config.get_text_config(), "max_position_embeddings", None)
+    room = int(context or 10**9) - max_new_tokens - prefix_length(opened.model)
+    if room < 2:
+        raise ModelError(
+            f"{max_new_tokens} new tokens leave no room for a prompt in the context of "
+            f"{opened.name}, which is {context}",
+            hint="ask for shorter answers",
+        )
+    return room
+
+
+def sample_answers(
+    opened: OpenModel, prompts: PromptSet, settings: SampleSettings, say: Say
+) -> list[Rollout]:
+    """Answers to every prompt, not yet judged.
+
+    Args:
+        opened: model and tokenizer.
+        prompts: at least one; each leaves room for its answers.
+        settings: of the draw. Answer `k` to a prompt does not depend on how many there are.
+        say: told how far it has come.
+
+    Returns:
+        One rollout for each prompt, in order.
+    """
+    inner = causal_model(opened.model)
+    stops = stop_tokens(inner, opened.tokenizer)
+    limits = RolloutSettings(settings.max_new_tokens, settings.temperature, stops)
+    prefix = prefix_states(opened.model)
+    engine = TransformersEngine(inner, DTYPES[settings.dtype], limits, SAMPLING_TOKENS, prefix)
+    found: list[Rollout] = []
+    for items in _blocks(len(prompts), _PROMPTS):
+        found += sample(
+            prompts,
+            items,
+            engine,
+            opened.tokenizer,
+            samples=settings.samples,
+            seed=(settings.seed,),
+        )
+        if len(prompts) > _PROMPTS:
+            say(f"{len(found):,} of {len(prompts):,} prompts answered")
+    return found
+
+
+def judge_answers(
+    rollouts: Sequence[Rollout], reward: str, dtype: str, say: Say
+) -> list[tuple[Answer, ...]]:
+    """The answers to each prompt with their rewards, in the order in which they were drawn.
+
+    Args:
+        rollouts: at least one, tokenized as the reward model reads.
+        reward: a reward model.
+        dtype: of its weights and of computing.
+        say: told where packed rows cannot be used.
+
+    Raises:
+        RewardError: a reward is not finite.
+    """
+    opened = open_model(reward, dtype=DTYPES[dtype], device=find_device())
+    scorer: Any = build_scorer(opened.model, DTYPES[dtype], "auto", say, opened.head).eval()
+    part = RewardPart("model", 1.0, ScoringModel(Role(scorer, POLICY), 0.0, 1.0))
+    judge = Judge((part,), None, _BUDGET, WHOLE)
+    found = []
+    for items in _blocks(len(rollouts), _PROMPTS):
+        block = [rollouts[item] for item in items]
+        try:
+            rewards = iter(judge(block).plain.tolist())
+        except RewardError as error:
+            hint = f"its weights or those of the answering model have diverged; look at {reward}"
+            raise RewardError(error.message, hint=hint) from None
+        for rollout in block:
+            pairs = zip(rollout.texts, rollout.continuations, strict=True)
+            found.append(tuple(Answer(t, next(rewards), len(c.ids), c.finish) for t, c in pairs))
+    return found
+
+
+def _blocks(count: int, size: int) -> Iterator[range]:
+    return (range(start, min(count, start + size)) for start in range(0, count, size))
+
+
+def best_of(
+    opened: OpenModel, conversations: Sequence[Turns], settings: SampleSettings, say: Say
+) -> list[Rollout]:
+    """Answers to conversations, for `judge_answers` to choose from.
+
+    Raises:
+        ModelError: a prompt does not fit the model's context.
+    """
+    prompts, room = prompts_of(opened, conversations), room_for_prompts(opened, 0)
+    longest = max(len(prompt.ids) for prompt in prompts.prompts)
+    if longest + settings.max_new_tokens > room:
+        raise ModelError(
+            f"a prompt of {longest} tokens and {settings.max_new_tokens} new ones do not fit the "
+            f"model's context of {room}",
+            hint="shorten the prompt, or lower --max-new-tokens",
+        )
+    return sample_answers(opened, prompts, settings, say)

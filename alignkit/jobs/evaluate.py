@@ -1,0 +1,281 @@
+"""Evaluation on request: any models on the same rows, each measured as what it is."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from alignkit.data.dataset import TokenDataset, load_dataset
+from alignkit.data.documents import Document
+from alignkit.data.mismatch import with_mismatched
+from alignkit.data.sources import Row, load_source
+from alignkit.data.tokenize import RowKind, TokenizeSettings, parse_rows, tokenize_examples
+from alignkit.errors import ModelError
+from alignkit.evaluation.columns import WHOLE, score_documents
+from alignkit.evaluation.heldout import evaluate_heldout
+from alignkit.jobs.question import (
+    Question,
+    recipe_of,
+    run_with_recipe,
+    say_if_changed,
+    useless_reference,
+)
+from alignkit.models.adapters.prefix import prefix_length
+from alignkit.models.base.loading import DTYPES
+from alignkit.models.opening import OpenModel, open_language_model, open_model
+from alignkit.models.scoring.scorer import sum_by_sequence
+from alignkit.models.scoring.selfcheck import build_scorer
+from alignkit.packed import PackedBatch
+from alignkit.recipe.assets import alignkit_home
+from alignkit.recipe.objectives import CpoSpec, DpoSpec
+from alignkit.recipe.reading.load import load_recipe
+from alignkit.recipe.rows import SourceSpec
+from alignkit.recipe.stages.schema import (
+    DpoRecipe,
+    KtoRecipe,
+    Recipe,
+    RewardRecipe,
+    needs_reference,
+)
+from alignkit.runtime.devices import find_device, tune_processor
+from alignkit.stages.inputs.rows import ROW_KINDS, load_rows
+from alignkit.stages.running.session import describe_rows
+from alignkit.stages.supervised.kto import kto_stage
+from alignkit.stages.supervised.pairs import pair_stage
+from alignkit.stages.supervised.preference import preference_scores
+from alignkit.stages.supervised.reference import Reference
+from alignkit.stages.supervised.reward import answer_rewards, reward_scores
+
+_BUDGET = 2048
+
+_MAX_LENGTH = 1024
+"""Longest row where nothing else is said."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found about one model.
+
+    Args:
+        values: name -> number.
+        scores: `(place, reward)` of each single answer that a reward model has scored.
+    """
+
+    values: dict[str, float]
+    scores: list[tuple[str, float]]
+
+
+def evaluate_models(names: list[str], question: Question) -> dict[str, Evaluation]:
+    """Held-out values of each model.
+
+    Args:
+        names: run folders, models or adapters.
+        question: rows and precision.
+
+    Returns:
+        Name -> for a language model loss, perplexity and accuracy on answers, or implicit rewards
+        on pairs and labelled answers; for a reward model the rewards of pairs, or the score of
+        each single answer.
+
+    Raises:
+        ModelError: no rows to evaluate on, or rows that the model cannot be measured on.
+    """
+    question.check()
+    tune_processor()
+    run = None if question.data else run_with_recipe(names)
+    found, used, room = {}, set(), sys.maxsize
+    for name in names:
+        opened = open_model(
+            name, dtype=DTYPES[question.dtype], device=find_device(), base=question.base
+        )
+        kind, rows = _rows(opened, question, run)
+        used, room = used | {len(rows)}, min(room, _room(opened))
+        for line in describe_rows(name, rows.report):
+            question.say(line)
+        if question.reference is not None and (opened.head is not None or kind == "answers"):
+            raise useless_reference(
+                "reward models" if opened.head is not None else "single answers"
+            )
+        scorer = _scorer(opened, question)
+        if opened.head is not None:
+            found[name] = _evaluate_reward(name, scorer, kind, rows)
+        elif kind == "answers":
+            found[name] = Evaluation(evaluate_heldout(scorer, rows, _BUDGET), [])
+        else:
+            found[name] = _evaluate_preference(opened, scorer, kind, rows, question)
+    if len(used) > 1:
+        longest = min(room, question.max_length or _MAX_LENGTH)
+        question.say(f"the models have not read the same rows: compare with --max-length {longest}")
+    return found
+
+
+def score_answers(
+    name: str, prompt: str, answers: list[str], question: Question
+) -> list[tuple[str, float]]:
+    """The rewards of answers to one prompt.
+
+    Args:
+        name: a reward model.
+        prompt: the user's turn, or plain text where the model has no chat template.
+        answers: at least one.
+        question: precision and base.
+
+    Returns:
+        `(answer, reward)` in order.
+
+    Raises:
+        ModelError: the model is no reward model, or an option has no use.
+    """
+    question.check()
+    if question.reference is not None:
+        raise useless_reference("answers to --prompt")
+    opened = open_model(
+        name, dtype=DTYPES[question.dtype], device=find_device(), base=question.base
+    )
+    if opened.head is None:
+        raise ModelError(
+            f"{name} is a language model: only a reward model scores single answers",
+            hint="name a run of the reward stage",
+        )
+    if opened.tokenizer.chat_template:
+        question.say("scored as a user's turn and the assistant's answer in the chat template")
+    rows = []
+    for number, answer in enumerate(answers, start=1):
+        values: dict[str, Any] = {"prompt": prompt, "completion": answer}
+        if opened.tokenizer.chat_template:
+            values["prompt"] = [{"role": "user", "content": prompt}]
+            values["completion"] = [{"role": "assistant", "content": answer}]
+        rows.append(Row(values, f"answer {number}"))
+    examples = parse_rows(rows, "prompt_completion", "answers")
+    settings = TokenizeSettings(10**9, "error")
+    tokenized, _ = tokenize_examples(examples, opened.tokenizer, settings)
+    documents = [Document(row.prompt, row.branches, n) for n, row in enumerate(tokenized)]
+    columns = score_documents(answer_rewards, _scorer(opened, question), documents, _BUDGET)
+    return list(zip(answers, columns["reward"].tolist(), strict=True))
+
+
+def _rows(opened: OpenModel, question: Question, run: Path | None) -> tuple[RowKind, TokenDataset]:
+    """The rows as this model's tokenizer reads them."""
+    if run is not None:
+        recipe = load_recipe(str(run / "recipe.yaml")).recipe
+        rows = load_rows(recipe)
+        if rows.held_out is None:
+            raise ModelError(
+                f"the recipe of {run} holds out no rows", hint="name a file with --data"
+            )
+        if opened.tokenizer.get_vocab() != rows.tokenizer.get_vocab():
+            raise ModelError(
+                f"{opened.name} reads text with another tokenizer than the run in {run}",
+                hint="name a file with --data; then every model tokenizes it its own way",
+            )
+        room = _room(opened)
+        if rows.held_out.longest > room:
+            raise ModelError(
+                f"{opened.name} has room for {room:,} tokens, and a row of {run} has "
+                f"{rows.held_out.longest:,}",
+                hint="name a file with --data; longer rows are left out there, and counted",
+            )
+        return ROW_KINDS[recipe.stage], rows.held_out
+    source = SourceSpec(path=question.data, take=question.take)
+    limit, room = question.max_length or _MAX_LENGTH, _room(opened)
+    if limit > room:
+        question.say(f"{opened.name} has room for {room:,} tokens: longer rows are left out")
+        limit = room
+    kind = _kind_of_rows(source, opened)
+    settings = TokenizeSettings(limit, "drop", "completions", kind)
+    cache = alignkit_home() / "cache" / "tokens"
+    dataset = load_dataset([source], opened.tokenizer, settings, 0, cache)
+    return kind, with_mismatched(dataset, limit, 0) if kind == "labelled" else dataset
+
+
+def _room(opened: OpenModel) -> int:
+    """Tokens that a row may have: the model's context less its prefix."""
+    context = getattr(opened.model.config.get_text_config(), "max_position_embeddings", 0)
+    return int(context) - prefix_length(opened.model) if context else sys.maxsize
+
+
+def _kind_of_rows(source: SourceSpec, opened: OpenModel) -> RowKind:
+    first = load_source(source.model_copy(update={"take": 1})).rows[0].values
+    if "chosen" in first or "rejected" in first:
+        return "pairs"
+    return "labelled" if "label" in first and opened.head is None else "answers"
+
+
+def _scorer(opened: OpenModel, question: Question) -> nn.Module:
+    dtype = DTYPES[question.dtype]
+    return build_scorer(opened.model, dtype, "auto", question.say, opened.head).eval()
+
+
+def _evaluate_reward(name: str, scorer: nn.Module, kind: RowKind, rows: TokenDataset) -> Evaluation:
+    if kind == "pairs":
+        recipe = recipe_of(name)
+        center = recipe.objective.center if isinstance(recipe, RewardRecipe) else 0.0
+        stage = pair_stage(reward_scores(center), len(rows))
+        return Evaluation(stage.evaluate(scorer, rows, _BUDGET, WHOLE), [])
+    rewards = score_documents(answer_rewards, scorer, rows, _BUDGET)["reward"]
+    places = [rows.places[int(row)] for row in rows.order]
+    values = {
+        "rewards/mean": float(rewards.mean()),
+        "rewards/std": float(rewards.std()),
+        "rewards/min": float(rewards.min()),
+        "rewards/max": float(rewards.max()),
+        "rows": float(len(rewards)),
+    }
+    return Evaluation(values, list(zip(places, rewards.tolist(), strict=True)))
+
+
+def _evaluate_preference(
+    opened: OpenModel, scorer: nn.Module, kind: RowKind, rows: TokenDataset, question: Question
+) -> Evaluation:
+    """Implicit rewards of a language model against a reference, or its log-probs alone."""
+    name = opened.name
+    recipe = recipe_of(name)
+    reference = question.reference
+    if recipe is not None and reference is not None and _is_reference_free(recipe):
+        raise useless_reference(f"`{recipe.objective.kind}` runs")
+    if reference is None and recipe is not None and needs_reference(recipe):
+        reference = question.base or recipe.model.base
+        say_if_changed(name, reference, question)
+    if kind == "labelled" and not isinstance(recipe, KtoRecipe):
+        raise ModelError(
+            f"{name} is no kto run, and the rows are labelled answers",
+            hint="name a run of the kto stage or a reward model, or rows of another format",
+        )
+    compare = None if reference is None else _reference(reference, opened.tokenizer, question)
+    if isinstance(recipe, KtoRecipe) and kind == "labelled" and compare is not None:
+        stage = kto_stage(recipe.objective, compare, len(rows))
+        return Evaluation(stage.evaluate(scorer, rows, _BUDGET, WHOLE), [])
+    objective: Any = CpoSpec(kind="cpo", beta=1.0, nll_weight=0.0)
+    if isinstance(recipe, DpoRecipe) and (compare is not None or not needs_reference(recipe)):
+        objective = recipe.objective
+    elif compare is not None:
+        beta = recipe.objective.beta if isinstance(recipe, KtoRecipe) else 0.1
+        objective = DpoSpec(kind="dpo", beta=beta)
+    else:
+        question.say(f"{name}: rewards are plain log-probs; --reference compares with a model")
+    stage = pair_stage(preference_scores(objective, compare), len(rows))
+    return Evaluation(stage.evaluate(scorer, rows, _BUDGET, WHOLE), [])
+
+
+def _is_reference_free(recipe: Recipe) -> bool:
+    return isinstance(recipe, DpoRecipe) and not needs_reference(recipe)
+
+
+def _reference(name: str, tokenizer: Any, question: Question) -> Reference:
+    opened = open_language_model(name, dtype=DTYPES[question.dtype], device=find_device())
+    if opened.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ModelError(
+            f"{name} reads text with another tokenizer: its log-probs cannot be compared",
+            hint="name a reference with the same tokenizer",
+        )
+    question.say(f"implicit rewards are relative to {name}")
+    return partial(_score_with, _scorer(opened, question))
+
+
+def _score_with(frozen: nn.Module, scorer: nn.Module, batch: PackedBatch) -> Any:
+    return sum_by_sequence(frozen(batch).logprobs, batch)

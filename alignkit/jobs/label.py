@@ -1,0 +1,235 @@
+"""A model's own answers -> preference pairs, as a reward model sees them: best against worst."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignkit.data.prompts import Prompt, PromptSet, load_prompts
+from alignkit.data.report import DataReport
+from alignkit.errors import DataError, RunError
+from alignkit.jobs.candidates import (
+    Answer,
+    SampleSettings,
+    Say,
+    judge_answers,
+    open_answering,
+    room_for_prompts,
+    sample_answers,
+)
+from alignkit.recipe.label import LabelSpec
+from alignkit.recipe.rows import SourceSpec
+from alignkit.stages.running.session import describe_rows
+
+EMPTY = "fewer than two answers say anything"
+EQUAL = "all answers are equal"
+CUT_OFF = "the chosen answer was cut off at max_new_tokens: it teaches to stop there"
+OTHER_TOKENS = "its prompt is read back as other tokens than the model answered"
+
+
+@dataclass(frozen=True)
+class LabelSummary:
+    """What labelling made.
+
+    Args:
+        output: the file of pairs.
+        prompts: that were answered.
+        pairs: that were written.
+        answers: that were sampled.
+        cut_off: answers that did not end within max_new_tokens.
+        mean: reward of all answers.
+        best: mean over the prompts of their best reward.
+        worst: the same of their worst.
+        left_out: reason -> prompts without a pair.
+        notes: doubt -> pairs that are written all the same.
+    """
+
+    output: str
+    prompts: int
+    pairs: int
+    answers: int
+    cut_off: int
+    mean: float
+    best: float
+    worst: float
+    left_out: dict[str, int]
+    notes: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; rewards under metric names."""
+        rewards = {f"rewards/{name}": getattr(self, name) for name in ("mean", "best", "worst")}
+        counts = {name: getattr(self, name) for name in ("prompts", "pairs", "answers", "cut_off")}
+        rest = {"left_out": self.left_out, "notes": self.notes}
+        return {"output": self.output, **counts, **rewards, **rest}
+
+    def lines(self) -> list[str]:
+        """The same in words."""
+        cut = f", {self.cut_off:,} of them cut off" if self.cut_off else ""
+        return [
+            f"{self.answers:,} answers to {self.prompts:,} prompts{cut}: reward {self.mean:.4f} "
+            f"on average, best {self.best:.4f}, worst {self.worst:.4f}",
+            f"{self.pairs:,} pairs in {self.output}",
+        ]
+
+
+def label_prompts(
+    spec: LabelSpec, path: Path, say: Say, *, base: str | None = None, overwrite: bool = False
+) -> LabelSummary:
+    """Answer prompts and write preference pairs; the file is whole or not there.
+
+    Args:
+        spec: models, prompts and sampling.
+        path: of the file, which ends with .jsonl; its folder is made.
+        say: told what happens.
+        base: of an adapter as `spec.model`, if it names another.
+        overwrite: replace the file.
+
+    Raises:
+        RunError: the file exists.
+        ModelError: a model is not what it should be, or they read other tokens.
+        DataError: no prompt is left, or no pair.
+    """
+    check_target(path, overwrite=overwrite)
+    opened = open_answering(spec.model, spec.reward, spec.dtype, base)
+    tokenizer, room = opened.tokenizer, room_for_prompts(opened, spec.max_new_tokens)
+    prompts = load_prompts(
+        spec.prompts, tokenizer, max_length=room, too_long="drop", seed=spec.seed
+    )
+    for line in describe_rows("prompts", prompts.report):
+        say(line)
+    settings = SampleSettings(
+        spec.samples, spec.max_new_tokens, spec.temperature, spec.seed, spec.dtype
+    )
+    rollouts = sample_answers(opened, prompts, settings, say)
+    del opened  # the reward model takes its place in memory
+    answers = judge_answers(rollouts, spec.reward, spec.dtype, say)
+    rows, report = _make_rows(spec, prompts.prompts, answers)
+    if not rows:
+        raise DataError(
+            f"no pair is left of {len(prompts):,} prompts: {'; '.join(report.lines()[1:])}",
+            hint="raise the temperature or the number of samples, or lower the margin",
+        )
+    _write_rows(path, rows, prompts, tokenizer, report)
+    for line in report.lines()[1:]:
+        say(f"pairs: {line}")
+    return _summary(path, answers, report)
+
+
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Refuse a file that must not be written.
+
+    Args:
+        path: of the file.
+        overwrite: it may exist.
+
+    Raises:
+        RunError: it exists, is a folder, or has another suffix.
+    """
+    if path.suffix != ".jsonl":
+        raise RunError(
+            f"pairs are written as .jsonl, one row a line, got {path}",
+            hint=f"name it {path.with_suffix('.jsonl')}",
+        )
+    if path.is_dir():
+        raise RunError(f"{path} is a folder", hint="name a file")
+    if path.exists() and not overwrite:
+        raise RunError(f"{path} exists already", hint="add --overwrite, or name another file")
+
+
+def pick_pair(answers: Sequence[Answer], margin: float) -> tuple[Answer, Answer] | str:
+    """The best and the worst answer, or why they make no pair. Of equal ones the first counts.
+
+    Args:
+        answers: to one prompt.
+        margin: rewards no further apart make no pair.
+    """
+    said = [answer for answer in answers if answer.text]
+    if len(said) < 2:
+        return EMPTY
+    best = max(said, key=lambda answer: answer.reward)
+    others = [answer for answer in said if answer.text != best.text]
+    if not others:
+        return EQUAL
+    worst = min(others, key=lambda answer: answer.reward)
+    if best.reward - worst.reward <= margin:
+        return f"best and worst reward differ by no more than {margin:g}"
+    return best, worst
+
+
+def _make_rows(
+    spec: LabelSpec, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer]]
+) -> tuple[list[tuple[int, dict[str, Any]]], DataReport]:
+    """Number of the prompt and row of each pair, and the count of prompts that gave none."""
+    report, rows = DataReport(rows=len(prompts), prompts=True), []
+    for number, (prompt, own) in enumerate(zip(prompts, answers, strict=True)):
+        picked = pick_pair(own, spec.margin)
+        if isinstance(picked, str):
+            report.drop(picked, prompt.place)
+            continue
+        if picked[0].finish == "length":
+            report.note(CUT_OFF, prompt.place)
+        row: dict[str, Any] = {"prompt": prompt.shown}
+        if prompt.columns.get("tools") and not isinstance(prompt.shown, str):
+            row["tools"] = prompt.columns["tools"]
+        for name, answer in zip(("chosen", "rejected"), picked, strict=True):
+            text = answer.text
+            plain = isinstance(prompt.shown, str)
+            row[name] = text if plain else [{"role": "assistant", "content": text}]
+        for name, answer in zip(("chosen", "rejected"), picked, strict=True):
+            row[f"{name}_reward"] = round(answer.reward, 6)
+        rows.append((number, {**row, "model": spec.model, "reward_model": spec.reward}))
+    report.kept = len(rows)
+    return rows, report
+
+
+def _write_rows(
+    path: Path,
+    rows: Sequence[tuple[int, dict[str, Any]]],
+    prompts: PromptSet,
+    tokenizer: Any,
+    report: DataReport,
+) -> None:
+    """Write beside, read back, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.stem}.writing.jsonl")
+    try:
+        with open(scratch, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        source = SourceSpec(path=str(scratch.resolve()))
+        found = load_prompts([source], tokenizer, max_length=10**9, too_long="error", seed=0)
+        for (number, _), read in zip(rows, found.prompts, strict=True):
+            asked = prompts.prompts[number]
+            if not np.array_equal(asked.ids, read.ids):
+                report.note(OTHER_TOKENS, asked.place)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _summary(path: Path, answers: Sequence[Sequence[Answer]], report: DataReport) -> LabelSummary:
+    rewards = np.asarray([[answer.reward for answer in own] for own in answers])
+    return LabelSummary(
+        output=str(path),
+        prompts=len(answers),
+        pairs=report.kept,
+        answers=rewards.size,
+        cut_off=sum(answer.finish == "length" for own in answers for answer in own),
+        mean=float(rewards.mean()),
+        best=float(rewards.max(1).mean()),
+        worst=float(rewards.min(1).mean()),
+        left_out=report.dropped,
+        notes=report.notes,
+    )

@@ -1,0 +1,223 @@
+"""Merging on request: a run folder or any PEFT LoRA folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignkit.data.dataset import load_dataset
+from alignkit.errors import ModelError
+from alignkit.models.adapters.files import has_head
+from alignkit.models.base.adapter_kinds import require_mergeable
+from alignkit.models.base.identity import weights_fingerprint
+from alignkit.models.base.loading import DTYPES, BaseModel, load_tokenizer, stored_dtype
+from alignkit.models.merging.dense import ONTO, Onto
+from alignkit.models.merging.merge import merge_adapter
+from alignkit.models.merging.report import MergeReport
+from alignkit.models.merging.updates import METHODS, AdapterPart, Blend, Method
+from alignkit.models.opening import adapter_in, base_of_adapter
+from alignkit.models.rewards.classifier import ClassifierReport, merge_reward
+from alignkit.models.weights.writing import is_plain_model, require_free
+from alignkit.packed import IntArray
+from alignkit.recipe.assets import alignkit_home
+from alignkit.recipe.reading.load import load_recipe
+from alignkit.recipe.rows import SourceSpec
+from alignkit.recipe.stages.schema import PpoRecipe
+from alignkit.stages.inputs.checking import CHECK_SETTINGS, check_rows, file_rows
+from alignkit.stages.inputs.rows import ROW_KINDS, load_prompt_rows, load_rows
+from alignkit.stages.running.card import write_card
+from alignkit.stages.running.run_folder import read_about
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What the command line says about a merge.
+
+    Args:
+        base: the base to merge into; None takes what the adapter records.
+        output: folder to write; None is `merged/` beside the adapter.
+        dtype: of the written weights; None keeps the base's.
+        data: rows to compare on; None takes the run's own, else shipped ones.
+        overwrite: replace an existing output.
+        any_base: accept other weights than those that the adapter was trained over.
+        onto: for a base that was quantized in training; see `merge_adapter`.
+        weights: one for each of several adapters; None is 1 for each.
+        method: how several adapters become one change.
+        density: share of each adapter's change that TIES and DARE keep.
+    """
+
+    base: str | None = None
+    output: Path | None = None
+    dtype: str | None = None
+    data: str | None = None
+    overwrite: bool = False
+    any_base: bool = False
+    onto: Onto = "auto"
+    weights: Sequence[float] | None = None
+    method: Method = "linear"
+    density: float = 0.5
+
+
+def merge_run(
+    sources: Sequence[str], options: MergeOptions | None = None
+) -> MergeReport | ClassifierReport:
+    """Merge the adapter of a run, or any PEFT adapter; a reward model's with its head.
+
+    Args:
+        sources: run folders or adapter folders; several become one model.
+        options: of the command line.
+
+    Returns:
+        The measured differences.
+
+    Raises:
+        ModelError: no adapter, no base, an unknown dtype, or a merge that is not faithful.
+    """
+    options = options or MergeOptions()
+    adapters = [_adapter(source) for source in sources]
+    first = adapters[0]
+    blend = _blend(adapters, options)
+    choices = (("dtype", tuple(DTYPES)), ("onto", ONTO), ("method", METHODS))
+    for key, allowed in choices:
+        value = getattr(options, key)
+        if value is not None and value not in allowed:
+            raise ModelError(f"--{key} cannot be {value!r}", hint=f"one of {', '.join(allowed)}")
+    made = all((first.parent / name).is_file() for name in ("recipe.yaml", "run.json"))
+    run = first.parent if made else None
+    output = _output(run or first, adapters, options)
+    model = _base(adapters, options)
+    if Path(model.location).resolve().is_relative_to(output.resolve()):
+        raise ModelError(f"{output} holds the base itself", hint="name another --output")
+    rows, tokenizer, stops = _rows(run, options.data, model)
+    shared: dict[str, Any] = {
+        "rows": rows,
+        "dtype": DTYPES[options.dtype] if options.dtype else stored_dtype(model),
+        "tokenizer": tokenizer,
+        "stop_tokens": stops,
+        "overwrite": options.overwrite,
+        "onto": options.onto,
+    }
+    report: MergeReport | ClassifierReport
+    if has_head(first):
+        report = merge_reward(model, first, output, **shared)
+    else:
+        report = merge_adapter(model, blend, output, **shared)
+    alone = run is not None and len(adapters) == 1
+    about = _run_facts(run) if run is not None and alone else {}
+    write_card(output, model, report=report, classifier=has_head(first), **about)
+    return report
+
+
+def _adapter(source: str) -> Path:
+    adapter = adapter_in(source)
+    if adapter is None:
+        raise ModelError(
+            f"{source} holds no adapter: there is no adapter_config.json",
+            hint="name a run folder, its adapter/, or a folder written by PEFT",
+        )
+    require_mergeable(adapter)
+    return adapter
+
+
+def _blend(adapters: Sequence[Path], options: MergeOptions) -> Blend:
+    """The adapters with their weights."""
+    weights = options.weights or [1.0] * len(adapters)
+    if len(weights) != len(adapters):
+        raise ModelError(
+            f"--weights has {len(weights)} numbers for {len(adapters)} adapters",
+            hint="one for each, in their order: --weights 0.7,0.3",
+        )
+    if not 0.0 < options.density <= 1.0:
+        raise ModelError(
+            f"--density must be above 0 and at most 1, got {options.density:g}",
+            hint="0.5 keeps half of each adapter's change",
+        )
+    heads = [adapter for adapter in adapters if has_head(adapter)]
+    if heads and (len(adapters) > 1 or options.weights):
+        raise ModelError(
+            f"{heads[0]} is a reward model, whose head cannot be weighted or combined",
+            hint="merge it alone",
+        )
+    parts = tuple(AdapterPart(*pair) for pair in zip(adapters, weights, strict=True))
+    return Blend(parts, options.method, options.density)
+
+
+def _base(adapters: Sequence[Path], options: MergeOptions) -> BaseModel:
+    """The one base of all adapters."""
+    first, *others = [
+        base_of_adapter(adapter, options.base, any_base=options.any_base) for adapter in adapters
+    ]
+    for adapter, other in zip(adapters[1:], others, strict=True):
+        if other.changes != first.changes:
+            raise ModelError(
+                f"{adapter} and {adapters[0]} were trained with different model.rope_scaling or "
+                "model.add_tokens",
+                hint="adapters are combined over one base; train them alike",
+            )
+        if other != first and weights_fingerprint(other) != weights_fingerprint(first):
+            raise ModelError(
+                f"{adapter} belongs to {other.name}, and {adapters[0]} to {first.name}",
+                hint="adapters are combined over one base; --base names it",
+            )
+    return first
+
+
+def _output(home: Path, adapters: Sequence[Path], options: MergeOptions) -> Path:
+    """The folder to write; never one that holds something else."""
+    if options.output is None and len(adapters) > 1:
+        raise ModelError(
+            "several adapters have no folder of their own", hint="name --output for the result"
+        )
+    output = (options.output or home / "merged").expanduser()
+    for adapter in adapters:
+        _check_output(output, adapter, options.overwrite)
+    return output
+
+
+def _run_facts(run: Path) -> dict[str, Any]:
+    """What the card of a run's merged model repeats."""
+    summary = read_about(run).get("summary", {})
+    return {
+        "recipe": load_recipe(str(run / "recipe.yaml")).recipe,
+        "before": summary.get("before"),
+        "after": summary.get("after"),
+    }
+
+
+def _check_output(output: Path, adapter: Path, overwrite: bool) -> None:
+    """Refuse to replace anything but a merged model."""
+    require_free(output, overwrite=overwrite)
+    if output.exists() and not is_plain_model(output):
+        raise ModelError(
+            f"{output} is no merged model, so it is not overwritten",
+            hint="name another --output",
+        )
+    if adapter.resolve().is_relative_to(output.resolve()):
+        raise ModelError(f"{output} holds the adapter itself", hint="name another --output")
+
+
+def _rows(
+    run: Path | None, data: str | None, model: BaseModel
+) -> tuple[Sequence[IntArray], Any, list[int]]:
+    """Real rows for the check, the tokenizer to save, and the tokens that end an answer."""
+    if run is not None:
+        # The run says template and stop tokens, whatever base and rows are named instead.
+        override = [f"model.base={json.dumps(model.name)}"]
+        recipe = load_recipe(str(run / "recipe.yaml"), override).recipe
+        if isinstance(recipe, PpoRecipe):
+            prompts = load_prompt_rows(recipe)
+            checks = file_rows(data, prompts.tokenizer) if data else prompts.checks
+            return checks, prompts.tokenizer, prompts.stop_tokens
+        found = load_rows(recipe)
+        dataset = found.held_out or found.train
+        if data is not None:
+            wanted = dataclasses.replace(CHECK_SETTINGS, rows=ROW_KINDS[recipe.stage])
+            cache = alignkit_home() / "cache" / "tokens"
+            dataset = load_dataset([SourceSpec(path=data)], found.tokenizer, wanted, 0, cache)
+        return check_rows(dataset), found.tokenizer, found.train.report.stop_tokens
+    tokenizer = load_tokenizer(model)
+    return file_rows(data, tokenizer), tokenizer, []

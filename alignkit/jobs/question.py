@@ -1,0 +1,107 @@
+"""What an evaluation is asked, and what the runs among its models say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignkit.errors import ModelError
+from alignkit.models.base.identity import weights_fingerprint
+from alignkit.models.base.loading import DTYPES
+from alignkit.recipe.model import ModelSpec
+from alignkit.recipe.reading.load import stored_recipe
+from alignkit.recipe.stages.schema import Recipe
+from alignkit.stages.inputs.base import start_model
+from alignkit.stages.running.run_folder import read_about
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is measured, and how.
+
+    Args:
+        data: file of rows; None takes the held-out rows of the first run folder.
+        max_length: longest row of `data` in tokens; longer ones are dropped and counted.
+        take: only the first so many rows of `data`.
+        dtype: compute precision.
+        base: base of adapters that name another.
+        reference: model to compare log-probs of pairs with; None takes the base of a dpo or kto
+            run, and plain log-probs for any other model.
+        say: told what is measured.
+    """
+
+    data: str | None = None
+    max_length: int | None = None
+    take: int | None = None
+    dtype: str = "bfloat16"
+    base: str | None = None
+    reference: str | None = None
+    say: Callable[[str], None] = lambda text: None
+
+    def check(self) -> None:
+        """Refuse what would be ignored.
+
+        Raises:
+            ModelError: an unknown precision, or options that go with a file.
+        """
+        if self.dtype not in DTYPES:
+            raise ModelError(
+                f"--dtype cannot be {self.dtype!r}", hint=f"one of {', '.join(DTYPES)}"
+            )
+        if self.data is None and (self.take is not None or self.max_length is not None):
+            raise ModelError(
+                "--take and --max-length go with --data: the run's own rows follow its recipe",
+                hint="name the file with --data",
+            )
+
+
+def useless_reference(what: str) -> ModelError:
+    """The error of a --reference that nothing would be compared with."""
+    return ModelError(
+        f"--reference has no use for {what}: it is what log-probs of preferences are compared with",
+        hint="leave it out",
+    )
+
+
+def run_with_recipe(names: list[str]) -> Path:
+    """The first run folder among the names.
+
+    Raises:
+        ModelError: there is none, so nobody says what to evaluate on.
+    """
+    for name in names:
+        folder = run_of(name)
+        if folder is not None:
+            return folder
+    raise ModelError(
+        "there are no rows to evaluate on",
+        hint="name a file with --data, or a run folder whose recipe holds out rows",
+    )
+
+
+def run_of(name: str) -> Path | None:
+    """The run folder that a name is, or stands in."""
+    path = Path(name).expanduser()
+    found = (folder for folder in (path, path.parent) if (folder / "recipe.yaml").is_file())
+    return next(found, None)
+
+
+def recipe_of(name: str) -> Recipe | None:
+    """The recipe of a run, whether or not its rows are still there; None of any other model."""
+    folder = run_of(name)
+    return None if folder is None else stored_recipe(folder / "recipe.yaml")
+
+
+def say_if_changed(name: str, base: str, question: Question) -> None:
+    """Say so where the base of a run is no longer the one it was trained from."""
+    run = run_of(name)
+    if run is None or not (run / "run.json").is_file():
+        return
+    recorded = read_about(run).get("base", {}).get("fingerprint")
+    found = weights_fingerprint(start_model(ModelSpec(base=base)))
+    if recorded is not None and recorded != found:
+        question.say(
+            f"warning: {base} has changed since {name} was trained from it: its implicit rewards "
+            "are relative to another model"
+        )

@@ -1,0 +1,1 @@
+"""Adapters: attached, started, stored, switched, counted."""

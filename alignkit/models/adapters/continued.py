@@ -1,0 +1,125 @@
+"""Training an existing adapter on: where it is, and of what shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from alignkit.errors import ModelError
+from alignkit.models.adapters.files import (
+    read_adapter_config,
+    require_base,
+    trained_over,
+)
+from alignkit.models.base.adapter_kinds import KINDS
+from alignkit.models.base.loading import BaseModel
+from alignkit.models.opening import adapter_in
+from alignkit.recipe.adapters import AnySpec, FullSpec, continues
+
+_LORA = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "targets": "target_modules",
+    "rslora": "use_rslora",
+    "dora": "use_dora",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "modules_to_save": "modules_to_save",
+}
+_IA3 = {"targets": "target_modules", "feedforward": "feedforward_modules"}
+_PREFIX = {"tokens": "num_virtual_tokens", "projection": "prefix_projection"}
+_NAMES = {"lora": _LORA, "ia3": _IA3, "prefix": _PREFIX}
+"""Kind -> key of a recipe -> PEFT's name."""
+
+_UNKNOWN = (
+    "lora_bias",
+    "layers_to_transform",
+    "layers_pattern",
+    "layer_replication",
+    "exclude_modules",
+    "alora_invocation_tokens",
+)
+"""What PEFT can do and a recipe cannot say."""
+
+
+def started_adapter(spec: AnySpec, base: BaseModel) -> AnySpec:
+    """What is trained, with the shape of the adapter that is trained on.
+
+    Args:
+        spec: of the recipe.
+        base: of the recipe; must be the one that the adapter was trained over.
+
+    Returns:
+        The spec itself where it names no adapter.
+
+    Raises:
+        ModelError: there is no such adapter, it is of another kind or base, or the recipe says
+            something else about its shape.
+    """
+    folder = adapter_folder(spec)
+    if folder is None or isinstance(spec, FullSpec):
+        return spec
+    require_base(folder, base)
+    over = trained_over(folder)
+    if over is not None and over.changes != base.changes:
+        raise ModelError(
+            f"{folder} was trained with other model.rope_scaling or model.add_tokens",
+            hint="give the recipe those of the run that it comes from",
+        )
+    config = read_adapter_config(folder)
+    kind = KINDS[str(getattr(config.peft_type, "value", config.peft_type))]
+    if kind != spec.kind:
+        raise ModelError(
+            f"adapter.kind = {spec.kind}, and {folder} is of kind {kind}",
+            hint=f"set adapter.kind={kind}",
+        )
+    odd = [name for name in _UNKNOWN if getattr(config, name, None)]
+    if getattr(config, "bias", "none") != "none":
+        odd.append("bias")
+    if over is None and getattr(config, "trainable_token_indices", None):
+        odd.append("trainable_token_indices")
+    if odd:
+        raise ModelError(
+            f"{folder} uses PEFT's {odd[0]}, which alignkit does not train",
+            hint="merge it, and train a fresh adapter over the result",
+        )
+    found = {key: _plain(key, getattr(config, name)) for key, name in _NAMES[kind].items()}
+    if getattr(config, "target_parameters", None):  # a recipe names layers and parameters alike
+        found["targets"] = _plain("targets", {*found["targets"], *config.target_parameters})
+    for key in spec.model_fields_set & found.keys():
+        own = _plain(key, getattr(spec, key))
+        # Defaults stand written out in a run's own recipe.yaml.
+        default = type(spec).model_fields[key].get_default(call_default_factory=True)
+        if own not in (found[key], _plain(key, default)):
+            raise ModelError(
+                f"adapter.{key} = {own}, and the adapter in {folder} has {found[key]}",
+                hint=f"leave adapter.{key} away: it comes with the adapter",
+            )
+    return spec.model_copy(update=found)
+
+
+def adapter_folder(spec: AnySpec) -> Path | None:
+    """Where the adapter is that is trained on; None for a fresh one.
+
+    Raises:
+        ModelError: the folder holds none.
+    """
+    name = continues(spec)
+    if name is None:
+        return None
+    folder = adapter_in(name)
+    if folder is None:
+        raise ModelError(
+            f"adapter.from = {name!r} holds no adapter: there is no adapter_config.json",
+            hint="name a run folder, its adapter/, or a folder written by PEFT",
+        )
+    return folder
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value of PEFT's configuration as a recipe holds it."""
+    if key == "modules_to_save":
+        return tuple(sorted(set(value or ()) - {"score"}))
+    if isinstance(value, set | list | tuple):
+        return tuple(sorted(value))
+    return float(value) if key == "alpha" else value

@@ -1,0 +1,315 @@
+"""A trained prefix in a model: keys and values of each layer that every row has before its own.
+
+Li & Liang (https://arxiv.org/abs/2101.00190), in PEFT's files. PEFT gives the prefix to the model
+as a cache of earlier tokens: position embedding is not applied to it, and the row's own positions
+start behind it. Packed rows have no cache, so there it travels beside the segments and attention
+puts it before each document; padded rows and sampling take the cache.
+
+Shapes: `L` layers, `K` key heads, `P` tokens of the prefix, `D` head dimension, `B` rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PrefixTuningConfig
+from peft.tuners import PrefixEncoder
+from torch import nn
+from transformers import DynamicCache
+
+from alignkit.errors import ModelError
+from alignkit.models.base.loading import BaseModel, load_tokenizer
+from alignkit.recipe.adapters import AnySpec, PrefixSpec, continues
+
+_SLIDING = "sliding_attention"
+_PLAIN = {"full_attention", _SLIDING}
+"""Kinds of layers whose attention reads keys that stand before a row's own."""
+
+
+STATES = "prompt_embeddings"
+"""PEFT's name of a prefix in its file."""
+
+_TEXT = "Read the request with care, and give an answer that is true, helpful and clear."
+
+
+def prefix_config(model: Any, spec: PrefixSpec, task: str = "CAUSAL_LM") -> PrefixTuningConfig:
+    """PEFT's configuration of a prefix.
+
+    Args:
+        model: with or without storage.
+        spec: of the recipe.
+        task: PEFT's name of what the model does.
+
+    Raises:
+        ModelError: the model's layers do not all keep keys and values of one shape, or the prefix
+            takes its whole context.
+    """
+    sizes, text = _key_sizes(model), model.config.get_text_config()
+    context = int(getattr(text, "max_position_embeddings", 0) or 0)
+    if context and spec.tokens >= context:
+        raise ModelError(
+            f"adapter.tokens = {spec.tokens} leaves no room in the model's context of {context} "
+            "tokens",
+            hint="20 is usual; a few hundred at most",
+        )
+    return PrefixTuningConfig(
+        **sizes,
+        num_virtual_tokens=spec.tokens,
+        num_transformer_submodules=1,
+        prefix_projection=spec.projection,
+        encoder_hidden_size=spec.projection_width if spec.projection else None,
+        task_type=task,
+    )
+
+
+def _key_sizes(model: Any) -> dict[str, int]:
+    """Layers, key heads and numbers of a token's keys, under PEFT's names."""
+    text = model.config.get_text_config()
+    odd = _unlike_layers(text)
+    if odd:
+        raise _no_prefix(model, odd)
+    query_heads = int(text.num_attention_heads)
+    heads = int(getattr(text, "num_key_value_heads", None) or query_heads)
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // query_heads)
+    layers = int(text.num_hidden_layers)
+    return {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * width}
+
+
+def _no_prefix(model: Any, odd: str) -> ModelError:
+    return ModelError(
+        "adapter.kind = prefix needs keys and values of one shape in every layer, and a "
+        f"{model.config.get_text_config().model_type!r} model has {odd}",
+        hint="use adapter.kind=lora",
+    )
+
+
+@torch.no_grad()
+def require_kept_keys(model: Any) -> None:
+    """Refuse a base that keeps other keys than its configuration says.
+
+    Args:
+        model: the bare base.
+
+    Raises:
+        ModelError: says what it keeps.
+    """
+    sizes, cache = _key_sizes(model), DynamicCache()
+    ids = torch.zeros((1, 2), dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+    heads = sizes["num_attention_heads"]
+    wanted = torch.Size((1, heads, 2, sizes["token_dim"] // heads))
+    if len(cache.layers) != sizes["num_layers"]:
+        raise _no_prefix(model, f"keys of {len(cache.layers)} layers")
+    for layer in cache.layers:
+        if {layer.keys.shape, layer.values.shape} != {wanted}:
+            raise _no_prefix(
+                model, f"{layer.keys.shape[1]} key heads of {layer.keys.shape[3]} numbers"
+            )
+
+
+def require_fitting_prefix(config: Any, model: Any, folder: Path) -> None:
+    """Refuse a stored prefix for other layers than the base has: PEFT leaves the rest without.
+
+    Args:
+        config: of the stored adapter; one of another kind is let pass.
+        model: the base.
+        folder: of the adapter, for the message.
+
+    Raises:
+        ModelError: it is no prefix of tokens, or number of layers, of key heads or their width
+            differ.
+    """
+    if not isinstance(config, PrefixTuningConfig):
+        return
+    tokens, modules = config.num_virtual_tokens, config.num_transformer_submodules
+    if not isinstance(tokens, int) or tokens < 1 or modules not in (1, None):
+        raise ModelError(
+            f"the adapter in {folder} is no prefix of a causal model: num_virtual_tokens is "
+            f"{tokens!r}, num_transformer_submodules {modules!r}",
+            hint="look at its adapter_config.json",
+        )
+    fitting = _key_sizes(model)
+    names = {
+        "num_layers": "layers",
+        "num_attention_heads": "key heads",
+        "token_dim": "keys a token",
+    }
+    for name, what in names.items():
+        stored, own = getattr(config, name), fitting[name]
+        if stored != own:
+            raise ModelError(
+                f"the adapter in {folder} does not fit the base: it has {stored} {what}, and the "
+                f"base has {own}",
+                hint="name the base it was trained on with --base",
+            )
+
+
+def _unlike_layers(text: Any) -> str:
+    """What a configuration has that a prefix does not fit; empty if there is nothing."""
+    if getattr(text, "kv_lora_rank", None):
+        return "compressed keys (kv_lora_rank)"
+    if getattr(text, "num_kv_shared_layers", 0):
+        return "layers that share their keys (num_kv_shared_layers)"
+    if getattr(text, "global_head_dim", None):
+        return "head dimensions that differ (global_head_dim)"
+    other = sorted(set(getattr(text, "layer_types", None) or ()) - _PLAIN)
+    return f"layers of {other[0]}" if other else ""
+
+
+def start_words(spec: AnySpec, base: BaseModel, say: Callable[[str], None]) -> list[int]:
+    """Tokens whose keys and values a prefix starts as.
+
+    Args:
+        spec: of the recipe.
+        base: whose tokenizer cuts the text.
+        say: told in one sentence when the recipe's text is longer than the prefix.
+
+    Returns:
+        `P` token ids; none for what is no prefix or starts otherwise.
+
+    Raises:
+        ModelError: the tokenizer makes no token of the text.
+    """
+    if not isinstance(spec, PrefixSpec) or spec.projection or continues(spec):
+        return []
+    tokenizer, text = load_tokenizer(base), spec.text or _TEXT
+    once = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not once:
+        raise ModelError(
+            f"the tokenizer of {base.location} makes no token of adapter.text = {text!r}",
+            hint="choose another text",
+        )
+    if spec.text and once > spec.tokens:
+        say(f"the prefix starts as the first {spec.tokens} of {once} tokens of adapter.text")
+    ids: list[int] = tokenizer(" ".join([text] * (spec.tokens // max(1, once) + 1)))["input_ids"]
+    return (ids * spec.tokens)[: spec.tokens]  # joined, pieces may be fewer
+
+
+@torch.no_grad()
+def text_states(model: Any, words: Sequence[int]) -> torch.Tensor:
+    """`[P, L · 2 · K · D]` keys and values of some text, in the order in which PEFT stores them.
+
+    Args:
+        model: the bare base.
+        words: `P` token ids.
+    """
+    cache = DynamicCache()
+    device = model.get_input_embeddings().weight.device
+    ids = torch.tensor([list(words)], device=device)
+    model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+    states = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
+    return states.permute(3, 0, 1, 2, 4).flatten(1)
+
+
+@torch.no_grad()
+def start_prefix(model: Any, given: Callable[[str], torch.Tensor]) -> None:
+    """Let a fresh prefix stand for some text: drawn at random, keys and values take each row's
+    attention from its own first tokens.
+
+    Args:
+        model: a PEFT model with a prefix, without a network.
+        given: gives its values by their name in PEFT's file.
+    """
+    model.prompt_encoder[model.active_adapter].embedding.weight.copy_(given(STATES))
+
+
+def count_weights(config: PrefixTuningConfig) -> int:
+    """Weights that are trained for a prefix."""
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in PrefixEncoder(config).parameters())
+
+
+def prefix_shape(encoder: PrefixEncoder) -> tuple[str, int, int]:
+    """What is trained, its tokens, and the numbers that each of them has in all layers together."""
+    tokens, width = encoder.embedding.num_embeddings, encoder.embedding.embedding_dim
+    if encoder.prefix_projection:
+        return "prefix through a network", tokens, encoder.transform[-1].out_features
+    return "prefix", tokens, width
+
+
+def make_switchable(model: nn.Module) -> None:
+    """Let a prefix be turned off as other adapters are; nothing is done to a model without one."""
+    for encoder in _encoders(model):
+        encoder._disable_adapters, encoder._active_adapter = False, ["default"]
+
+
+def _encoders(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, PrefixEncoder)]
+
+
+def prefix_length(model: Any) -> int:
+    """Tokens of context that a prefix takes, `P`; 0 where there is none, or it is turned off."""
+    encoder = _active(model)
+    return 0 if encoder is None else int(encoder.embedding.num_embeddings)
+
+
+def prefix_states(model: Any) -> torch.Tensor | None:
+    """Keys and values of the active prefix.
+
+    Args:
+        model: with or without adapters.
+
+    Returns:
+        `[L, 2, K, P, D]` float32, keys before values; None where there is no prefix, or it is
+        turned off.
+    """
+    encoder = _active(model)
+    if encoder is None:
+        return None
+    config = model.active_peft_config
+    heads = config.num_attention_heads
+    tokens = torch.arange(config.num_virtual_tokens, device=encoder.embedding.weight.device)
+    flat: torch.Tensor = encoder(tokens)
+    return flat.unflatten(1, (config.num_layers, 2, heads, -1)).permute(1, 2, 3, 0, 4)
+
+
+def _active(model: Any) -> Any:
+    """The part of a PEFT model that gives its prefix."""
+    encoders = getattr(model, "prompt_encoder", None)
+    if encoders is None:
+        return None
+    encoder = encoders[model.active_adapter]
+    return None if encoder._disable_adapters else encoder
+
+
+def has_window(config: Any) -> bool:
+    """Whether a layer sees only so many keys back.
+
+    Padding that stands between a prefix and a row's own tokens would push the prefix out of sight
+    there, so that only prompts of one length may be continued together.
+
+    Args:
+        config: of a transformers model.
+    """
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or [_SLIDING]
+    return bool(getattr(text, "sliding_window", None)) and _SLIDING in kinds
+
+
+def with_cached_prefix(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of a pass over padded rows, with the prefix as PEFT gives it to the model.
+
+    Args:
+        model: with or without adapters.
+        inputs: `input_ids` `[B, T]`, `attention_mask` `[B, T]` and so on; without positions.
+
+    Returns:
+        The inputs themselves where there is no prefix. A cache serves one pass.
+
+    Raises:
+        ModelError: activations are recomputed, for which transformers drops caches.
+    """
+    if _active(model) is None:
+        return inputs
+    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        raise ModelError(
+            "a prefix over padded rows is a cache, which goes with no gradient checkpointing",
+            hint="set training.gradient_checkpointing=false, or model.attention=auto",
+        )
+    mask = inputs["attention_mask"]
+    seen = mask.new_ones(len(mask), prefix_length(model))
+    cache = model.get_prompt(len(mask))
+    return {**inputs, "attention_mask": torch.cat([seen, mask], dim=1), "past_key_values": cache}

@@ -1,0 +1,176 @@
+"""Several models over one base: named adapters, one of them active at a time.
+
+PEFT's own way of switching, `set_adapter`, also changes which weights are trained, and a switch
+between forward and backward gives zero gradients, or gradients of the wrong adapter, without an
+error. Here a switch turns flags of the layers and nothing else, and layers that are recomputed in
+the backward pass are recomputed under the adapter that ran forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from alignkit.models.adapters.attach import adapter_layers
+from alignkit.models.adapters.files import fitting, put_weights, read_adapter_config
+from alignkit.models.kernels.lora import use_fast_lora
+from alignkit.models.quiet import quiet_transformers
+from alignkit.models.scoring.scorer import Scores
+from alignkit.packed import PackedBatch
+
+POLICY = "default"
+"""Adapter that is trained as the policy; the name PEFT gives to the first one."""
+
+
+@contextlib.contextmanager
+def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """One adapter is active for the length of the block.
+
+    Args:
+        model: carries adapters, or none: then nothing happens.
+        name: of the adapter; None is the base alone.
+    """
+    layers = adapter_layers(model)
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = name is None
+        if name is not None:
+            layer._active_adapter = [name]
+    try:
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+@dataclass(frozen=True)
+class Role:
+    """A model as one of several parts: the scorer, and the adapter that is active in it.
+
+    Args:
+        scorer: may share its model with other roles.
+        adapter: name of the adapter; None is the model without adapters, or one that has none.
+    """
+
+    scorer: Any
+    adapter: str | None = None
+
+    def __call__(self, batch: PackedBatch) -> Scores:
+        """What the scorer finds, under this role's adapter."""
+        with self.active():
+            found: Scores = self.scorer(batch)
+            return found
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """The role's adapter for the length of a block."""
+        return use_adapter(self.scorer.model, self.adapter)
+
+
+def recompute_as_run(model: nn.Module) -> Any:
+    """`context_fn` of torch's checkpointing: recompute a layer under the adapter that ran it.
+
+    Args:
+        model: carries the adapters.
+
+    Returns:
+        A function that torch calls at each checkpointed forward pass.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+    def contexts() -> tuple[Any, Any]:
+        first = layers[0]
+        name = None if first._disable_adapters else first.active_adapters[0]
+        return contextlib.nullcontext(), use_adapter(model, name)
+
+    return contexts
+
+
+def add_adapter(model: Any, name: str, config: LoraConfig, seed: int) -> None:
+    """Put a further adapter on a PEFT model; it is not active and not trained yet.
+
+    Args:
+        model: carries at least one adapter.
+        name: of the new one.
+        config: its rank, targets and scale.
+        seed: of its random half.
+    """
+    torch.manual_seed(seed)
+    with quiet_transformers():
+        model.add_adapter(name, config)
+    use_fast_lora(model)
+
+
+def add_stored_adapter(model: Any, name: str, folder: Path) -> None:
+    """Put an adapter from disk on a PEFT model, without the head that may be stored with it.
+
+    Args:
+        model: over the base that the adapter was trained on.
+        name: given to it here.
+        folder: PEFT adapter folder.
+
+    Raises:
+        ModelError: the adapter does not fit the model.
+    """
+    config = read_adapter_config(folder)
+    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
+    config.lora_dropout = 0.0  # roles score in training mode
+    with fitting(folder):
+        model.add_adapter(name, config)
+    put_weights(model, folder, name)
+    use_fast_lora(model)
+
+
+def train_only(model: nn.Module, names: set[str]) -> None:
+    """Set which adapters are trained; every other weight is frozen.
+
+    Args:
+        model: carries the adapters.
+        names: of those that are trained.
+    """
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            for part in (getattr(module, kind, {}) for kind in module.adapter_layer_names):
+                for name in names & set(part.keys()):
+                    part[name].requires_grad_(True)
+
+
+def remove_dropout(model: nn.Module) -> None:
+    """Turn off what a model's own configuration drops: a ratio of two passes would not be 1.
+
+    Args:
+        model: changed in place.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def freeze_head_adapter(model: Any, name: str) -> None:
+    """Leave an adapter's part of the vocabulary head untrained: a value model never uses it.
+
+    Args:
+        model: carries the adapter.
+        name: of the adapter.
+    """
+    head = model.get_base_model().get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        for part, weight in head.named_parameters():
+            if f".{name}." in part:
+                weight.requires_grad_(False)
+
+
+def adapter_parameters(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
+    """Name and weight of everything that belongs to one adapter, sorted by name."""
+    return sorted((n, p) for n, p in model.named_parameters() if f".{name}." in n)

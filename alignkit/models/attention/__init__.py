@@ -1,0 +1,1 @@
+"""Attention over packed and cached rows, and the prefixes that rows read."""

@@ -1,0 +1,1 @@
+"""What a name means: bases, their configuration, identity and licence."""

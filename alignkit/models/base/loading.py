@@ -1,0 +1,301 @@
+"""Tokenizers and weights from the hub, a folder, a GGUF file, a run folder or a known name."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+)
+
+from alignkit.errors import ModelError
+from alignkit.models.base.adapter_kinds import require_mergeable
+from alignkit.models.base.changes import (
+    UNCHANGED,
+    BaseChanges,
+    add_tokens,
+    grow_model,
+    new_ids,
+    scale_positions,
+)
+from alignkit.models.base.known import KNOWN_MODELS, model_folder
+from alignkit.models.heap import release_memory
+from alignkit.models.kernels.quantized import multiply_dense
+from alignkit.models.quiet import quiet_transformers
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
+    "int8": {"load_in_8bit": True},
+}
+"""Name in a recipe -> settings of bitsandbytes for the storage; products are our own."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Where a base model is.
+
+    Args:
+        location: folder or hub id.
+        gguf: name of the GGUF file inside the folder; None for safetensors.
+        trust_remote_code: run code that comes with the model.
+        changes: made whenever it is read.
+    """
+
+    location: str
+    gguf: str | None = None
+    trust_remote_code: bool = False
+    changes: BaseChanges = UNCHANGED
+
+    @property
+    def name(self) -> str:
+        """What `find_base` takes to find this model again."""
+        return str(Path(self.location) / self.gguf) if self.gguf else self.location
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments that every `from_pretrained` takes."""
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.gguf:
+            options["gguf_file"] = self.gguf
+        return options
+
+
+def find_base(name: str, *, trust_remote_code: bool = False) -> BaseModel:
+    """Where the model named in a recipe is.
+
+    Args:
+        name: hub id, folder, `.gguf` file, run folder or known name.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        A place whose files exist, or a hub id.
+
+    Raises:
+        ModelError: the name fits none of these.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return BaseModel(str(path.parent), path.name, trust_remote_code)
+    if path.is_dir():
+        return BaseModel(str(_model_in(path)), None, trust_remote_code)
+    if name in KNOWN_MODELS:
+        folder = model_folder(name)
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{name} is not here yet", hint=f"run `alignkit fetch {name}`")
+        return BaseModel(str(folder), None, trust_remote_code)
+    near = difflib.get_close_matches(name, KNOWN_MODELS, n=1)
+    if path.exists() or path.is_absolute() or name.count("/") != 1 or name.startswith("."):
+        hint = f"did you mean {near[0]}?" if near else "name a folder, a .gguf file or a hub id"
+        raise ModelError(f"{name!r} is no model: no such folder, file or known name", hint=hint)
+    return BaseModel(name, None, trust_remote_code)
+
+
+def _model_in(folder: Path) -> Path:
+    """The model folder that a folder is or holds."""
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "merged" / "config.json").is_file():
+        return folder / "merged"
+    if (folder / "adapter_config.json").is_file() or (folder / "adapter").is_dir():
+        for adapter in (folder, folder / "adapter"):
+            require_mergeable(adapter)
+        raise ModelError(
+            f"{folder} holds an adapter, not a whole model",
+            hint=f"run `alignkit merge-lora {folder}` first",
+        )
+    raise ModelError(
+        f"{folder} is no model folder: it has no config.json",
+        hint="name the folder with config.json and *.safetensors",
+    )
+
+
+@contextlib.contextmanager
+def _reading(base: BaseModel, what: str) -> Iterator[None]:
+    try:
+        with quiet_transformers():
+            yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        hint = "check the name and the files"
+        if os.environ.get("HF_HUB_OFFLINE") and not Path(base.location).exists():
+            hint = "HF_HUB_OFFLINE is set and the model is not in the local cache"
+        elif "gguf" in first_line.lower() and isinstance(error, ImportError):
+            hint = "pip install 'alignkit[gguf]'"
+        elif "bitsandbytes" in first_line and isinstance(error, ImportError):
+            hint = "pip install 'alignkit[quantization]'"
+        raise ModelError(
+            f"{what} of {base.location!r} could not be read: {first_line}", hint=hint
+        ) from error
+
+
+def load_tokenizer(base: BaseModel, template: str | None = None) -> Any:
+    """The model's tokenizer.
+
+    Args:
+        base: from `find_base`.
+        template: Jinja source that replaces the model's chat template; None keeps it.
+
+    Returns:
+        A transformers tokenizer that pads on the right.
+    """
+    with _reading(base, "the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(base.location, **base.options)
+    # Without its files transformers makes some families an empty one, in silence.
+    ids = tokenizer("Hello", add_special_tokens=False)["input_ids"]
+    if not set(ids) - {tokenizer.unk_token_id}:
+        raise ModelError(
+            f"the tokenizer of {base.location!r} is empty: it can read no text",
+            hint="put the tokenizer's files, such as tokenizer.json, into the folder",
+        )
+    add_tokens(tokenizer, base.changes.tokens)
+    if template is not None:
+        tokenizer.chat_template = template
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def token_rows(base: BaseModel) -> tuple[list[int], list[list[int]]]:
+    """Ids of the tokens that are added to a base, and what each was cut into before."""
+    tokens = base.changes.tokens
+    tokenizer = load_tokenizer(replace(base, changes=UNCHANGED))
+    pieces = add_tokens(tokenizer, tokens)
+    return new_ids(tokenizer, tokens), pieces
+
+
+def load_config(base: BaseModel) -> Any:
+    """The model's configuration."""
+    with _reading(base, "the configuration"):
+        config = AutoConfig.from_pretrained(base.location, **base.options)
+    if base.changes.rope is not None:
+        scale_positions(config, base.changes.rope)
+    if base.changes.tokens:
+        text = config.get_text_config()
+        text.vocab_size = max(text.vocab_size, max(token_rows(base)[0]) + 1)
+    return config
+
+
+def load_model(
+    base: BaseModel,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    quantization: str = "none",
+) -> Any:
+    """The model's weights.
+
+    Args:
+        base: from `find_base`.
+        dtype: storage of the weights, and compute precision of quantized ones.
+        device: where they go.
+        quantization: `none`, or `nf4` or `int8` for linear layers in 4 or 8 bits; embeddings and
+            vocabulary head stay as they are.
+
+    Returns:
+        A transformers causal language model in evaluation mode; not marked as quantized unless it
+        is.
+
+    Raises:
+        ModelError: the files cannot be read, or a GGUF file is to be quantized.
+    """
+    model = _load_unchanged(base, dtype, device, quantization)
+    if base.changes.tokens:
+        grow_model(model, *token_rows(base))
+    return model
+
+
+def _load_unchanged(
+    base: BaseModel, dtype: torch.dtype, device: torch.device | str, quantization: str
+) -> Any:
+    """Weights as they are stored, positions as they are scaled."""
+    options = dict(base.options)
+    if base.changes.rope is not None:
+        if base.gguf:
+            raise ModelError(
+                f"{base.name} is a GGUF file, whose positions model.rope_scaling cannot scale",
+                hint="name a folder with safetensors",
+            )
+        options["config"] = load_config(replace(base, changes=BaseChanges(base.changes.rope)))
+    if quantization != "none":
+        return _load_quantized(base, dtype, device, quantization, options)
+    if base.gguf:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
+    with _reading(base, "the weights"):
+        model = AutoModelForCausalLM.from_pretrained(base.location, dtype=dtype, **options)
+    if base.gguf:
+        _forget_gguf(model)
+    return model.to(device).eval()
+
+
+def _load_quantized(
+    base: BaseModel,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantization: str,
+    options: dict[str, Any],
+) -> Any:
+    if base.gguf:
+        raise ModelError(
+            f"{base.name} is a GGUF file, which model.quantization = {quantization} cannot read",
+            hint="name a folder with safetensors, or set model.quantization=none",
+        )
+    config = BitsAndBytesConfig(**_QUANTIZATIONS[quantization])
+    with _reading(base, "the weights"):
+        model = AutoModelForCausalLM.from_pretrained(
+            base.location,
+            dtype=dtype,
+            quantization_config=config,
+            device_map={"": str(device)},
+            use_safetensors=True,
+            **options,
+        )
+    multiply_dense(model, dtype)
+    for weight in model.parameters():
+        if weight.is_floating_point():  # a view of its file keeps all that was read of it in memory
+            weight.data = weight.data.clone()
+    release_memory()
+    return model.eval()
+
+
+def _forget_gguf(model: Any) -> None:
+    """Clear the marks that make transformers refuse to save dequantized weights."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for holder, mark in ((model, "quantization_method"), (model.config, "quantization_config")):
+        if hasattr(holder, mark):
+            delattr(holder, mark)
+
+
+def share_files(folder: Path) -> None:
+    """Give the files the permissions of any new file; safetensors lets only their owner read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+
+
+def stored_dtype(base: BaseModel) -> torch.dtype:
+    """The dtype the base's weights are stored in; float32 if the configuration does not say."""
+    dtype = getattr(load_config(base), "dtype", None)
+    if isinstance(dtype, str):
+        dtype = DTYPES.get(dtype)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32

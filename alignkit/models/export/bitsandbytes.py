@@ -1,0 +1,217 @@
+"""Model folder -> the same model in 8 or 4 bits, as bitsandbytes keeps it, verified."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from alignkit.errors import ModelError
+from alignkit.models.base.fitness import require_language_model
+from alignkit.models.base.loading import (
+    BaseModel,
+    load_config,
+    load_model,
+    load_tokenizer,
+    share_files,
+    stored_dtype,
+)
+from alignkit.models.kernels.quantized import multiply_dense
+from alignkit.models.quiet import quiet_transformers
+from alignkit.models.weights.comparing import Closeness, closeness, read_logits, take_samples
+from alignkit.models.weights.writing import beside, is_plain_model, require_free
+from alignkit.packed import IntArray
+
+KINDS = {8: "int8", 4: "nf4"}
+"""Bits -> what bitsandbytes calls it."""
+
+FAR = 0.1
+"""Nats per token above which the report warns; quantizing has no limit that is a fault."""
+
+
+@dataclass(frozen=True)
+class QuantizedReport:
+    """What was written and how far it is from the source.
+
+    Args:
+        output: the folder.
+        kind: `int8`, or `nf4` with double quantization.
+        layers: linear layers that are quantized; the vocabulary head stays as it is.
+        megabytes: size of the weights, in units of 1,000,000 bytes.
+        source_megabytes: the same of the source.
+        logits: against the source, whose arithmetic is float32.
+    """
+
+    output: str
+    kind: str
+    layers: int
+    megabytes: float
+    source_megabytes: float
+    logits: Closeness
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return dataclasses.asdict(self)
+
+    def lines(self) -> list[str]:
+        """The report in sentences."""
+        lines = [
+            f"wrote {self.output} ({self.kind}, {self.megabytes:,.1f} MB instead of "
+            f"{self.source_megabytes:,.1f})",
+            f"{self.layers} layers in {self.kind}; every tensor read back bit for bit",
+            f"against the source {self.logits.line()}",
+        ]
+        if self.logits.mean_kl > FAR:
+            lines.append(
+                f"KL above {FAR} is far: expect other answers than the source's; small models lose "
+                "most, and --bits 8 loses less than 4"
+            )
+        return lines
+
+
+def export_quantized(
+    base: BaseModel,
+    output: Path,
+    *,
+    bits: int,
+    rows: Sequence[IntArray],
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> QuantizedReport:
+    """Write a quantized model folder and verify it.
+
+    Args:
+        base: a language model with safetensors.
+        output: folder to write; stands there only once it is verified.
+        bits: 8 or 4.
+        rows: token ids of real rows.
+        device: where it is quantized and compared.
+        overwrite: replace an existing model folder.
+
+    Returns:
+        What was written and measured.
+
+    Raises:
+        ModelError: the output exists, the model cannot be quantized, or the files do not hold what
+            was written.
+    """
+    _require_fit(base, output, bits, overwrite)
+    dtype = stored_dtype(base)
+    tokenizer = load_tokenizer(base)
+    samples = take_samples(rows, load_config(base).max_position_embeddings)
+    settings = _settings(bits, dtype)
+    with beside(output) as written:
+        model = _load(base.location, device, dtype, quantization_config=settings, **base.options)
+        layers = count_quantized(model)
+        if not layers:
+            raise ModelError(
+                f"{base.name} has no linear layer that bitsandbytes quantizes",
+                hint="serve the model as it is",
+            )
+        with quiet_transformers():
+            model.save_pretrained(written)
+            tokenizer.save_pretrained(written)
+            share_files(written)
+        read_back = _load(str(written), device, dtype)
+        _require_same(model, read_back)
+        del model  # two models in memory at most
+        found = read_logits(read_back, samples)
+        del read_back
+        exact = read_logits(load_model(base, torch.float32, device), samples)
+        megabytes = _megabytes(written)
+    return QuantizedReport(
+        output=str(output),
+        kind=KINDS[bits],
+        layers=layers,
+        megabytes=megabytes,
+        source_megabytes=_megabytes(Path(base.location)),
+        logits=closeness(exact, found),
+    )
+
+
+def _require_fit(base: BaseModel, output: Path, bits: int, overwrite: bool) -> None:
+    if bits not in KINDS:
+        raise ModelError(f"--bits cannot be {bits}", hint="8 or 4")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "the bitsandbytes package is not installed",
+            hint="pip install 'alignkit[quantization]'",
+        )
+    require_free(output, overwrite=overwrite)
+    if output.exists() and not is_plain_model(output):
+        raise ModelError(
+            f"{output} is no model folder, so it is not overwritten", hint="name another --output"
+        )
+    source = Path(base.location)
+    if source.is_dir() and source.resolve().is_relative_to(output.resolve()):
+        raise ModelError(f"{output} holds the model itself", hint="name another --output")
+    if base.gguf:
+        raise ModelError(
+            f"{base.name} is a GGUF file, which bitsandbytes cannot quantize",
+            hint="name the folder with safetensors that it was made from",
+        )
+    require_language_model(base)
+    if getattr(load_config(base), "quantization_config", None):
+        raise ModelError(
+            f"the weights of {base.name} are quantized already",
+            hint="name the model that they were made from",
+        )
+
+
+def _settings(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _load(place: str, device: str, dtype: torch.dtype, **options: Any) -> Any:
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                place, dtype=dtype, device_map={"": device}, use_safetensors=True, **options
+            )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"the weights of {place} could not be quantized: {first_line}",
+            hint="check the files, and that bitsandbytes knows this device",
+        ) from error
+    multiply_dense(model, dtype)  # what is measured is the weights, on any machine
+    return model.eval()
+
+
+def count_quantized(model: Any) -> int:
+    """How many linear layers bitsandbytes holds."""
+    kinds = ("Linear8bitLt", "Linear4bit")
+    return sum(type(module).__name__ in kinds for module in model.modules())
+
+
+def _require_same(model: Any, read_back: Any) -> None:
+    """Hold what is on disk against what was quantized, packed bits and scales alike."""
+    wanted, stored = model.state_dict(), read_back.state_dict()
+    for name in wanted.keys() | stored.keys():
+        one, two = wanted.get(name), stored.get(name)
+        if not (isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor)):
+            same = one == two and name in wanted
+        else:
+            same = one.dtype == two.dtype and torch.equal(one.cpu(), two.cpu())
+        if not same:
+            raise ModelError(
+                f"the file does not hold what was written: {name} differs",
+                hint="the disk may be full or failing; nothing was kept",
+            )
+
+
+def _megabytes(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6

@@ -1,0 +1,1 @@
+"""Arithmetic of single layers: precision, norms, LoRA, quantized products, vocabulary head."""

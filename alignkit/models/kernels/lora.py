@@ -1,0 +1,280 @@
+"""The fast LoRA matmul behind PEFT's own modules: y = x Wᵀ + s · (x Aᵀ) Bᵀ in one function.
+
+PEFT computes the same with several autograd nodes: a float32 copy of the input, a cast back under
+autocast, a scaled product and an addition, each with its own buffers. Here the input is kept once
+and shared by the layers that read it, products are added in place, and the low-rank factors are
+cast to the compute dtype for the product only, or once for all of a sampling. In bfloat16 PEFT adds
+the update to an output that is rounded already, where small updates vanish; here the sum is rounded
+once. Modules, parameter names and files stay PEFT's.
+
+Layers with dropout, DoRA or several active adapters keep PEFT's code. A quantized weight is dense
+only while it is multiplied, once in each direction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from alignkit.models.kernels.products import add_product, product
+from alignkit.models.kernels.quantized import dense_weight, is_quantized, weight_dtype
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names in transformers' models of layers that read the same input."""
+
+
+class _Frozen(NamedTuple):
+    """What a layer multiplies with beside its factors.
+
+    Args:
+        base: linear layer with its weight `[O, I]`, plain or quantized, and bias `[O]`.
+        scale: s, of the update.
+        rank: r, of the factors.
+    """
+
+    base: Any
+    scale: float
+    rank: int
+
+
+class _Factors(NamedTuple):
+    """Factors in the compute dtype: `[Σr, I]` all s A in one, and each layer's B, `[O, r]`."""
+
+    a: torch.Tensor
+    b: tuple[torch.Tensor, ...]
+
+
+class _Group(NamedTuple):
+    """Layers that read the same input and are computed together, and what that takes."""
+
+    layers: list[Any]
+    frozen: list[_Frozen]
+    factors: _Factors
+
+
+class _LoraProduct(torch.autograd.Function):
+    """y = x Wᵀ + b + s · (x Aᵀ) Bᵀ of each layer that reads x, with W and b frozen.
+
+    Shapes: x `[T, I]`, W `[O, I]`, A `[r, I]`, B `[O, r]`, y `[T, O]`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        layers: Sequence[_Frozen],
+        narrow: _Factors,
+        *factors: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        outputs, low = _products(x, layers, narrow)
+        ctx.save_for_backward(x, low, narrow.a, *narrow.b)
+        ctx.layers = layers  # frozen: no in-place change to guard against
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        x, low, narrow_a, *narrow_b = ctx.saved_tensors
+        ranks = [layer.rank for layer in ctx.layers]
+        grad_low = torch.cat([grad @ b for grad, b in zip(grads, narrow_b, strict=True)], dim=1)
+        # Transposed in memory first: the products gain more time than the copy takes.
+        by_rank = torch.mm(grad_low.T.contiguous(), x).split(ranks)
+        grad_a = [
+            layer.scale * part.float() for part, layer in zip(by_rank, ctx.layers, strict=True)
+        ]
+        grad_b = [
+            torch.mm(part, grad).T.float()
+            for part, grad in zip(low.T.contiguous().split(ranks), grads, strict=True)
+        ]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.mm(grad_low, narrow_a)
+            for grad, layer in zip(grads, ctx.layers, strict=True):
+                add_product(grad_x, grad, dense_weight(layer.base))
+        return grad_x, None, None, *itertools.chain(*zip(grad_a, grad_b, strict=True))
+
+
+def _products(
+    x: torch.Tensor, layers: Sequence[_Frozen], narrow: _Factors
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """y `[T, O]` of each layer, and all s · x Aᵀ, `[T, Σr]`."""
+    low, outputs = torch.mm(x, narrow.a.T), []
+    parts = low.split([layer.rank for layer in layers], dim=1)
+    for layer, part, b in zip(layers, parts, narrow.b, strict=True):
+        # The small term first, so that the sum is rounded once. Added to an xWᵀ that is already
+        # rounded to bfloat16, an update below half a unit in its last place would vanish.
+        y = add_product(torch.mm(part, b.T), x, dense_weight(layer.base).T)
+        if layer.base.bias is not None:
+            y += layer.base.bias
+        outputs.append(y)
+    return outputs, low
+
+
+def use_fast_lora(model: nn.Module) -> int:
+    """Let every eligible LoRA layer of a PEFT model compute with one function.
+
+    Args:
+        model: carries LoRA layers.
+
+    Returns:
+        Number of layers that do.
+    """
+    eligible = [module for module in model.modules() if _is_eligible(module)]
+    for module in eligible:
+        module.readers = Readers([module])
+        module.forward = functools.partial(_forward, module)
+    among = set(eligible)
+    for parent in model.modules():
+        for names in TOGETHER:
+            found = [getattr(parent, name, None) for name in names]
+            readers = Readers([module for module in found if module in among])
+            for module in readers.layers:
+                module.readers = readers
+    return len(eligible)
+
+
+@contextlib.contextmanager
+def fixed_factors(model: nn.Module) -> Iterator[None]:
+    """Cast the factors of each adapter once, and find its layers once, at its first use within.
+
+    Only where no weight changes meanwhile, as in sampling: a step on few tokens would spend a tenth
+    of its time on casts, and half as much on looking layers up. Elsewhere factors are cast at every
+    use, because a fused optimizer changes weights without raising the version by which a kept copy
+    could be told.
+
+    Args:
+        model: carries LoRA layers.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.kept_groups = {}
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.kept_groups
+
+
+def _group(first: Any, name: str, dtype: torch.dtype) -> _Group:
+    """What is computed when `first` is called under an adapter, in the compute dtype."""
+    kept = first.__dict__.get("kept_groups")
+    if kept is not None and (name, dtype) in kept:
+        found: _Group = kept[name, dtype]
+        return found
+    layers = first.readers.alike(first, name)
+    # Scaled before the product: A is small, and what it gives has a row for each token.
+    a = [(layer.scaling[name] * layer.lora_A[name].weight.detach()).to(dtype) for layer in layers]
+    b = tuple(layer.lora_B[name].weight.detach().to(dtype) for layer in layers)
+    factors = _Factors(torch.cat(a) if len(a) > 1 else a[0], b)
+    group = _Group(layers, [_frozen(layer, name) for layer in layers], factors)
+    if kept is not None:
+        kept[name, dtype] = group
+    return group
+
+
+class Readers:
+    """Layers of one parent that read the same input: the first that is called computes for all.
+
+    A(x) of all is one product then, and so are the gradients of all A; the gradients of x are added
+    up as they are computed. A layer that is called with another input computes alone. Weights must
+    not change between the calls of one pass.
+
+    Args:
+        layers: in the order in which their parent calls them.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = list(layers)
+        self.input: torch.Tensor | None = None
+        self.how = ("", False)
+        self.outputs: dict[int, torch.Tensor] = {}
+
+    def alike(self, first: Any, name: str) -> list[Any]:
+        """`first`, and with it those for which it may compute: nothing else in their state."""
+        if first is not self.layers[0]:
+            return [first]
+        dtype = weight_dtype(first.get_base_layer())
+        return [layer for layer in self.layers if layer is first or _computes(layer, name, dtype)]
+
+    def give(
+        self, layers: Sequence[Any], name: str, x: torch.Tensor, outputs: Sequence[torch.Tensor]
+    ) -> None:
+        """Keep outputs until their layers are called."""
+        self.outputs = {id(layer): y for layer, y in zip(layers, outputs, strict=True)}
+        self.input = x if self.outputs else None
+        self.how = name, torch.is_grad_enabled()
+
+    def take(self, layer: Any, name: str, x: torch.Tensor) -> torch.Tensor | None:
+        """The output of a layer if it is there; once."""
+        if x is not self.input or (name, torch.is_grad_enabled()) != self.how:
+            return None
+        found = self.outputs.pop(id(layer), None)
+        if not self.outputs:
+            self.input = None
+        return found
+
+
+def _computes(layer: Any, name: str, dtype: torch.dtype) -> bool:
+    return (
+        not layer.merged
+        and not layer.disable_adapters
+        and [other for other in layer.active_adapters if other in layer.lora_A] == [name]
+        and weight_dtype(layer.get_base_layer()) == dtype
+    )
+
+
+def _is_eligible(module: nn.Module) -> bool:
+    if not isinstance(module, LoraLayer) or not hasattr(module, "get_base_layer"):
+        return False
+    base = module.get_base_layer()
+    plain = type(module) is LoraLinear and type(base) is nn.Linear
+    if not plain and not (isinstance(base, nn.Linear) and is_quantized(base)):
+        return False
+    return not (
+        base.weight.requires_grad
+        or module.fan_in_fan_out
+        or any(module.use_dora.values())
+        or getattr(module, "lora_variant", None)  # further kinds that compute something else
+        or any(module.lora_bias.values())
+        or any(not isinstance(dropout, nn.Identity) for dropout in module.lora_dropout.values())
+    )
+
+
+def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The module's output; PEFT's own code where its state asks for more than one plain adapter."""
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if args or kwargs or module.merged or (len(names) != 1 and not module.disable_adapters):
+        output: torch.Tensor = type(module).forward(module, x, *args, **kwargs)
+        return output
+    taken = None if module.disable_adapters else module.readers.take(module, names[0], x)
+    if taken is not None:
+        return taken
+    base = module.get_base_layer()
+    flat = x.to(weight_dtype(base)).reshape(-1, x.shape[-1])
+    if module.disable_adapters:
+        # In the same steps as below: a fresh adapter must change no bit.
+        plain = product(flat, dense_weight(base).T)
+        plain = plain if base.bias is None else plain + base.bias
+        return plain.view(*x.shape[:-1], -1)
+    name = names[0]
+    layers, frozen, factors = _group(module, name, flat.dtype)
+    if torch.is_grad_enabled():
+        pairs = ((layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers)
+        outputs = _LoraProduct.apply(flat, frozen, factors, *itertools.chain(*pairs))
+    else:
+        outputs, _ = _products(flat, frozen, factors)
+    first, *others = (y.view(*x.shape[:-1], -1) for y in outputs)
+    if module is module.readers.layers[0]:
+        module.readers.give(layers[1:], name, x, others)
+    return first
+
+
+def _frozen(layer: Any, name: str) -> _Frozen:
+    return _Frozen(layer.get_base_layer(), layer.scaling[name], layer.r[name])

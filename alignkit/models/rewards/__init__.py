@@ -1,0 +1,1 @@
+"""Scalar heads and classifiers."""

@@ -1,0 +1,118 @@
+"""The scalar head of a reward model, its statistics, and how both are stored."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from alignkit.errors import ModelError
+from alignkit.models.adapters.files import HEAD_KEY
+from alignkit.models.scoring.scorer import causal_model
+
+STATISTICS = "reward.json"
+"""File beside the weights that holds the `RewardStatistics`."""
+
+
+@dataclass(frozen=True)
+class RewardStatistics:
+    """Rewards of real answers, to normalise by later.
+
+    Args:
+        mean: over all answers.
+        std: over all answers; population.
+        chosen: mean over the chosen answers.
+        rejected: mean over the rejected answers.
+        accuracy: share of pairs with the chosen answer ahead; ties count half.
+        pairs: that were measured.
+        rows: `held_out` or `train`.
+    """
+
+    mean: float
+    std: float
+    chosen: float
+    rejected: float
+    accuracy: float
+    pairs: int
+    rows: str
+
+    def save(self, folder: Path) -> None:
+        """Write the statistics into a model or adapter folder."""
+        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        (folder / STATISTICS).write_text(text, encoding="utf-8")
+
+
+def read_statistics(folder: Path) -> RewardStatistics | None:
+    """The statistics in a folder; None if it has none."""
+    path = folder / STATISTICS
+    if not path.is_file():
+        return None
+    return RewardStatistics(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def new_head(model: Any, seed: int) -> nn.Linear:
+    """A fresh scalar head, drawn from N(0, 1 / (H + 1)) as in https://arxiv.org/abs/2009.01325.
+
+    Args:
+        model: the language model it stands on, hidden size H.
+        seed: draws it.
+
+    Returns:
+        `[1, H]` float32 linear layer without bias, on the model's device.
+    """
+    inner = causal_model(model)
+    hidden = int(inner.config.get_text_config().hidden_size)
+    head = nn.Linear(hidden, 1, bias=False, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.normal_(0.0, (hidden + 1) ** -0.5, generator=generator)
+    return head.to(next(inner.parameters()).device)
+
+
+def freeze_unused_head(model: Any) -> None:
+    """Leave the vocabulary head untrained, unless it is the input embedding too: a reward model
+    never uses it."""
+    inner = causal_model(model)
+    unused, shared = inner.get_output_embeddings(), inner.get_input_embeddings()
+    if unused is not None and unused.weight is not shared.weight:
+        unused.requires_grad_(False)
+
+
+def read_head(folder: Path) -> nn.Linear:
+    """The head stored in an adapter folder or in a sequence classifier's folder.
+
+    Args:
+        folder: with safetensors files.
+
+    Returns:
+        `[1, H]` float32 linear layer.
+
+    Raises:
+        ModelError: the folder holds no scalar head.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in (HEAD_KEY, "score.weight"):
+                if key in file.keys():  # noqa: SIM118  it is no dictionary
+                    return _linear(file.get_tensor(key), folder)
+    raise ModelError(
+        f"{folder} is no reward model: it holds no scalar head",
+        hint="name a run of the reward stage, its adapter/ or its merged/",
+    )
+
+
+def _linear(weight: torch.Tensor, folder: Path) -> nn.Linear:
+    if weight.shape[0] != 1:
+        raise ModelError(
+            f"{folder} is a classifier with {weight.shape[0]} labels, a reward model has one",
+            hint="name a run of the reward stage",
+        )
+    head = nn.Linear(weight.shape[1], 1, bias=False, dtype=torch.float32)
+    head.weight = nn.Parameter(weight.float(), requires_grad=False)
+    return head

@@ -1,0 +1,1 @@
+"""Packed batches to log-probs or scalars: scorers, and the choice between them."""

@@ -1,0 +1,1 @@
+"""Weights on disk: shards, streaming, writing, rounding, comparing."""

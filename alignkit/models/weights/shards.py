@@ -1,0 +1,224 @@
+"""A model's weights by name, read and written file by file: in memory is what is worked on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.core_model_loading import revert_weight_conversion
+
+from alignkit.errors import ModelError
+from alignkit.models.base.changes import BaseChanges
+from alignkit.models.base.loading import BaseModel, load_model, stored_dtype
+from alignkit.models.heap import release_memory
+from alignkit.models.quiet import quiet_transformers
+
+INDEX = "model.safetensors.index.json"
+"""Says which file holds which weight, where there are several."""
+
+ONE_FILE = "model.safetensors"
+
+
+class StoredWeights(Mapping[str, torch.Tensor]):
+    """Weights in safetensors files, mapped into memory while they are used.
+
+    Args:
+        folder: holds `model.safetensors`, or several files with their index.
+        tied: further name of a weight -> its name in the files.
+
+    Raises:
+        ModelError: the files cannot be read.
+    """
+
+    def __init__(self, folder: Path, tied: Mapping[str, str] | None = None) -> None:
+        self.folder, self.tied = folder, dict(tied or {})
+        self.files: dict[str, tuple[str, ...]] = {}
+        self._file: dict[str, str] = {}
+        with _reading(folder):
+            for name in _file_names(folder):
+                with safe_open(folder / name, "pt") as file:
+                    self.files[name] = tuple(file.keys())
+                self._file.update(dict.fromkeys(self.files[name], name))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """One weight as it is stored; its file stays mapped as long as the tensor lives."""
+        name = name if name in self._file else self.tied.get(name, name)
+        with _reading(self.folder), safe_open(self.folder / self._file[name], "pt") as file:
+            found: torch.Tensor = file.get_tensor(name)
+            return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file)
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def write(
+        self, folder: Path, names: Collection[str], weight: Callable[[str], torch.Tensor]
+    ) -> None:
+        """Write weights of these or further names into files like these; see `write_weights`."""
+        files = {name: [n for n in held if n in names] for name, held in self.files.items()}
+        files = {name: held for name, held in files.items() if held}
+        files[list(files)[-1]] += sorted(set(names) - set(self))
+        write_weights(folder, files, weight)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape, from the files' headers."""
+        found = {}
+        with _reading(self.folder):
+            for name, held in self.files.items():
+                with safe_open(self.folder / name, "pt") as file:
+                    found.update({key: tuple(file.get_slice(key).get_shape()) for key in held})
+        return found
+
+
+class HeldWeights(Mapping[str, torch.Tensor]):
+    """Weights of a model in memory: of a GGUF file, or of files that name them otherwise.
+
+    Args:
+        model: a transformers model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model, self.tied = model, dict(model.all_tied_weights_keys)
+        self._state = {n: w for n, w in model.state_dict().items() if n not in self.tied}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._state[self.tied.get(name, name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    def write(
+        self, folder: Path, names: Collection[str], weight: Callable[[str], torch.Tensor]
+    ) -> None:
+        """Write weights of these or further names, named as in the files that were read."""
+        state = revert_weight_conversion(self._model, {name: weight(name) for name in names})
+        split = split_torch_state_dict_into_shards(state, max_shard_size="5GB")
+        write_weights(folder, split.filename_to_tensors, state.__getitem__)
+
+
+Weights = StoredWeights | HeldWeights
+
+
+def open_weights(
+    base: BaseModel, skeleton: Any, resized: Collection[str] = (), kind: Any = None
+) -> Weights:
+    """The base's weights under the names that transformers gives them.
+
+    Args:
+        base: a place of safetensors, a GGUF file or a hub id.
+        skeleton: the model without storage.
+        resized: names of weights that have more rows in the skeleton than in the files.
+        kind: class that reads a folder whose files name weights otherwise; None for a language
+            model.
+
+    Returns:
+        The files themselves, or the loaded model where they name weights otherwise.
+    """
+    if base.gguf is None:
+        folder = Path(base.location)
+        if not folder.is_dir():
+            patterns = ["model*.safetensors", INDEX]
+            with _reading(folder):
+                folder = Path(snapshot_download(base.location, allow_patterns=patterns))
+        if _file_names(folder):
+            tied = skeleton.all_tied_weights_keys
+            stored = StoredWeights(folder, tied)
+            shapes = stored.shapes()
+            wanted = {n: tuple(w.shape) for n, w in skeleton.state_dict().items() if n not in tied}
+            if all(
+                name in shapes and (name in resized or shapes[name] == shape)
+                for name, shape in wanted.items()
+            ):
+                return stored
+    plain = replace(base, changes=BaseChanges())
+    if kind is not None:
+        with quiet_transformers():
+            return HeldWeights(
+                kind.from_pretrained(
+                    base.location, dtype=stored_dtype(plain), use_safetensors=True, **base.options
+                )
+            )
+    return HeldWeights(load_model(plain, stored_dtype(plain)))
+
+
+def write_weights(
+    folder: Path,
+    files: Mapping[str, Sequence[str]],
+    weight: Callable[[str], torch.Tensor],
+) -> None:
+    """Write weights file by file, and read each file back bit for bit.
+
+    Args:
+        folder: exists.
+        files: name of each file -> names of the weights in it.
+        weight: gives one weight by its name, as it is to be stored.
+
+    Raises:
+        ModelError: a file does not hold what was written.
+    """
+    size = 0
+    for name, held in files.items():
+        size += _write_file(folder / name, {key: weight(key).contiguous() for key in held})
+        release_memory()
+    if list(files) != [ONE_FILE]:
+        places = {key: name for name, held in files.items() for key in held}
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / INDEX).write_text(text, encoding="utf-8")
+
+
+def _write_file(path: Path, tensors: dict[str, torch.Tensor]) -> int:
+    """Bytes of the weights written."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    with safe_open(path, "pt") as file:
+        for name, expected in tensors.items():
+            if name not in file.keys() or not _same_bits(file.get_tensor(name), expected):  # noqa: SIM118
+                raise ModelError(
+                    f"the merged file does not hold what was written: {name} differs",
+                    hint="the disk may be full or failing; nothing was kept",
+                )
+    return sum(weight.numel() * weight.element_size() for weight in tensors.values())
+
+
+def _same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def _file_names(folder: Path) -> list[str]:
+    """The weight files that transformers would read."""
+    index = folder / INDEX
+    if index.is_file():
+        with _reading(folder):
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return sorted(set(places.values()))
+    return [ONE_FILE] if (folder / ONE_FILE).is_file() else []
+
+
+class _reading:
+    """Damaged files become a sentence."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (OSError, SafetensorError, ValueError, KeyError, TypeError)):
+            first_line = str(error).strip().split("\n")[0]
+            raise ModelError(
+                f"the weights of {str(self.folder)!r} could not be read: {first_line}",
+                hint="check the name and the files",
+            ) from error

@@ -1,0 +1,1 @@
+"""Several stages and jobs, one after another."""

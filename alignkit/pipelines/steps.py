@@ -1,0 +1,177 @@
+"""How one stage of a pipeline is checked, recognised and run: one entry for each kind of stage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignkit.errors import ModelError, RunError
+from alignkit.jobs.label import label_prompts
+from alignkit.recipe.adapters import FullSpec
+from alignkit.recipe.label import LABEL, LabelSpec
+from alignkit.recipe.pipeline import TRAINING, Step
+from alignkit.recipe.stages.schema import Recipe
+from alignkit.runtime.progress import print_line
+from alignkit.stages.inputs.fingerprints import label_inputs, model_place, training_inputs
+from alignkit.stages.registry import run_stage
+from alignkit.stages.rollouts.reward_models import require_reward_model
+from alignkit.stages.running.run_folder import check_output, write_text
+from alignkit.stages.running.session import RunOptions
+
+
+@dataclass(frozen=True)
+class Found:
+    """What stands in the output of a stage.
+
+    Args:
+        mark: a hash that every run of the stage changes.
+        status: `finished`, or anything else.
+        resumable: whether the stage can go on with it.
+        numbers: its results, if it finished.
+    """
+
+    mark: str
+    status: str
+    resumable: bool
+    numbers: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """How stages of one kind are run; `settings` are what the kind's reader has made.
+
+    Args:
+        check: raises an AlignkitError for what is wrong with a step before anything has run.
+        inputs: settings -> flat entries of everything that decides the result.
+        look: settings -> what stands in their output; None for nothing.
+        run: settings and options -> numbers, such as `steps`, `loss`, `before` and `after`.
+    """
+
+    check: Callable[[Step], None]
+    inputs: Callable[[Any], dict[str, str]]
+    look: Callable[[Any], Found | None]
+    run: Callable[[Any, RunOptions], dict[str, Any]]
+
+
+def _check_training(step: Step) -> None:
+    recipe: Recipe = step.settings
+    check_output(recipe, resume=False, overwrite=True)
+    if ("model", "base") not in step.references:
+        try:
+            model_place(recipe.model.base, trust_remote_code=recipe.model.trust_remote_code)
+        except ModelError as error:
+            where = step.document.place(("model", "base"))
+            raise ModelError(f"{where}: model.base: {error.message}", hint=error.hint) from None
+
+
+def _look_at_run(recipe: Recipe) -> Found | None:
+    folder = Path(recipe.output)
+    try:
+        content = (folder / "run.json").read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        about = json.loads(content)
+    except ValueError:  # a power cut: the run starts anew
+        about = {"status": "unreadable"}
+    full = isinstance(recipe.adapter, FullSpec)
+    made = [*([] if full else ["adapter"]), *(["merged"] if full or recipe.merge else [])]
+    status = about["status"]
+    if status == "finished" and not all((folder / name).is_dir() for name in made):
+        status = "incomplete"
+    resumable = status != "unreadable"
+    try:
+        check_output(recipe, resume=True, overwrite=False)
+    except RunError:  # its rows or its base have been moved: --resume would refuse them
+        resumable = False
+    numbers = _numbers(about.get("summary") or {})
+    return Found(hashlib.sha256(content).hexdigest(), status, resumable, numbers)
+
+
+def _train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
+    summary = run_stage(recipe, options)
+    return {} if summary is None else _numbers(summary.to_json())
+
+
+def _numbers(summary: dict[str, Any]) -> dict[str, Any]:
+    kept = ("steps", "loss", "before", "after")
+    return {key: summary[key] for key in kept if key in summary}
+
+
+PAIRS, ABOUT = "pairs.jsonl", "label.json"
+"""What a label stage leaves: the pairs, and then what made them and when."""
+
+
+def _check_label(step: Step) -> None:
+    spec: LabelSpec = step.settings
+    folder = Path(spec.output)
+    if (folder.exists() and not folder.is_dir()) or (folder / "run.json").is_file():
+        what = "the folder of a run" if folder.is_dir() else "a file"
+        raise RunError(f"{folder} is {what}", hint="choose another output for the stage")
+    checks: dict[str, Callable[[str], Any]] = {"model": model_place, "reward": require_reward_model}
+    for key, check in checks.items():
+        if (key,) in step.references:
+            continue
+        try:
+            check(getattr(spec, key))
+        except ModelError as error:
+            where = step.document.place((key,))
+            raise ModelError(f"{where}: {key}: {error.message}", hint=error.hint) from None
+
+
+def _look_at_pairs(spec: LabelSpec) -> Found | None:
+    digest, found, about = hashlib.sha256(), [], b""
+    for name in (PAIRS, ABOUT):
+        path = Path(spec.output) / name
+        if path.is_file():
+            about = path.read_bytes()
+            digest.update(about)
+            found.append(name)
+    if not found:
+        return None
+    if found != [PAIRS, ABOUT]:
+        return Found(digest.hexdigest(), "incomplete", False, {})
+    try:
+        numbers = _label_numbers(json.loads(about)["summary"])
+    except (ValueError, KeyError, TypeError):  # a power cut: it is labelled anew
+        return Found(digest.hexdigest(), "unreadable", False, {})
+    return Found(digest.hexdigest(), "finished", False, numbers)
+
+
+def _label(spec: LabelSpec, options: RunOptions) -> dict[str, Any]:
+    folder = Path(spec.output)
+    about = folder / ABOUT
+    about.unlink(missing_ok=True)  # its pairs count only once it stands there
+    (folder / PAIRS).unlink(missing_ok=True)
+
+    def say(text: str) -> None:
+        if not options.quiet:
+            print_line(text)
+
+    summary = label_prompts(spec, folder / PAIRS, say)
+    for line in summary.lines():
+        say(line)
+    content = {
+        "settings": json.loads(spec.model_dump_json()),
+        "summary": summary.to_json(),
+        "finished": time.time(),  # also tells two runs with the same pairs apart
+    }
+    write_text(about, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return _label_numbers(summary.to_json())
+
+
+def _label_numbers(summary: dict[str, Any]) -> dict[str, Any]:
+    kept = ("pairs", "prompts", "cut_off", "rewards/mean", "rewards/best", "rewards/worst")
+    return {key: summary[key] for key in kept}
+
+
+RUNNERS: dict[str, Runner] = {
+    TRAINING: Runner(_check_training, training_inputs, _look_at_run, _train),
+    LABEL: Runner(_check_label, label_inputs, _look_at_pairs, _label),
+}
+"""Kind of stage, as in `alignkit.recipe.pipeline.READERS` -> how it is run."""

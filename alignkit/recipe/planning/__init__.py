@@ -1,0 +1,1 @@
+"""Recipe, rows and machine to a plan."""

@@ -1,0 +1,205 @@
+"""Peak memory of a run, by arithmetic. `alignkit plan` shows every term.
+
+Activations are counted as the tensors that autograd keeps for the backward pass of one decoder
+layer; the widths come from the model's configuration. Constants were fitted to measured peaks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from alignkit.recipe.adapters import has_adapter, takes_from_base
+from alignkit.recipe.planning.facts import HardwareFacts, ModelFacts
+from alignkit.recipe.stages.schema import PpoRecipe, Recipe
+
+ROOM = 0.85
+"""Share of the free memory that a plan may fill."""
+
+_MERGED_FILE = 5_000_000_000
+"""Bytes of the largest file of weights that transformers writes."""
+
+_MERGE_ROOM = 400_000_000
+"""Bytes of a merge beside its files: one layer, logits to compare. Fitted to measured peaks."""
+
+_QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.01}
+"""Bytes of a quantized weight with its part of a scale: one for 64 weights, itself in 8 bits; one
+in float32 for each row, of some 500 weights or more."""
+
+_MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256}
+"""Bytes of an optimizer's state for each trained weight: two moments, in float32, or in 8 bits with
+a float32 scale each for 256 of them. Paged ones may leave the device; they are counted all the
+same."""
+
+_KERNELS = 500_000_000
+"""Bytes of compiled kernels on a processor, once lengths have come and gone. Fitted to SFT runs."""
+
+_BRANCHES = 1.2
+"""Further activations where prompts are shared: each branch has its own copy of their keys and
+values. Fitted to runs of 2,800 and 4,000 tokens."""
+
+SAMPLING_TOKENS = 16384
+"""Tokens, prompts and room for responses together, that are sampled at once."""
+
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one process at its peak.
+
+    Args:
+        libraries: Python, torch and transformers themselves.
+        weights: the model's weights.
+        reference: models beside the trained one: to compare with, for values, for rewards.
+        training_state: gradients and optimizer moments.
+        activations: kept for the backward pass of one micro-batch.
+        workspace: logits of a chunk, gradients in flight, keys and values while sampling, kernels.
+        merging: what verifying the merged model needs beyond `libraries`, after training.
+        peak: on the device; merging always runs on the processor.
+    """
+
+    libraries: int
+    weights: int
+    reference: int
+    training_state: int
+    activations: int
+    workspace: int
+    merging: int
+    peak: int
+
+
+def estimate_memory(
+    recipe: Recipe,
+    model: ModelFacts,
+    hardware: HardwareFacts,
+    tokens: int,
+    checkpointing: bool,
+    reference: str | None = None,
+    reward_models: int = 0,
+    documents: int = 0,
+) -> MemoryEstimate:
+    """Peak of a process that reads `tokens` tokens in one pass.
+
+    Args:
+        recipe: precision and adapter.
+        model: widths.
+        hardware: the device.
+        tokens: tokens of the largest micro-batch.
+        checkpointing: activations are recomputed layer by layer.
+        reference: kind of the reference model, if there is one.
+        reward_models: those that are loaded beside the policy's base.
+        documents: rows of the data among the tokens; a trained prefix stands before each.
+
+    Returns:
+        The estimate, term by term.
+    """
+    wide, adapted = _BYTES[recipe.model.dtype], has_adapter(recipe.adapter)
+    on_cpu, libraries = hardware.device == "cpu", 600_000_000
+    trained = _kept_as_trained(recipe, model)
+    if adapted:
+        weights = _base_bytes(recipe, model, wide) + trained * 4
+    else:
+        # Trained weights are float32; under autocast their narrow copies live beside them.
+        weights = model.parameters * (4 if wide == 4 else 4 + wide)
+    per_weight = 4 + _MOMENT_BYTES[recipe.training.optimizer]  # gradient and moments
+    state = round(trained * per_weight)
+    layer = tokens * _layer_bytes(model, wide) + _prefix_bytes(model, wide, tokens, documents)
+    if checkpointing:
+        activations = tokens * model.layers * model.hidden * 4 + layer
+    else:
+        activations = model.layers * layer
+    activations += tokens * model.hidden * (wide + 4)
+    # Holes between blocks: glibc's heap keeps more of them than CUDA's caching allocator.
+    activations = round(activations * (1.35 if on_cpu else 1.1))
+    if recipe.stage not in ("sft", "ppo"):
+        activations = round(activations * _BRANCHES)
+    # PEFT makes a changed copy of each stack and its gradient; copies stay for the backward pass.
+    copies = 1 if checkpointing else model.layers
+    activations += (copies + 1) * (model.changed_experts // model.layers) * wide
+    workspace = _workspace_bytes(recipe, model, tokens, wide) + _KERNELS * on_cpu
+    merging = _merging_bytes(model, wide) if recipe.merge and adapted else 0
+    second = 0
+    if reference == "frozen_copy":  # stored as the policy's own base weights are
+        second = _base_bytes(recipe, model, wide) if adapted else model.parameters * 4
+    if isinstance(recipe, PpoRecipe):
+        second += reward_models * model.parameters * wide
+        own_value = recipe.value.kind != "head"
+        if adapted:
+            # The value adapter is trained too; a reward adapter over the same base is not.
+            second += model.trainable * 4
+            state += round(model.trainable * (4 + per_weight)) if own_value else 0
+        else:
+            second += model.parameters * 4  # the reference, stored as the policy is
+            state += round(weights + model.parameters * per_weight) if own_value else 0
+    training = libraries + weights + second + state + activations + workspace
+    return MemoryEstimate(
+        libraries=libraries,
+        weights=weights,
+        reference=second,
+        training_state=state,
+        activations=activations,
+        workspace=workspace,
+        merging=merging,
+        peak=max(training, libraries + merging) if on_cpu else training,
+    )
+
+
+def _kept_as_trained(recipe: Recipe, model: ModelFacts) -> int:
+    """Weights with gradient and moments: the frozen half of a start from the base has them too."""
+    return model.trainable * (2 if takes_from_base(recipe.adapter) else 1)
+
+
+def _merging_bytes(model: ModelFacts, wide: int) -> int:
+    """Files of at most 5 GB, three at once, and both ends of the vocabulary in float32."""
+    merging = 3 * min(_MERGED_FILE, model.parameters * wide) + _MERGE_ROOM
+    merging += 2 * 4 * model.vocabulary * model.hidden
+    if model.experts:  # the base and what was written are held whole
+        merging += 2 * model.parameters * wide
+    return merging
+
+
+def _base_bytes(recipe: Recipe, model: ModelFacts, wide: int) -> int:
+    """Bytes of the frozen base; embeddings, vocabulary head and experts are never quantized."""
+    kind = recipe.model.quantization
+    if kind == "none":
+        return model.parameters * wide
+    narrow = model.layers * (
+        2 * model.hidden * (model.attention_width + model.key_value_width)
+        + 3 * model.hidden * model.intermediate
+    )
+    if model.experts:
+        narrow = model.layers * 2 * model.hidden * (model.attention_width + model.key_value_width)
+    narrow = min(narrow, model.parameters)
+    return round(narrow * _QUANTIZED_BYTES[kind]) + (model.parameters - narrow) * wide
+
+
+def _workspace_bytes(recipe: Recipe, model: ModelFacts, tokens: int, wide: int) -> int:
+    """Bytes that a pass takes beside what it keeps."""
+    workspace = 3 * max(16 * 2**20, 16 * 4 * model.vocabulary)  # logits of a chunk
+    workspace += tokens * (4 * model.intermediate + 4 * model.hidden) * wide
+    if recipe.model.quantization != "none":  # the largest layer, dense while it is multiplied
+        workspace += model.hidden * model.intermediate * (4 + wide)
+    if isinstance(recipe, PpoRecipe):
+        workspace += SAMPLING_TOKENS * 2 * model.layers * model.key_value_width * wide
+    return workspace
+
+
+def _prefix_bytes(model: ModelFacts, wide: int, tokens: int, documents: int) -> int:
+    """Bytes that attention keeps in one layer for a prefix: its own output, from which that of the
+    rows is copied, and queries, keys, values and output of the prefix before each document."""
+    if not model.prefix:
+        return 0
+    a, k = model.attention_width, model.key_value_width
+    return (tokens * a + documents * model.prefix * (2 * a + 2 * k)) * wide
+
+
+def _layer_bytes(model: ModelFacts, wide: int) -> int:
+    """Bytes that one decoder layer keeps for one token."""
+    h, i = model.hidden, model.intermediate
+    a, k = model.attention_width, model.key_value_width
+    norms = 2 * 4 * h  # each norm's input, as wide as transformers keeps it
+    attention = (2 * a + 2 * k) * wide  # queries, keys, values, output
+    feed_forward = 3 * i * wide  # gate, activated gate, up
+    # Each kept once, whatever number of layers reads it; by none where these are frozen throughout.
+    inputs = 0 if model.prefix else (2 * h + a + i) * wide
+    return norms + attention + feed_forward + inputs

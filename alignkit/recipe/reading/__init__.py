@@ -1,0 +1,1 @@
+"""Files and overrides to a checked recipe."""

@@ -1,0 +1,132 @@
+"""What the texts of a pipeline's stage point to: `${name}` to what an earlier stage makes, relative
+paths to files beside the recipe that names them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from alignkit.errors import AlignkitError, RecipeError
+from alignkit.recipe.reading.document import Document, KeyPath, show_path
+
+STAGE_NAME = re.compile(r"[A-Za-z_][\w-]*")
+"""What a stage of a pipeline may be called."""
+
+_FILES = (
+    ("model", "base"),
+    ("model", "chat_template"),
+    ("adapter", "from"),
+    ("data", "train", "path"),
+    ("data", "eval", "path"),
+    ("reward", "model"),
+    ("reward", "function"),
+)
+"""Keys of a recipe that name files, without list positions."""
+
+_REFERENCE = re.compile(r"\$\$\{|\$\{([^{}]*)(\}?)")
+
+
+def replace_references(
+    document: Document, name: str, outputs: Mapping[str, str], stages: Collection[str]
+) -> dict[KeyPath, tuple[str, ...]]:
+    """Put paths where a stage refers to earlier ones, and `${` where `$${` stands.
+
+    Args:
+        document: of the stage; changed in place.
+        name: of the stage.
+        outputs: earlier stage -> its output, relative to the working folder.
+        stages: names of all stages.
+
+    Returns:
+        Keys that held references, and the stages that they name.
+
+    Raises:
+        RecipeError: holds every reference that names no earlier stage.
+    """
+    references = {}
+    problems = []
+    for key, text in list(_texts(document.values, ())):
+        names = []
+        for found in _REFERENCE.finditer(text):
+            if found[0] == "$${":
+                continue
+            names.append(found[1])
+            fault = _fault(found, name, outputs, stages)
+            if fault:
+                rule, hint = fault
+                where = document.place(key)
+                problems.append(AlignkitError(f"{where}: {show_path(key)} {rule}", hint=hint))
+        here: Any = document.values
+        for part in key[:-1]:
+            here = here[part]
+        here[key[-1]] = _REFERENCE.sub(lambda found: _path(found, outputs), text)
+        if names:
+            references[key] = tuple(names)
+    if problems:
+        raise RecipeError(problems)
+    return references
+
+
+def _fault(
+    found: re.Match[str], name: str, outputs: Mapping[str, str], stages: Collection[str]
+) -> tuple[str, str] | None:
+    """Rule and hint for a reference that names no earlier stage."""
+    wanted = found[1]
+    if not found[2] or not STAGE_NAME.fullmatch(wanted):
+        hint = "a reference is ${name}; write $${ for the characters ${ themselves"
+        return f"holds a reference that is none: {found[0]}", hint
+    if wanted in outputs:
+        return None
+    if wanted == name:
+        return f"refers to its own stage: {found[0]}", "name an earlier one"
+    if wanted in stages:
+        hint = f"write {wanted} before {name}: stages run in the order of the file"
+        return f"refers to a later stage: {found[0]}", hint
+    near = difflib.get_close_matches(wanted, outputs, n=1)
+    earlier = ", ".join(outputs) or "none, this is the first"
+    hint = f"did you mean ${{{near[0]}}}?" if near else f"earlier stages: {earlier}"
+    return f"refers to no stage: {found[0]}", hint
+
+
+def _path(found: re.Match[str], outputs: Mapping[str, str]) -> str:
+    if found[0] == "$${":
+        return "${"
+    return str(Path.cwd() / outputs.get(found[1], found[0]))
+
+
+def _texts(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+    """Every text in nested values, with its key."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict | list):
+        items: Any = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from _texts(inner, (*path, key))
+
+
+def anchor_files(document: Document) -> Document:
+    """The document with files beside it as absolute paths, so that it can meet another one.
+
+    Args:
+        document: of a recipe; paths that lead nowhere, or to the working folder, stay as they are.
+    """
+    values = _anchored(document.values, document.folders, ())
+    return replace(document, values=values)
+
+
+def _anchored(value: Any, folders: tuple[Path, ...], keys: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        return {key: _anchored(inner, folders, (*keys, key)) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_anchored(inner, folders, keys) for inner in value]
+    if not isinstance(value, str) or keys not in _FILES:
+        return value
+    file, colon, function = value.rpartition(":") if keys[-1] == "function" else (value, "", "")
+    for folder in folders:
+        if file and (folder / file).exists():
+            return str((folder / file).resolve()) + colon + function
+    return value

@@ -1,0 +1,1 @@
+"""The recipe of each stage, and all that other rooms ask about it."""

@@ -1,0 +1,1 @@
+"""All that happens before weights are loaded."""

@@ -1,0 +1,99 @@
+"""The model that a recipe starts from.
+
+A run that was not merged, or an adapter folder, is merged first, once, under `$ALIGNKIT_HOME`: the
+model to start from, and with it the reference of a preference stage, is the adapted one, never the
+bare base in silence. It stays there: the adapters trained on it name it as their base.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+from alignkit.errors import ModelError
+from alignkit.models.adapters.files import has_head
+from alignkit.models.base.adapter_kinds import require_mergeable
+from alignkit.models.base.changes import BaseChanges
+from alignkit.models.base.fitness import require_language_model, require_plain_weights
+from alignkit.models.base.identity import weights_version
+from alignkit.models.base.loading import BaseModel, find_base, load_tokenizer, stored_dtype
+from alignkit.models.merging.merge import merge_adapter
+from alignkit.models.opening import adapter_in, base_of_adapter
+from alignkit.recipe.assets import alignkit_home
+from alignkit.recipe.model import ModelSpec
+from alignkit.runtime.progress import print_line
+from alignkit.stages.inputs.checking import file_rows
+
+
+def start_model(spec: ModelSpec) -> BaseModel:
+    """Where the model of a recipe is, merged first where that is needed.
+
+    Args:
+        spec: names a hub id, a folder, a file, a run folder, an adapter or a known name.
+
+    Returns:
+        A language model.
+
+    Raises:
+        ModelError: there is no such model, it is a reward model, or an adapter without a merge.
+    """
+    adapter = _bare_adapter(spec.base)
+    if adapter is not None:
+        base = _merged(adapter, trust_remote_code=spec.trust_remote_code)
+    else:
+        base = find_base(spec.base, trust_remote_code=spec.trust_remote_code)
+        require_language_model(base)
+        require_plain_weights(base)
+    return replace(base, changes=BaseChanges(spec.rope_scaling, spec.add_tokens))
+
+
+def _bare_adapter(name: str) -> Path | None:
+    """The adapter in a folder that holds no whole model."""
+    folder = Path(name).expanduser()
+    if any((place / "config.json").is_file() for place in (folder, folder / "merged")):
+        return None
+    return adapter_in(name)
+
+
+def _merged(adapter: Path, *, trust_remote_code: bool) -> BaseModel:
+    require_mergeable(adapter)
+    if has_head(adapter):
+        raise ModelError(
+            f"{adapter} is a reward model, not a language model",
+            hint="name the model it was trained from; `alignkit eval` scores answers with it",
+        )
+    try:
+        source = base_of_adapter(adapter, None)
+    except ModelError as error:
+        hint = f"merge it with `alignkit merge-lora {adapter} --base BASE` and name the result"
+        raise ModelError(
+            f"{adapter} is an adapter whose base is missing: {error.message}", hint=hint
+        ) from None
+    source = replace(source, trust_remote_code=trust_remote_code)
+    digest = hashlib.sha256(weights_version(source).encode())
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        path = adapter / name
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    folder = alignkit_home() / "merged" / digest.hexdigest()[:32]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f"{folder.name}.lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process merges, the others wait for it
+        if not (folder / "config.json").is_file():
+            _merge(source, adapter, folder)
+    return replace(source, location=str(folder), gguf=None, changes=BaseChanges())
+
+
+def _merge(source: BaseModel, adapter: Path, folder: Path) -> None:
+    print_line(f"{adapter} is merged first: training starts from it, not from its base", "note")
+    own = (adapter / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(BaseModel(str(adapter)) if own else source)
+    merge_adapter(
+        source,
+        adapter,
+        folder,
+        rows=file_rows(None, tokenizer),
+        dtype=stored_dtype(source),
+        tokenizer=tokenizer,
+    )

@@ -1,0 +1,218 @@
+"""What a stage of a pipeline is made of, so that a pipeline knows whether it has to run again.
+
+Files count by their contents: moved or renamed ones change nothing. Rows of the hub count by their
+name and split only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import alignkit
+from alignkit.data.templates import template_text
+from alignkit.models.adapters.continued import adapter_folder
+from alignkit.models.base.identity import weights_fingerprint
+from alignkit.models.base.loading import BaseModel, find_base
+from alignkit.models.opening import adapter_in, base_of_adapter
+from alignkit.recipe.assets import find_path
+from alignkit.recipe.label import LabelSpec
+from alignkit.recipe.rewards import FunctionReward, ModelReward, RewardSource
+from alignkit.recipe.stages.schema import Recipe, as_dict
+
+_BLOCK = 1 << 20
+
+
+def training_inputs(recipe: Recipe) -> dict[str, str]:
+    """Everything that decides what a training stage makes.
+
+    Args:
+        recipe: with its defaults; every file that it names exists.
+
+    Returns:
+        Flat entries, of which one differs where the result may: each key of the recipe but
+        `output`, with its value as JSON, and hashes of the rows, the base, the chat template, the
+        reward models and the reward functions, and alignkit's major and minor version.
+
+    Raises:
+        ModelError: a model that it names does not exist.
+    """
+    values = as_dict(recipe)
+    del values["output"]
+    inputs = {}
+    for key, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        for index, source in enumerate(sources):
+            path = find_path(source.path) if source.path else None
+            if path is not None:
+                inputs[f"rows of data.{key}[{index}]"] = _hash_file(path)
+                values["data"][key][index]["path"] = None
+    spec = recipe.model
+    inputs["base"] = model_identity(spec.base, trust_remote_code=spec.trust_remote_code)
+    values["model"]["base"] = None
+    before = adapter_folder(recipe.adapter)
+    if before is not None:
+        inputs["adapter"] = adapter_identity(before)
+        values["adapter"]["from"] = None
+    if spec.chat_template:
+        text = template_text(spec.chat_template)
+        inputs["chat template"] = hashlib.sha256(text.encode()).hexdigest()
+        values["model"]["chat_template"] = None
+    for index, reward in enumerate(getattr(recipe, "reward", ())):
+        if isinstance(reward, ModelReward):
+            values["reward"][index]["model"] = None
+        if isinstance(reward, FunctionReward) and find_path(reward.function.rpartition(":")[0]):
+            values["reward"][index]["function"] = reward.function.rpartition(":")[2]
+    return inputs | reward_inputs(getattr(recipe, "reward", ())) | _settings(values)
+
+
+def reward_inputs(rewards: Sequence[RewardSource]) -> dict[str, str]:
+    """Hashes of the reward models and of the files of reward functions.
+
+    Args:
+        rewards: of a recipe.
+
+    Returns:
+        `reward model 1` and so on -> hash.
+    """
+    inputs = {}
+    for index, reward in enumerate(rewards):
+        if isinstance(reward, ModelReward):
+            inputs[f"reward model {index + 1}"] = model_identity(reward.model)
+        if isinstance(reward, FunctionReward):
+            path = find_path(reward.function.rpartition(":")[0])
+            if path is not None:
+                inputs[f"reward function {index + 1}"] = _hash_file(path)
+    return inputs
+
+
+def label_inputs(spec: LabelSpec) -> dict[str, str]:
+    """The same of a stage that labels a model's answers.
+
+    Args:
+        spec: every file that it names exists.
+
+    Raises:
+        ModelError: a model that it names does not exist.
+    """
+    values = json.loads(spec.model_dump_json(exclude={"output"}))
+    inputs = {}
+    for index, source in enumerate(spec.prompts):
+        path = find_path(source.path) if source.path else None
+        if path is not None:
+            inputs[f"rows of prompts[{index}]"] = _hash_file(path)
+            values["prompts"][index]["path"] = None
+    for key in ("model", "reward"):
+        inputs[f"weights of {key}"] = model_identity(values[key])
+        values[key] = None
+    return inputs | _settings(values)
+
+
+def _settings(values: dict[str, Any]) -> dict[str, str]:
+    """Each value as JSON, and the version that reads them."""
+    entries = {key: json.dumps(value, ensure_ascii=False) for key, value in _flat(values, "")}
+    return entries | {"alignkit": ".".join(alignkit.__version__.split(".")[:2])}
+
+
+def model_identity(name: str, *, trust_remote_code: bool = False) -> str:
+    """A hash of a model's contents, the same wherever and whenever they were written.
+
+    Large weight files are sampled. The adapter beside or under them, the tokenizer and a reward
+    model's statistics are read whole, so nothing that a training run changes can pass.
+
+    Args:
+        name: hub id, folder, `.gguf` file, known name, run folder or adapter folder.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    digest = hashlib.sha256()
+    base = model_place(name, trust_remote_code=trust_remote_code)
+    digest.update(weights_fingerprint(base).encode())
+    folder, adapter = Path(base.location), adapter_in(name)
+    digest.update(_small_files(folder).encode())
+    if adapter is not None:
+        digest.update(adapter_identity(adapter).encode())
+    return digest.hexdigest()
+
+
+def adapter_identity(adapter: Path) -> str:
+    """A hash of an adapter's contents, without its base.
+
+    Args:
+        adapter: PEFT adapter folder.
+    """
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config.pop("base_model_name_or_path", None)  # a place
+    lists = {key: sorted(map(str, v)) for key, v in config.items() if isinstance(v, list)}
+    digest = hashlib.sha256(json.dumps(config | lists, sort_keys=True).encode())  # PEFT writes sets
+    digest.update(_small_files(adapter).encode())
+    return digest.hexdigest()
+
+
+def _small_files(folder: Path) -> str:
+    """What training changes beside large weights, read whole."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        whole = path.name.startswith(("tokenizer", "adapter_model"))
+        if whole or path.name in ("chat_template.jinja", "reward.json"):
+            digest.update(f"{path.name}:{_hash_file(path)}".encode())
+    return digest.hexdigest()
+
+
+def model_place(name: str, *, trust_remote_code: bool = False) -> BaseModel:
+    """Where a model is; for an adapter that was not merged, where its base is.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    folder, adapter = Path(name).expanduser(), adapter_in(name)
+    whole = any((place / "config.json").is_file() for place in (folder, folder / "merged"))
+    if adapter is not None and not whole:
+        return base_of_adapter(adapter, None)
+    return find_base(name, trust_remote_code=trust_remote_code)
+
+
+def digest_of(inputs: dict[str, str]) -> str:
+    """One hash of all inputs."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def describe_changes(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """What differs between two runs of a stage, in words: changed files first, then keys."""
+    found = []
+    for key in dict.fromkeys([*new, *old]):
+        before, after = old.get(key), new.get(key)
+        if before == after:
+            continue
+        hashed = all(value is None or len(value) == 64 for value in (before, after))
+        if before is None or after is None:
+            found.append(f"{key} is {'new' if before is None else 'gone'}")
+        elif hashed:
+            found.append(f"{key} changed")
+        else:
+            found.append(f"{key} was {before}, is {after}")
+    return found
+
+
+def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Nested values as `a.b[0].c` and a plain value."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _flat(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list) and value:
+        for index, inner in enumerate(value):
+            yield from _flat(inner, f"{key}[{index}]")
+    else:
+        yield key, value
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

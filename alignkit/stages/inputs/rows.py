@@ -1,0 +1,261 @@
+"""Recipe -> tokenizer, rows and plan: everything that every stage does before it loads weights.
+
+`alignkit plan` and `alignkit inspect` stop here, so they see exactly what a run will see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from alignkit.data.dataset import TokenDataset, count_overlap, load_dataset, split_dataset
+from alignkit.data.mismatch import with_mismatched
+from alignkit.data.prompts import (
+    PromptSet,
+    count_prompt_overlap,
+    load_prompts,
+    split_prompts,
+)
+from alignkit.data.templates import template_text
+from alignkit.data.tokenize import RowKind, TokenizeSettings
+from alignkit.errors import AlignkitError
+from alignkit.models.adapters.continued import started_adapter
+from alignkit.models.adapters.sizes import measure_model
+from alignkit.models.base.loading import BaseModel, load_config, load_tokenizer
+from alignkit.models.rewards.classifier import require_classifier
+from alignkit.packed import IntArray, Role
+from alignkit.recipe.adapters import FullSpec
+from alignkit.recipe.assets import alignkit_home
+from alignkit.recipe.planning.facts import DataFacts
+from alignkit.recipe.planning.plan import Plan, make_plan
+from alignkit.recipe.rows import SftDataSpec
+from alignkit.recipe.stages.schema import KtoRecipe, PpoRecipe, Recipe
+from alignkit.runtime.devices import describe_hardware
+from alignkit.stages.inputs.base import start_model
+from alignkit.stages.inputs.checking import check_rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokenized rows of a recipe.
+
+    Args:
+        base: where the model is.
+        tokenizer: with the recipe's chat template.
+        train: rows to train on.
+        held_out: rows to evaluate on; None without `data.eval` and `data.eval_fraction`.
+    """
+
+    base: BaseModel
+    tokenizer: Any
+    train: TokenDataset
+    held_out: TokenDataset | None
+
+    @property
+    def checks(self) -> Sequence[IntArray]:
+        """Tokens of a few rows, to check a merged model on."""
+        return check_rows(self.held_out or self.train)
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        """Ids that end the trained answers."""
+        return self.train.report.stop_tokens
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """Prompts of a recipe.
+
+    Args:
+        base: where the model is.
+        tokenizer: with the recipe's chat template.
+        train: prompts to answer in training.
+        held_out: prompts to measure on; None without `data.eval` and `data.eval_fraction`.
+        rewards: hashes of the reward models and functions.
+    """
+
+    base: BaseModel
+    tokenizer: Any
+    train: PromptSet
+    held_out: PromptSet | None
+    rewards: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def checks(self) -> Sequence[IntArray]:
+        """Tokens of a few prompts, to check a merged model on."""
+        chosen = (self.held_out or self.train).prompts[:8]
+        return [prompt.ids.astype(np.int64) for prompt in chosen]
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        """None beyond those that the base names."""
+        return []
+
+
+AnyRows = Rows | PromptRows
+
+ROW_KINDS: dict[str, RowKind] = {
+    "sft": "answers",
+    "reward": "pairs",
+    "dpo": "pairs",
+    "kto": "labelled",
+}
+"""Stage -> what a row of its data is."""
+
+
+def load_rows(recipe: Recipe) -> Rows:
+    """Tokenize the recipe's rows; needs the weights only where an adapter is merged first."""
+    spec, data = recipe.model, recipe.data
+    base = start_model(spec)
+    template = template_text(spec.chat_template) if spec.chat_template else None
+    tokenizer = load_tokenizer(base, template)
+    settings = row_settings(recipe)
+    cache = alignkit_home() / "cache" / "tokens"
+    train = load_dataset(data.train, tokenizer, settings, recipe.seed, cache)
+    held_out = None
+    if data.eval:
+        held_out = load_dataset(data.eval, tokenizer, settings, recipe.seed, cache)
+    elif data.eval_fraction is not None:
+        train, held_out = split_dataset(train, data.eval_fraction, recipe.seed)
+    if recipe.stage == "dpo":
+        for row in np.flatnonzero(train.margins).tolist():
+            train.report.note("its margin is not used by dpo", train.places[row])
+    if isinstance(recipe, KtoRecipe):
+        train = with_mismatched(train, data.max_length, recipe.seed)
+        if held_out is not None:
+            held_out = with_mismatched(held_out, data.max_length, recipe.seed)
+    return Rows(base, tokenizer, train, held_out)
+
+
+def load_prompt_rows(recipe: PpoRecipe) -> PromptRows:
+    """Tokenize the recipe's prompts; `data.max_length` holds a prompt and its response.
+
+    Raises:
+        AlignkitError: no room is left for prompts.
+    """
+    spec, data = recipe.model, recipe.data
+    room = data.max_length - recipe.rollout.max_new_tokens
+    if room < 1:
+        raise AlignkitError(
+            f"data.max_length = {data.max_length} leaves no room for prompts beside "
+            f"rollout.max_new_tokens = {recipe.rollout.max_new_tokens}",
+            hint="raise data.max_length or lower rollout.max_new_tokens",
+        )
+    base = start_model(spec)
+    template = template_text(spec.chat_template) if spec.chat_template else None
+    tokenizer = load_tokenizer(base, template)
+    read = partial(
+        load_prompts,
+        tokenizer=tokenizer,
+        max_length=room,
+        too_long=data.too_long,
+        seed=recipe.seed,
+    )
+    train, held_out = read(data.train), None
+    if data.eval:
+        held_out = read(data.eval)
+    elif data.eval_fraction is not None:
+        train, held_out = split_prompts(train, data.eval_fraction, recipe.seed)
+    return PromptRows(base, tokenizer, train, held_out)
+
+
+def row_settings(recipe: Recipe) -> TokenizeSettings:
+    """How the recipe's rows become tokens."""
+    data = recipe.data
+    if recipe.stage not in ROW_KINDS:
+        raise AlignkitError(
+            f"the rows of a {recipe.stage} run are prompts without answers",
+            hint="name a file of answers or pairs with --data; what its answers earn on held-out "
+            "prompts is in metrics.jsonl",
+        )
+    train_on = data.train_on if isinstance(data, SftDataSpec) else "completions"
+    return TokenizeSettings(data.max_length, data.too_long, train_on, ROW_KINDS[recipe.stage])
+
+
+def plan_run(recipe: Recipe, rows: Rows, processes: int) -> Plan:
+    """The plan of a run on this machine.
+
+    Args:
+        recipe: with its defaults.
+        rows: its tokens.
+        processes: training processes.
+    """
+    config = load_config(rows.base)
+    if recipe.stage == "reward" and (recipe.merge or isinstance(recipe.adapter, FullSpec)):
+        require_classifier(config)
+    model = measure_model(
+        config,
+        started_adapter(recipe.adapter, rows.base),
+        trust_remote_code=recipe.model.trust_remote_code,
+        scalar_head=recipe.stage == "reward",
+        new_tokens=len(recipe.model.add_tokens),
+    )
+    return make_plan(recipe, model, data_facts(rows), describe_hardware(processes))
+
+
+def plan_ppo(
+    recipe: PpoRecipe, rows: PromptRows, processes: int, *, reward_models: int, roles: list[str]
+) -> Plan:
+    """The plan of a PPO run on this machine.
+
+    Args:
+        recipe: with its defaults.
+        rows: its prompts.
+        processes: training processes.
+        reward_models: those that are loaded beside the policy's base.
+        roles: what plays each part, one sentence each.
+    """
+    config = load_config(rows.base)
+    trust = recipe.model.trust_remote_code
+    model = measure_model(config, recipe.adapter, trust_remote_code=trust, scalar_head=False)
+    prompts, samples = rows.train, recipe.rollout.samples_per_prompt
+    lengths = [len(prompt.ids) for prompt in prompts.prompts]
+    new = recipe.rollout.max_new_tokens * samples
+    held_out = rows.held_out
+    facts = DataFacts(
+        rows=len(prompts),
+        tokens=sum(lengths) + new * len(prompts),
+        trained_tokens=new * len(prompts),
+        longest=max(lengths) + new,
+        eval_rows=0 if held_out is None else len(held_out),
+        eval_tokens=0 if held_out is None else held_out.report.tokens,
+        overlap=0 if held_out is None else count_prompt_overlap(prompts, held_out),
+    )
+    hardware = describe_hardware(processes)
+    return make_plan(
+        recipe, model, facts, hardware, reward_models=reward_models, roles=tuple(roles)
+    )
+
+
+def data_facts(rows: Rows) -> DataFacts:
+    """Sizes of the rows."""
+    train, held_out = rows.train, rows.held_out
+    labels = train.roles[train.order, 0]
+    return DataFacts(
+        rows=len(train),
+        tokens=int(train.lengths.sum()),
+        trained_tokens=int(train.num_trained.sum()),
+        longest=int(train.lengths.max()),
+        eval_rows=0 if held_out is None else len(held_out),
+        eval_tokens=0 if held_out is None else int(held_out.lengths.sum()),
+        overlap=0 if held_out is None else count_overlap(train, held_out),
+        chosen=int((labels == Role.CHOSEN).sum()),
+        rejected=int((labels == Role.REJECTED).sum()),
+    )
+
+
+def keep_plan(plan: Plan, stored: dict[str, Any]) -> Plan:
+    """The plan with the micro-batches of the run that is resumed.
+
+    They follow the free memory, and sums in another order differ in the last bit.
+    """
+    return dataclasses.replace(
+        plan,
+        microbatch_tokens=stored["microbatch_tokens"],
+        gradient_checkpointing=stored["gradient_checkpointing"],
+    )

@@ -1,0 +1,166 @@
+"""What must hold before the first PPO step, on real prompts: said if it does, an error if not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from alignkit.data.documents import Branch, Document
+from alignkit.errors import TrainingError
+from alignkit.evaluation.intervals import mean_interval
+from alignkit.generation.rollout import Continuation
+from alignkit.objectives.ppo import log_ratio
+from alignkit.stages.ppo.step import PpoRun
+from alignkit.stages.ppo.update import Batch, Updater, group_rollouts
+from alignkit.stages.rollouts.scoring import Rollout, Scored, score_rollouts
+
+PROMPTS = 4
+"""Prompts of the rehearsal."""
+
+ANSWERS = 64
+"""Answers of the data that are scored, at most."""
+
+REHEARSAL = 13
+"""First number of the rehearsal's seed."""
+
+DRIFT = {"float32": 1e-3, "bfloat16": 0.1}
+"""Largest mean difference of log-probs between two correct passes, one with a cache, in nats."""
+
+SAME = 1e-4
+"""Largest log-ratio, in nats, of two passes that should be one."""
+
+
+def rehearse(run: PpoRun, first_step: int) -> None:
+    """Check the run on a few prompts; nothing changes.
+
+    Args:
+        run: what is checked.
+        first_step: steps already done; a resumed policy may differ from the reference.
+
+    Raises:
+        TrainingError: the ratio is not 1, the KL is not 0, or other weights than the expected
+            ones would be trained.
+        RewardError: the reward cannot score responses.
+    """
+    prompts = run.rows.train
+    items = list(range(min(PROMPTS, len(prompts))))
+    rollouts = run.collect(prompts, items, (run.seed, REHEARSAL))
+    run.judge(rollouts)
+    groups = group_rollouts(rollouts, items, run.plan.microbatch_tokens)
+    scored = score_rollouts(run.roles, rollouts, groups)[0]
+    again = score_rollouts(run.roles, rollouts, groups)[0]
+    ratio = _largest(log_ratio(again.policy, scored.policy))
+    _must_vanish(ratio, "two passes of the policy over the same responses differ", "a bug")
+    line = f"ratio 1 (largest log-ratio {ratio:.1g})"
+    if first_step == 0:
+        kl = _largest(scored.policy - scored.reference)
+        _must_vanish(
+            kl, "the policy differs from the reference before it is trained", "other weights"
+        )
+        line += f", KL 0 (largest difference {kl:.1g})"
+    drift = (_sampled_logprobs(rollouts, scored) - scored.policy)[scored.mask].abs()
+    _check_drift(float(drift.mean()), run.recipe.model.dtype)
+    check_gradients(run, rollouts, scored, groups)
+    run.progress.say(
+        f"before step {first_step + 1}: {line}, only the policy and the value model get gradients, "
+        f"sampling and scoring agree to {float(drift.mean()):.1g} nats a token (at most "
+        f"{float(drift.max()):.1g})"
+    )
+    if first_step == 0:
+        _say_reference_rewards(run)
+
+
+def _largest(values: torch.Tensor) -> float:
+    return float(values.abs().max())
+
+
+def _must_vanish(found: float, what: str, why: str) -> None:
+    if not found <= SAME:
+        raise TrainingError(
+            f"{what}: by up to {found:.3g} nats at a token",
+            hint=f"{why}; set model.attention=sdpa, or report it",
+        )
+
+
+def _check_drift(mean: float, dtype: str) -> None:
+    """Rounding apart, the engine must sample from the distribution that is scored."""
+    if not mean <= DRIFT[dtype]:
+        raise TrainingError(
+            f"sampling and scoring differ by {mean:.3g} nats a token, more than rounding to "
+            f"{dtype} explains",
+            hint="the model's logits are transformed in a way that alignkit does not know",
+        )
+
+
+def _sampled_logprobs(rollouts: Sequence[Rollout], scored: Scored) -> torch.Tensor:
+    """Log-probs as the engine gave them, in the place of the scored ones."""
+    found = scored.policy.clone()
+    rows = [c for rollout in rollouts for c in rollout.continuations]
+    for row, continuation in enumerate(rows):
+        found[row, : len(continuation.logprobs)] = torch.from_numpy(continuation.logprobs)
+    return found
+
+
+def check_gradients(
+    run: PpoRun, rollouts: Sequence[Rollout], scored: Scored, groups: list[list[int]]
+) -> None:
+    """Each loss must reach its own weights and no others.
+
+    Args:
+        run: its updater makes the gradients; they are dropped.
+        rollouts: to learn from.
+        scored: their log-probs and values.
+        groups: rollouts of each pass.
+    """
+    ones = torch.ones_like(scored.policy) * scored.mask
+    batch = Batch(rollouts, scored, ones, scored.values + ones)
+    updater: Updater = run.updater
+    tokens = float(scored.mask.sum())
+    rows = np.split(np.arange(len(scored.policy)), len(rollouts))
+    for group in groups:
+        updater.backward(batch, group, np.concatenate([rows[i] for i in group]), tokens)
+    expected = {id(p) for _, p in (*run.roles.policy_weights, *run.roles.value_weights)}
+    for name, weight in run.roles.trained.named_parameters():
+        if (id(weight) in expected) != (weight.grad is not None):
+            fault = "gets no gradient" if id(weight) in expected else "gets a gradient"
+            raise TrainingError(
+                f"{name} {fault} from the PPO losses", hint="a bug; please report it"
+            )
+    for part in updater.optimizers.parts.values():
+        part.zero_grad(set_to_none=True)
+
+
+def _end_of_turn(run: PpoRun) -> int:
+    """The token that ends an answer in the chat template, else the tokenizer's EOS."""
+    tokenizer, stops = run.rows.tokenizer, run.engine.settings.stop_tokens
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        found = next((i for i in reversed(ids) if i in stops), None)
+        if found is not None:
+            return int(found)
+    return int(tokenizer.eos_token_id)
+
+
+def _say_reference_rewards(run: PpoRun) -> None:
+    """What the data's own answers earn, where the rows have any."""
+    chosen = [prompt for prompt in run.rows.train.prompts if prompt.answer][:ANSWERS]
+    if not chosen or not run.engine.settings.stop_tokens:
+        return
+    end = _end_of_turn(run)
+    answered = []
+    for prompt in chosen:
+        assert prompt.answer is not None
+        ids = [*run.rows.tokenizer(prompt.answer, add_special_tokens=False)["input_ids"], end]
+        tokens = np.asarray(ids, np.int64)
+        branch = Branch(tokens.astype(np.int32), np.ones(len(tokens), np.bool_))
+        made = Continuation(tokens, np.zeros(len(tokens), np.float32), "stop", 0.0)
+        document = Document(prompt.ids, (branch,), 0)
+        answered.append(Rollout(prompt, document, (made,), (prompt.answer,)))
+    mean, low, high = mean_interval(run.judge(answered).plain.double().numpy())
+    run.progress.say(
+        f"the data's own answers earn {mean:.3f} ({low:.3f} to {high:.3f}, {len(chosen)} answers)"
+    )

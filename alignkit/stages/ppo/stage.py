@@ -1,0 +1,250 @@
+"""PPO: recipe -> prompts -> roles -> (sample, score, update) -> adapter and merged model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from alignkit.errors import ModelError
+from alignkit.generation.rewards import build_score
+from alignkit.generation.rollout import RolloutSettings, TransformersEngine
+from alignkit.models.adapters.files import save_adapter
+from alignkit.models.base.loading import DTYPES
+from alignkit.models.scoring.scorer import causal_model
+from alignkit.recipe.adapters import b_rate, has_adapter
+from alignkit.recipe.planning.memory import SAMPLING_TOKENS
+from alignkit.recipe.planning.plan import Plan
+from alignkit.recipe.rewards import ModelReward, reward_name
+from alignkit.recipe.stages.schema import PpoRecipe
+from alignkit.runtime.optim import Optimizers, build_optimizer
+from alignkit.stages.inputs.fingerprints import reward_inputs
+from alignkit.stages.inputs.rows import PromptRows, load_prompt_rows, plan_ppo
+from alignkit.stages.ppo.check import rehearse
+from alignkit.stages.ppo.evaluate import evaluate_policy
+from alignkit.stages.ppo.roles import (
+    VALUE,
+    Roles,
+    build_roles,
+    describe_roles,
+    starts_from_reward,
+)
+from alignkit.stages.ppo.step import PpoRun, take_step
+from alignkit.stages.ppo.update import Updater
+from alignkit.stages.rollouts.health import Health
+from alignkit.stages.rollouts.reward_models import RewardModel, find_reward_model
+from alignkit.stages.rollouts.samples import SamplesFile
+from alignkit.stages.rollouts.scoring import Judge, RewardPart
+from alignkit.stages.running.finish import RunSummary, finish_run
+from alignkit.stages.running.loop import Loop, Parts, run_loop, save_state, share_of
+from alignkit.stages.running.session import RunOptions, Session
+
+EPSILON = 1e-5
+"""Adam's, as in https://arxiv.org/abs/2403.17031; 1e-8 moves the policy several times as far."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before weights are loaded.
+
+    Args:
+        rows: the prompts.
+        found: the reward models, in the recipe's order.
+        plan: the decisions.
+    """
+
+    rows: PromptRows
+    found: list[RewardModel]
+    plan: Plan
+
+
+def prepare_ppo(recipe: PpoRecipe, processes: int) -> Prepared:
+    """Read prompts, look for reward models and plan the run.
+
+    Args:
+        recipe: with its defaults.
+        processes: training processes.
+    """
+    rows = load_prompt_rows(recipe)
+    can_share = has_adapter(recipe.adapter)
+    found = [
+        find_reward_model(spec, rows.base, rows.tokenizer, can_share=can_share)
+        for spec in recipe.reward
+        if isinstance(spec, ModelReward)
+    ]
+    if recipe.value.init == "reward" and starts_from_reward(recipe, found) is None:
+        raise ModelError(
+            "value.init = reward, and no reward model can be the value model's start: it must be "
+            "an adapter over the policy's base, or with all weights trained a model of its own",
+            hint="set value.init=auto",
+        )
+    alone = sum(not model.shared for model in found)
+    roles = describe_roles(recipe, found)
+    rows = replace(rows, rewards=reward_inputs(recipe.reward))
+    return Prepared(
+        rows, found, plan_ppo(recipe, rows, processes, reward_models=alone, roles=roles)
+    )
+
+
+def run_ppo(recipe: PpoRecipe, options: RunOptions) -> RunSummary | None:
+    """Run the stage from recipe to merged checkpoint; see `run_sft`.
+
+    Args:
+        recipe: with its defaults.
+        options: of the command line.
+    """
+    session = Session(recipe, options)
+    made = prepare_ppo(recipe, session.accelerator.num_processes)
+    rows, plan = made.rows, session.announce(made.plan, made.rows)
+    roles = build_roles(session, recipe, rows, plan, made.found)
+    judge = build_judge(session, recipe, plan, roles)
+    with session.running(rows, plan):
+        run, first_step = start_ppo(session, recipe, rows, plan, roles, judge)
+        del roles, judge  # the run alone holds the weights, so that merging can let them go
+        parts = Parts(
+            rehearse=partial(rehearse, run, first_step),
+            train=partial(take_step, run),
+            evaluate=partial(evaluate_policy, run),
+            save=partial(save_ppo, run),
+            halt=lambda: run.guard.verdict(run.kl),
+        )
+        run_loop(run, parts, first_step)
+        if run.last:
+            session.say(f"health: {run.health.summary(run.last)}")
+        save_value(session, run)
+        return finish_run(session, run.let_go(), rows)
+
+
+def build_judge(session: Session, recipe: PpoRecipe, plan: Plan, roles: Roles) -> Judge:
+    """All sources of the recipe, ready to score.
+
+    Args:
+        session: of the run.
+        recipe: names the sources.
+        plan: its token budget.
+        roles: hold the reward models.
+
+    Raises:
+        RewardError: a function cannot be loaded, a rule needs a package.
+    """
+    models = iter(roles.rewards)
+    parts: list[RewardPart] = []
+    names: list[str] = []
+    for source in recipe.reward:
+        name = reward_name(source)
+        names.append(name)
+        number = names.count(name)
+        name = name if number == 1 else f"{name}_{number}"
+        if isinstance(source, ModelReward):
+            parts.append(RewardPart(name, source.weight, next(models)))
+        else:
+            parts.append(RewardPart(name, source.weight, build_score(source)))
+    penalty, share = recipe.rollout.missing_eos_penalty, share_of(session.accelerator)
+    return Judge(tuple(parts), penalty, plan.microbatch_tokens, share)
+
+
+def start_ppo(
+    session: Session,
+    recipe: PpoRecipe,
+    rows: PromptRows,
+    plan: Plan,
+    roles: Roles,
+    judge: Judge,
+) -> tuple[PpoRun, int]:
+    """The run's state, from scratch or from the newest whole checkpoint.
+
+    Returns:
+        The run and the number of steps already done.
+    """
+    training, value_rate = recipe.training, recipe.value.learning_rate
+    assert value_rate is not None  # with_defaults
+    optimizers = Optimizers(
+        {
+            name: build_optimizer(
+                weights,
+                rate,
+                training.weight_decay,
+                kind=training.optimizer,
+                epsilon=EPSILON,
+                b_rate=b_rate(recipe.adapter),
+            )
+            for name, weights, rate in (
+                ("policy", roles.policy_weights, plan.learning_rate),
+                ("value", roles.value_weights, value_rate),
+            )
+        }
+    )
+    first_step, state = session.restore(roles.trained, optimizers)
+    loop: Loop = session.loop(plan, first_step, describe_step)
+    share = share_of(session.accelerator)
+    inner = causal_model(roles.policy.scorer.model)
+    settings = RolloutSettings(
+        recipe.rollout.max_new_tokens,
+        recipe.rollout.temperature,
+        stop_tokens(inner, rows.tokenizer),
+    )
+    engine = TransformersEngine(inner, DTYPES[recipe.model.dtype], settings, SAMPLING_TOKENS)
+    limit, budget = training.max_grad_norm, plan.microbatch_tokens
+    samples = None
+    if session.folder is not None:
+        samples = SamplesFile(session.folder.path / "samples.jsonl", first_step or None)
+    run = PpoRun(
+        **vars(loop),
+        recipe=recipe,
+        rows=rows,
+        roles=roles,
+        judge=judge,
+        engine=engine,
+        updater=Updater(roles, optimizers, recipe.objective, limit, budget, share),
+        share=share,
+        samples=samples,
+        health=Health(state.get("health")),
+        kl_coef=float(state.get("kl_coef", recipe.objective.kl_coef)),
+    )
+    return run, first_step
+
+
+def describe_step(metrics: dict[str, float]) -> str:
+    """Reward, KL and the health of the update, for the progress line.
+
+    Args:
+        metrics: of the step.
+    """
+    return (
+        f"reward {metrics['reward']:+.3f}  KL {metrics['kl/k1']:.2f}  "
+        f"clipped {metrics['clip_fraction']:.1%}  value fit {metrics['explained_variance']:.2f}  "
+        f"length {metrics['response_length']:.1f}"
+    )
+
+
+def stop_tokens(inner: Any, tokenizer: Any) -> frozenset[int]:
+    """Ids that end a response: those of the model's generation settings and the tokenizer's EOS.
+
+    Args:
+        inner: transformers model.
+        tokenizer: its tokenizer.
+    """
+    named = getattr(inner.generation_config, "eos_token_id", None)
+    ids: Sequence[int | None] = named if isinstance(named, list) else [named]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+
+
+def save_ppo(run: PpoRun, step: int) -> None:
+    """A checkpoint: policy, value model, both optimizers and the price of KL.
+
+    Args:
+        run: what to store.
+        step: steps done.
+    """
+    state = {"kl_coef": run.kl_coef, "health": run.health.outside}
+    save_state(run, step, run.roles.trained, run.updater.optimizers, state)
+
+
+def save_value(session: Session, run: PpoRun) -> None:
+    """Keep the value model beside the policy: as an adapter with its head where it is one."""
+    folder, recipe = session.folder, run.recipe
+    if folder is None or not has_adapter(recipe.adapter) or run.roles.value is None:
+        return
+    model, head = run.roles.trained.policy, run.roles.trained.head
+    save_adapter(model, folder.path / "value", run.rows.base.name, head, adapter=VALUE)

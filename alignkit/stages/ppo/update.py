@@ -1,0 +1,222 @@
+"""The optimizer steps of one PPO step: several passes over one batch of responses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from alignkit.data.packing import pack_documents, split_documents
+from alignkit.errors import TrainingError
+from alignkit.evaluation.columns import Share
+from alignkit.objectives.kl import k3
+from alignkit.objectives.ppo import clip_fraction, policy_losses, value_losses
+from alignkit.recipe.stages.ppo import PpoSpec
+from alignkit.runtime.optim import Optimizers
+from alignkit.stages.ppo.roles import Roles
+from alignkit.stages.rollouts.scoring import Outputs, Rollout, Scored, forward_policy, response_rows
+
+POLICY, VALUE = "policy", "value"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a PPO step learns from, in this process.
+
+    Args:
+        rollouts: prompts with their responses.
+        scored: log-probs and values at the time of sampling.
+        advantages: `[B, T]` whitened.
+        returns: `[B, T]`.
+    """
+
+    rollouts: Sequence[Rollout]
+    scored: Scored
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+    def flat(self, values: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+        """`[N]` of some responses' tokens, in the order of a packed batch of them."""
+        picked = torch.from_numpy(rows)
+        return values[picked][self.scored.mask[picked]]
+
+
+def split_minibatches(
+    count: int, minibatches: int, seed: Sequence[int], share: Share
+) -> list[list[int]]:
+    """This process's rollouts in each optimizer step of one pass.
+
+    Args:
+        count: prompts of the step over all processes, which take them in turn.
+        minibatches: optimizer steps; over all processes together each has its share of prompts.
+        seed: of the order; one minibatch keeps the rollouts' own.
+        share: this process's part.
+    """
+    order = np.arange(count)
+    if minibatches > 1:
+        order = np.random.default_rng(list(seed)).permutation(count)
+    parts = (np.sort(part) for part in np.array_split(order, minibatches))
+    return [(part[part % share.world == share.rank] // share.world).tolist() for part in parts]
+
+
+def group_rollouts(
+    rollouts: Sequence[Rollout], chosen: Sequence[int], budget: int
+) -> list[list[int]]:
+    """Rollouts of each forward and backward pass.
+
+    Args:
+        rollouts: of this process.
+        chosen: those of the minibatch.
+        budget: tokens of a pass.
+    """
+    lengths = [rollouts[i].document.num_tokens for i in chosen]
+    return [[chosen[i] for i in group] for group in split_documents(lengths, budget)]
+
+
+@dataclass(frozen=True)
+class Updater:
+    """Takes the optimizer steps.
+
+    Args:
+        roles: policy and value model.
+        optimizers: `policy` and `value`.
+        spec: of the objective.
+        max_grad_norm: for each of the two; None never clips.
+        budget: tokens of one pass.
+        share: this process's part.
+    """
+
+    roles: Roles
+    optimizers: Optimizers
+    spec: PpoSpec
+    max_grad_norm: float | None
+    budget: int
+    share: Share
+
+    def run(
+        self, batch: Batch, groups: list[list[list[int]]], outputs: Outputs | None = None
+    ) -> dict[str, float]:
+        """One pass over the responses.
+
+        Args:
+            batch: what to learn from.
+            groups: of each minibatch, the rollouts of each forward and backward pass.
+            outputs: of the policy in the only one of these, if it has run already.
+
+        Returns:
+            Sums over the tokens of all processes: `policy_loss`, `value_loss`, `clip_fraction`,
+            `approx_kl`; their number `tokens`; and gradient norms.
+
+        Raises:
+            TrainingError: a loss or a gradient is not finite.
+        """
+        rows = response_rows(batch.rollouts)
+        totals: dict[str, float] = {}
+        for minibatch in groups:
+            mine = sum(int(batch.scored.mask[rows[i]].sum()) for group in minibatch for i in group)
+            count = self.share.reduce(torch.tensor([float(mine)], dtype=torch.float64)).item()
+            if count == 0:  # a short step has fewer prompts than minibatches
+                continue
+            tokens = count
+            sums = torch.zeros(4, dtype=torch.float64)
+            for group in minibatch:
+                own = np.concatenate([rows[i] for i in group])
+                sums += self.backward(batch, group, own, tokens, outputs)
+            found = self.share.reduce(sums).tolist()
+            if not all(map(math.isfinite, found)):
+                raise TrainingError(
+                    f"a PPO loss is not finite: {found[0] / tokens:.3g} of the policy, "
+                    f"{found[1] / tokens:.3g} of the value model",
+                    hint="lower training.learning_rate or value.learning_rate",
+                )
+            norms = {name: self._clip(name) for name in self.optimizers.parts}
+            for part in self.optimizers.parts.values():
+                part.step()
+                part.zero_grad(set_to_none=True)
+            names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "tokens")
+            values = dict(zip(names, [*found, count], strict=True)) | {
+                f"{name}_norm": norm for name, norm in norms.items()
+            }
+            totals = {name: totals.get(name, 0.0) + value for name, value in values.items()}
+        return totals
+
+    def backward(
+        self,
+        batch: Batch,
+        group: Sequence[int],
+        rows: np.ndarray,
+        tokens: float,
+        outputs: Outputs | None = None,
+    ) -> torch.Tensor:
+        """Add the gradients of one pass.
+
+        Args:
+            batch: what to learn from.
+            group: rollouts of the pass.
+            rows: of their responses among all of this process.
+            tokens: of the whole minibatch; the losses are divided by it.
+            outputs: of the policy, if it has run already.
+
+        Returns:
+            `[4]` float64 sums: policy loss, value loss, clipped tokens, KL to the sampler.
+        """
+        spec, roles = self.spec, self.roles
+        packed = pack_documents([batch.rollouts[i].document for i in group])
+        new, joint = forward_policy(roles, packed) if outputs is None else outputs
+        device = new.device
+        old = batch.flat(batch.scored.policy, rows).to(device)
+        advantage = batch.flat(batch.advantages, rows).to(device)
+        policy = policy_losses(new, old, advantage, clip=spec.clip).sum()
+        old_values = batch.flat(batch.scored.values, rows).to(device)
+        returns = batch.flat(batch.returns, rows).to(device)
+
+        def value_loss(values: torch.Tensor) -> torch.Tensor:
+            return value_losses(values, old_values, returns, clip=spec.value_clip).sum()
+
+        if joint is not None:
+            value = value_loss(joint)
+            ((policy + spec.value_weight * value) / tokens).backward()
+        else:
+            (policy / tokens).backward()
+            found: Any = roles.value
+            value = value_loss(found(packed))
+            (spec.value_weight * value / tokens).backward()
+        with torch.no_grad():
+            clipped = clip_fraction(new, old, clip=spec.clip).sum()
+            moved = k3(old, new).sum()
+            return torch.stack([x.double().cpu() for x in (policy, value, clipped, moved)])
+
+    def _clip(self, name: str) -> float:
+        """Gradient norm of one optimizer's weights before clipping, over all processes."""
+        weights = [p for group in self.optimizers.parts[name].param_groups for p in group["params"]]
+        sum_gradients(weights, self.share)
+        limit = self.max_grad_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(weights, limit))
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"the gradient of the {name} is not finite",
+                hint="lower training.learning_rate, or set training.max_grad_norm",
+            )
+        return norm
+
+
+def sum_gradients(weights: Sequence[nn.Parameter], share: Share) -> None:
+    """Add up the gradients of all processes, so that each takes the same step.
+
+    Args:
+        weights: the same in every process.
+        share: this process's part.
+    """
+    if share.world == 1:
+        return
+    flat = torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in weights]
+    )
+    summed = share.reduce(flat).to(flat.device)
+    for weight, part in zip(weights, summed.split([p.numel() for p in weights]), strict=True):
+        weight.grad = part.view_as(weight).to(weight.dtype)

@@ -1,0 +1,1 @@
+"""Sampling with rewards: what PPO and its relatives share."""

@@ -1,0 +1,1 @@
+"""What every run has: session, loop, steps, run folder, end."""

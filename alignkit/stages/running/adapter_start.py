@@ -1,0 +1,211 @@
+"""Where a run's adapter starts: fresh, from another run, from the base, from a text or the rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+
+from alignkit.data.documents import Branch, Document
+from alignkit.data.packing import pack_documents, step_items
+from alignkit.models.adapters.continued import started_adapter
+from alignkit.models.adapters.eva import EvaStart, find_start
+from alignkit.models.adapters.prefix import STATES, require_kept_keys, start_words, text_states
+from alignkit.models.adapters.ranks import largest_ranks, with_ranks
+from alignkit.models.adapters.targets import adapted_layers, layer_ranks
+from alignkit.models.base.loading import DTYPES
+from alignkit.models.heap import release_memory
+from alignkit.models.merging.dense import stored_weights
+from alignkit.models.scoring.selfcheck import build_scorer
+from alignkit.packed import PackedBatch, Role
+from alignkit.recipe.adapters import AnySpec, LoraSpec, PrefixSpec, eva_of
+from alignkit.recipe.planning.plan import Plan
+from alignkit.runtime.checkpoint import find_checkpoint, stored_shapes
+from alignkit.stages.inputs.rows import AnyRows
+
+BUDGET = 2048
+"""Tokens of one pass. Fixed, so that the start does not depend on a run's micro-batches."""
+
+SHOWN = 4
+"""Layers that a line names."""
+
+Given = Callable[[str], torch.Tensor]
+"""Name of a weight -> what it, or the factors beside it, start from."""
+
+
+def find_adapter_start(
+    session: Any, model: Any, rows: AnyRows, plan: Plan
+) -> tuple[AnySpec, Given | None]:
+    """What is trained, as it can be attached to the model.
+
+    Args:
+        session: of the run.
+        model: the bare base.
+        rows: the run's.
+        plan: which of them it reads.
+
+    Returns:
+        The adapter with its shape, and what its start is made from. A run that goes on has its
+        factors in the checkpoint: only their shapes are read here.
+
+    Raises:
+        ModelError: the adapter does not fit, or the rows give no start.
+    """
+    spec = started_adapter(session.recipe.adapter, rows.base)
+    if isinstance(spec, PrefixSpec):
+        require_kept_keys(model)
+    words = start_words(spec, rows.base, session.say)
+    if words:
+        return spec, {STATES: text_states(model, words)}.__getitem__
+    if not isinstance(spec, LoraSpec):
+        return spec, None
+    if spec.init == "loftq":
+        return spec, stored_weights(rows.base).__getitem__
+    if spec.init != "eva":
+        return spec, None
+    ranks = _stored_ranks(session)
+    if ranks is not None:
+        session.say("eva: the start and its ranks are in the checkpoint")
+        return with_ranks(model, spec.model_copy(update={"init": "default"}), ranks), None
+    start = _find(session, model, rows, plan, spec)
+    factors = {f"{name}.weight": a for name, a in start.factors.items()}
+    return with_ranks(model, spec, start.ranks), factors.__getitem__
+
+
+def _stored_ranks(session: Any) -> dict[str, int] | None:
+    """Name of each layer -> rank in the checkpoint from which the run goes on, if there is one."""
+    if not session.options.resume:
+        return None
+    checkpoint, _ = find_checkpoint(session.output / "checkpoints")
+    if checkpoint is None:
+        return None
+    end = ".lora_A.default.weight"
+    return {
+        name.removesuffix(end).partition("base_model.model.")[2]: shape[0]
+        for name, shape in stored_shapes(checkpoint).items()
+        if name.endswith(end)
+    }
+
+
+def _find(session: Any, model: Any, rows: AnyRows, plan: Plan, spec: LoraSpec) -> EvaStart:
+    """The start that the rows give, the same on every process."""
+    how, started = eva_of(spec), time.monotonic()
+    layers = adapted_layers(model, spec)
+    own = layer_ranks(layers, spec)
+    session.say(f"eva: reading rows, until all layers settle or {how.max_tokens:,} tokens are read")
+    settings = session.recipe.model
+    scorer = build_scorer(model, DTYPES[settings.dtype], settings.attention, session.say)
+    start = find_start(
+        scorer,
+        layers,
+        largest_ranks(layers, spec),
+        sum(own.values()),
+        batches_of(rows.train, plan, session.recipe.seed, how.max_tokens),
+        how,
+    )
+    del scorer
+    release_memory()  # what the passes left, before the run makes its own blocks
+    if session.accelerator.num_processes > 1:
+        # Each has found it from the same rows; of equal sums some kernels differ in the last bit.
+        box = [start]
+        broadcast_object_list(box, from_process=0)
+        start = box[0]
+    used_up = start.rows >= min(plan.steps * plan.batch_size, len(rows.train))
+    for line, label in describe_start(start, own, time.monotonic() - started, used_up=used_up):
+        session.say(line, label)
+    about = dataclasses.asdict(dataclasses.replace(start, factors={}))
+    about["ranks"] = {name: rank for name, rank in start.ranks.items() if rank != own[name]}
+    session.about["start"] = {key: value for key, value in about.items() if key != "factors"}
+    return start
+
+
+def batches_of(dataset: Any, plan: Plan, seed: int, limit: int) -> Iterator[PackedBatch]:
+    """Rows of the run in its order, packed for passes without gradients.
+
+    Args:
+        dataset: training rows, or prompts.
+        plan: the steps that read them.
+        seed: of their order.
+        limit: no further row is taken once so many tokens are.
+    """
+    waiting: list[Document] = []
+    taken = tokens = 0
+    for step in range(min(plan.steps, plan.steps_per_epoch)):
+        for item in step_items(step, len(dataset), plan.batch_size, seed).tolist():
+            if taken >= limit:
+                break
+            document = _readable(dataset[item])
+            if waiting and tokens + document.num_tokens > BUDGET:
+                yield pack_documents(waiting)
+                waiting, tokens = [], 0
+            waiting.append(document)
+            tokens, taken = tokens + document.num_tokens, taken + document.num_tokens
+    if waiting:
+        yield pack_documents(waiting)
+
+
+def _readable(document: Document) -> Document:
+    """The document with the answers that are trained; of a prompt alone every token counts."""
+    if document.branches:
+        return document.only(Role.CHOSEN, Role.REJECTED)
+    trained = np.arange(len(document.prompt)) > 0
+    whole = Branch(document.prompt, trained)
+    return dataclasses.replace(document, prompt=document.prompt[:0], branches=(whole,))
+
+
+def describe_start(
+    start: EvaStart, own: dict[str, int], seconds: float, *, used_up: bool
+) -> Iterator[tuple[str, str]]:
+    """What was found, in lines with their labels.
+
+    Args:
+        start: as it was found.
+        own: name of each layer -> rank in the recipe.
+        seconds: that it took.
+        used_up: whether all rows of the run were read.
+    """
+    settled = len(own) - len(start.unsettled)
+    yield (
+        f"eva: {start.rows:,} rows, {start.read:,} tokens read, {start.used:,} states used, "
+        f"{seconds:.1f} s; {settled} of {len(own)} layers settled",
+        "",
+    )
+    moved = [name for name, rank in start.ranks.items() if rank != own[name]]
+    if moved:
+        ranks = sorted(start.ranks.values())
+        yield (
+            f"eva: ranks are now {ranks[0]} to {ranks[-1]}, others than the recipe's in "
+            f"{len(moved)} of {len(own)} layers",
+            "",
+        )
+    left_out = [name for name, rank in start.ranks.items() if not rank]
+    if left_out:
+        yield (
+            f"eva: no rank is left for {_some(left_out)}: not trained",
+            "note",
+        )
+    if start.unsettled:
+        yield (
+            f"eva: the directions of {_some(list(start.unsettled))} had not settled: the smallest "
+            f"cosine with what one was before the last pass is {min(start.unsettled.values()):.2f};"
+            + (" there are no further rows" if used_up else " raise adapter.eva.max_tokens"),
+            "note" if used_up else "warning",
+        )
+    if start.narrow:
+        yield (
+            f"eva: what {_some(list(start.narrow))} read varies in fewer directions than their "
+            "rank: the rest of A is arbitrary",
+            "warning",
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    shown = ", ".join(names[:SHOWN])
+    count = f"{len(names)} layer{'s' if len(names) > 1 else ''}"
+    return f"{count} ({shown}{f' and {more} more' if more > 0 else ''})"

@@ -1,0 +1,124 @@
+"""The model card: origin, settings, measured results, licence.
+
+Of a merged or quantized model, or of an adapter that has no merge. It names files and folders
+without the path to them: a card is made to be shared.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+import alignkit
+from alignkit.models.base.adapter_kinds import peft_kind
+from alignkit.models.base.licence import licence_of
+from alignkit.models.base.loading import BaseModel
+from alignkit.recipe.rows import SourceSpec
+from alignkit.recipe.stages.schema import Recipe, as_dict
+
+_USE = (
+    "An adapter that cannot be merged: no weight can hold it. PEFT loads it over {base}, the model "
+    "it was trained on."
+)
+
+SETTINGS = ("seed", "adapter", "objective", "reference", "rollout", "value", "guard", "training")
+"""Sections of a recipe that a card repeats; the others name places."""
+
+
+class Report(Protocol):
+    """What a merge measured."""
+
+    def lines(self) -> list[str]:
+        """In sentences."""
+        ...
+
+
+def write_card(
+    folder: Path,
+    base: BaseModel,
+    *,
+    recipe: Recipe | None = None,
+    before: dict[str, float] | None = None,
+    after: dict[str, float] | None = None,
+    report: Report | None = None,
+    quantized: Report | None = None,
+    classifier: bool = False,
+) -> None:
+    """Write `README.md` into a model folder.
+
+    Args:
+        folder: of the model, or of an adapter.
+        base: that was trained or quantized.
+        recipe: of the run; None for an adapter from elsewhere.
+        before: held-out values before training.
+        after: the same at the end.
+        report: of the merge; None where all weights were trained.
+        quantized: report of the export, where only the precision has changed.
+        classifier: a reward model.
+    """
+    licence, adapter = licence_of(base), peft_kind(folder) != ""
+    head: dict[str, Any] = {
+        "base_model": _short(base.name),
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-classification" if classifier else "text-generation",
+        "tags": ["alignkit", *([recipe.stage] if recipe else [])],
+        **({"license": licence} if licence else {}),
+    }
+    place = folder.resolve()
+    name = place.parent.name if place.name in ("merged", "adapter") else place.name
+    parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {name}"]
+    how = f"by the `{recipe.stage}` stage of" if recipe else "by merging an adapter with"
+    if quantized is not None:
+        how = "by quantizing it with"
+    kind = "A reward model made" if classifier else "Made"
+    parts.append(f"{kind} from {_short(base.name)} {how} alignkit {alignkit.__version__}.")
+    if after:
+        parts += ["## Held-out results", _table(before or {}, after)]
+    if recipe is not None:
+        sources = [*recipe.data.train, *recipe.data.eval]
+        parts += ["## Data", "\n".join(f"- {_source(source)}" for source in sources)]
+        values = as_dict(recipe)
+        shown = {key: values[key] for key in SETTINGS if values.get(key) is not None}
+        parts += ["## Settings", f"```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```"]
+    if adapter:
+        parts += ["## Use", _USE.format(base=_short(base.name))]
+    if report is not None:
+        # The first line says where it was written.
+        parts += ["## Merge", "\n".join(f"- {line}" for line in report.lines()[1:])]
+    if quantized is not None:
+        parts += ["## Quantization", "\n".join(f"- {line}" for line in quantized.lines()[1:])]
+    parts += [
+        "## Licence",
+        f"That of the base: {licence}."
+        if licence
+        else "The base's files do not say its licence: look it up before sharing this model.",
+    ]
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _short(name: str) -> str:
+    """A hub id as it is; of a local place the last part that says something."""
+    path = Path(name)
+    if not path.exists():
+        return name
+    path = path.resolve()
+    return path.parent.name if path.name == "merged" else path.name
+
+
+def _source(source: SourceSpec) -> str:
+    place = Path(source.path).name if source.path else source.label
+    return f"{place}, first {source.take:,} rows" if source.take else place
+
+
+def _table(before: dict[str, float], after: dict[str, float]) -> str:
+    rows = ["| | before | after |", "|---|---|---|"]
+    for key, value in after.items():
+        rows.append(f"| {key} | {_number(before.get(key))} | {_number(value)} |")
+    return "\n".join(rows)
+
+
+def _number(value: float | None) -> str:
+    """Nothing for what was not measured, or was no finite number: metrics keep that as null."""
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,199 @@
+"""What a run leaves behind: adapter/, merged/ and a summary."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignkit.errors import RoundingError
+from alignkit.models.adapters.files import TrainedOver, save_adapter
+from alignkit.models.base.identity import weights_fingerprint
+from alignkit.models.base.loading import stored_dtype
+from alignkit.models.heap import release_memory
+from alignkit.models.merging.merge import merge_adapter, write_dense
+from alignkit.models.merging.report import MergeReport
+from alignkit.models.rewards.classifier import ClassifierReport, merge_reward, write_reward
+from alignkit.models.rewards.head import RewardStatistics
+from alignkit.models.scoring.scorer import causal_model
+from alignkit.recipe.adapters import FullSpec, is_mergeable
+from alignkit.runtime.metrics import read_metrics
+from alignkit.stages.inputs.rows import AnyRows
+from alignkit.stages.ppo.step import PpoRun
+from alignkit.stages.running.card import write_card
+from alignkit.stages.running.session import Session
+from alignkit.stages.running.steps import Run
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run ended.
+
+    Args:
+        output: run folder.
+        steps: done in all.
+        loss: of the last step.
+        before: held-out values before training; empty without held-out rows.
+        after: held-out values at the end.
+        merge: of the merged model; None for a language model's full weights or `merge: false`.
+        held_out: before and after in one line; empty without held-out rows.
+    """
+
+    output: str
+    steps: int
+    loss: float
+    before: dict[str, float]
+    after: dict[str, float]
+    merge: MergeReport | ClassifierReport | None
+    held_out: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary as plain values."""
+        return dataclasses.asdict(self)
+
+
+def finish_run(
+    session: Session, run: Run | PpoRun, rows: AnyRows, statistics: RewardStatistics | None = None
+) -> RunSummary | None:
+    """Write adapter and merged model, verify them, and record the end.
+
+    Args:
+        session: of the run.
+        run: after its last step; its weights are let go here.
+        rows: the tokenizer, and real rows for the check.
+        statistics: of a reward model, stored with it.
+
+    Returns:
+        The summary; None on every process but the first.
+    """
+    accelerator = session.accelerator
+    accelerator.wait_for_everyone()
+    run.progress.close()
+    folder = session.folder
+    merge = None
+    if folder is not None:
+        merge = _write_models(session, run, rows, statistics)
+    # The wrapper of several processes goes before their group: as its last owner it would wait,
+    # holding the interpreter, for a thread of the group that waits for the interpreter.
+    run.scorer = run.optimizer = None
+    accelerator.free_memory()
+    accelerator.wait_for_everyone()
+    if folder is None:
+        return None
+    if run.metrics is not None:
+        run.metrics.close()
+    summary = _summarise(folder.path, run, merge)
+    whole = (folder.path / "merged").is_dir()
+    if whole or not is_mergeable(session.recipe.adapter):
+        write_card(
+            folder.path / ("merged" if whole else "adapter"),
+            rows.base,
+            recipe=session.recipe,
+            before=summary.before,
+            after=summary.after,
+            report=merge,
+            classifier=session.recipe.stage == "reward",
+        )
+    folder.finish("finished", summary=summary.to_json())
+    return summary
+
+
+def _write_models(
+    session: Session, run: Run | PpoRun, rows: AnyRows, statistics: RewardStatistics | None
+) -> MergeReport | ClassifierReport | None:
+    recipe, output = session.recipe, session.output
+    scorer = session.accelerator.unwrap_model(run.scorer)
+    model, head = scorer.model, run.written_head
+    settings: dict[str, Any] = {
+        "rows": rows.checks,
+        "dtype": stored_dtype(rows.base),
+        "stop_tokens": rows.stop_tokens,
+    }
+    if isinstance(recipe.adapter, FullSpec):
+        session.say(f"writing all weights to {output / 'merged'}")
+        return _write_full(model, head, rows, output / "merged", settings, statistics)
+    spec, name = recipe.model, rows.base.name
+    over = TrainedOver(
+        name,
+        weights_fingerprint(rows.base),
+        spec.quantization,
+        spec.dtype,
+        None if spec.rope_scaling is None else spec.rope_scaling.model_dump(),
+        spec.add_tokens,
+        getattr(recipe.adapter, "init", "default"),
+    )
+    save_adapter(model, output / "adapter", name, head, trained_over=over)
+    rows.tokenizer.save_pretrained(output / "adapter")
+    if statistics is not None:
+        statistics.save(output / "adapter")
+    del scorer, model
+    run.scorer = run.optimizer = None
+    session.accelerator.free_memory()
+    release_memory()
+    if not is_mergeable(recipe.adapter):
+        session.say(
+            f"the prefix is in {output / 'adapter'}; there is no merged/, because no weight can "
+            "hold it: alignkit and PEFT read it together with its base"
+        )
+    if not recipe.merge:
+        return None
+    session.say("merging and checking against base + adapter")
+    merge = merge_adapter if head is None else merge_reward
+    folders = rows.base, output / "adapter", output / "merged"
+    settings |= {"tokenizer": rows.tokenizer, "overwrite": True}
+    try:
+        report = merge(*folders, **settings)
+    except RoundingError as error:
+        if settings["dtype"] == torch.float32:
+            raise
+        # Nobody asked for narrow weights: a run that is trained ends in a model that is faithful.
+        session.say(f"{error.message}: merging into float32 weights instead")
+        report = merge(*folders, **{**settings, "dtype": torch.float32})
+    if report.quantized is not None:
+        session.say(report.quantized.line())
+    return report
+
+
+def _write_full(
+    model: Any,
+    head: Any,
+    rows: AnyRows,
+    folder: Path,
+    settings: dict[str, Any],
+    statistics: RewardStatistics | None,
+) -> ClassifierReport | None:
+    if head is None:
+        stops = settings["stop_tokens"]
+        write_dense(causal_model(model), rows.tokenizer, folder, settings["dtype"], stops)
+        return None
+    report = write_reward(model, head, rows.tokenizer, folder, **settings)
+    if statistics is not None:
+        statistics.save(folder)
+    return report
+
+
+def _summarise(
+    output: Path, run: Run | PpoRun, merge: MergeReport | ClassifierReport | None
+) -> RunSummary:
+    metrics = read_metrics(output / "metrics.jsonl")
+    evaluations = [m for m in metrics if any(key.startswith("eval/") for key in m)]
+    losses = [m["loss"] for m in metrics if "loss" in m]
+
+    def values(found: dict[str, Any]) -> dict[str, float]:
+        return {k.removeprefix("eval/"): v for k, v in found.items() if k.startswith("eval/")}
+
+    before = values(evaluations[0]) if evaluations else {}
+    after = values(evaluations[-1]) if evaluations else {}
+    say = run.say
+    return RunSummary(
+        output=str(output),
+        steps=run.plan.steps,
+        loss=losses[-1] if losses else float("nan"),
+        before=before,
+        after=after,
+        merge=merge,
+        held_out=f"before: {say(before)}\nafter:  {say(after)}" if evaluations else "",
+    )

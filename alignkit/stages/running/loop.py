@@ -1,0 +1,207 @@
+"""run_loop: what happens around the optimizer steps of every stage.
+
+Evaluate, step, log, save, stop on request. What a step is, the stage says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from alignkit.errors import Interrupted, RewardError, TrainingError
+from alignkit.evaluation.columns import WHOLE, Share
+from alignkit.recipe.planning.plan import Plan
+from alignkit.recipe.training import LoopSpec
+from alignkit.runtime.checkpoint import save_checkpoint
+from alignkit.runtime.metrics import MetricsFile
+from alignkit.runtime.progress import StepProgress
+from alignkit.stages.running.run_folder import RunFolder
+
+
+@dataclass
+class Loop:
+    """What every loop works with.
+
+    Args:
+        plan: the decisions.
+        training: intervals and clipping of the recipe.
+        seed: of the recipe.
+        accelerator: device and processes.
+        folder: of the run; None on every process but the first.
+        metrics: metrics.jsonl; None on every process but the first.
+        progress: what the user sees.
+    """
+
+    plan: Plan
+    training: LoopSpec
+    seed: int
+    accelerator: Accelerator
+    folder: RunFolder | None
+    metrics: MetricsFile | None
+    progress: StepProgress
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a stage does at each place of the loop.
+
+    Args:
+        rehearse: before the first step of this process: whatever may fail, fails now.
+        train: one step, from 0; its metrics.
+        evaluate: held-out values after so many steps, and one line about them; None without
+            held-out rows.
+        save: a checkpoint after so many steps.
+        halt: an error that ends the run after this step, or None.
+    """
+
+    rehearse: Callable[[], None]
+    train: Callable[[int], dict[str, float]]
+    evaluate: Callable[[int], tuple[dict[str, float], str] | None]
+    save: Callable[[int], None]
+    halt: Callable[[], TrainingError | None] = lambda: None
+
+
+def run_loop(loop: Loop, parts: Parts, first_step: int) -> None:
+    """Train from `first_step` to the end of the plan.
+
+    Args:
+        loop: what to work with.
+        parts: of the stage.
+        first_step: steps already done.
+
+    Raises:
+        Interrupted: the user pressed Ctrl-C; a checkpoint was saved.
+        RewardError: responses could not be scored; a checkpoint was saved.
+        TrainingError: the loss is not finite, memory ran out, a checkpoint could not be written,
+            or the stage halted the run.
+    """
+    training, steps = loop.training, loop.plan.steps
+    with _stop_on_signal() as stop:
+        if first_step < steps:
+            parts.rehearse()
+        if first_step == 0:
+            _evaluate(loop, parts, 0)
+        saved = first_step
+        for step in range(first_step, steps):
+            try:
+                metrics = _within_memory(parts.train, step)
+            except RewardError:
+                if step > saved:
+                    parts.save(step)
+                raise
+            done = step + 1
+            if loop.metrics is not None:
+                loop.metrics.write(done, metrics)
+            loop.accelerator.log(metrics, step=done)
+            loop.progress.step(done, metrics)
+            stopped, halted = _any_process(loop.accelerator, stop), parts.halt()
+            if done == steps or (training.eval_every and done % training.eval_every == 0):
+                try:
+                    _evaluate(loop, parts, done)
+                except RewardError:
+                    parts.save(done)
+                    raise
+            if done % training.save_every == 0 or done == steps or stopped or halted:
+                parts.save(done)
+                saved = done
+            if halted and done < steps:
+                raise halted
+            if stopped and done < steps:
+                raise Interrupted(
+                    f"stopped after step {done} of {steps}; a checkpoint was saved",
+                    hint="continue with --resume",
+                )
+
+
+def _within_memory(train: Callable[[int], dict[str, float]], step: int) -> dict[str, float]:
+    try:
+        return train(step)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error).lower():
+            raise
+        raise TrainingError(
+            f"step {step + 1} does not fit the memory",
+            hint="lower training.microbatch_tokens or data.max_length, or set "
+            "training.gradient_checkpointing=true",
+        ) from error
+
+
+def _evaluate(loop: Loop, parts: Parts, step: int) -> None:
+    found = parts.evaluate(step)
+    if found is None:
+        return
+    values, line = found
+    named = {f"eval/{name}": value for name, value in values.items()}
+    if loop.metrics is not None:
+        loop.metrics.write(step, named)
+    loop.accelerator.log(named, step=step)
+    when = "before training" if step == 0 else f"after step {step}"
+    loop.progress.say(f"held out, {when}: {line}")
+
+
+def save_state(loop: Loop, step: int, model: Any, optimizer: Any, state: dict[str, Any]) -> None:
+    """A checkpoint of the leading process; the others wait for it to begin.
+
+    Args:
+        loop: says where and how many to keep.
+        step: steps done.
+        model: its trained weights are stored.
+        optimizer: its state is stored.
+        state: further plain values.
+    """
+    loop.accelerator.wait_for_everyone()
+    if loop.folder is None:
+        return
+    save_checkpoint(
+        loop.folder.checkpoints,
+        step,
+        model,
+        optimizer,
+        {"processes": loop.accelerator.num_processes, **state},
+        loop.training.keep,
+    )
+
+
+def share_of(accelerator: Accelerator) -> Share:
+    """This process's part of an evaluation."""
+    if accelerator.num_processes == 1:
+        return WHOLE
+    return Share(
+        accelerator.process_index,
+        accelerator.num_processes,
+        lambda sums: accelerator.reduce(sums.to(accelerator.device), "sum").cpu(),
+    )
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[list[bool]]:
+    """A list that becomes non-empty at the first Ctrl-C; the second one interrupts at once."""
+    stop: list[bool] = []
+    before = {}
+
+    def handle(number: int, frame: Any) -> None:
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            before[number] = signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _any_process(accelerator: Accelerator, stop: list[bool]) -> bool:
+    if accelerator.num_processes == 1:
+        return bool(stop)
+    flag = torch.tensor(float(bool(stop)), device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum") > 0)

@@ -1,0 +1,318 @@
+"""A training session: who may write, what is said at the start, where it continues, how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from alignkit.data.report import DataReport
+from alignkit.errors import Interrupted, RunError
+from alignkit.models.adapters.attach import attach_adapter, trainable_report
+from alignkit.models.adapters.continued import adapter_folder
+from alignkit.models.adapters.files import has_head, put_weights
+from alignkit.models.base.identity import weights_fingerprint
+from alignkit.models.base.loading import DTYPES, load_model, token_rows
+from alignkit.models.rewards.head import freeze_unused_head, new_head, read_head
+from alignkit.models.scoring.selfcheck import build_scorer
+from alignkit.recipe.adapters import FullSpec, b_rate
+from alignkit.recipe.planning.plan import Plan
+from alignkit.recipe.stages.schema import Recipe
+from alignkit.runtime.checkpoint import find_checkpoint, load_checkpoint
+from alignkit.runtime.devices import build_accelerator, tune_processor
+from alignkit.runtime.metrics import MetricsFile
+from alignkit.runtime.optim import build_optimizer
+from alignkit.runtime.progress import StepProgress, print_line
+from alignkit.stages.inputs.fingerprints import adapter_identity
+from alignkit.stages.inputs.rows import AnyRows, PromptRows, Rows, keep_plan, plan_run
+from alignkit.stages.running.adapter_start import find_adapter_start
+from alignkit.stages.running.batches import Batches
+from alignkit.stages.running.loop import Loop
+from alignkit.stages.running.run_folder import RunFolder, check_output, read_about, read_plan
+from alignkit.stages.running.stage import Stage
+from alignkit.stages.running.steps import Run
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line says beside the recipe.
+
+    Args:
+        resume: continue from the newest whole checkpoint.
+        overwrite: replace what the run folder holds.
+        quiet: no progress.
+        command: as typed, for run.json.
+    """
+
+    resume: bool = False
+    overwrite: bool = False
+    quiet: bool = False
+    command: str = ""
+
+
+class Session:
+    """One run of one stage in this process.
+
+    Args:
+        recipe: with its defaults.
+        options: of the command line.
+
+    Raises:
+        RunError: the run folder cannot be used. Nothing has been written then.
+    """
+
+    def __init__(self, recipe: Recipe, options: RunOptions) -> None:
+        tune_processor()
+        self.recipe, self.options = recipe, options
+        self.output: Path = check_output(recipe, resume=options.resume, overwrite=options.overwrite)
+        trackers = recipe.training.trackers
+        self.accelerator: Accelerator = build_accelerator(recipe.model.dtype, trackers, self.output)
+        self.leads = bool(self.accelerator.is_main_process)
+        self.quiet = options.quiet or not self.leads
+        self.folder: RunFolder | None = None
+        self.about: dict[str, Any] = {}  # found on the way to the first step, for run.json
+
+    def say(self, text: str, label: str = "") -> None:
+        """Print one line for the user."""
+        if not self.quiet:
+            print_line(text, label)
+
+    def plan(self, rows: Rows) -> Plan:
+        """The plan of this run; a resumed run keeps its micro-batches."""
+        return self.announce(plan_run(self.recipe, rows, self.accelerator.num_processes), rows)
+
+    def announce(self, plan: Plan, rows: AnyRows) -> Plan:
+        """Say what was read and planned.
+
+        Args:
+            plan: as made now.
+            rows: their reports are shown.
+
+        Returns:
+            The plan; a resumed run's with the micro-batches it was started with.
+        """
+        if self.options.resume and (self.output / "plan.json").is_file():
+            plan = keep_plan(plan, read_plan(self.output))
+        for name, dataset in (("train", rows.train), ("held out", rows.held_out)):
+            if dataset is not None:
+                head, *notes = describe_rows(name, dataset.report)
+                self.say(head)
+                for note in notes:
+                    self.say(note, "note")
+        most = "at most " if plan.model.at_most else ""
+        self.say(
+            f"plan: {plan.steps} steps of {plan.batch_size} examples, {most}"
+            f"{plan.model.trainable / 1e6:.1f} of {plan.model.parameters / 1e6:.1f} M weights "
+            f"trained, about {plan.memory.peak / 1e9:.1f} GB"
+        )
+        if plan.reference is not None:
+            self.say(f"reference: {plan.reference.replace('_', ' ')}, {plan.reference_reason}")
+        for role in plan.roles:
+            self.say(role)
+        for warning in plan.warnings:
+            self.say(warning, "warning")
+        return plan
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """What weights are kept in: those that are trained in float32, frozen ones as computed."""
+        full = isinstance(self.recipe.adapter, FullSpec)
+        return torch.float32 if full else DTYPES[self.recipe.model.dtype]
+
+    def build_scorer(self, rows: Rows, plan: Plan, *, scalar_head: bool = False) -> nn.Module:
+        """Weights, adapter and checked scorer, in training mode.
+
+        Args:
+            rows: say where the weights are; an adapter may start from what they hold.
+            plan: whether activations are recomputed.
+            scalar_head: put a fresh head of a reward model on it.
+        """
+        spec, base = self.recipe.model, rows.base
+        device = self.accelerator.device
+        model = load_model(base, self.weights_dtype, device, spec.quantization)
+        added = token_rows(base)[0] if spec.add_tokens else []
+        before = adapter_folder(self.recipe.adapter)
+        started, given = find_adapter_start(self, model, rows, plan)
+        model = attach_adapter(model, started, self.recipe.seed, added, given)
+        head = new_head(model, self.recipe.seed) if scalar_head else None
+        if before is not None:
+            put_weights(model, before)
+            if head is not None and has_head(before):
+                head.load_state_dict(read_head(before).state_dict())
+        if scalar_head:
+            freeze_unused_head(model)
+        scorer = build_scorer(model, DTYPES[spec.dtype], spec.attention, self.say, head)
+        if plan.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            if hasattr(model, "enable_input_require_grads"):
+                model.enable_input_require_grads()
+        self.say(trainable_report(scorer).line())
+        return scorer.train()
+
+    @contextlib.contextmanager
+    def running(self, rows: AnyRows, plan: Plan) -> Iterator[None]:
+        """Own the run folder; record how the run ends."""
+        about = _about(rows, self.options, adapter_folder(self.recipe.adapter))
+        if self.options.resume and (self.output / "run.json").is_file():
+            stored = read_about(self.output)
+            _check_same_inputs(about, stored)
+            self.about = {k: stored[k] for k in ("start",) if k in stored} | self.about
+        if self.leads:
+            self.folder = RunFolder(self.output, overwrite=self.options.overwrite)
+        try:
+            if self.folder is not None:
+                self.folder.describe(self.recipe, plan, {**about, **self.about})
+            yield
+        except BaseException as error:
+            if self.folder is not None:
+                self.folder.finish("interrupted" if isinstance(error, Interrupted) else "failed")
+            raise
+        finally:
+            if self.accelerator.num_processes > 1:
+                time.sleep(0.1)  # the group's thread needs the interpreter to end its last work
+            self.accelerator.end_training()
+            if self.folder is not None:
+                self.folder.close()
+
+    def start(self, rows: Rows, plan: Plan, stage: Stage, scorer: nn.Module) -> tuple[Run, int]:
+        """The loop's state, from scratch or from the newest whole checkpoint.
+
+        Returns:
+            The run and the number of steps already done.
+        """
+        decay = self.recipe.training.weight_decay
+        optimizer = build_optimizer(
+            scorer.named_parameters(),
+            plan.learning_rate,
+            decay,
+            kind=self.recipe.training.optimizer,
+            b_rate=b_rate(self.recipe.adapter),
+        )
+        first_step, _ = self.restore(scorer, optimizer)
+        loop = self.loop(plan, first_step)
+        scorer, optimizer = self.accelerator.prepare(scorer, optimizer)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        batches = Batches(rows.train, stage.weights, plan, self.recipe.seed, rank, world)
+        run = Run(
+            **vars(loop),
+            stage=stage,
+            scorer=scorer,
+            optimizer=optimizer,
+            batches=batches,
+            held_out=rows.held_out,
+        )
+        return run, first_step
+
+    def restore(self, model: nn.Module, optimizer: Any) -> tuple[int, dict[str, Any]]:
+        """Put the newest whole checkpoint back, if this run is to be resumed.
+
+        Args:
+            model: gets the trained weights.
+            optimizer: gets its state.
+
+        Returns:
+            Steps already done, and what the loop stored beside the tensors.
+        """
+        if not self.options.resume:
+            return 0, {}
+        checkpoint, skipped = find_checkpoint(self.output / "checkpoints")
+        for sentence in skipped:
+            self.say(sentence, "warning")
+        if checkpoint is None:
+            self.say("no checkpoint to resume from: starting at step 1")
+            return 0, {}
+        load_checkpoint(checkpoint, model, optimizer)
+        if checkpoint.state.get("processes") != self.accelerator.num_processes:
+            self.say("other number of processes: sums may differ in the last bits", "note")
+        self.say(f"resuming after step {checkpoint.step}")
+        return checkpoint.step, checkpoint.state
+
+    def loop(
+        self,
+        plan: Plan,
+        first_step: int,
+        describe: Callable[[dict[str, float]], str] | None = None,
+    ) -> Loop:
+        """What every loop works with.
+
+        Args:
+            plan: the decisions.
+            first_step: steps already done; what an interrupted run logged later is dropped.
+            describe: what a step's metrics say on the progress line; None tells the loss.
+        """
+        training = self.recipe.training
+        metrics = None
+        if self.folder is not None:
+            metrics = MetricsFile(self.folder.path / "metrics.jsonl", first_step or None)
+        if training.trackers:
+            self.accelerator.init_trackers("alignkit", config={"output": str(self.output)})
+        progress = StepProgress(plan.steps, first_step, training.log_every, self.quiet, describe)
+        return Loop(
+            plan=plan,
+            training=training,
+            seed=self.recipe.seed,
+            accelerator=self.accelerator,
+            folder=self.folder,
+            metrics=metrics,
+            progress=progress,
+        )
+
+
+def describe_rows(name: str, report: DataReport) -> list[str]:
+    """The rows' report in lines, with their lengths."""
+    lengths = report.percentiles()
+    first, *rest = report.lines()
+    trained = "" if report.prompts else f", {report.trained_tokens:,} of them trained"
+    head = (
+        f"{name}: {first}, {report.tokens:,} tokens{trained}; "
+        f"lengths: median {lengths.get('p50', 0)}, 90% {lengths.get('p90', 0)}, "
+        f"longest {lengths.get('max', 0)}"
+    )
+    return [head, *rest]
+
+
+def _check_same_inputs(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Refuse to go on with other weights or rows than those the run was started with."""
+    pairs = [("base", now["base"], before.get("base"))]
+    pairs += [
+        (f"data.{name}", now["data"][name], before.get("data", {}).get(name))
+        for name in now["data"]
+    ]
+    stored = before.get("rewards", {})
+    # A function may be mended after it has failed; a model must stay what it was.
+    models = {name: new for name, new in now["rewards"].items() if "model" in name}
+    pairs += [
+        (name, {"fingerprint": new}, {"fingerprint": stored[name]} if name in stored else None)
+        for name, new in models.items()
+    ]
+    pairs.append(("adapter.from", now["adapter"], before.get("adapter")))
+    for name, new, old in pairs:
+        if old is not None and new["fingerprint"] != old["fingerprint"]:
+            raise RunError(
+                f"{name} has changed since the run was started",
+                hint="put it back to resume, or start anew with --overwrite",
+            )
+
+
+def _about(rows: AnyRows, options: RunOptions, before: Path | None) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for name, dataset in (("train", rows.train), ("eval", rows.held_out)):
+        if dataset is not None:
+            data[name] = {"fingerprint": dataset.fingerprint, **dataset.report.to_json()}
+    base = {"location": rows.base.location, "fingerprint": weights_fingerprint(rows.base)}
+    rewards = rows.rewards if isinstance(rows, PromptRows) else {}
+    adapter = {"fingerprint": None if before is None else adapter_identity(before)}
+    return {
+        "command": options.command,
+        "base": base,
+        "adapter": adapter,
+        "data": data,
+        "rewards": rewards,
+    }

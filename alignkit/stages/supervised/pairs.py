@@ -1,0 +1,46 @@
+"""Stages on preference pairs: how scored pairs become a loss and an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from alignkit.data.documents import Document
+from alignkit.evaluation.columns import Share, score_documents
+from alignkit.evaluation.pairs import PairScores, describe_pairs, say_pairs
+from alignkit.packed import PackedBatch, Role
+from alignkit.stages.running.stage import LossSums, Measured, Stage
+
+ScorePairs = Callable[[nn.Module, Sequence[Document]], PairScores]
+"""Forward pass and objective of a few pairs."""
+
+
+def pair_stage(score: ScorePairs, num_items: int) -> Stage:
+    """A stage whose loss is the mean over the pairs of an optimizer step.
+
+    Args:
+        score: forward pass and objective.
+        num_items: training pairs.
+    """
+
+    def loss(scorer: nn.Module, documents: Sequence[Document], measured: Measured) -> LossSums:
+        scores = score(scorer, documents)
+        return LossSums(scores.losses.sum(), scores.means())
+
+    def evaluate(
+        scorer: nn.Module, documents: Sequence[Document], budget: int, share: Share
+    ) -> dict[str, float]:
+        def columns(scorer: nn.Module, documents: Sequence[Document]) -> dict[str, torch.Tensor]:
+            return score(scorer, documents).columns()
+
+        return describe_pairs(score_documents(columns, scorer, documents, budget, share))
+
+    return Stage(loss, [1] * num_items, evaluate, say_pairs)
+
+
+def split_roles(values: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[S]` values of all sequences -> `[B]` of the chosen and `[B]` of the rejected answers."""
+    roles = torch.from_numpy(batch.sequence_roles).to(values.device)
+    return values[roles == Role.CHOSEN], values[roles == Role.REJECTED]
