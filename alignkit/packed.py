@@ -47,6 +47,10 @@ class Segment:
     prefix_length: int = 0
 
 
+Segments = tuple[Segment, ...]
+"""Runs that cover a packed row in order, without gap or overlap."""
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """One forward pass worth of documents.

@@ -46,8 +46,8 @@ def label(
     as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
 ) -> None:
     """Let a model answer prompts and a reward model make preference pairs of the answers."""
-    from alignkit.recipe.label import resolve_label
     from alignkit.recipe.reading.document import Document
+    from alignkit.recipe.reading.label import resolve_label
 
     source = {"path": prompts} if take is None else {"path": prompts, "take": take}
     values: dict[str, Any] = {

@@ -37,7 +37,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the stages as JSON.")] = False,
 ) -> None:
     """Run the stages of a pipeline; what is done and has not changed is skipped."""
-    from alignkit.recipe.pipeline import load_pipeline
+    from alignkit.recipe.reading.pipeline import load_pipeline
 
     loaded = load_pipeline(pipeline, overrides)
     if is_worker():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +12,7 @@ from torch import nn
 from alignkit.data.documents import Document
 from alignkit.data.packing import split_documents
 from alignkit.models.scoring.scorer import evaluating
+from alignkit.runtime.processes import SINGLE, ProcessGroup
 
 _BLOCK = 512
 """Documents that are packed together."""
@@ -20,35 +20,12 @@ _BLOCK = 512
 Columns = dict[str, npt.NDArray[np.float64]]
 
 
-def _keep(sums: torch.Tensor) -> torch.Tensor:
-    return sums
-
-
-@dataclass(frozen=True)
-class Share:
-    """This process's part of an evaluation.
-
-    Args:
-        rank: of this process.
-        world: number of processes.
-        reduce: sums a tensor over the processes.
-    """
-
-    rank: int = 0
-    world: int = 1
-    reduce: Callable[[torch.Tensor], torch.Tensor] = _keep
-
-
-WHOLE = Share()
-"""A single process."""
-
-
 def score_documents(
     score: Callable[[nn.Module, Sequence[Document]], dict[str, torch.Tensor]],
     scorer: nn.Module,
     documents: Sequence[Document],
     budget: int,
-    share: Share = WHOLE,
+    processes: ProcessGroup = SINGLE,
 ) -> Columns:
     """Score every document without gradients.
 
@@ -57,12 +34,12 @@ def score_documents(
         scorer: its training mode is put back afterwards.
         documents: `n` rows, at least one.
         budget: tokens of one forward pass.
-        share: this process's part.
+        processes: this one and how sums go over all.
 
     Returns:
         Name -> `[n]` values, the same on every process.
     """
-    mine = list(range(share.rank, len(documents), share.world))
+    mine = list(range(processes.rank, len(documents), processes.world))
     scored = mine or [0]  # a process without documents must still take part in every sum
     found: dict[str, torch.Tensor] = {}
     with evaluating(scorer):
@@ -71,7 +48,7 @@ def score_documents(
                 column = found.setdefault(name, torch.zeros(len(documents), dtype=torch.float64))
                 if mine:
                     column[items] = values.detach().cpu().double()
-    return {name: share.reduce(found[name]).cpu().numpy() for name in sorted(found)}
+    return {name: processes.reduce(found[name]).cpu().numpy() for name in sorted(found)}
 
 
 def _groups(

@@ -11,13 +11,14 @@ from torch import nn
 
 from alignkit.data.documents import Document
 from alignkit.data.packing import pack_documents
-from alignkit.evaluation.columns import WHOLE, Share, score_documents
+from alignkit.evaluation.columns import score_documents
 from alignkit.models.scoring.scorer import sum_by_sequence
 from alignkit.objectives.cross_entropy import cross_entropy_loss
+from alignkit.runtime.processes import SINGLE, ProcessGroup
 
 
 def evaluate_heldout(
-    scorer: nn.Module, documents: Sequence[Document], budget: int, share: Share = WHOLE
+    scorer: nn.Module, documents: Sequence[Document], budget: int, processes: ProcessGroup = SINGLE
 ) -> dict[str, float]:
     """Mean loss over all trained tokens of the documents.
 
@@ -25,13 +26,13 @@ def evaluate_heldout(
         scorer: scores packed batches; its training mode is put back afterwards.
         documents: held-out rows of one answer each.
         budget: tokens of one forward pass.
-        share: this process's part.
+        processes: this one and how sums go over all.
 
     Returns:
         `loss` in nats per token, `perplexity` = exp(loss), `accuracy` = share of tokens that are
         the likeliest, `tokens` counted.
     """
-    columns = score_documents(_score, scorer, documents, budget, share)
+    columns = score_documents(_score, scorer, documents, budget, processes)
     tokens = float(columns["tokens"].sum())
     loss = float(columns["loss"].sum()) / tokens
     return {

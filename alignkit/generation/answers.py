@@ -10,7 +10,7 @@ from transformers import TextStreamer
 
 from alignkit.errors import AlignkitError
 from alignkit.generation.sampling import SamplingSettings
-from alignkit.models.adapters.prefix import has_window, prefix_length
+from alignkit.models.attention.prefix import has_window, prefix_length
 from alignkit.models.opening import OpenModel
 from alignkit.models.quiet import quiet_transformers
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from alignkit.errors import RewardError
 from alignkit.generation.responses import Response, shared_columns
-from alignkit.recipe.reading.document import show_file
+from alignkit.recipe.assets import show_file
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _SHAPE = "def {name}(prompts, completions, **columns)"

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from alignkit.models.adapters.prefix import has_window
 from alignkit.models.attention.cached import (
     cached_forward,
     fill_cache,
@@ -24,6 +23,7 @@ from alignkit.models.attention.cached import (
     new_cache,
     round_up,
 )
+from alignkit.models.attention.prefix import has_window
 from alignkit.models.kernels.lora import fixed_factors
 from alignkit.models.kernels.precision import compute_context
 from alignkit.models.kernels.vocab_head import logit_transform, next_logits
@@ -287,3 +287,15 @@ def _inverse(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         (inside > 0).long().mul(torch.arange(SUMMED, device=probs.device)).amax(1, keepdim=True),
     )
     return (block * SUMMED + found)[:, 0]
+
+
+def stop_tokens(inner: Any, tokenizer: Any) -> frozenset[int]:
+    """Ids that end a response: those of the model's generation settings and the tokenizer's EOS.
+
+    Args:
+        inner: transformers model.
+        tokenizer: its tokenizer.
+    """
+    named = getattr(inner.generation_config, "eos_token_id", None)
+    ids: Sequence[int | None] = named if isinstance(named, list) else [named]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)

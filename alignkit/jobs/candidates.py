@@ -14,21 +14,20 @@ import numpy as np
 from alignkit.data.prompts import Prompt, PromptSet
 from alignkit.data.report import DataReport
 from alignkit.errors import ModelError, RewardError
-from alignkit.evaluation.columns import WHOLE
 from alignkit.generation.answers import Turns, render_prompt
-from alignkit.generation.rollout import RolloutSettings, TransformersEngine
-from alignkit.models.adapters.prefix import prefix_length, prefix_states
+from alignkit.generation.rollout import RolloutSettings, TransformersEngine, stop_tokens
 from alignkit.models.adapters.switching import POLICY, Role
+from alignkit.models.attention.prefix import prefix_length, prefix_states
 from alignkit.models.base.loading import DTYPES, load_tokenizer
 from alignkit.models.opening import OpenModel, open_language_model, open_model
 from alignkit.models.scoring.scorer import causal_model
 from alignkit.models.scoring.selfcheck import build_scorer
 from alignkit.recipe.planning.memory import SAMPLING_TOKENS
 from alignkit.runtime.devices import find_device, tune_processor
-from alignkit.stages.ppo.roles import ScoringModel
-from alignkit.stages.ppo.stage import stop_tokens
+from alignkit.runtime.processes import SINGLE
+from alignkit.stages.rollouts.judging import Judge, RewardPart, ScoringModel
 from alignkit.stages.rollouts.reward_models import check_tokens, require_reward_model
-from alignkit.stages.rollouts.scoring import Judge, RewardPart, Rollout, sample
+from alignkit.stages.rollouts.sampling import Rollout, sample
 
 _PROMPTS, _BUDGET = 64, 2048
 """Prompts that are answered between two lines of progress; tokens of one pass of the judge."""
@@ -174,7 +173,7 @@ def judge_answers(
     opened = open_model(reward, dtype=DTYPES[dtype], device=find_device())
     scorer: Any = build_scorer(opened.model, DTYPES[dtype], "auto", say, opened.head).eval()
     part = RewardPart("model", 1.0, ScoringModel(Role(scorer, POLICY), 0.0, 1.0))
-    judge = Judge((part,), None, _BUDGET, WHOLE)
+    judge = Judge((part,), None, _BUDGET, SINGLE)
     found = []
     for items in _blocks(len(rollouts), _PROMPTS):
         block = [rollouts[item] for item in items]

@@ -16,7 +16,7 @@ from alignkit.data.mismatch import with_mismatched
 from alignkit.data.sources import Row, load_source
 from alignkit.data.tokenize import RowKind, TokenizeSettings, parse_rows, tokenize_examples
 from alignkit.errors import ModelError
-from alignkit.evaluation.columns import WHOLE, score_documents
+from alignkit.evaluation.columns import score_documents
 from alignkit.evaluation.heldout import evaluate_heldout
 from alignkit.jobs.question import (
     Question,
@@ -25,7 +25,7 @@ from alignkit.jobs.question import (
     say_if_changed,
     useless_reference,
 )
-from alignkit.models.adapters.prefix import prefix_length
+from alignkit.models.attention.prefix import prefix_length
 from alignkit.models.base.loading import DTYPES
 from alignkit.models.opening import OpenModel, open_language_model, open_model
 from alignkit.models.scoring.scorer import sum_by_sequence
@@ -43,6 +43,7 @@ from alignkit.recipe.stages.schema import (
     needs_reference,
 )
 from alignkit.runtime.devices import find_device, tune_processor
+from alignkit.runtime.processes import SINGLE
 from alignkit.stages.inputs.rows import ROW_KINDS, load_rows
 from alignkit.stages.running.session import describe_rows
 from alignkit.stages.supervised.kto import kto_stage
@@ -216,7 +217,7 @@ def _evaluate_reward(name: str, scorer: nn.Module, kind: RowKind, rows: TokenDat
         recipe = recipe_of(name)
         center = recipe.objective.center if isinstance(recipe, RewardRecipe) else 0.0
         stage = pair_stage(reward_scores(center), len(rows))
-        return Evaluation(stage.evaluate(scorer, rows, _BUDGET, WHOLE), [])
+        return Evaluation(stage.evaluate(scorer, rows, _BUDGET, SINGLE), [])
     rewards = score_documents(answer_rewards, scorer, rows, _BUDGET)["reward"]
     places = [rows.places[int(row)] for row in rows.order]
     values = {
@@ -249,7 +250,7 @@ def _evaluate_preference(
     compare = None if reference is None else _reference(reference, opened.tokenizer, question)
     if isinstance(recipe, KtoRecipe) and kind == "labelled" and compare is not None:
         stage = kto_stage(recipe.objective, compare, len(rows))
-        return Evaluation(stage.evaluate(scorer, rows, _BUDGET, WHOLE), [])
+        return Evaluation(stage.evaluate(scorer, rows, _BUDGET, SINGLE), [])
     objective: Any = CpoSpec(kind="cpo", beta=1.0, nll_weight=0.0)
     if isinstance(recipe, DpoRecipe) and (compare is not None or not needs_reference(recipe)):
         objective = recipe.objective
@@ -259,7 +260,7 @@ def _evaluate_preference(
     else:
         question.say(f"{name}: rewards are plain log-probs; --reference compares with a model")
     stage = pair_stage(preference_scores(objective, compare), len(rows))
-    return Evaluation(stage.evaluate(scorer, rows, _BUDGET, WHOLE), [])
+    return Evaluation(stage.evaluate(scorer, rows, _BUDGET, SINGLE), [])
 
 
 def _is_reference_free(recipe: Recipe) -> bool:

@@ -23,7 +23,7 @@ from alignkit.jobs.candidates import (
     room_for_prompts,
     sample_answers,
 )
-from alignkit.recipe.label import LabelSpec
+from alignkit.recipe.reading.label import LabelSpec
 from alignkit.recipe.rows import SourceSpec
 from alignkit.stages.running.session import describe_rows
 

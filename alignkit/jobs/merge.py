@@ -12,6 +12,7 @@ from typing import Any
 from alignkit.data.dataset import load_dataset
 from alignkit.errors import ModelError
 from alignkit.models.adapters.files import has_head
+from alignkit.models.adapters.finding import adapter_in, base_of_adapter
 from alignkit.models.base.adapter_kinds import require_mergeable
 from alignkit.models.base.identity import weights_fingerprint
 from alignkit.models.base.loading import DTYPES, BaseModel, load_tokenizer, stored_dtype
@@ -19,7 +20,6 @@ from alignkit.models.merging.dense import ONTO, Onto
 from alignkit.models.merging.merge import merge_adapter
 from alignkit.models.merging.report import MergeReport
 from alignkit.models.merging.updates import METHODS, AdapterPart, Blend, Method
-from alignkit.models.opening import adapter_in, base_of_adapter
 from alignkit.models.rewards.classifier import ClassifierReport, merge_reward
 from alignkit.models.weights.writing import is_plain_model, require_free
 from alignkit.packed import IntArray

@@ -22,7 +22,7 @@ from alignkit.errors import AlignkitError, Interrupted, RecipeError, RunError
 from alignkit.models.heap import release_memory
 from alignkit.pipelines.state import PipelineState, Record
 from alignkit.pipelines.steps import RUNNERS, Found
-from alignkit.recipe.pipeline import Pipeline, Step
+from alignkit.recipe.reading.pipeline import Pipeline, Step
 from alignkit.runtime.progress import print_line
 from alignkit.stages.inputs.fingerprints import describe_changes
 from alignkit.stages.running.session import RunOptions

@@ -13,8 +13,8 @@ from typing import Any
 from alignkit.errors import ModelError, RunError
 from alignkit.jobs.label import label_prompts
 from alignkit.recipe.adapters import FullSpec
-from alignkit.recipe.label import LABEL, LabelSpec
-from alignkit.recipe.pipeline import TRAINING, Step
+from alignkit.recipe.reading.label import LABEL, LabelSpec
+from alignkit.recipe.reading.pipeline import TRAINING, Step
 from alignkit.recipe.stages.schema import Recipe
 from alignkit.runtime.progress import print_line
 from alignkit.stages.inputs.fingerprints import label_inputs, model_place, training_inputs
@@ -174,4 +174,4 @@ RUNNERS: dict[str, Runner] = {
     TRAINING: Runner(_check_training, training_inputs, _look_at_run, _train),
     LABEL: Runner(_check_label, label_inputs, _look_at_pairs, _label),
 }
-"""Kind of stage, as in `alignkit.recipe.pipeline.READERS` -> how it is run."""
+"""Kind of stage, as in `alignkit.recipe.reading.pipeline.READERS` -> how it is run."""

@@ -40,3 +40,11 @@ def find_path(value: str, recipe_folders: tuple[Path, ...] = ()) -> Path | None:
         if (folder / path).exists():
             return (folder / path).resolve()
     return None
+
+
+def show_file(path: Path) -> str:
+    """The path as a person would type it: relative to the working folder where that is shorter."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -13,7 +13,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 
-from alignkit.recipe.planning.facts import HardwareFacts
+from alignkit.recipe.facts import HardwareFacts
 
 _MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2
 

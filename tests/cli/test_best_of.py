@@ -79,7 +79,7 @@ def test_a_cold_draw_is_greedy(alignkit: CommandLine, models: Path) -> None:
         assert row["chosen"] == 0
 
 
-WHOLE = (
+SINGLE = (
     "is not available with --best-of: its answers are drawn from the model's whole distribution\n"
     "hint: leave it out; a lower --temperature narrows the distribution\n"
 )
@@ -97,11 +97,11 @@ WRONG: dict[str, tuple[list[str], str]] = {
         "--best-of needs a temperature above 0: at 0 all answers are the same\n"
         "hint: leave --temperature out; it is 1 then\n",
     ),
-    "top-p": (["--best-of", "2", "--reward", "rm/run", "--top-p", "0.9"], f"--top-p {WHOLE}"),
-    "top-k": (["--best-of", "2", "--reward", "rm/run", "--top-k", "5"], f"--top-k {WHOLE}"),
+    "top-p": (["--best-of", "2", "--reward", "rm/run", "--top-p", "0.9"], f"--top-p {SINGLE}"),
+    "top-k": (["--best-of", "2", "--reward", "rm/run", "--top-k", "5"], f"--top-k {SINGLE}"),
     "penalty": (
         ["--best-of", "2", "--reward", "rm/run", "--repetition-penalty", "1.1"],
-        f"--repetition-penalty {WHOLE}",
+        f"--repetition-penalty {SINGLE}",
     ),
     "against": (
         ["--best-of", "2", "--reward", "rm/run", "--against", "sft/run"],

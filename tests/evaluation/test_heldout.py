@@ -20,10 +20,11 @@ from tiny import tiny_model
 from torch import nn
 
 from alignkit.data.documents import Document
-from alignkit.evaluation.columns import WHOLE, Share, score_documents
+from alignkit.evaluation.columns import score_documents
 from alignkit.evaluation.heldout import evaluate_heldout, say_heldout
 from alignkit.models.kernels.vocab_head import TokenScores
 from alignkit.models.scoring.scorer import TokenScorer
+from alignkit.runtime.processes import SINGLE, ProcessGroup
 
 VOCABULARY = 600
 SHAPES: tuple[Shape, ...] = ((0, (21,)), (5, (9,)), (0, (33,)), (11, (4,)), (0, (7,)))
@@ -34,7 +35,7 @@ BUDGETS = [1, 34, 10_000]
 T = TypeVar("T")
 
 
-def on_processes(world: int, work: Callable[[Share], T]) -> list[T]:
+def on_processes(world: int, work: Callable[[ProcessGroup], T]) -> list[T]:
     """What `work` finds on each of `world` processes that add up their tensors."""
     barrier = threading.Barrier(world, timeout=30)
     parts: list[torch.Tensor] = [torch.zeros(0)] * world
@@ -47,7 +48,7 @@ def on_processes(world: int, work: Callable[[Share], T]) -> list[T]:
             barrier.wait()
             return total
 
-        return work(Share(rank, world, add_up))
+        return work(ProcessGroup(rank, world, add_up))
 
     with ThreadPoolExecutor(world) as pool:
         return list(pool.map(run, range(world)))
@@ -109,7 +110,7 @@ def test_shares_add_up_to_the_whole(world: int, budget: int) -> None:
     whole = score_documents(probe_score, Probe(), DOCUMENTS, budget)
     probes = [Probe() for _ in range(world)]
     shares = [
-        score_documents(probe_score, probe, DOCUMENTS, budget, Share(rank, world))
+        score_documents(probe_score, probe, DOCUMENTS, budget, ProcessGroup(rank, world))
         for rank, probe in enumerate(probes)
     ]
     for name, values in whole.items():
@@ -122,7 +123,7 @@ def test_shares_add_up_to_the_whole(world: int, budget: int) -> None:
 def test_every_process_has_all_the_values(world: int) -> None:
     # With 8 processes three have no document; they must still join every sum.
     found = on_processes(
-        world, lambda share: score_documents(probe_score, Probe(), DOCUMENTS, 34, share)
+        world, lambda processes: score_documents(probe_score, Probe(), DOCUMENTS, 34, processes)
     )
     assert len(found) == world
     for columns in found:
@@ -201,17 +202,17 @@ def test_every_token_counts_the_same(documents: list[Document], expected: dict[s
 def test_processes_agree_with_one(
     world: int, documents: list[Document], expected: dict[str, float]
 ) -> None:
-    # Made one after another: building draws from the generator that threads share.
+    # Made one after another: building draws from the generator that threads processes.
     scorers = [TokenScorer(tiny_model(), torch.float32) for _ in range(world)]
 
-    def work(share: Share) -> dict[str, float]:
-        return evaluate_heldout(scorers[share.rank], documents, 34, share)
+    def work(processes: ProcessGroup) -> dict[str, float]:
+        return evaluate_heldout(scorers[processes.rank], documents, 34, processes)
 
     found = on_processes(world, work)
     assert len(found) == world
     for values in found:
         assert values == pytest.approx(expected, rel=1e-5)
-    assert work(WHOLE) == pytest.approx(found[0], rel=1e-6)
+    assert work(SINGLE) == pytest.approx(found[0], rel=1e-6)
 
 
 def test_a_hopeless_model_has_a_finite_perplexity(documents: list[Document]) -> None:

@@ -28,7 +28,8 @@ from alignkit.models.adapters.files import (
 from alignkit.models.adapters.sizes import build_skeleton, measure_model
 from alignkit.models.adapters.targets import linear_names
 from alignkit.models.rewards.head import new_head, read_head
-from alignkit.models.scoring.scorer import PaddedScorer, TokenScorer, causal_model
+from alignkit.models.scoring.padded import PaddedScorer
+from alignkit.models.scoring.scorer import TokenScorer, causal_model
 from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec
 
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

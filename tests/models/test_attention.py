@@ -12,7 +12,8 @@ import torch
 from alignkit.models.attention import blocks as attention_blocks
 from alignkit.models.attention import packed as attention
 from alignkit.models.attention import processor as cpu_attention
-from alignkit.models.attention.packed import packed_attention, plain_attention, segment_mask
+from alignkit.models.attention.packed import packed_attention
+from alignkit.models.attention.plain import plain_attention, segment_mask
 from alignkit.packed import Segment
 
 # A row of 9, a prompt of 5 with branches of 4 and 7, a row of 1.

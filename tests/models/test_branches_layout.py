@@ -21,13 +21,8 @@ from torch import nn
 from alignkit.data.documents import Branch, Document
 from alignkit.data.packing import pack_documents
 from alignkit.models.rewards.head import freeze_unused_head, new_head
-from alignkit.models.scoring.scorer import (
-    ROUNDING,
-    PaddedScorer,
-    TokenScorer,
-    causal_model,
-    sum_by_sequence,
-)
+from alignkit.models.scoring.padded import PaddedScorer
+from alignkit.models.scoring.scorer import ROUNDING, TokenScorer, causal_model, sum_by_sequence
 from alignkit.objectives.bradley_terry import bradley_terry_loss
 from alignkit.objectives.preference import PairLogprobs, dpo_loss
 from alignkit.packed import Role

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from alignkit.models.attention import blocks as attention_blocks
+from alignkit.models.attention import processor as cpu_attention
 from alignkit.models.attention.blocks import BLOCK
-from alignkit.models.attention.packed import blocks as attention_blocks
-from alignkit.models.attention.packed import packed_attention, plain_attention
-from alignkit.models.attention.packed import processor as cpu_attention
+from alignkit.models.attention.packed import packed_attention
+from alignkit.models.attention.plain import plain_attention
 from alignkit.models.attention.processor import cpu_attention as attend
 from alignkit.packed import Segment
 

@@ -23,7 +23,8 @@ from alignkit.models.adapters.eva import EvaStart, find_start
 from alignkit.models.adapters.ranks import costliest_ranks, largest_ranks, shared_ranks, with_ranks
 from alignkit.models.adapters.sizes import measure_model
 from alignkit.models.adapters.targets import adapted_layers, layer_ranks
-from alignkit.models.scoring.scorer import PaddedScorer, Scorer, TokenScorer
+from alignkit.models.scoring.padded import PaddedScorer
+from alignkit.models.scoring.scorer import Scorer, TokenScorer
 from alignkit.packed import PackedBatch
 from alignkit.recipe.adapters import EvaSpec, LoraSpec, eva_of
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from alignkit.errors import ModelError
 from alignkit.models.adapters.attach import attach_adapter
 from alignkit.models.adapters.files import save_adapter
+from alignkit.models.adapters.finding import adapter_in, base_of_adapter
 from alignkit.models.base import identity
 from alignkit.models.base.fitness import require_language_model
 from alignkit.models.base.identity import weights_fingerprint
@@ -27,7 +28,7 @@ from alignkit.models.base.loading import (
     load_tokenizer,
     stored_dtype,
 )
-from alignkit.models.opening import adapter_in, base_of_adapter, open_model
+from alignkit.models.opening import open_model
 from alignkit.recipe.adapters import LoraSpec
 
 

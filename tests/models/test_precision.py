@@ -15,7 +15,8 @@ from torch import nn
 from alignkit.data.packing import pack_documents
 from alignkit.models.adapters.attach import attach_adapter
 from alignkit.models.kernels.precision import compute_context, product_dtype, widen_layer_norms
-from alignkit.models.scoring.scorer import PaddedScorer, TokenScorer
+from alignkit.models.scoring.padded import PaddedScorer
+from alignkit.models.scoring.scorer import TokenScorer
 from alignkit.recipe.adapters import LoraSpec
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -22,8 +22,6 @@ from alignkit.models.adapters.attach import adapters_off, attach_adapter, prefix
 from alignkit.models.adapters.files import load_adapter, put_weights, read_weights, save_adapter
 from alignkit.models.adapters.prefix import (
     STATES,
-    prefix_length,
-    prefix_states,
     require_kept_keys,
     start_prefix,
     start_words,
@@ -31,10 +29,12 @@ from alignkit.models.adapters.prefix import (
 )
 from alignkit.models.adapters.sizes import measure_model
 from alignkit.models.attention.packed import packed_attention
+from alignkit.models.attention.prefix import prefix_length, prefix_states
 from alignkit.models.attention.prefix_rows import longer_segments
 from alignkit.models.base.loading import BaseModel
 from alignkit.models.opening import open_model
-from alignkit.models.scoring.scorer import PaddedScorer, TokenScorer, sequence_rows
+from alignkit.models.scoring.padded import PaddedScorer
+from alignkit.models.scoring.scorer import TokenScorer, sequence_rows
 from alignkit.models.scoring.selfcheck import packed_fault, probe_batch
 from alignkit.packed import Segment
 from alignkit.recipe.adapters import LoraSpec, PrefixSpec

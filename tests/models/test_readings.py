@@ -25,7 +25,8 @@ from alignkit.data.packing import pack_documents
 from alignkit.models.adapters.attach import attach_adapter
 from alignkit.models.kernels import vocab_head
 from alignkit.models.kernels.vocab_head import LogitTransform, score_targets
-from alignkit.models.scoring.scorer import PaddedScorer, Reading, TokenScorer, sequence_rows
+from alignkit.models.scoring.padded import PaddedScorer
+from alignkit.models.scoring.scorer import Reading, TokenScorer, sequence_rows
 from alignkit.recipe.adapters import LoraSpec
 
 VOCABULARY = 600  # below that of every tiny tokenizer

@@ -30,13 +30,8 @@ from alignkit.data.packing import pack_documents
 from alignkit.models.adapters.attach import attach_adapter
 from alignkit.models.attention import blocks as attention_blocks
 from alignkit.models.scoring import scorer
-from alignkit.models.scoring.scorer import (
-    PaddedScorer,
-    TokenScorer,
-    causal_model,
-    sequence_rows,
-    sum_by_sequence,
-)
+from alignkit.models.scoring.padded import PaddedScorer
+from alignkit.models.scoring.scorer import TokenScorer, causal_model, sequence_rows, sum_by_sequence
 from alignkit.packed import PackedBatch
 from alignkit.recipe.adapters import LoraSpec
 

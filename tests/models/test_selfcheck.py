@@ -19,7 +19,8 @@ from alignkit.models.attention import packed as attention
 from alignkit.models.attention import processor as cpu_attention
 from alignkit.models.kernels.vocab_head import LogitTransform
 from alignkit.models.scoring import scorer
-from alignkit.models.scoring.scorer import PaddedScorer, TokenScorer
+from alignkit.models.scoring.padded import PaddedScorer
+from alignkit.models.scoring.scorer import TokenScorer
 from alignkit.models.scoring.selfcheck import build_scorer, packed_fault, probe_batch
 from alignkit.packed import PackedBatch, Segment
 from alignkit.recipe.adapters import LoraSpec

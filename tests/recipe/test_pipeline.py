@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import RecipeError
-from alignkit.recipe import pipeline as module
-from alignkit.recipe.pipeline import Pipeline, load_pipeline
+from alignkit.recipe.reading import pipeline as module
 from alignkit.recipe.reading.load import load_recipe, shipped_pipelines, shipped_recipes
+from alignkit.recipe.reading.pipeline import Pipeline, load_pipeline
 
 SFT = """\
 stage: sft

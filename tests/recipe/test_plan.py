@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from alignkit.errors import AlignkitError
-from alignkit.recipe.planning.facts import DataFacts, HardwareFacts, ModelFacts
+from alignkit.recipe.facts import DataFacts, HardwareFacts, ModelFacts
 from alignkit.recipe.planning.memory import estimate_memory
 from alignkit.recipe.planning.plan import Plan, make_plan
 from alignkit.recipe.stages.schema import STAGES, Recipe, with_defaults

@@ -30,8 +30,8 @@ from alignkit.jobs.label import CUT_OFF, EMPTY, EQUAL, label_prompts, pick_pair
 from alignkit.jobs.question import Question
 from alignkit.models.opening import open_language_model
 from alignkit.pipelines.running import PipelineRun, Result
-from alignkit.recipe.label import LabelSpec
-from alignkit.recipe.pipeline import load_pipeline
+from alignkit.recipe.reading.label import LabelSpec
+from alignkit.recipe.reading.pipeline import load_pipeline
 from alignkit.stages.running.session import RunOptions
 
 TOOL = {"type": "function", "function": {"name": "count", "parameters": {}}}

@@ -15,14 +15,15 @@ from alignkit.data.documents import Branch, Document
 from alignkit.data.packing import pack_documents
 from alignkit.data.prompts import Prompt
 from alignkit.errors import TrainingError
-from alignkit.evaluation.columns import WHOLE, Share
 from alignkit.evaluation.intervals import mean_interval
 from alignkit.generation.rollout import Continuation
 from alignkit.recipe.stages.ppo import GuardSpec
+from alignkit.runtime.processes import SINGLE, ProcessGroup
+from alignkit.stages.ppo.scoring import Scored
 from alignkit.stages.ppo.step import Guard
 from alignkit.stages.ppo.update import Batch, group_rollouts, split_minibatches, sum_gradients
 from alignkit.stages.rollouts.health import BANDS, Health, distinct_pairs
-from alignkit.stages.rollouts.scoring import Rollout, Scored, response_rows, sample
+from alignkit.stages.rollouts.sampling import Rollout, response_rows, sample
 
 
 def rollout(prompt: int, *lengths: int, row: int = 0) -> Rollout:
@@ -42,7 +43,7 @@ def rollout(prompt: int, *lengths: int, row: int = 0) -> Rollout:
 
 @pytest.mark.parametrize(("count", "minibatches"), [(12, 3), (13, 4), (5, 5), (2, 4), (0, 2)])
 def test_minibatches_cover_every_rollout_once(count: int, minibatches: int) -> None:
-    parts = split_minibatches(count, minibatches, (0, 1, 2), WHOLE)
+    parts = split_minibatches(count, minibatches, (0, 1, 2), SINGLE)
     assert len(parts) == minibatches
     assert sorted(i for part in parts for i in part) == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -50,19 +51,20 @@ def test_minibatches_cover_every_rollout_once(count: int, minibatches: int) -> N
 
 
 def test_minibatches_follow_their_seed() -> None:
-    one = split_minibatches(16, 2, (0, 1, 2), WHOLE)
-    assert one == split_minibatches(16, 2, (0, 1, 2), WHOLE)
-    assert one != split_minibatches(16, 2, (0, 1, 3), WHOLE)
+    one = split_minibatches(16, 2, (0, 1, 2), SINGLE)
+    assert one == split_minibatches(16, 2, (0, 1, 2), SINGLE)
+    assert one != split_minibatches(16, 2, (0, 1, 3), SINGLE)
     assert one[0] != list(range(8))  # not the data's own order
-    assert split_minibatches(5, 1, (0,), WHOLE) == [[0, 1, 2, 3, 4]]
+    assert split_minibatches(5, 1, (0,), SINGLE) == [[0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("minibatches", [1, 2, 4])
 def test_minibatches_are_the_same_prompts_over_any_number_of_processes(minibatches: int) -> None:
-    whole = split_minibatches(7, minibatches, (3, 1), WHOLE)
+    whole = split_minibatches(7, minibatches, (3, 1), SINGLE)
     for world in (2, 3):
         shares = [
-            split_minibatches(7, minibatches, (3, 1), Share(rank, world)) for rank in range(world)
+            split_minibatches(7, minibatches, (3, 1), ProcessGroup(rank, world))
+            for rank in range(world)
         ]
         for number, part in enumerate(whole):
             # The local rollout i of a process is the step's prompt i * world + rank.

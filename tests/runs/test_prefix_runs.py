@@ -33,7 +33,8 @@ from transformers import AutoModelForCausalLM
 
 from alignkit.errors import AlignkitError, ModelError, RecipeError
 from alignkit.models.adapters.attach import attach_adapter
-from alignkit.models.adapters.prefix import STATES, prefix_states, start_words, text_states
+from alignkit.models.adapters.prefix import STATES, start_words, text_states
+from alignkit.models.attention.prefix import prefix_states
 from alignkit.models.base.identity import weights_fingerprint
 from alignkit.models.base.loading import BaseModel
 from alignkit.models.opening import open_model

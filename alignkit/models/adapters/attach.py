@@ -17,12 +17,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from alignkit.errors import ModelError
-from alignkit.models.adapters.prefix import (
-    make_switchable,
-    prefix_config,
-    prefix_shape,
-    start_prefix,
-)
+from alignkit.models.adapters.prefix import prefix_config, prefix_shape, start_prefix
 from alignkit.models.adapters.stacks import Adaptable, has_experts, shortened
 from alignkit.models.adapters.starts import HELD, start_factors, with_frozen_half
 from alignkit.models.adapters.targets import (
@@ -34,6 +29,7 @@ from alignkit.models.adapters.targets import (
     saved_modules,
     vocabulary_ends,
 )
+from alignkit.models.attention.prefix import make_switchable
 from alignkit.models.kernels.lora import use_fast_lora
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.weights.streaming import stored_name

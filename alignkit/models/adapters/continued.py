@@ -11,9 +11,9 @@ from alignkit.models.adapters.files import (
     require_base,
     trained_over,
 )
+from alignkit.models.adapters.finding import adapter_in
 from alignkit.models.base.adapter_kinds import KINDS
 from alignkit.models.base.loading import BaseModel
-from alignkit.models.opening import adapter_in
 from alignkit.recipe.adapters import AnySpec, FullSpec, continues
 
 _LORA = {

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from alignkit.errors import ModelError
-from alignkit.models.adapters.prefix import make_switchable, require_fitting_prefix
+from alignkit.models.adapters.prefix import require_fitting_prefix
+from alignkit.models.attention.prefix import make_switchable
 from alignkit.models.base.adapter_kinds import KINDS, stored_config
 from alignkit.models.base.changes import BaseChanges
 from alignkit.models.base.identity import weights_fingerprint

@@ -29,7 +29,7 @@ from alignkit.recipe.adapters import (
     PrefixSpec,
     moves_ranks,
 )
-from alignkit.recipe.planning.facts import ModelFacts
+from alignkit.recipe.facts import ModelFacts
 
 
 def build_skeleton(config: Any, *, trust_remote_code: bool = False) -> nn.Module:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from alignkit.packed import Segment
+from alignkit.packed import Segment, Segments
 
 ROUNDING = 32
 """Rows of a segment are filled up to a multiple of it: the kernels are generated and kept for each
@@ -27,8 +27,6 @@ BLOCK = 192
 
 TOGETHER = 1 << 21
 """Weights `B K n m` of the blocks that are computed in one product, at most."""
-
-Segments = tuple[Segment, ...]
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,7 @@ from itertools import chain
 
 import torch
 
-from alignkit.packed import Segment
-
-Segments = tuple[Segment, ...]
+from alignkit.packed import Segment, Segments
 
 
 @functools.lru_cache(maxsize=4)

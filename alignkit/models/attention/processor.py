@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
-from alignkit.models.attention.blocks import Group, Layout, Segments
-from alignkit.models.attention.packed import blocks as attention_blocks
+from alignkit.models.attention import blocks as attention_blocks
+from alignkit.models.attention.blocks import Group, Layout
 from alignkit.models.kernels.blocks import buffers, row_blocks
+from alignkit.packed import Segments
 
 EXTRA = 32
 """Columns beside the head dimension, of which three are used: the matrix unit takes 32 at once."""

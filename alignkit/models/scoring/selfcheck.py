@@ -13,7 +13,8 @@ from torch import nn
 
 from alignkit.errors import ModelError
 from alignkit.models.attention.packed import noting_layers
-from alignkit.models.scoring.scorer import PaddedScorer, Scorer, TokenScorer, causal_model
+from alignkit.models.scoring.padded import PaddedScorer
+from alignkit.models.scoring.scorer import Scorer, TokenScorer, causal_model
 from alignkit.packed import PackedBatch, Segment
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}

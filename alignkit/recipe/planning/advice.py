@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from alignkit.recipe.adapters import LoraSpec, rate_key
-from alignkit.recipe.planning.facts import DataFacts, HardwareFacts
+from alignkit.recipe.facts import DataFacts, HardwareFacts
 from alignkit.recipe.planning.memory import ROOM, MemoryEstimate
 from alignkit.recipe.stages.rates import USUAL_RATES
 from alignkit.recipe.stages.schema import KtoRecipe, PpoRecipe, Recipe, examples_per_step

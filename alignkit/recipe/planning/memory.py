@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alignkit.recipe.adapters import has_adapter, takes_from_base
-from alignkit.recipe.planning.facts import HardwareFacts, ModelFacts
+from alignkit.recipe.facts import HardwareFacts, ModelFacts
 from alignkit.recipe.stages.schema import PpoRecipe, Recipe
 
 ROOM = 0.85

@@ -13,8 +13,8 @@ from typing import Any
 
 from alignkit.errors import AlignkitError
 from alignkit.recipe.adapters import has_adapter
+from alignkit.recipe.facts import DataFacts, HardwareFacts, ModelFacts
 from alignkit.recipe.planning.advice import find_warnings
-from alignkit.recipe.planning.facts import DataFacts, HardwareFacts, ModelFacts
 from alignkit.recipe.planning.memory import ROOM, MemoryEstimate, estimate_memory
 from alignkit.recipe.stages.schema import Recipe, examples_per_step, needs_reference
 

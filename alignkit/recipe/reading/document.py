@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from alignkit.errors import AlignkitError, RecipeError
+from alignkit.recipe.assets import show_file
 
 KeyPath = tuple[str | int, ...]
 
@@ -71,14 +72,6 @@ def show_path(path: KeyPath) -> str:
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text
-
-
-def show_file(path: Path) -> str:
-    """The path as a person would type it: relative to the working folder where that is shorter."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
 
 
 def read_document(path: Path) -> Document:

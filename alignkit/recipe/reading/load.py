@@ -14,14 +14,13 @@ from pydantic import ValidationError
 
 from alignkit.errors import AlignkitError, RecipeError
 from alignkit.recipe.adapters import continues
-from alignkit.recipe.assets import assets_root, find_path
+from alignkit.recipe.assets import assets_root, find_path, show_file
 from alignkit.recipe.reading.document import (
     Document,
     KeyPath,
     apply_overrides,
     part_of,
     read_document,
-    show_file,
     show_path,
 )
 from alignkit.recipe.reading.problems import describe_problems, file_order

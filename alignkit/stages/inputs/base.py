@@ -14,13 +14,13 @@ from pathlib import Path
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters.files import has_head
+from alignkit.models.adapters.finding import adapter_in, base_of_adapter
 from alignkit.models.base.adapter_kinds import require_mergeable
 from alignkit.models.base.changes import BaseChanges
 from alignkit.models.base.fitness import require_language_model, require_plain_weights
 from alignkit.models.base.identity import weights_version
 from alignkit.models.base.loading import BaseModel, find_base, load_tokenizer, stored_dtype
 from alignkit.models.merging.merge import merge_adapter
-from alignkit.models.opening import adapter_in, base_of_adapter
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.model import ModelSpec
 from alignkit.runtime.progress import print_line

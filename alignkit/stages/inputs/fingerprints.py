@@ -15,11 +15,11 @@ from typing import Any
 import alignkit
 from alignkit.data.templates import template_text
 from alignkit.models.adapters.continued import adapter_folder
+from alignkit.models.adapters.finding import adapter_in, base_of_adapter
 from alignkit.models.base.identity import weights_fingerprint
 from alignkit.models.base.loading import BaseModel, find_base
-from alignkit.models.opening import adapter_in, base_of_adapter
 from alignkit.recipe.assets import find_path
-from alignkit.recipe.label import LabelSpec
+from alignkit.recipe.reading.label import LabelSpec
 from alignkit.recipe.rewards import FunctionReward, ModelReward, RewardSource
 from alignkit.recipe.stages.schema import Recipe, as_dict
 

@@ -31,7 +31,7 @@ from alignkit.models.rewards.classifier import require_classifier
 from alignkit.packed import IntArray, Role
 from alignkit.recipe.adapters import FullSpec
 from alignkit.recipe.assets import alignkit_home
-from alignkit.recipe.planning.facts import DataFacts
+from alignkit.recipe.facts import DataFacts
 from alignkit.recipe.planning.plan import Plan, make_plan
 from alignkit.recipe.rows import SftDataSpec
 from alignkit.recipe.stages.schema import KtoRecipe, PpoRecipe, Recipe

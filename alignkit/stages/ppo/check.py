@@ -12,9 +12,10 @@ from alignkit.errors import TrainingError
 from alignkit.evaluation.intervals import mean_interval
 from alignkit.generation.rollout import Continuation
 from alignkit.objectives.ppo import log_ratio
+from alignkit.stages.ppo.scoring import Scored, score_rollouts
 from alignkit.stages.ppo.step import PpoRun
 from alignkit.stages.ppo.update import Batch, Updater, group_rollouts
-from alignkit.stages.rollouts.scoring import Rollout, Scored, score_rollouts
+from alignkit.stages.rollouts.sampling import Rollout
 
 PROMPTS = 4
 """Prompts of the rehearsal."""

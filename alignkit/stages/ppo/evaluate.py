@@ -7,9 +7,9 @@ import numpy.typing as npt
 import torch
 
 from alignkit.evaluation.intervals import mean_interval
+from alignkit.stages.ppo.scoring import mean_kl
 from alignkit.stages.ppo.step import HELD_OUT, PpoRun, say_rewards
 from alignkit.stages.rollouts.samples import read_rewards
-from alignkit.stages.rollouts.scoring import mean_kl
 
 
 def evaluate_policy(run: PpoRun, step: int) -> tuple[dict[str, float], str] | None:
@@ -26,10 +26,10 @@ def evaluate_policy(run: PpoRun, step: int) -> tuple[dict[str, float], str] | No
         in one process also `reward_gain`, the mean difference to the first evaluation prompt by
         prompt; and all of it in one line. None without held-out prompts.
     """
-    held_out, share = run.rows.held_out, run.share
+    held_out, processes = run.rows.held_out, run.processes
     if held_out is None:
         return None
-    items = list(range(len(held_out)))[share.rank :: share.world]
+    items = list(range(len(held_out)))[processes.rank :: processes.world]
     rollouts = run.collect(held_out, items, (run.seed, HELD_OUT))
     rewards = run.judge(rollouts)
     kl = mean_kl(run.roles, rollouts, run.plan.microbatch_tokens)
@@ -48,7 +48,7 @@ def evaluate_policy(run: PpoRun, step: int) -> tuple[dict[str, float], str] | No
             ],
             dtype=torch.float64,
         )
-    table: npt.NDArray[np.float64] = share.reduce(columns).numpy()
+    table: npt.NDArray[np.float64] = processes.reduce(columns).numpy()
     mean, low, high = mean_interval(table[:, 0])
     values = {"reward": mean, "reward_low": low, "reward_high": high}
     names = ("kl/k1", "response_length", "eos_rate", "entropy")
@@ -63,9 +63,9 @@ def evaluate_policy(run: PpoRun, step: int) -> tuple[dict[str, float], str] | No
 def _gain(run: PpoRun, step: int) -> dict[str, float]:
     """Difference to the first evaluation, prompt by prompt.
 
-    None where several processes share the prompts: the file holds those of the first alone.
+    None where several processes divide the prompts: the file holds those of the first alone.
     """
-    if step == 0 or run.samples is None or run.share.world > 1:
+    if step == 0 or run.samples is None or run.processes.world > 1:
         return {}
     before = read_rewards(run.samples.path, 0, "held_out")
     after = read_rewards(run.samples.path, step, "held_out")

@@ -30,6 +30,7 @@ from alignkit.recipe.adapters import has_adapter
 from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.stages.schema import PpoRecipe
 from alignkit.stages.inputs.rows import PromptRows
+from alignkit.stages.rollouts.judging import ScoringModel
 from alignkit.stages.rollouts.reward_models import RewardModel
 from alignkit.stages.running.adapter_start import find_adapter_start
 from alignkit.stages.running.session import Session
@@ -50,21 +51,6 @@ class TrainedWeights(nn.Module):
     def __init__(self, policy: nn.Module, value: nn.Module | None, head: nn.Linear) -> None:
         super().__init__()
         self.policy, self.value, self.head = policy, value, head
-
-
-@dataclass(frozen=True)
-class ScoringModel:
-    """A reward model at work.
-
-    Args:
-        role: gives `[S]` raw rewards.
-        mean: taken off them.
-        factor: multiplies what is left.
-    """
-
-    role: Role
-    mean: float
-    factor: float
 
 
 @dataclass(frozen=True)

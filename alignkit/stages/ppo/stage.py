@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from alignkit.errors import ModelError
-from alignkit.generation.rewards import build_score
-from alignkit.generation.rollout import RolloutSettings, TransformersEngine
+from alignkit.generation.rollout import RolloutSettings, TransformersEngine, stop_tokens
 from alignkit.models.adapters.files import save_adapter
 from alignkit.models.base.loading import DTYPES
 from alignkit.models.scoring.scorer import causal_model
 from alignkit.recipe.adapters import b_rate, has_adapter
 from alignkit.recipe.planning.memory import SAMPLING_TOKENS
 from alignkit.recipe.planning.plan import Plan
-from alignkit.recipe.rewards import ModelReward, reward_name
+from alignkit.recipe.rewards import ModelReward
 from alignkit.recipe.stages.schema import PpoRecipe
 from alignkit.runtime.optim import Optimizers, build_optimizer
+from alignkit.runtime.processes import process_group
 from alignkit.stages.inputs.fingerprints import reward_inputs
 from alignkit.stages.inputs.rows import PromptRows, load_prompt_rows, plan_ppo
 from alignkit.stages.ppo.check import rehearse
@@ -33,11 +31,11 @@ from alignkit.stages.ppo.roles import (
 from alignkit.stages.ppo.step import PpoRun, take_step
 from alignkit.stages.ppo.update import Updater
 from alignkit.stages.rollouts.health import Health
+from alignkit.stages.rollouts.judging import Judge, build_judge
 from alignkit.stages.rollouts.reward_models import RewardModel, find_reward_model
 from alignkit.stages.rollouts.samples import SamplesFile
-from alignkit.stages.rollouts.scoring import Judge, RewardPart
 from alignkit.stages.running.finish import RunSummary, finish_run
-from alignkit.stages.running.loop import Loop, Parts, run_loop, save_state, share_of
+from alignkit.stages.running.loop import Loop, Parts, run_loop, save_state
 from alignkit.stages.running.session import RunOptions, Session
 
 EPSILON = 1e-5
@@ -98,7 +96,13 @@ def run_ppo(recipe: PpoRecipe, options: RunOptions) -> RunSummary | None:
     made = prepare_ppo(recipe, session.accelerator.num_processes)
     rows, plan = made.rows, session.announce(made.plan, made.rows)
     roles = build_roles(session, recipe, rows, plan, made.found)
-    judge = build_judge(session, recipe, plan, roles)
+    judge = build_judge(
+        recipe.reward,
+        roles.rewards,
+        missing_eos_penalty=recipe.rollout.missing_eos_penalty,
+        budget=plan.microbatch_tokens,
+        processes=process_group(session.accelerator),
+    )
     with session.running(rows, plan):
         run, first_step = start_ppo(session, recipe, rows, plan, roles, judge)
         del roles, judge  # the run alone holds the weights, so that merging can let them go
@@ -114,34 +118,6 @@ def run_ppo(recipe: PpoRecipe, options: RunOptions) -> RunSummary | None:
             session.say(f"health: {run.health.summary(run.last)}")
         save_value(session, run)
         return finish_run(session, run.let_go(), rows)
-
-
-def build_judge(session: Session, recipe: PpoRecipe, plan: Plan, roles: Roles) -> Judge:
-    """All sources of the recipe, ready to score.
-
-    Args:
-        session: of the run.
-        recipe: names the sources.
-        plan: its token budget.
-        roles: hold the reward models.
-
-    Raises:
-        RewardError: a function cannot be loaded, a rule needs a package.
-    """
-    models = iter(roles.rewards)
-    parts: list[RewardPart] = []
-    names: list[str] = []
-    for source in recipe.reward:
-        name = reward_name(source)
-        names.append(name)
-        number = names.count(name)
-        name = name if number == 1 else f"{name}_{number}"
-        if isinstance(source, ModelReward):
-            parts.append(RewardPart(name, source.weight, next(models)))
-        else:
-            parts.append(RewardPart(name, source.weight, build_score(source)))
-    penalty, share = recipe.rollout.missing_eos_penalty, share_of(session.accelerator)
-    return Judge(tuple(parts), penalty, plan.microbatch_tokens, share)
 
 
 def start_ppo(
@@ -177,7 +153,7 @@ def start_ppo(
     )
     first_step, state = session.restore(roles.trained, optimizers)
     loop: Loop = session.loop(plan, first_step, describe_step)
-    share = share_of(session.accelerator)
+    processes = process_group(session.accelerator)
     inner = causal_model(roles.policy.scorer.model)
     settings = RolloutSettings(
         recipe.rollout.max_new_tokens,
@@ -196,8 +172,8 @@ def start_ppo(
         roles=roles,
         judge=judge,
         engine=engine,
-        updater=Updater(roles, optimizers, recipe.objective, limit, budget, share),
-        share=share,
+        updater=Updater(roles, optimizers, recipe.objective, limit, budget, processes),
+        processes=processes,
         samples=samples,
         health=Health(state.get("health")),
         kl_coef=float(state.get("kl_coef", recipe.objective.kl_coef)),
@@ -216,18 +192,6 @@ def describe_step(metrics: dict[str, float]) -> str:
         f"clipped {metrics['clip_fraction']:.1%}  value fit {metrics['explained_variance']:.2f}  "
         f"length {metrics['response_length']:.1f}"
     )
-
-
-def stop_tokens(inner: Any, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a response: those of the model's generation settings and the tokenizer's EOS.
-
-    Args:
-        inner: transformers model.
-        tokenizer: its tokenizer.
-    """
-    named = getattr(inner.generation_config, "eos_token_id", None)
-    ids: Sequence[int | None] = named if isinstance(named, list) else [named]
-    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
 
 
 def save_ppo(run: PpoRun, step: int) -> None:

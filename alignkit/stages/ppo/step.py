@@ -14,18 +14,20 @@ import torch
 
 from alignkit.data.packing import step_items
 from alignkit.data.prompts import PromptSet
-from alignkit.evaluation.columns import Share
 from alignkit.objectives.kl import adapt_kl_coef, k1, k3
 from alignkit.objectives.ppo import advantages, explained_variance, moments, token_rewards, whiten
 from alignkit.recipe.stages.schema import PpoRecipe
 from alignkit.runtime.devices import peak_memory
 from alignkit.runtime.optim import learning_rate_at, set_learning_rate
+from alignkit.runtime.processes import ProcessGroup
 from alignkit.stages.inputs.rows import PromptRows
+from alignkit.stages.ppo.scoring import Scored, score_rollouts
 from alignkit.stages.ppo.update import Batch, group_rollouts, split_minibatches
 from alignkit.stages.rollouts.guard import GUARD_FACTOR, Guard
 from alignkit.stages.rollouts.health import Health, distinct_pairs
+from alignkit.stages.rollouts.judging import Rewards
 from alignkit.stages.rollouts.samples import SamplesFile
-from alignkit.stages.rollouts.scoring import Rewards, Rollout, Scored, sample, score_rollouts
+from alignkit.stages.rollouts.sampling import Rollout, sample
 from alignkit.stages.running.loop import Loop
 
 TRAIN, HELD_OUT = 11, 12
@@ -46,7 +48,7 @@ class PpoRun(Loop):
         judge: scores responses.
         engine: samples responses.
         updater: takes optimizer steps.
-        share: this process's part.
+        processes: this one and how sums go over all.
         samples: samples.jsonl; None on every process but the first.
         health: watches the metrics.
         kl_coef: price of KL in the next step.
@@ -62,7 +64,7 @@ class PpoRun(Loop):
     judge: Any
     engine: Any
     updater: Any
-    share: Share
+    processes: ProcessGroup
     samples: SamplesFile | None
     health: Health
     kl_coef: float
@@ -127,7 +129,7 @@ def take_step(run: PpoRun, step: int) -> dict[str, float]:
     _seed_everything(seed * 1_000_003 + step)
     prompts = run.rows.train
     items = step_items(step, len(prompts), plan.batch_size, seed).tolist()
-    mine = items[run.share.rank :: run.share.world]
+    mine = items[run.processes.rank :: run.processes.world]
     rollouts = run.collect(prompts, mine, (seed, TRAIN, step))
     sampled = time.monotonic()
     rewards = run.judge(rollouts)
@@ -135,7 +137,7 @@ def take_step(run: PpoRun, step: int) -> dict[str, float]:
         [
             group_rollouts(rollouts, part, plan.microbatch_tokens)
             for part in split_minibatches(
-                len(items), spec.minibatches, (seed, step, epoch), run.share
+                len(items), spec.minibatches, (seed, step, epoch), run.processes
             )
         ]
         for epoch in range(spec.epochs)
@@ -149,7 +151,7 @@ def take_step(run: PpoRun, step: int) -> dict[str, float]:
     raw, returns = advantages(
         earned, scored.values, scored.mask, gamma=spec.gamma, gae_lambda=spec.gae_lambda
     )
-    totals = run.share.reduce(moments(raw, scored.mask))
+    totals = run.processes.reduce(moments(raw, scored.mask))
     batch = Batch(rollouts, scored, whiten(raw, scored.mask, totals), returns)
     rates = _set_rates(run, step)
     sums: dict[str, float] = {}
@@ -235,8 +237,8 @@ def _rollout_metrics(
     }
     sums = [value.double().sum() for value in per_response.values()]
     counts = [torch.tensor(float(x), dtype=torch.float64) for x in (len(found), reads)]
-    totals = run.share.reduce(torch.stack([*sums, *counts])).tolist()
-    columns = _of_all_processes(run.share, torch.stack([scored.values[mask], returns[mask]], 1))
+    totals = run.processes.reduce(torch.stack([*sums, *counts])).tolist()
+    columns = _of_all_processes(run.processes, torch.stack([scored.values[mask], returns[mask]], 1))
     *means, count, read = totals
     named = {name: total / count for name, total in zip(per_response, means, strict=True)}
     spread = max(named.pop("squares") - named["reward"] ** 2, 0.0) ** 0.5
@@ -252,16 +254,16 @@ def _rollout_metrics(
     }
 
 
-def _of_all_processes(share: Share, rows: torch.Tensor) -> torch.Tensor:
+def _of_all_processes(processes: ProcessGroup, rows: torch.Tensor) -> torch.Tensor:
     """`[N, C]` rows of every process, those of the first one first."""
-    if share.world == 1:
+    if processes.world == 1:
         return rows
-    counts = torch.zeros(share.world, dtype=torch.float64)
-    counts[share.rank] = len(rows)
-    ends = share.reduce(counts).cumsum(0).long().tolist()
+    counts = torch.zeros(processes.world, dtype=torch.float64)
+    counts[processes.rank] = len(rows)
+    ends = processes.reduce(counts).cumsum(0).long().tolist()
     whole = torch.zeros(ends[-1], rows.shape[1], dtype=torch.float64)
-    whole[ends[share.rank] - len(rows) : ends[share.rank]] = rows.double()
-    return share.reduce(whole)
+    whole[ends[processes.rank] - len(rows) : ends[processes.rank]] = rows.double()
+    return processes.reduce(whole)
 
 
 def _after(

@@ -13,13 +13,14 @@ from torch import nn
 
 from alignkit.data.packing import pack_documents, split_documents
 from alignkit.errors import TrainingError
-from alignkit.evaluation.columns import Share
 from alignkit.objectives.kl import k3
 from alignkit.objectives.ppo import clip_fraction, policy_losses, value_losses
 from alignkit.recipe.stages.ppo import PpoSpec
 from alignkit.runtime.optim import Optimizers
+from alignkit.runtime.processes import ProcessGroup
 from alignkit.stages.ppo.roles import Roles
-from alignkit.stages.rollouts.scoring import Outputs, Rollout, Scored, forward_policy, response_rows
+from alignkit.stages.ppo.scoring import Outputs, Scored, forward_policy
+from alignkit.stages.rollouts.sampling import Rollout, response_rows
 
 POLICY, VALUE = "policy", "value"
 
@@ -47,21 +48,24 @@ class Batch:
 
 
 def split_minibatches(
-    count: int, minibatches: int, seed: Sequence[int], share: Share
+    count: int, minibatches: int, seed: Sequence[int], processes: ProcessGroup
 ) -> list[list[int]]:
     """This process's rollouts in each optimizer step of one pass.
 
     Args:
         count: prompts of the step over all processes, which take them in turn.
-        minibatches: optimizer steps; over all processes together each has its share of prompts.
+        minibatches: optimizer steps; over all processes together each has its part of the prompts.
         seed: of the order; one minibatch keeps the rollouts' own.
-        share: this process's part.
+        processes: this one and how sums go over all.
     """
     order = np.arange(count)
     if minibatches > 1:
         order = np.random.default_rng(list(seed)).permutation(count)
     parts = (np.sort(part) for part in np.array_split(order, minibatches))
-    return [(part[part % share.world == share.rank] // share.world).tolist() for part in parts]
+    return [
+        (part[part % processes.world == processes.rank] // processes.world).tolist()
+        for part in parts
+    ]
 
 
 def group_rollouts(
@@ -88,7 +92,7 @@ class Updater:
         spec: of the objective.
         max_grad_norm: for each of the two; None never clips.
         budget: tokens of one pass.
-        share: this process's part.
+        processes: this one and how sums go over all.
     """
 
     roles: Roles
@@ -96,7 +100,7 @@ class Updater:
     spec: PpoSpec
     max_grad_norm: float | None
     budget: int
-    share: Share
+    processes: ProcessGroup
 
     def run(
         self, batch: Batch, groups: list[list[list[int]]], outputs: Outputs | None = None
@@ -119,7 +123,7 @@ class Updater:
         totals: dict[str, float] = {}
         for minibatch in groups:
             mine = sum(int(batch.scored.mask[rows[i]].sum()) for group in minibatch for i in group)
-            count = self.share.reduce(torch.tensor([float(mine)], dtype=torch.float64)).item()
+            count = self.processes.reduce(torch.tensor([float(mine)], dtype=torch.float64)).item()
             if count == 0:  # a short step has fewer prompts than minibatches
                 continue
             tokens = count
@@ -127,7 +131,7 @@ class Updater:
             for group in minibatch:
                 own = np.concatenate([rows[i] for i in group])
                 sums += self.backward(batch, group, own, tokens, outputs)
-            found = self.share.reduce(sums).tolist()
+            found = self.processes.reduce(sums).tolist()
             if not all(map(math.isfinite, found)):
                 raise TrainingError(
                     f"a PPO loss is not finite: {found[0] / tokens:.3g} of the policy, "
@@ -194,7 +198,7 @@ class Updater:
     def _clip(self, name: str) -> float:
         """Gradient norm of one optimizer's weights before clipping, over all processes."""
         weights = [p for group in self.optimizers.parts[name].param_groups for p in group["params"]]
-        sum_gradients(weights, self.share)
+        sum_gradients(weights, self.processes)
         limit = self.max_grad_norm or math.inf
         norm = float(nn.utils.clip_grad_norm_(weights, limit))
         if not math.isfinite(norm):
@@ -205,18 +209,18 @@ class Updater:
         return norm
 
 
-def sum_gradients(weights: Sequence[nn.Parameter], share: Share) -> None:
+def sum_gradients(weights: Sequence[nn.Parameter], processes: ProcessGroup) -> None:
     """Add up the gradients of all processes, so that each takes the same step.
 
     Args:
         weights: the same in every process.
-        share: this process's part.
+        processes: this one and how sums go over all.
     """
-    if share.world == 1:
+    if processes.world == 1:
         return
     flat = torch.cat(
         [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in weights]
     )
-    summed = share.reduce(flat).to(flat.device)
+    summed = processes.reduce(flat).to(flat.device)
     for weight, part in zip(weights, summed.split([p.numel() for p in weights]), strict=True):
         weight.grad = part.view_as(weight).to(weight.dtype)

@@ -10,10 +10,10 @@ from torch import nn
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters.files import has_head, is_plain_lora
+from alignkit.models.adapters.finding import adapter_in, base_of_adapter
 from alignkit.models.base.fitness import is_classifier
 from alignkit.models.base.identity import weights_fingerprint
 from alignkit.models.base.loading import BaseModel, find_base, load_tokenizer
-from alignkit.models.opening import adapter_in, base_of_adapter
 from alignkit.models.rewards.head import RewardStatistics, read_head, read_statistics
 from alignkit.recipe.rewards import ModelReward
 from alignkit.stages.inputs.fingerprints import model_place

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from alignkit.runtime.metrics import read_metrics
-from alignkit.stages.rollouts.scoring import Rewards, Rollout
+from alignkit.stages.rollouts.judging import Rewards
+from alignkit.stages.rollouts.sampling import Rollout
 
 
 class SamplesFile:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,12 +20,29 @@ from alignkit.models.rewards.classifier import ClassifierReport, merge_reward, w
 from alignkit.models.rewards.head import RewardStatistics
 from alignkit.models.scoring.scorer import causal_model
 from alignkit.recipe.adapters import FullSpec, is_mergeable
-from alignkit.runtime.metrics import read_metrics
+from alignkit.recipe.planning.plan import Plan
+from alignkit.runtime.metrics import MetricsFile, read_metrics
+from alignkit.runtime.progress import StepProgress
 from alignkit.stages.inputs.rows import AnyRows
-from alignkit.stages.ppo.step import PpoRun
 from alignkit.stages.running.card import write_card
 from alignkit.stages.running.session import Session
-from alignkit.stages.running.steps import Run
+
+
+class FinishedRun(Protocol):
+    """What a run of any stage shows after its last step."""
+
+    plan: Plan
+    metrics: MetricsFile | None
+    progress: StepProgress
+    scorer: Any
+    optimizer: Any
+
+    @property
+    def written_head(self) -> Any:
+        """The scalar head that belongs into the written model, or None."""
+
+    def say(self, values: dict[str, float]) -> str:
+        """Held-out values in one line."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +73,7 @@ class RunSummary:
 
 
 def finish_run(
-    session: Session, run: Run | PpoRun, rows: AnyRows, statistics: RewardStatistics | None = None
+    session: Session, run: FinishedRun, rows: AnyRows, statistics: RewardStatistics | None = None
 ) -> RunSummary | None:
     """Write adapter and merged model, verify them, and record the end.
 
@@ -102,7 +119,7 @@ def finish_run(
 
 
 def _write_models(
-    session: Session, run: Run | PpoRun, rows: AnyRows, statistics: RewardStatistics | None
+    session: Session, run: FinishedRun, rows: AnyRows, statistics: RewardStatistics | None
 ) -> MergeReport | ClassifierReport | None:
     recipe, output = session.recipe, session.output
     scorer = session.accelerator.unwrap_model(run.scorer)
@@ -176,7 +193,7 @@ def _write_full(
 
 
 def _summarise(
-    output: Path, run: Run | PpoRun, merge: MergeReport | ClassifierReport | None
+    output: Path, run: FinishedRun, merge: MergeReport | ClassifierReport | None
 ) -> RunSummary:
     metrics = read_metrics(output / "metrics.jsonl")
     evaluations = [m for m in metrics if any(key.startswith("eval/") for key in m)]

@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 
 from alignkit.errors import Interrupted, RewardError, TrainingError
-from alignkit.evaluation.columns import WHOLE, Share
 from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.training import LoopSpec
 from alignkit.runtime.checkpoint import save_checkpoint
@@ -165,17 +164,6 @@ def save_state(loop: Loop, step: int, model: Any, optimizer: Any, state: dict[st
         optimizer,
         {"processes": loop.accelerator.num_processes, **state},
         loop.training.keep,
-    )
-
-
-def share_of(accelerator: Accelerator) -> Share:
-    """This process's part of an evaluation."""
-    if accelerator.num_processes == 1:
-        return WHOLE
-    return Share(
-        accelerator.process_index,
-        accelerator.num_processes,
-        lambda sums: accelerator.reduce(sums.to(accelerator.device), "sum").cpu(),
     )
 
 

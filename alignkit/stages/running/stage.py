@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from alignkit.data.documents import Document
-from alignkit.evaluation.columns import Share
+from alignkit.runtime.processes import ProcessGroup
 
 Measured = dict[str, float]
 """Sums over a whole optimizer step that a loss needs before any of its micro-batches."""
@@ -36,7 +36,7 @@ class Stage:
         loss: forward pass and objective of one micro-batch, given what `measure` found.
         weights: weight of each training item; the step's loss is the sum of its losses over the
             sum of its weights.
-        evaluate: values of held-out rows: scorer, rows, token budget and this process's share.
+        evaluate: values of held-out rows: scorer, rows, token budget and processes.
         say: these values in one line.
         measure: sums of one micro-batch, without gradients, that are added up over the step and
             all processes before the first loss; None where the loss needs none.
@@ -46,7 +46,7 @@ class Stage:
 
     loss: Callable[[nn.Module, Sequence[Document], Measured], LossSums]
     weights: Sequence[int]
-    evaluate: Callable[[nn.Module, Sequence[Document], int, Share], dict[str, float]]
+    evaluate: Callable[[nn.Module, Sequence[Document], int, ProcessGroup], dict[str, float]]
     say: Callable[[dict[str, float]], str]
     measure: Callable[[nn.Module, Sequence[Document]], dict[str, torch.Tensor]] | None = None
     finish: Callable[[dict[str, float], Measured], dict[str, float]] | None = None

@@ -22,8 +22,9 @@ from alignkit.data.dataset import TokenDataset
 from alignkit.errors import TrainingError
 from alignkit.runtime.devices import peak_memory
 from alignkit.runtime.optim import learning_rate_at, set_learning_rate
+from alignkit.runtime.processes import process_group
 from alignkit.stages.running.batches import Batches, MicroBatch, StepBatches
-from alignkit.stages.running.loop import Loop, Parts, run_loop, save_state, share_of
+from alignkit.stages.running.loop import Loop, Parts, run_loop, save_state
 from alignkit.stages.running.stage import Measured, Stage
 
 
@@ -183,7 +184,7 @@ def _add(sums: dict[str, torch.Tensor], values: dict[str, torch.Tensor], share: 
 def _over_processes(run: Run, sums: dict[str, torch.Tensor]) -> dict[str, float]:
     """The sums of all processes; each has the same names."""
     names = sorted(sums)
-    packed = share_of(run.accelerator).reduce(torch.stack([sums[name] for name in names]))
+    packed = process_group(run.accelerator).reduce(torch.stack([sums[name] for name in names]))
     return dict(zip(names, packed.tolist(), strict=True))
 
 
@@ -195,7 +196,7 @@ def _evaluate(run: Run, step: int) -> tuple[dict[str, float], str] | None:
     if run.held_out is None:
         return None
     found = run.stage.evaluate(
-        run.scorer, run.held_out, run.plan.microbatch_tokens, share_of(run.accelerator)
+        run.scorer, run.held_out, run.plan.microbatch_tokens, process_group(run.accelerator)
     )
     return found, run.stage.say(found)
 

@@ -17,13 +17,14 @@ from torch import nn
 
 from alignkit.data.documents import Document
 from alignkit.data.packing import pack_documents
-from alignkit.evaluation.columns import Share, score_documents
+from alignkit.evaluation.columns import score_documents
 from alignkit.evaluation.labelled import describe_labelled, say_labelled
 from alignkit.models.scoring.scorer import evaluating, sum_by_sequence
 from alignkit.objectives.kto import kl_baseline, kto_loss
 from alignkit.packed import PackedBatch, Role
 from alignkit.recipe.objectives import KtoSpec
 from alignkit.recipe.stages.schema import KtoRecipe
+from alignkit.runtime.processes import ProcessGroup
 from alignkit.stages.inputs.rows import load_rows
 from alignkit.stages.running.finish import RunSummary, finish_run
 from alignkit.stages.running.session import RunOptions, Session
@@ -83,10 +84,10 @@ def kto_stage(objective: KtoSpec, reference: Reference, num_items: int) -> Stage
         return LossSums(found.sum(), metrics)
 
     def evaluate(
-        scorer: nn.Module, documents: Sequence[Document], budget: int, share: Share
+        scorer: nn.Module, documents: Sequence[Document], budget: int, processes: ProcessGroup
     ) -> dict[str, float]:
         score = functools.partial(_columns, reference=reference)
-        columns = score_documents(score, scorer, documents, budget, share)
+        columns = score_documents(score, scorer, documents, budget, processes)
         return describe_labelled(columns, losses, objective.beta)
 
     return Stage(loss, [1] * num_items, evaluate, say_labelled, measure, _finish)

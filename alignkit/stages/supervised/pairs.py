@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from alignkit.data.documents import Document
-from alignkit.evaluation.columns import Share, score_documents
+from alignkit.evaluation.columns import score_documents
 from alignkit.evaluation.pairs import PairScores, describe_pairs, say_pairs
 from alignkit.packed import PackedBatch, Role
+from alignkit.runtime.processes import ProcessGroup
 from alignkit.stages.running.stage import LossSums, Measured, Stage
 
 ScorePairs = Callable[[nn.Module, Sequence[Document]], PairScores]
@@ -30,12 +31,12 @@ def pair_stage(score: ScorePairs, num_items: int) -> Stage:
         return LossSums(scores.losses.sum(), scores.means())
 
     def evaluate(
-        scorer: nn.Module, documents: Sequence[Document], budget: int, share: Share
+        scorer: nn.Module, documents: Sequence[Document], budget: int, processes: ProcessGroup
     ) -> dict[str, float]:
         def columns(scorer: nn.Module, documents: Sequence[Document]) -> dict[str, torch.Tensor]:
             return score(scorer, documents).columns()
 
-        return describe_pairs(score_documents(columns, scorer, documents, budget, share))
+        return describe_pairs(score_documents(columns, scorer, documents, budget, processes))
 
     return Stage(loss, [1] * num_items, evaluate, say_pairs)
 

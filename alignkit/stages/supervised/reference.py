@@ -38,8 +38,8 @@ from alignkit.packed import PackedBatch
 from alignkit.recipe.adapters import has_adapter
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.planning.plan import Plan
+from alignkit.runtime.processes import process_group
 from alignkit.stages.inputs.rows import Rows
-from alignkit.stages.running.loop import share_of
 from alignkit.stages.running.session import Session
 
 Reference = Callable[[nn.Module, PackedBatch], torch.Tensor]
@@ -128,15 +128,15 @@ def _with_references(
     key = _key(session, scorer, rows, dataset, needed)
     path = alignkit_home() / "cache" / "references" / f"{key}.npz"
     values = _read(path, len(dataset.document(0).branches), needed)
-    share = share_of(session.accelerator)
-    missing = share.reduce(torch.tensor([float(values is None)], dtype=torch.float64))
+    processes = process_group(session.accelerator)
+    missing = processes.reduce(torch.tensor([float(values is None)], dtype=torch.float64))
     if values is None or missing.item() > 0:  # all processes score, or none does
         session.say(f"scoring {len(needed):,} rows with the reference model, once")
         started = time.monotonic()
         documents = [dataset.document(row) for row in needed.tolist()]
         adapted = has_adapter(session.recipe.adapter)
         with adapters_off(scorer) if adapted else contextlib.nullcontext():
-            values = score_sequences(scorer, documents, share)
+            values = score_sequences(scorer, documents, processes)
         session.say(f"scored them in {time.monotonic() - started:.0f} s; kept for later runs")
         if session.leads:
             _write(path, needed, values)
@@ -148,14 +148,14 @@ def _with_references(
 
 
 def score_sequences(
-    scorer: nn.Module, documents: Sequence[Document], share: Any
+    scorer: nn.Module, documents: Sequence[Document], processes: Any
 ) -> npt.NDArray[np.float64]:
     """`[n, branches]` log-probs of every branch, scored without gradients.
 
     Args:
         scorer: its training mode is put back afterwards.
         documents: `n` rows with the same number of branches.
-        share: this process's part.
+        processes: this one and how sums go over all.
     """
     branches = range(len(documents[0].branches))
 
@@ -165,7 +165,7 @@ def score_sequences(
         sums = sum_by_sequence(scores.logprobs, batch).view(len(documents), -1)
         return {str(branch): sums[:, branch] for branch in branches}
 
-    columns = score_documents(score, scorer, documents, BUDGET, share)
+    columns = score_documents(score, scorer, documents, BUDGET, processes)
     return np.stack([columns[str(branch)] for branch in branches], axis=1)
 
 

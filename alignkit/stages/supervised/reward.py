@@ -15,9 +15,9 @@ from alignkit.evaluation.pairs import PairScores
 from alignkit.models.rewards.head import RewardStatistics
 from alignkit.objectives.bradley_terry import bradley_terry_loss
 from alignkit.recipe.stages.schema import RewardRecipe
+from alignkit.runtime.processes import process_group
 from alignkit.stages.inputs.rows import Rows, load_rows
 from alignkit.stages.running.finish import RunSummary, finish_run
-from alignkit.stages.running.loop import share_of
 from alignkit.stages.running.session import RunOptions, Session
 from alignkit.stages.running.steps import Run, run_steps
 from alignkit.stages.supervised.pairs import ScorePairs, pair_stage, split_roles
@@ -88,7 +88,7 @@ def _measure_statistics(run: Run, rows: Rows) -> RewardStatistics:
     if measured is None:
         measured = rows.train.subset(np.arange(min(MEASURED_PAIRS, len(rows.train))))
     values = run.stage.evaluate(
-        run.scorer, measured, run.plan.microbatch_tokens, share_of(run.accelerator)
+        run.scorer, measured, run.plan.microbatch_tokens, process_group(run.accelerator)
     )
     return RewardStatistics(
         mean=values["rewards/mean"],

@@ -14,7 +14,7 @@ from typing import Any
 
 from alignkit.errors import AlignkitError, RecipeError
 from alignkit.recipe.adapters import is_mergeable
-from alignkit.recipe.label import LABEL, LabelSpec, resolve_label
+from alignkit.recipe.assets import show_file
 from alignkit.recipe.reading.document import (
     Document,
     KeyPath,
@@ -22,9 +22,9 @@ from alignkit.recipe.reading.document import (
     lay_over,
     part_of,
     read_document,
-    show_file,
     show_path,
 )
+from alignkit.recipe.reading.label import LABEL, LabelSpec, resolve_label
 from alignkit.recipe.reading.load import find_recipe, resolve_recipe
 from alignkit.recipe.reading.references import STAGE_NAME, anchor_files, replace_references
 from alignkit.recipe.stages.schema import BaseRecipe

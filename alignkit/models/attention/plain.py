@@ -1,0 +1,142 @@
+"""Packed attention as one masked call: the yardstick of the fast paths, and their fall-back."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from alignkit.models.attention import blocks as attention_blocks
+from alignkit.packed import Segments
+
+
+def plain_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """One call of torch's attention for each segment: every device, and the yardstick on this one.
+
+    Args:
+        query: as for `packed_attention`, and so on.
+        key: keys.
+        value: values.
+        segments: who sees whom.
+        scaling: factor on the scores.
+        dropout: probability on the weights.
+        sliding_window: tokens that a token sees.
+        softcap: cap of the scores.
+
+    Returns:
+        `[1, T, H, D]`.
+    """
+    lengths = [segment.length for segment in segments]
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    by_start = {segment.start: number for number, segment in enumerate(segments)}
+    # A processor's kernels are generated and kept for each length: few distinct ones reach them.
+    rounding = attention_blocks.ROUNDING if query.device.type == "cpu" else 1
+    masks = _masks(segments, sliding_window, query.device, rounding)
+    outputs = []
+    for number, segment in enumerate(segments):
+        # Rows appended to a causal segment change nothing before them.
+        extra = -segment.length % rounding
+        filler = -segment.prefix_length % rounding
+        q, k, v = (_append(x[number], extra) for x in (queries, keys, values))
+        if segment.prefix_length:
+            prefix = by_start[segment.prefix_start]
+            k = torch.cat([_append(keys[prefix], filler), k], dim=2)
+            v = torch.cat([_append(values[prefix], filler), v], dim=2)
+        mask = masks[number]
+        if softcap is None:
+            output = scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        else:
+            output = _softcapped(q, k, v, mask, scaling, softcap, dropout)
+        outputs.append(output[:, :, : segment.length])
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=4)
+def _masks(
+    segments: Segments, sliding_window: int | None, device: torch.device, rounding: int
+) -> list[torch.Tensor | None]:
+    """The mask of each segment: the same in every layer, so those of the last batches are kept."""
+    return [
+        segment_mask(
+            segment.length + -segment.length % rounding,
+            segment.prefix_length,
+            -segment.prefix_length % rounding,
+            sliding_window,
+            device,
+        )
+        for segment in segments
+    ]
+
+
+def segment_mask(
+    own: int, prefix: int, filler: int, sliding_window: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """Who sees whom within a segment and its prefix.
+
+    Args:
+        own: tokens of the segment, appended rows included, `n`.
+        prefix: tokens of its prefix, `p`.
+        filler: keys after the prefix that nobody sees, `f`.
+        sliding_window: see `packed_attention`.
+        device: of the mask.
+
+    Returns:
+        `[n, p + f + n]`, True where a token is seen; None where the causal rule says it all.
+    """
+    windowed = sliding_window is not None and prefix + own > sliding_window
+    if not prefix and not windowed:
+        return None
+    queries = torch.arange(prefix, prefix + own, device=device)
+    unseen = torch.full((filler,), prefix + own, device=device)
+    keys = torch.cat([torch.arange(prefix, device=device), unseen, queries])
+    mask = keys <= queries[:, None]
+    if windowed:
+        assert sliding_window is not None
+        mask &= queries[:, None] - keys < sliding_window
+    return mask
+
+
+def _append(x: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, rows)) if rows else x
+
+
+def _softcapped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float,
+    dropout: float,
+) -> torch.Tensor:
+    """The same in plain operations: no fused kernel on every device caps scores."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf"))
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = torch.nn.functional.dropout(weights, dropout)
+    return weights @ value

@@ -1,0 +1,98 @@
+"""A trained prefix at work: keys and values of each layer that every row has before its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners import PrefixEncoder
+from torch import nn
+
+from alignkit.errors import ModelError
+
+_SLIDING = "sliding_attention"
+
+
+def make_switchable(model: nn.Module) -> None:
+    """Let a prefix be turned off as other adapters are; nothing is done to a model without one."""
+    for encoder in _encoders(model):
+        encoder._disable_adapters, encoder._active_adapter = False, ["default"]
+
+
+def _encoders(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, PrefixEncoder)]
+
+
+def prefix_length(model: Any) -> int:
+    """Tokens of context that a prefix takes, `P`; 0 where there is none, or it is turned off."""
+    encoder = _active(model)
+    return 0 if encoder is None else int(encoder.embedding.num_embeddings)
+
+
+def prefix_states(model: Any) -> torch.Tensor | None:
+    """Keys and values of the active prefix.
+
+    Args:
+        model: with or without adapters.
+
+    Returns:
+        `[L, 2, K, P, D]` float32, keys before values; None where there is no prefix, or it is
+        turned off.
+    """
+    encoder = _active(model)
+    if encoder is None:
+        return None
+    config = model.active_peft_config
+    heads = config.num_attention_heads
+    tokens = torch.arange(config.num_virtual_tokens, device=encoder.embedding.weight.device)
+    flat: torch.Tensor = encoder(tokens)
+    return flat.unflatten(1, (config.num_layers, 2, heads, -1)).permute(1, 2, 3, 0, 4)
+
+
+def _active(model: Any) -> Any:
+    """The part of a PEFT model that gives its prefix."""
+    encoders = getattr(model, "prompt_encoder", None)
+    if encoders is None:
+        return None
+    encoder = encoders[model.active_adapter]
+    return None if encoder._disable_adapters else encoder
+
+
+def has_window(config: Any) -> bool:
+    """Whether a layer sees only so many keys back.
+
+    Padding that stands between a prefix and a row's own tokens would push the prefix out of sight
+    there, so that only prompts of one length may be continued together.
+
+    Args:
+        config: of a transformers model.
+    """
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or [_SLIDING]
+    return bool(getattr(text, "sliding_window", None)) and _SLIDING in kinds
+
+
+def with_cached_prefix(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of a pass over padded rows, with the prefix as PEFT gives it to the model.
+
+    Args:
+        model: with or without adapters.
+        inputs: `input_ids` `[B, T]`, `attention_mask` `[B, T]` and so on; without positions.
+
+    Returns:
+        The inputs themselves where there is no prefix. A cache serves one pass.
+
+    Raises:
+        ModelError: activations are recomputed, for which transformers drops caches.
+    """
+    if _active(model) is None:
+        return inputs
+    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        raise ModelError(
+            "a prefix over padded rows is a cache, which goes with no gradient checkpointing",
+            hint="set training.gradient_checkpointing=false, or model.attention=auto",
+        )
+    mask = inputs["attention_mask"]
+    seen = mask.new_ones(len(mask), prefix_length(model))
+    cache = model.get_prompt(len(mask))
+    return {**inputs, "attention_mask": torch.cat([seen, mask], dim=1), "past_key_values": cache}

@@ -1,0 +1,111 @@
+"""Passes of policy, reference and value model over sampled responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from alignkit.data.packing import pack_documents, split_documents
+from alignkit.models.scoring.scorer import sum_by_sequence
+from alignkit.packed import PackedBatch
+from alignkit.stages.ppo.roles import Roles
+from alignkit.stages.rollouts.sampling import Rollout, response_rows
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Log-probs and values of all responses of this process, `[B, T]` float32 each.
+
+    Args:
+        policy: log-probs under the policy that sampled, from the pass that training repeats.
+        reference: the same under the reference.
+        values: predictions of the value model.
+        mask: response tokens.
+    """
+
+    policy: torch.Tensor
+    reference: torch.Tensor
+    values: torch.Tensor
+    mask: torch.Tensor
+
+
+Outputs = tuple[torch.Tensor, torch.Tensor | None]
+"""`[N]` log-probs, and `[N]` values where the policy carries the head."""
+
+
+def forward_policy(roles: Roles, batch: PackedBatch) -> Outputs:
+    """`[N]` log-probs of a batch, and `[N]` values where the policy carries the head."""
+    found: Any = roles.policy(batch)
+    if roles.value is None:
+        return found[0].logprobs, found[1]
+    return found.logprobs, None
+
+
+def score_rollouts(
+    roles: Roles,
+    rollouts: Sequence[Rollout],
+    groups: Sequence[Sequence[int]],
+    *,
+    keep: bool = False,
+) -> tuple[Scored, Outputs | None]:
+    """Policy, reference and value passes.
+
+    Args:
+        roles: who scores.
+        rollouts: of this process; none where a short step leaves it nothing.
+        groups: rollouts of each pass; the same as in training, so that the ratio starts at 1.
+        keep: all of them come before the first optimizer step.
+
+    Returns:
+        What they gave, without gradients. And where that is one pass and is kept, what the policy
+        gave with its graph: the first update would compute the same again.
+    """
+    keep = keep and len(groups) == 1
+    if not rollouts:
+        nothing = torch.zeros(0, 1)
+        return Scored(nothing, nothing, nothing, nothing.bool()), None
+    lengths = [[len(c.ids) for c in rollout.continuations] for rollout in rollouts]
+    rows: dict[int, list[torch.Tensor]] = {}
+    for group in groups:
+        batch = pack_documents([rollouts[i].document for i in group])
+        with torch.set_grad_enabled(keep):
+            outputs = forward_policy(roles, batch)
+        with torch.no_grad():
+            reference: Any = roles.reference(batch)
+            values: Any = outputs[1] if roles.value is None else roles.value(batch)
+        found = (outputs[0].detach(), reference.logprobs, values.detach().float())
+        columns = torch.stack(found).cpu()
+        parts = iter(columns.split([n for i in group for n in lengths[i]], dim=1))
+        for i in group:
+            rows[i] = [next(parts) for _ in lengths[i]]
+    ordered = [row for i in range(len(rollouts)) for row in rows[i]]
+    padded = pad_sequence([row.T for row in ordered], batch_first=True)
+    counts = torch.tensor([row.shape[1] for row in ordered])
+    mask = torch.arange(padded.shape[1]) < counts[:, None]
+    scored = Scored(padded[..., 0], padded[..., 1], padded[..., 2], mask)
+    return scored, outputs if keep else None
+
+
+def mean_kl(roles: Roles, rollouts: Sequence[Rollout], budget: int) -> torch.Tensor:
+    """`[B]` k1 of whole responses, in nats.
+
+    Args:
+        roles: policy and reference.
+        rollouts: at least one.
+        budget: tokens of one pass.
+    """
+    lengths = [rollout.document.num_tokens for rollout in rollouts]
+    rows, found = response_rows(rollouts), torch.zeros(sum(len(r.texts) for r in rollouts))
+    for group in split_documents(lengths, budget):
+        batch = pack_documents([rollouts[i].document for i in group])
+        with torch.no_grad():
+            policy, _ = forward_policy(roles, batch)
+            reference: Any = roles.reference(batch)
+            sums = sum_by_sequence(policy - reference.logprobs, batch).float().cpu()
+        found[torch.from_numpy(np.concatenate([rows[i] for i in group]))] = sums
+    return found

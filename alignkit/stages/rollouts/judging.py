@@ -1,0 +1,163 @@
+"""What responses are worth: the sources of rewards, together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from alignkit.data.packing import pack_documents, split_documents
+from alignkit.errors import RewardError
+from alignkit.generation.responses import Score
+from alignkit.generation.rewards import build_score
+from alignkit.models.adapters.switching import (
+    Role,
+)
+from alignkit.recipe.rewards import ModelReward, RewardSource, reward_name
+from alignkit.runtime.processes import ProcessGroup
+from alignkit.stages.rollouts.sampling import Rollout
+
+
+@dataclass(frozen=True)
+class ScoringModel:
+    """A reward model at work.
+
+    Args:
+        role: gives `[S]` raw rewards.
+        mean: taken off them.
+        factor: multiplies what is left.
+    """
+
+    role: Role
+    mean: float
+    factor: float
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What responses are worth.
+
+    Args:
+        total: `[B]` float32 weighted sum, the penalty for a missing end included.
+        parts: name of each source -> `[B]` its score, before its weight.
+        plain: `[B]` the sum without the penalty.
+    """
+
+    total: torch.Tensor
+    parts: dict[str, torch.Tensor]
+    plain: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RewardPart:
+    """One source of rewards at work.
+
+    Args:
+        name: `reward/<name>` in the metrics.
+        weight: in the sum; that of a reward model is in its factor.
+        source: a model, or a function of the text.
+    """
+
+    name: str
+    weight: float
+    source: ScoringModel | Score
+
+
+@dataclass(frozen=True)
+class Judge:
+    """All sources together.
+
+    Args:
+        parts: in the recipe's order.
+        missing_eos_penalty: taken from responses that were cut off; None takes nothing.
+        budget: tokens of one pass of a reward model.
+        processes: this one and how sums go over all; an error of one process ends all.
+    """
+
+    parts: tuple[RewardPart, ...]
+    missing_eos_penalty: float | None
+    budget: int
+    processes: ProcessGroup
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Rewards:
+        """Score every response of some rollouts.
+
+        Raises:
+            RewardError: a source gave no usable scores, here or in another process.
+        """
+        error: RewardError | None = None
+        try:
+            parts = {part.name: self._score(part, rollouts) for part in self.parts}
+        except RewardError as found:
+            error = found
+        failed = self.processes.reduce(
+            torch.tensor([float(error is not None)], dtype=torch.float64)
+        )
+        if error is not None:
+            raise error
+        if failed.item() > 0:
+            raise RewardError("another process could not score its responses")
+        plain = torch.stack([p.weight * parts[p.name] for p in self.parts]).sum(0)
+        total = plain
+        if self.missing_eos_penalty:
+            cut = [c.finish == "length" for r in rollouts for c in r.continuations]
+            total = plain - self.missing_eos_penalty * torch.tensor(cut, dtype=torch.float32)
+        return Rewards(total, parts, plain)
+
+    def _score(self, part: RewardPart, rollouts: Sequence[Rollout]) -> torch.Tensor:
+        if not isinstance(part.source, ScoringModel):
+            responses = [response for rollout in rollouts for response in rollout.responses()]
+            return torch.tensor(part.source(responses), dtype=torch.float32)
+        documents = [rollout.document for rollout in rollouts]
+        groups = split_documents([document.num_tokens for document in documents], self.budget)
+        owners = np.repeat(np.arange(len(documents)), [len(d.branches) for d in documents])
+        scores = torch.zeros(len(owners))
+        for group in groups:
+            with torch.no_grad():
+                raw: Any = part.source.role(pack_documents([documents[i] for i in group]))
+            rows = np.concatenate([np.flatnonzero(owners == i) for i in group])
+            scores[torch.from_numpy(rows)] = (raw.cpu() - part.source.mean) * part.source.factor
+        if not torch.isfinite(scores).all():
+            raise RewardError(
+                f"the reward model gave {scores[~torch.isfinite(scores)][0].item()} to a response",
+                hint="its weights or the policy's have diverged; look at samples.jsonl",
+            )
+        return scores
+
+
+def build_judge(
+    sources: Sequence[RewardSource],
+    models: Sequence[ScoringModel],
+    *,
+    missing_eos_penalty: float | None,
+    budget: int,
+    processes: ProcessGroup,
+) -> Judge:
+    """All sources of a recipe, ready to score.
+
+    Args:
+        sources: of the recipe.
+        models: the reward models among them, in the same order.
+        missing_eos_penalty: taken from responses that were cut off; None takes nothing.
+        budget: tokens of one pass of a reward model.
+        processes: this one and how sums go over all.
+
+    Raises:
+        RewardError: a function cannot be loaded, a rule needs a package.
+    """
+    remaining = iter(models)
+    parts: list[RewardPart] = []
+    names: list[str] = []
+    for source in sources:
+        name = reward_name(source)
+        names.append(name)
+        number = names.count(name)
+        name = name if number == 1 else f"{name}_{number}"
+        if isinstance(source, ModelReward):
+            parts.append(RewardPart(name, source.weight, next(remaining)))
+        else:
+            parts.append(RewardPart(name, source.weight, build_score(source)))
+    return Judge(tuple(parts), missing_eos_penalty, budget, processes)

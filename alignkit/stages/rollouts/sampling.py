@@ -1,0 +1,79 @@
+"""Prompts -> responses -> rewards, log-probs, values and advantages of one PPO step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from alignkit.data.documents import Branch, Document
+from alignkit.data.prompts import Prompt, PromptSet
+from alignkit.generation.responses import Response
+from alignkit.generation.rollout import Continuation, RolloutEngine
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One prompt and its responses.
+
+    Args:
+        prompt: with its row.
+        document: prompt and responses as tokens; a branch for each response.
+        continuations: as they were sampled.
+        texts: the responses without special tokens.
+    """
+
+    prompt: Prompt
+    document: Document
+    continuations: tuple[Continuation, ...]
+    texts: tuple[str, ...]
+
+    def responses(self) -> list[Response]:
+        """What a reward source reads."""
+        prompt = self.prompt
+        return [Response(prompt.shown, text, prompt.columns, prompt.place) for text in self.texts]
+
+
+def sample(
+    prompts: PromptSet,
+    items: Sequence[int],
+    engine: RolloutEngine,
+    tokenizer: Any,
+    *,
+    samples: int,
+    seed: tuple[int, ...],
+) -> list[Rollout]:
+    """Responses to some prompts.
+
+    Args:
+        prompts: all of them.
+        items: which ones.
+        engine: samples.
+        tokenizer: decodes.
+        samples: responses to each.
+        seed: of the random numbers, together with the item and the response's number.
+
+    Returns:
+        One rollout for each item, in order.
+    """
+    asked = [(item, number) for item in items for number in range(samples)]
+    found = engine.generate(
+        [prompts.prompts[item].ids for item, _ in asked],
+        [(*seed, item, number) for item, number in asked],
+    )
+    rollouts = []
+    for position, item in enumerate(items):
+        own = tuple(found[position * samples : (position + 1) * samples])
+        branches = tuple(Branch(c.ids.astype(np.int32), np.ones(len(c.ids), np.bool_)) for c in own)
+        document = Document(prompts.prompts[item].ids, branches, int(item))
+        texts = tuple(tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in own)
+        rollouts.append(Rollout(prompts.prompts[item], document, own, texts))
+    return rollouts
+
+
+def response_rows(rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+    """Of each rollout, the rows of its responses among all responses."""
+    counts = [len(rollout.continuations) for rollout in rollouts]
+    return np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])
