@@ -73,7 +73,7 @@ class RolloutEngine(Protocol):
     """Whatever samples responses: this process, or a server."""
 
     def generate(
-        self, prompts: Sequence[IntArray], seeds: Sequence[Sequence[int]]
+        self, prompts: Sequence[npt.NDArray[np.integer[Any]]], seeds: Sequence[Sequence[int]]
     ) -> list[Continuation]:
         """One response to each prompt.
 
@@ -109,7 +109,7 @@ class TransformersEngine:
         self.transform = replace(transform, temperature=settings.temperature)
 
     def generate(
-        self, prompts: Sequence[IntArray], seeds: Sequence[Sequence[int]]
+        self, prompts: Sequence[npt.NDArray[np.integer[Any]]], seeds: Sequence[Sequence[int]]
     ) -> list[Continuation]:
         """See `RolloutEngine.generate`. Prompts of like length share a batch."""
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
@@ -139,7 +139,7 @@ class TransformersEngine:
         return batches
 
     def _sample(
-        self, prompts: Sequence[IntArray], seeds: Sequence[Sequence[int]]
+        self, prompts: Sequence[npt.NDArray[np.integer[Any]]], seeds: Sequence[Sequence[int]]
     ) -> list[Continuation]:
         settings, device = self.settings, next(self.inner.parameters()).device
         draws = np.stack(

@@ -88,7 +88,7 @@ def peft_config(
         return IA3Config(target_modules=targets, feedforward_modules=feedforward, task_type=task)
     return LoraConfig(
         r=spec.rank,
-        lora_alpha=spec.alpha,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # any number will do
         lora_dropout=spec.dropout,
         **_targets(model, spec, layers),
         use_rslora=spec.rslora,
@@ -234,12 +234,16 @@ def _own_name(name: str, module: Any) -> str:
 def trainable_report(model: nn.Module) -> TrainableReport:
     """How many weights are trained, and in which modules."""
     modules: dict[tuple[str, int, int], int] = {}
+    key: tuple[str, int, int]
+    module: nn.Module
     for name, module in model.named_modules():
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         if isinstance(module, TrainableTokensLayer):
-            key = f"new rows of {name.rsplit('.', 2)[-2]}", *reversed(module.weight.shape)
+            rows, width = module.weight.shape
+            key = f"new rows of {name.rsplit('.', 2)[-2]}", width, rows
         elif isinstance(module, BaseTunerLayer) and trained:
-            key = _own_name(name, module), module.in_features, module.out_features
+            layer: Any = module
+            key = _own_name(name, layer), layer.in_features, layer.out_features
         elif isinstance(module, ModulesToSaveWrapper):
             key = f"all of {name.rsplit('.', 1)[-1]}", *_widths(module)
         elif isinstance(module, PrefixEncoder):

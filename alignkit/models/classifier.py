@@ -288,7 +288,8 @@ def _rewards(model: Any, head: nn.Linear, samples: list[torch.Tensor]) -> torch.
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in samples], batch_first=True)
     hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     last = hidden[torch.arange(len(samples)), torch.tensor([len(one) - 1 for one in samples])]
-    return head(last.float())[:, 0]
+    rewards: torch.Tensor = head(last.float())
+    return rewards[:, 0]
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from alignkit.models.gguf_settings import Settings
 from alignkit.models.gguf_tokens import CONTROL, Vocabulary, tokenizer_from
 from alignkit.models.loading import BaseModel, load_model
 from alignkit.models.quiet import quiet_transformers
+from alignkit.packed import IntArray
 
 _FAILING = "the disk may be full or failing; nothing was kept"
 
@@ -93,7 +94,7 @@ def check_settings(file: WrittenFile, architecture: str, settings: Settings) -> 
 
 
 def check_tokenizer(
-    file: WrittenFile, vocabulary: Vocabulary, tokenizer: Any, rows: Sequence[Sequence[int]]
+    file: WrittenFile, vocabulary: Vocabulary, tokenizer: Any, rows: Sequence[IntArray]
 ) -> int:
     """Cut text with the tokenizer that the file describes and with the model's own.
 

@@ -22,7 +22,7 @@ from alignkit.models.quiet import quiet_transformers
 try:
     import gguf
 except ImportError:  # an extra: only exports to GGUF and reading it need it
-    gguf = None
+    gguf = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ class SourceWeights:
     def read(self, name: str) -> torch.Tensor:
         """One tensor in float32, which holds every stored dtype exactly."""
         with _opened(self.place[name]) as file:
-            return file.get_tensor(name).float()
+            weight: torch.Tensor = file.get_tensor(name)
+            return weight.float()
 
 
 def _opened(path: Path) -> Any:
@@ -216,7 +217,7 @@ def turn_rows(weight: torch.Tensor, heads: int) -> torch.Tensor:
         weight: `[heads * D, ...]`, or a bias `[heads * D]`.
         heads: of the queries or of the keys.
     """
-    halves = weight.unflatten(0, (heads, 2, -1))
+    halves: torch.Tensor = weight.unflatten(0, (heads, 2, -1))
     return halves.transpose(1, 2).flatten(0, 2).contiguous()
 
 

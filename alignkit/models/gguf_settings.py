@@ -155,7 +155,7 @@ _WHOLE_HEAD = ("partial_rotary_factor", 1.0)
 
 
 def _add_window(settings: Settings, config: Any, family: Family) -> None:
-    window = getattr(config, "sliding_window", None)
+    window: Any = getattr(config, "sliding_window", None)
     layers = list(getattr(config, "layer_types", None) or [])
     slides = [kind == "sliding_attention" for kind in layers]
     if family.architecture in SWA_PERIOD:

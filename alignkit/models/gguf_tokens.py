@@ -178,10 +178,12 @@ def _cuts(step: dict[str, Any] | None) -> list[str]:
 
 
 def _merges(about: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
-        tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair)
-        for pair in about["model"]["merges"]
-    ]
+    return [_halves(pair) for pair in about["model"]["merges"]]
+
+
+def _halves(pair: str | Sequence[str]) -> tuple[str, str]:
+    first, second = pair.split(" ", 1) if isinstance(pair, str) else pair
+    return first, second
 
 
 def _merges_reach_all(about: dict[str, Any]) -> bool:
@@ -253,7 +255,7 @@ def tokenizer_from(vocabulary: Vocabulary) -> Tokenizer:
     vocab = {text: number for number, text in enumerate(vocabulary.tokens)}
     if vocabulary.kind == "gpt2":
         cuts, whole_words = CUTS[vocabulary.cut]
-        merges = [tuple(pair.split(" ", 1)) for pair in vocabulary.merges]
+        merges = [_halves(pair) for pair in vocabulary.merges]
         built = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=whole_words))
         steps = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts]
         bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -267,7 +269,7 @@ def tokenizer_from(vocabulary: Vocabulary) -> Tokenizer:
                 vocab=vocab, merges=merges, byte_fallback=True, unk_token=unknown, fuse_unk=True
             )
         )
-        spaces = [normalizers.Replace(" ", "▁")]
+        spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
         if vocabulary.add_space:
             spaces.insert(0, normalizers.Prepend("▁"))
         built.normalizer = normalizers.Sequence(spaces)

@@ -47,7 +47,8 @@ def prefix_config(model: Any, spec: PrefixSpec, task: str = "CAUSAL_LM") -> Pref
         ModelError: the model's layers do not all keep keys and values of one shape, or the prefix
             takes its whole context.
     """
-    sizes, text = _key_sizes(model), model.config.get_text_config()
+    text = model.config.get_text_config()
+    sizes: dict[str, Any] = {**_key_sizes(model)}
     context = int(getattr(text, "max_position_embeddings", 0) or 0)
     if context and spec.tokens >= context:
         raise ModelError(
@@ -60,7 +61,7 @@ def prefix_config(model: Any, spec: PrefixSpec, task: str = "CAUSAL_LM") -> Pref
         num_virtual_tokens=spec.tokens,
         num_transformer_submodules=1,
         prefix_projection=spec.projection,
-        encoder_hidden_size=spec.projection_width if spec.projection else None,
+        encoder_hidden_size=spec.projection_width if spec.projection else None,  # type: ignore[arg-type]
         task_type=task,
     )
 
@@ -226,7 +227,8 @@ def prefix_shape(encoder: PrefixEncoder) -> tuple[str, int, int]:
     """What is trained, its tokens, and the numbers that each of them has in all layers together."""
     tokens, width = encoder.embedding.num_embeddings, encoder.embedding.embedding_dim
     if encoder.prefix_projection:
-        return "prefix through a network", tokens, encoder.transform[-1].out_features
+        last: Any = encoder.transform[-1]
+        return "prefix through a network", tokens, last.out_features
     return "prefix", tokens, width
 
 
@@ -263,7 +265,8 @@ def prefix_states(model: Any) -> torch.Tensor | None:
     heads = config.num_attention_heads
     tokens = torch.arange(config.num_virtual_tokens, device=encoder.embedding.weight.device)
     flat: torch.Tensor = encoder(tokens)
-    return flat.unflatten(1, (config.num_layers, 2, heads, -1)).permute(1, 2, 3, 0, 4)
+    states: torch.Tensor = flat.unflatten(1, (config.num_layers, 2, heads, -1))
+    return states.permute(1, 2, 3, 0, 4)
 
 
 def _active(model: Any) -> Any:

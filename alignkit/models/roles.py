@@ -164,7 +164,7 @@ def freeze_head_adapter(model: Any, name: str) -> None:
         model: carries the adapter.
         name: of the adapter.
     """
-    head = model.get_base_model().get_output_embeddings()
+    head: nn.Module = model.get_base_model().get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
         for part, weight in head.named_parameters():
             if f".{name}." in part:

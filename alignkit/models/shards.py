@@ -87,8 +87,11 @@ class HeldWeights(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, model: Any) -> None:
-        self._model, self.tied = model, dict(model.all_tied_weights_keys)
-        self._state = {n: w for n, w in model.state_dict().items() if n not in self.tied}
+        self._model = model
+        self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
+        self._state: dict[str, torch.Tensor] = {
+            n: w for n, w in model.state_dict().items() if n not in self.tied
+        }
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._state[self.tied.get(name, name)]

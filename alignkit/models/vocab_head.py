@@ -88,7 +88,7 @@ def score_targets(
     if type(head) is not nn.Linear:
         return _score_with_module(hidden, head, targets, transform)
     weight = head.weight
-    logprobs, correct = _ChunkedLogProbs.apply(
+    logprobs, correct = _ChunkedLogProbs.apply(  # type: ignore[no-untyped-call]
         hidden.to(product_dtype(hidden)), weight, head.bias, targets, transform
     )
     return TokenScores(logprobs, correct)

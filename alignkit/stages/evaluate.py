@@ -82,7 +82,9 @@ def evaluate_models(names: list[str], question: Question) -> dict[str, Evaluatio
     question.check()
     tune_processor()
     run = None if question.data else run_with_recipe(names)
-    found, used, room = {}, set(), sys.maxsize
+    found: dict[str, Evaluation] = {}
+    used: set[int] = set()
+    room = sys.maxsize
     for name in names:
         opened = open_model(
             name, dtype=DTYPES[question.dtype], device=find_device(), base=question.base
