@@ -15,6 +15,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from alignkit.errors import ModelError
 from alignkit.models.lora_linear import use_fast_lora
@@ -132,7 +133,7 @@ def _token_rows(model: Any, ids: Sequence[int]) -> Any:
 
 
 def attach_adapter(
-    model: Any,
+    model: PreTrainedModel,
     spec: AnySpec,
     seed: int,
     new_tokens: Sequence[int] = (),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters import adapted_skeleton, peft_config, trainable_report
@@ -32,7 +32,7 @@ from alignkit.recipe.adapters import (
 from alignkit.recipe.facts import ModelFacts
 
 
-def build_skeleton(config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model without storage, on the meta device.
 
     Raises:
@@ -53,7 +53,7 @@ def build_skeleton(config: Any, *, trust_remote_code: bool = False) -> PreTraine
 
 
 def measure_model(
-    config: Any,
+    config: PreTrainedConfig,
     adapter: AnySpec,
     *,
     trust_remote_code: bool = False,

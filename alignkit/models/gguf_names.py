@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from alignkit.errors import ModelError
 from alignkit.models.quiet import quiet_transformers
@@ -76,7 +76,7 @@ class PlannedTensor:
     plus_one: bool = False
 
 
-def family_of(config: Any) -> Family:
+def family_of(config: PreTrainedConfig) -> Family:
     """What the model becomes in the format.
 
     Raises:
@@ -135,7 +135,7 @@ def _opened(path: Path) -> Any:
         ) from None
 
 
-def plan_tensors(config: Any, weights: SourceWeights) -> list[PlannedTensor]:
+def plan_tensors(config: PreTrainedConfig, weights: SourceWeights) -> list[PlannedTensor]:
     """Every tensor of the file, in the order of the layers.
 
     Args:
@@ -167,7 +167,7 @@ def plan_tensors(config: Any, weights: SourceWeights) -> list[PlannedTensor]:
     return [_planned(name, shape, config, family, names) for name, shape in expected.items()]
 
 
-def _expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"), quiet_transformers():
         model = AutoModelForCausalLM.from_config(config)
     shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
@@ -177,7 +177,7 @@ def _expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _planned(
-    source: str, shape: tuple[int, ...], config: Any, family: Family, names: Any
+    source: str, shape: tuple[int, ...], config: PreTrainedConfig, family: Family, names: Any
 ) -> PlannedTensor:
     target = names.get_name(source, try_suffixes=(".weight", ".bias"))
     if target is None:

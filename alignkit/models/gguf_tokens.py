@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import generate_merges
 
 from alignkit.errors import ModelError
@@ -76,7 +77,9 @@ class Vocabulary:
     notes: list[str] = field(default_factory=list)
 
 
-def vocabulary_of(tokenizer: Any, rows: int, stops: Sequence[int]) -> Vocabulary:
+def vocabulary_of(
+    tokenizer: PreTrainedTokenizerBase, rows: int, stops: Sequence[int]
+) -> Vocabulary:
     """A tokenizer in the format's terms.
 
     Args:
@@ -133,7 +136,7 @@ def _unknown(why: str) -> ModelError:
     )
 
 
-def _tokens(tokenizer: Any, rows: int) -> list[str]:
+def _tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
     by_id = {number: text for text, number in tokenizer.get_vocab().items()}
     if max(by_id) >= rows:
         raise ModelError(
@@ -236,14 +239,14 @@ def _scores(about: dict[str, Any], tokens: list[str]) -> list[float]:
     return [-float(ranks[text]) if text in ranks else bottom for text in tokens]
 
 
-def _special(tokenizer: Any, stops: Sequence[int]) -> dict[str, int]:
+def _special(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> dict[str, int]:
     found = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     turn_ends = [stop for stop in stops if stop != found["eos"]]
     found["eot"] = turn_ends[0] if turn_ends else None
     return {name: int(number) for name, number in found.items() if number is not None}
 
 
-def _adds_bos(tokenizer: Any) -> bool:
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     ids = tokenizer("a")["input_ids"]
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         raise _unknown("it puts EOS behind every text")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
 from alignkit.models.adapter_files import (
@@ -34,7 +35,7 @@ class OpenModel:
     """
 
     model: Any
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     name: str
     head: nn.Linear | None = None
 

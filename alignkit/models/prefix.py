@@ -18,7 +18,7 @@ import torch
 from peft import PrefixTuningConfig
 from peft.tuners import PrefixEncoder
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from alignkit.errors import ModelError
 from alignkit.models.loading import BaseModel, load_tokenizer
@@ -35,7 +35,9 @@ STATES = "prompt_embeddings"
 _TEXT = "Read the request with care, and give an answer that is true, helpful and clear."
 
 
-def prefix_config(model: Any, spec: PrefixSpec, task: str = "CAUSAL_LM") -> PrefixTuningConfig:
+def prefix_config(
+    model: PreTrainedModel, spec: PrefixSpec, task: str = "CAUSAL_LM"
+) -> PrefixTuningConfig:
     """PEFT's configuration of a prefix.
 
     Args:
@@ -66,7 +68,7 @@ def prefix_config(model: Any, spec: PrefixSpec, task: str = "CAUSAL_LM") -> Pref
     )
 
 
-def _key_sizes(model: Any) -> dict[str, int]:
+def _key_sizes(model: PreTrainedModel) -> dict[str, int]:
     """Layers, key heads and numbers of a token's keys, under PEFT's names."""
     text = model.config.get_text_config()
     odd = _unlike_layers(text)
@@ -79,7 +81,7 @@ def _key_sizes(model: Any) -> dict[str, int]:
     return {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * width}
 
 
-def _no_prefix(model: Any, odd: str) -> ModelError:
+def _no_prefix(model: PreTrainedModel, odd: str) -> ModelError:
     return ModelError(
         "adapter.kind = prefix needs keys and values of one shape in every layer, and a "
         f"{model.config.get_text_config().model_type!r} model has {odd}",
@@ -88,7 +90,7 @@ def _no_prefix(model: Any, odd: str) -> ModelError:
 
 
 @torch.no_grad()
-def require_kept_keys(model: Any) -> None:
+def require_kept_keys(model: PreTrainedModel) -> None:
     """Refuse a base that keeps other keys than its configuration says.
 
     Args:
@@ -111,7 +113,7 @@ def require_kept_keys(model: Any) -> None:
             )
 
 
-def require_fitting_prefix(config: Any, model: Any, folder: Path) -> None:
+def require_fitting_prefix(config: PreTrainedConfig, model: PreTrainedModel, folder: Path) -> None:
     """Refuse a stored prefix for other layers than the base has: PEFT leaves the rest without.
 
     Args:
@@ -190,7 +192,7 @@ def start_words(spec: AnySpec, base: BaseModel, say: Callable[[str], None]) -> l
 
 
 @torch.no_grad()
-def text_states(model: Any, words: Sequence[int]) -> torch.Tensor:
+def text_states(model: PreTrainedModel, words: Sequence[int]) -> torch.Tensor:
     """`[P, L · 2 · K · D]` keys and values of some text, in the order in which PEFT stores them.
 
     Args:
@@ -278,7 +280,7 @@ def _active(model: Any) -> Any:
     return None if encoder._disable_adapters else encoder
 
 
-def has_window(config: Any) -> bool:
+def has_window(config: PreTrainedConfig) -> bool:
     """Whether a layer sees only so many keys back.
 
     Padding that stands between a prefix and a row's own tokens would push the prefix out of sight

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from alignkit.models.precision import product_dtype
 
@@ -51,7 +52,7 @@ class TokenScores:
     correct: torch.Tensor
 
 
-def logit_transform(config: Any) -> LogitTransform:
+def logit_transform(config: PreTrainedConfig) -> LogitTransform:
     """The transform that a model's configuration names, as far as alignkit knows the names.
 
     The start-up check of the scorer compares the outcome with the model's own logits, so a name

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.dataset import TokenDataset, load_dataset
 from alignkit.data.documents import Document
@@ -262,7 +263,7 @@ def _is_reference_free(recipe: Recipe) -> bool:
     return isinstance(recipe, DpoRecipe) and not needs_reference(recipe)
 
 
-def _reference(name: str, tokenizer: Any, question: Question) -> Reference:
+def _reference(name: str, tokenizer: PreTrainedTokenizerBase, question: Question) -> Reference:
     opened = open_language_model(name, dtype=DTYPES[question.dtype], device=find_device())
     if opened.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ModelError(

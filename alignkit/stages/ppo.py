@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from alignkit.errors import ModelError
 from alignkit.generation.rewards import build_score
 from alignkit.generation.rollout import RolloutSettings, TransformersEngine
@@ -218,7 +220,7 @@ def describe_step(metrics: dict[str, float]) -> str:
     )
 
 
-def stop_tokens(inner: Any, tokenizer: Any) -> frozenset[int]:
+def stop_tokens(inner: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids that end a response: those of the model's generation settings and the tokenizer's EOS.
 
     Args:

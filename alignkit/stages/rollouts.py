@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.documents import Branch, Document
 from alignkit.data.packing import pack_documents, split_documents
@@ -48,7 +49,7 @@ def sample(
     prompts: PromptSet,
     items: Sequence[int],
     engine: RolloutEngine,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     samples: int,
     seed: tuple[int, ...],
