@@ -302,7 +302,7 @@ def test_the_checker_catches_a_crowded_folder(tmp_path: Path) -> None:
 
 def test_the_checker_lets_good_code_pass(tmp_path: Path) -> None:
     code = {
-        "cli/a.py": "def run():\n    '''Run.'''\n    import torch, alignkit.stages.supervised.sft\n",
+        "cli/a.py": "def run():\n    '''Run.'''\n    import torch, alignkit.jobs.merge\n",
         "data/sources.py": "def _read():\n    import datasets\n    import pyarrow.parquet\n",
         "objectives/kl.py": "import math\nimport torch\n",
         "stages/supervised/sft.py": "import alignkit.models.scoring.scorer\n",

@@ -80,5 +80,6 @@ def _examine() -> tuple[dict[str, dict[str, Any]], list[str]]:
         problems.append(f"less than 2 GB of disk are free at {place}")
     if hardware.memory < 2e9:
         problems.append("less than 2 GB of memory are free")
+    facts: dict[str, dict[str, Any]]
     facts = {"packages": packages, "optional": optional, "machine": machine, "storage": storage}
     return facts, problems

@@ -37,7 +37,8 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the values as JSON.")] = False,
 ) -> None:
     """Measure models on held-out answers or preferences; score answers with a reward model."""
-    from alignkit.jobs.evaluate import Question, evaluate_models, score_answers
+    from alignkit.jobs.evaluate import evaluate_models, score_answers
+    from alignkit.jobs.question import Question
 
     question = Question(data, max_length, take, dtype, base, reference, say)
     if (prompt is None) != (not answer):

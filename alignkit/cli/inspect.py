@@ -25,8 +25,8 @@ def inspect(
     from alignkit.errors import DataError
     from alignkit.stages.inputs.rows import load_prompt_rows, load_rows
 
-    read = load_prompt_rows if loaded.recipe.stage == "ppo" else load_rows
-    found = read(loaded.recipe)
+    asked = loaded.recipe
+    found = load_prompt_rows(asked) if asked.stage == "ppo" else load_rows(asked)
     dataset = found.held_out if held_out else found.train
     if dataset is None:
         raise DataError(
@@ -74,7 +74,9 @@ def _row(dataset: Any, item: int, tokenizer: Any) -> dict[str, Any]:
         (branch.role.name.lower(), branch.ids.tolist(), branch.trained.tolist())
         for branch in document.branches
     ]
-    parts, ids, labels = [], [], []
+    parts: list[dict[str, Any]] = []
+    ids: list[int] = []
+    labels: list[int] = []
     for name, piece, trained in pieces:
         if piece:
             parts.append({"name": name, "start": len(ids), "length": len(piece)})

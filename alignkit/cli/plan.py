@@ -47,7 +47,7 @@ def plan(
                 f"longest {data.longest}; held out {data.eval_rows:,}",
             ),
             *([("reference", f"{reference}, {made.reference_reason}")] if reference else []),
-            *(tuple(role.split(": ", 1)) for role in made.roles),
+            *((name, text) for name, text in (role.split(": ", 1) for role in made.roles)),
             (
                 "steps",
                 f"{made.steps:,} of {made.batch_size} examples ({made.steps_per_epoch:,} an "

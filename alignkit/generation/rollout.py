@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from alignkit.models.attention.cached import (
     cached_forward,
@@ -73,7 +74,7 @@ class RolloutEngine(Protocol):
     """Whatever samples responses: this process, or a server."""
 
     def generate(
-        self, prompts: Sequence[IntArray], seeds: Sequence[Sequence[int]]
+        self, prompts: Sequence[npt.NDArray[np.integer[Any]]], seeds: Sequence[Sequence[int]]
     ) -> list[Continuation]:
         """One response to each prompt.
 
@@ -109,7 +110,7 @@ class TransformersEngine:
         self.transform = replace(transform, temperature=settings.temperature)
 
     def generate(
-        self, prompts: Sequence[IntArray], seeds: Sequence[Sequence[int]]
+        self, prompts: Sequence[npt.NDArray[np.integer[Any]]], seeds: Sequence[Sequence[int]]
     ) -> list[Continuation]:
         """See `RolloutEngine.generate`. Prompts of like length share a batch."""
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
@@ -139,7 +140,7 @@ class TransformersEngine:
         return batches
 
     def _sample(
-        self, prompts: Sequence[IntArray], seeds: Sequence[Sequence[int]]
+        self, prompts: Sequence[npt.NDArray[np.integer[Any]]], seeds: Sequence[Sequence[int]]
     ) -> list[Continuation]:
         settings, device = self.settings, next(self.inner.parameters()).device
         draws = np.stack(
@@ -289,7 +290,7 @@ def _inverse(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return (block * SUMMED + found)[:, 0]
 
 
-def stop_tokens(inner: Any, tokenizer: Any) -> frozenset[int]:
+def stop_tokens(inner: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids that end a response: those of the model's generation settings and the tokenizer's EOS.
 
     Args:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.dataset import TokenDataset, load_dataset
 from alignkit.data.documents import Document
@@ -89,7 +90,9 @@ def evaluate_models(names: list[str], question: Question) -> dict[str, Evaluatio
     question.check()
     tune_processor()
     run = None if question.data else run_with_recipe(names)
-    found, used, room = {}, set(), sys.maxsize
+    found: dict[str, Evaluation] = {}
+    used: set[int] = set()
+    room = sys.maxsize
     for name in names:
         opened = open_model(
             name, dtype=DTYPES[question.dtype], device=find_device(), base=question.base
@@ -267,7 +270,7 @@ def _is_reference_free(recipe: Recipe) -> bool:
     return isinstance(recipe, DpoRecipe) and not needs_reference(recipe)
 
 
-def _reference(name: str, tokenizer: Any, question: Question) -> Reference:
+def _reference(name: str, tokenizer: PreTrainedTokenizerBase, question: Question) -> Reference:
     opened = open_language_model(name, dtype=DTYPES[question.dtype], device=find_device())
     if opened.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ModelError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.prompts import Prompt, PromptSet, load_prompts
 from alignkit.data.report import DataReport
@@ -192,7 +193,7 @@ def _write_rows(
     path: Path,
     rows: Sequence[tuple[int, dict[str, Any]]],
     prompts: PromptSet,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     report: DataReport,
 ) -> None:
     """Write beside, read back, rename."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters.files import (
@@ -32,7 +33,7 @@ class OpenModel:
     """
 
     model: Any
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     name: str
     head: nn.Linear | None = None
 

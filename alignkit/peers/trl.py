@@ -26,7 +26,7 @@ import datasets
 import torch
 from peft import PeftConfig
 from transformers import TrainerCallback
-from trl import (
+from trl import (  # type: ignore[attr-defined]  # exported lazily
     DPOConfig,
     DPOTrainer,
     KTOConfig,
@@ -49,7 +49,10 @@ from alignkit.models.quiet import quiet_transformers
 from alignkit.models.rewards.chat import choose_padding
 from alignkit.models.rewards.head import new_head
 from alignkit.recipe.adapters import FullSpec, b_rate, continues, is_mergeable
-from alignkit.recipe.stages.schema import Recipe
+from alignkit.recipe.stages.schema import DpoRecipe, KtoRecipe, RewardRecipe, SftRecipe
+
+PeerRecipe = SftRecipe | RewardRecipe | DpoRecipe | KtoRecipe
+"""Of the stages that are compared."""
 
 DPO_LOSSES = {
     "dpo": "sigmoid",
@@ -82,7 +85,7 @@ class PeerResult:
         return [metrics["loss"] for metrics in self.metrics]
 
 
-class _Recorder(TrainerCallback):
+class _Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is not followed
     """Times steps and keeps what TRL logs."""
 
     def __init__(self) -> None:
@@ -111,7 +114,7 @@ class _TokenizedKTO(KTOTrainer):
 
 
 def run_trl(
-    recipe: Recipe,
+    recipe: PeerRecipe,
     base: BaseModel,
     tokenizer: Any,
     rows: TokenDataset,
@@ -165,7 +168,7 @@ def run_trl(
     return PeerResult(recorder.metrics, recorder.seconds)
 
 
-def _trainer_of(recipe: Recipe) -> tuple[Any, Any, dict[str, Any]]:
+def _trainer_of(recipe: PeerRecipe) -> tuple[Any, Any, dict[str, Any]]:
     """Trainer, its configuration class, and the objective's options."""
     if recipe.stage == "sft":
         return SFTTrainer, SFTConfig, {"max_length": recipe.data.max_length}
@@ -187,7 +190,7 @@ def _trainer_of(recipe: Recipe) -> tuple[Any, Any, dict[str, Any]]:
     return _TokenizedDPO, DPOConfig, options
 
 
-def _arguments(recipe: Recipe, folder: Path, steps: int, *, tuned: bool) -> dict[str, Any]:
+def _arguments(recipe: PeerRecipe, folder: Path, steps: int, *, tuned: bool) -> dict[str, Any]:
     training = recipe.training
     warmup = training.warmup * steps if training.warmup < 1 else training.warmup
     return {
@@ -213,7 +216,7 @@ def _arguments(recipe: Recipe, folder: Path, steps: int, *, tuned: bool) -> dict
     }
 
 
-def _adapter(recipe: Recipe, base: BaseModel) -> PeftConfig | None:
+def _adapter(recipe: PeerRecipe, base: BaseModel) -> PeftConfig | None:
     """What TRL trains."""
     spec = recipe.adapter
     if b_rate(spec) != 1.0 or (isinstance(spec, FullSpec) and spec.freeze):
@@ -261,7 +264,7 @@ def _row(stage: str, document: Document) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _start_alike(model: Any, recipe: Recipe, base: BaseModel) -> None:
+def _start_alike(model: Any, recipe: PeerRecipe, base: BaseModel) -> None:
     """Give TRL's model the random weights that alignkit starts from."""
     ours = load_model(base, torch.float32)
     head = new_head(ours, recipe.seed) if recipe.stage == "reward" else None

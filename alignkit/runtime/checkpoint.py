@@ -98,7 +98,7 @@ def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     Returns:
         The checkpoint, or None, and a sentence for each torn one that was skipped.
     """
-    skipped = []
+    skipped: list[str] = []
     for candidate in reversed(_by_step(folder)):
         fault = _fault(candidate)
         if fault is None:

@@ -15,6 +15,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters.prefix import prefix_config, prefix_shape, start_prefix
@@ -89,7 +90,7 @@ def peft_config(
         return IA3Config(target_modules=targets, feedforward_modules=feedforward, task_type=task)
     return LoraConfig(
         r=spec.rank,
-        lora_alpha=spec.alpha,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # any number will do
         lora_dropout=spec.dropout,
         **_targets(model, spec, layers),
         use_rslora=spec.rslora,
@@ -133,7 +134,7 @@ def _token_rows(model: Any, ids: Sequence[int]) -> Any:
 
 
 def attach_adapter(
-    model: Any,
+    model: PreTrainedModel,
     spec: AnySpec,
     seed: int,
     new_tokens: Sequence[int] = (),
@@ -235,12 +236,16 @@ def _own_name(name: str, module: Any) -> str:
 def trainable_report(model: nn.Module) -> TrainableReport:
     """How many weights are trained, and in which modules."""
     modules: dict[tuple[str, int, int], int] = {}
+    key: tuple[str, int, int]
+    module: nn.Module
     for name, module in model.named_modules():
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         if isinstance(module, TrainableTokensLayer):
-            key = f"new rows of {name.rsplit('.', 2)[-2]}", *reversed(module.weight.shape)
+            rows, width = module.weight.shape
+            key = f"new rows of {name.rsplit('.', 2)[-2]}", width, rows
         elif isinstance(module, BaseTunerLayer) and trained:
-            key = _own_name(name, module), module.in_features, module.out_features
+            layer: Any = module
+            key = _own_name(name, layer), layer.in_features, layer.out_features
         elif isinstance(module, ModulesToSaveWrapper):
             key = f"all of {name.rsplit('.', 1)[-1]}", *_widths(module)
         elif isinstance(module, PrefixEncoder):

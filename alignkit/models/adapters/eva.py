@@ -241,7 +241,8 @@ def _find_inputs(
 
 def _require_variance(shares: Mapping[str, torch.Tensor], owner: Mapping[str, _Input]) -> None:
     for name, share in shares.items():
-        if not bool(torch.isfinite(share).all() and torch.isfinite(owner[name].pca.var_).all()):
+        variance: Any = owner[name].pca.var_
+        if not bool(torch.isfinite(share).all() and torch.isfinite(variance).all()):
             raise ModelError(
                 f"adapter.init = eva finds no directions in what {name} reads: it does not vary, "
                 "or is not finite",

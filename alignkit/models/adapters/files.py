@@ -16,6 +16,7 @@ from peft.utils import get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters.prefix import require_fitting_prefix
@@ -165,7 +166,7 @@ def read_adapter_config(folder: Path) -> Any:
     return config
 
 
-def load_adapter(model: Any, folder: Path) -> Any:
+def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
     """Base with an adapter from disk, for inference.
 
     Args:

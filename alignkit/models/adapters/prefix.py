@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import PrefixTuningConfig
 from peft.tuners import PrefixEncoder
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from alignkit.errors import ModelError
 from alignkit.models.attention.prefix import _SLIDING
@@ -34,7 +34,9 @@ STATES = "prompt_embeddings"
 _TEXT = "Read the request with care, and give an answer that is true, helpful and clear."
 
 
-def prefix_config(model: Any, spec: PrefixSpec, task: str = "CAUSAL_LM") -> PrefixTuningConfig:
+def prefix_config(
+    model: PreTrainedModel, spec: PrefixSpec, task: str = "CAUSAL_LM"
+) -> PrefixTuningConfig:
     """PEFT's configuration of a prefix.
 
     Args:
@@ -46,7 +48,8 @@ def prefix_config(model: Any, spec: PrefixSpec, task: str = "CAUSAL_LM") -> Pref
         ModelError: the model's layers do not all keep keys and values of one shape, or the prefix
             takes its whole context.
     """
-    sizes, text = _key_sizes(model), model.config.get_text_config()
+    text = model.config.get_text_config()
+    sizes: dict[str, Any] = {**_key_sizes(model)}
     context = int(getattr(text, "max_position_embeddings", 0) or 0)
     if context and spec.tokens >= context:
         raise ModelError(
@@ -59,12 +62,12 @@ def prefix_config(model: Any, spec: PrefixSpec, task: str = "CAUSAL_LM") -> Pref
         num_virtual_tokens=spec.tokens,
         num_transformer_submodules=1,
         prefix_projection=spec.projection,
-        encoder_hidden_size=spec.projection_width if spec.projection else None,
+        encoder_hidden_size=spec.projection_width if spec.projection else None,  # type: ignore[arg-type]
         task_type=task,
     )
 
 
-def _key_sizes(model: Any) -> dict[str, int]:
+def _key_sizes(model: PreTrainedModel) -> dict[str, int]:
     """Layers, key heads and numbers of a token's keys, under PEFT's names."""
     text = model.config.get_text_config()
     odd = _unlike_layers(text)
@@ -77,7 +80,7 @@ def _key_sizes(model: Any) -> dict[str, int]:
     return {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * width}
 
 
-def _no_prefix(model: Any, odd: str) -> ModelError:
+def _no_prefix(model: PreTrainedModel, odd: str) -> ModelError:
     return ModelError(
         "adapter.kind = prefix needs keys and values of one shape in every layer, and a "
         f"{model.config.get_text_config().model_type!r} model has {odd}",
@@ -86,7 +89,7 @@ def _no_prefix(model: Any, odd: str) -> ModelError:
 
 
 @torch.no_grad()
-def require_kept_keys(model: Any) -> None:
+def require_kept_keys(model: PreTrainedModel) -> None:
     """Refuse a base that keeps other keys than its configuration says.
 
     Args:
@@ -109,7 +112,7 @@ def require_kept_keys(model: Any) -> None:
             )
 
 
-def require_fitting_prefix(config: Any, model: Any, folder: Path) -> None:
+def require_fitting_prefix(config: PreTrainedConfig, model: PreTrainedModel, folder: Path) -> None:
     """Refuse a stored prefix for other layers than the base has: PEFT leaves the rest without.
 
     Args:
@@ -188,7 +191,7 @@ def start_words(spec: AnySpec, base: BaseModel, say: Callable[[str], None]) -> l
 
 
 @torch.no_grad()
-def text_states(model: Any, words: Sequence[int]) -> torch.Tensor:
+def text_states(model: PreTrainedModel, words: Sequence[int]) -> torch.Tensor:
     """`[P, L · 2 · K · D]` keys and values of some text, in the order in which PEFT stores them.
 
     Args:
@@ -225,5 +228,6 @@ def prefix_shape(encoder: PrefixEncoder) -> tuple[str, int, int]:
     """What is trained, its tokens, and the numbers that each of them has in all layers together."""
     tokens, width = encoder.embedding.num_embeddings, encoder.embedding.embedding_dim
     if encoder.prefix_projection:
-        return "prefix through a network", tokens, encoder.transform[-1].out_features
+        last: Any = encoder.transform[-1]
+        return "prefix through a network", tokens, last.out_features
     return "prefix", tokens, width

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters.attach import adapted_skeleton, peft_config, trainable_report
@@ -32,7 +32,7 @@ from alignkit.recipe.adapters import (
 from alignkit.recipe.facts import ModelFacts
 
 
-def build_skeleton(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
+def build_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model without storage, on the meta device.
 
     Raises:
@@ -40,7 +40,7 @@ def build_skeleton(config: Any, *, trust_remote_code: bool = False) -> nn.Module
     """
     try:
         with quiet_transformers(), torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code
             )
     except (ValueError, KeyError, ImportError) as error:
@@ -53,7 +53,7 @@ def build_skeleton(config: Any, *, trust_remote_code: bool = False) -> nn.Module
 
 
 def measure_model(
-    config: Any,
+    config: PreTrainedConfig,
     adapter: AnySpec,
     *,
     trust_remote_code: bool = False,
@@ -89,7 +89,7 @@ def measure_model(
     else:
         frozen = set(weights)
         trainable = 0
-        if new_tokens:
+        if new_tokens and not isinstance(adapter, PrefixSpec):
             require_free_vocabulary(model, adapter)
             ends = {id(m.weight): m.weight for m in vocabulary_ends(model).values()}
             trainable += new_tokens * sum(weight.shape[1] for weight in ends.values())
@@ -121,7 +121,7 @@ def measure_model(
     )
 
 
-def _trainable(model: nn.Module, spec: AnyAdapter, scalar_head: bool) -> int:
+def _trainable(model: PreTrainedModel, spec: AnyAdapter, scalar_head: bool) -> int:
     """Weights of the adapter that are trained; on a reward model's vocabulary head none is.
 
     PEFT puts its adapter on the model, whose weights have no storage, and it is counted.
@@ -136,6 +136,7 @@ def _trainable(model: nn.Module, spec: AnyAdapter, scalar_head: bool) -> int:
         spec = spec.model_copy(update={"init": "default"})
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     trained = trainable_report(adapted_skeleton(model, spec)).trainable
+    module: nn.Module
     for module in model.modules():
         if scalar_head and isinstance(module, BaseTunerLayer) and module.get_base_layer() is head:
             trained -= sum(w.numel() for w in module.parameters() if w.requires_grad)

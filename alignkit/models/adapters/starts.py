@@ -65,7 +65,7 @@ def start_factors(
             continue
         base = layer.get_base_layer()
         rank, scale = layer.r["default"], layer.scaling["default"]
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        a, b = _weight(layer.lora_A["default"]), _weight(layer.lora_B["default"])
         stored = name.removeprefix("base_model.model.") + ".weight"
         if spec.init == "eva":
             if given is None:
@@ -95,6 +95,11 @@ def start_factors(
         b.copy_(torch.cat([second, -second], dim=1))
         _hold(a, (slice(half, None), slice(None)))
         _hold(b, (slice(None), slice(half, None)))
+
+
+def _weight(factor: Any) -> nn.Parameter:
+    weight: nn.Parameter = factor.weight
+    return weight
 
 
 def _largest(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -93,7 +93,7 @@ def recompute_as_run(model: nn.Module) -> Any:
     return contexts
 
 
-def add_adapter(model: Any, name: str, config: LoraConfig, seed: int) -> None:
+def add_adapter(model: PeftModel, name: str, config: LoraConfig, seed: int) -> None:
     """Put a further adapter on a PEFT model; it is not active and not trained yet.
 
     Args:
@@ -108,7 +108,7 @@ def add_adapter(model: Any, name: str, config: LoraConfig, seed: int) -> None:
     use_fast_lora(model)
 
 
-def add_stored_adapter(model: Any, name: str, folder: Path) -> None:
+def add_stored_adapter(model: PeftModel, name: str, folder: Path) -> None:
     """Put an adapter from disk on a PEFT model, without the head that may be stored with it.
 
     Args:
@@ -164,7 +164,7 @@ def freeze_head_adapter(model: Any, name: str) -> None:
         model: carries the adapter.
         name: of the adapter.
     """
-    head = model.get_base_model().get_output_embeddings()
+    head: nn.Module = model.get_base_model().get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
         for part, weight in head.named_parameters():
             if f".{name}." in part:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -201,7 +201,7 @@ def whole_mask(*args: Any, **options: Any) -> torch.Tensor | None:
 
 
 @contextlib.contextmanager
-def cached_forward(inner: Any) -> Iterator[None]:
+def cached_forward(inner: PreTrainedModel) -> Iterator[None]:
     """The model attends over a cache for the length of the block.
 
     Args:

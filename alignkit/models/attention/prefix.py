@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft.tuners import PrefixEncoder
 from torch import nn
+from transformers import PreTrainedConfig
 
 from alignkit.errors import ModelError
 
@@ -46,7 +47,8 @@ def prefix_states(model: Any) -> torch.Tensor | None:
     heads = config.num_attention_heads
     tokens = torch.arange(config.num_virtual_tokens, device=encoder.embedding.weight.device)
     flat: torch.Tensor = encoder(tokens)
-    return flat.unflatten(1, (config.num_layers, 2, heads, -1)).permute(1, 2, 3, 0, 4)
+    states: torch.Tensor = flat.unflatten(1, (config.num_layers, 2, heads, -1))
+    return states.permute(1, 2, 3, 0, 4)
 
 
 def _active(model: Any) -> Any:
@@ -58,7 +60,7 @@ def _active(model: Any) -> Any:
     return None if encoder._disable_adapters else encoder
 
 
-def has_window(config: Any) -> bool:
+def has_window(config: PreTrainedConfig) -> bool:
     """Whether a layer sees only so many keys back.
 
     Padding that stands between a prefix and a row's own tokens would push the prefix out of sight

@@ -57,7 +57,8 @@ def cpu_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     about = (segments, sliding_window, query.shape[1], key.shape[1], query.dtype)
     tokens = (x[0].transpose(0, 1) for x in (query, key, value))
-    output: torch.Tensor = _CpuAttention.apply(*tokens, attention_blocks.layout(*about), scale)
+    layout = attention_blocks.layout(*about)
+    output: torch.Tensor = _CpuAttention.apply(*tokens, layout, scale)  # type: ignore[no-untyped-call]
     return output[None]
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AddedToken
+from transformers import AddedToken, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
 from alignkit.recipe.rope import RopeSpec
@@ -34,7 +33,7 @@ class BaseChanges:
 UNCHANGED = BaseChanges()
 
 
-def scale_positions(config: Any, rope: RopeSpec) -> None:
+def scale_positions(config: PreTrainedConfig, rope: RopeSpec) -> None:
     """Put scaled positions into a configuration, as transformers and vLLM read them.
 
     Args:
@@ -68,7 +67,7 @@ def scale_positions(config: Any, rope: RopeSpec) -> None:
     text.rope_parameters = {**stored, "full_attention": own} if per_kind else own
 
 
-def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[list[int]]:
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[list[int]]:
     """Let texts be one token each.
 
     Args:
@@ -100,7 +99,7 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[list[int]]:
     return pieces
 
 
-def new_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+def new_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
     """Ids of added tokens."""
     return [int(index) for index in tokenizer.convert_tokens_to_ids(list(tokens))]
 
@@ -124,7 +123,7 @@ def grow(weight: torch.Tensor, ids: Sequence[int], pieces: Sequence[Sequence[int
     return grown
 
 
-def grow_model(model: Any, ids: Sequence[int], pieces: Sequence[Sequence[int]]) -> None:
+def grow_model(model: PreTrainedModel, ids: Sequence[int], pieces: Sequence[Sequence[int]]) -> None:
     """Give a model's embedding and output head rows for new tokens; see `grow`."""
     with torch.no_grad():
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

@@ -18,6 +18,9 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from alignkit.errors import ModelError
@@ -146,7 +149,7 @@ def _reading(base: BaseModel, what: str) -> Iterator[None]:
         ) from error
 
 
-def load_tokenizer(base: BaseModel, template: str | None = None) -> Any:
+def load_tokenizer(base: BaseModel, template: str | None = None) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Args:
@@ -180,7 +183,7 @@ def token_rows(base: BaseModel) -> tuple[list[int], list[list[int]]]:
     return new_ids(tokenizer, tokens), pieces
 
 
-def load_config(base: BaseModel) -> Any:
+def load_config(base: BaseModel) -> PreTrainedConfig:
     """The model's configuration."""
     with _reading(base, "the configuration"):
         config = AutoConfig.from_pretrained(base.location, **base.options)
@@ -197,7 +200,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     quantization: str = "none",
-) -> Any:
+) -> PreTrainedModel:
     """The model's weights.
 
     Args:
@@ -222,7 +225,7 @@ def load_model(
 
 def _load_unchanged(
     base: BaseModel, dtype: torch.dtype, device: torch.device | str, quantization: str
-) -> Any:
+) -> PreTrainedModel:
     """Weights as they are stored, positions as they are scaled."""
     options = dict(base.options)
     if base.changes.rope is not None:
@@ -251,7 +254,7 @@ def _load_quantized(
     device: torch.device | str,
     quantization: str,
     options: dict[str, Any],
-) -> Any:
+) -> PreTrainedModel:
     if base.gguf:
         raise ModelError(
             f"{base.name} is a GGUF file, which model.quantization = {quantization} cannot read",
@@ -275,7 +278,7 @@ def _load_quantized(
     return model.eval()
 
 
-def _forget_gguf(model: Any) -> None:
+def _forget_gguf(model: PreTrainedModel) -> None:
     """Clear the marks that make transformers refuse to save dequantized weights."""
     model.hf_quantizer = None
     model.is_quantized = False

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from alignkit.errors import ModelError
 from alignkit.models.base.fitness import require_language_model
@@ -175,7 +175,7 @@ def _settings(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _load(place: str, device: str, dtype: torch.dtype, **options: Any) -> Any:
+def _load(place: str, device: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     try:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
@@ -191,13 +191,13 @@ def _load(place: str, device: str, dtype: torch.dtype, **options: Any) -> Any:
     return model.eval()
 
 
-def count_quantized(model: Any) -> int:
+def count_quantized(model: PreTrainedModel) -> int:
     """How many linear layers bitsandbytes holds."""
     kinds = ("Linear8bitLt", "Linear4bit")
     return sum(type(module).__name__ in kinds for module in model.modules())
 
 
-def _require_same(model: Any, read_back: Any) -> None:
+def _require_same(model: PreTrainedModel, read_back: PreTrainedModel) -> None:
     """Hold what is on disk against what was quantized, packed bits and scales alike."""
     wanted, stored = model.state_dict(), read_back.state_dict()
     for name in wanted.keys() | stored.keys():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
 from alignkit.models.base.fitness import require_language_model
@@ -192,7 +192,7 @@ def local_folder(base: BaseModel) -> Path:
         ) from error
 
 
-def stop_ids(base: BaseModel, tokenizer: Any) -> list[int]:
+def stop_ids(base: BaseModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end an answer: EOS of the tokenizer, and those of the generation settings."""
     try:
         ids = GenerationConfig.from_pretrained(base.location).eos_token_id

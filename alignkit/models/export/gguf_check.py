@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from alignkit.errors import ModelError
 from alignkit.models.base.loading import BaseModel, load_model
@@ -24,6 +30,7 @@ from alignkit.models.export.gguf_settings import Settings
 from alignkit.models.export.gguf_tokens import CONTROL, Vocabulary, tokenizer_from
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.weights.comparing import Closeness, Sample, closeness, read_logits
+from alignkit.packed import IntArray
 
 _FAILING = "the disk may be full or failing; nothing was kept"
 
@@ -93,7 +100,10 @@ def check_settings(file: WrittenFile, architecture: str, settings: Settings) -> 
 
 
 def check_tokenizer(
-    file: WrittenFile, vocabulary: Vocabulary, tokenizer: Any, rows: Sequence[Sequence[int]]
+    file: WrittenFile,
+    vocabulary: Vocabulary,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[IntArray],
 ) -> int:
     """Cut text with the tokenizer that the file describes and with the model's own.
 
@@ -135,7 +145,7 @@ def check_tokenizer(
     return len(texts)
 
 
-def load_back(path: Path, config: Any) -> Any:
+def load_back(path: Path, config: PreTrainedConfig) -> Any:
     """The file as transformers reads it, in float32; None where it does not know the architecture.
 
     Args:
@@ -170,7 +180,7 @@ def load_back(path: Path, config: Any) -> Any:
         ).eval()
 
 
-def _as_read(config: Any, stated: Any) -> Any:
+def _as_read(config: PreTrainedConfig, stated: Any) -> Any:
     """The source's configuration, of the class that transformers takes the file for."""
     if config.model_type == stated.model_type:
         return copy.deepcopy(config)
@@ -180,7 +190,7 @@ def _as_read(config: Any, stated: Any) -> Any:
 
 
 def check_logits(
-    path: Path, base: BaseModel, config: Any, samples: Sequence[Sample], wanted: str
+    path: Path, base: BaseModel, config: PreTrainedConfig, samples: Sequence[Sample], wanted: str
 ) -> Closeness | None:
     """Hold the file's logits against the source's, both in float32.
 

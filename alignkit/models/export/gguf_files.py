@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from alignkit.models.export.gguf_tokens import Vocabulary
 try:
     import gguf
 except ImportError:  # an extra
-    gguf = None
+    gguf = None  # type: ignore[assignment]
 
 TYPES = ("f16", "q8_0", "bf16", "f32")
 """What `--type` takes."""
@@ -181,7 +181,9 @@ class WrittenFile:
 
     def __init__(self, path: Path) -> None:
         reader = gguf.GGUFReader(str(path))
-        self.fields = {name: field.contents() for name, field in reader.fields.items()}
+        self.fields: dict[str, Any] = {
+            name: field.contents() for name, field in reader.fields.items()
+        }
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def names(self) -> set[str]:
@@ -206,7 +208,7 @@ class WrittenFile:
 
     def vocabulary(self) -> Vocabulary:
         """The tokenizer that the file describes."""
-        get = self.fields.get
+        get: Callable[[str], Any] = self.fields.get
         ids = {name: get(f"tokenizer.ggml.{key}_token_id") for name, key in _ID_KEYS.items()}
         return Vocabulary(
             kind=get("tokenizer.ggml.model"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from alignkit.errors import ModelError
 from alignkit.models.quiet import quiet_transformers
@@ -22,7 +22,7 @@ from alignkit.models.quiet import quiet_transformers
 try:
     import gguf
 except ImportError:  # an extra: only exports to GGUF and reading it need it
-    gguf = None
+    gguf = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class PlannedTensor:
     plus_one: bool = False
 
 
-def family_of(config: Any) -> Family:
+def family_of(config: PreTrainedConfig) -> Family:
     """What the model becomes in the format.
 
     Raises:
@@ -122,7 +122,8 @@ class SourceWeights:
     def read(self, name: str) -> torch.Tensor:
         """One tensor in float32, which holds every stored dtype exactly."""
         with _opened(self.place[name]) as file:
-            return file.get_tensor(name).float()
+            weight: torch.Tensor = file.get_tensor(name)
+            return weight.float()
 
 
 def _opened(path: Path) -> Any:
@@ -134,7 +135,7 @@ def _opened(path: Path) -> Any:
         ) from None
 
 
-def plan_tensors(config: Any, weights: SourceWeights) -> list[PlannedTensor]:
+def plan_tensors(config: PreTrainedConfig, weights: SourceWeights) -> list[PlannedTensor]:
     """Every tensor of the file, in the order of the layers.
 
     Args:
@@ -166,7 +167,7 @@ def plan_tensors(config: Any, weights: SourceWeights) -> list[PlannedTensor]:
     return [_planned(name, shape, config, family, names) for name, shape in expected.items()]
 
 
-def _expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"), quiet_transformers():
         model = AutoModelForCausalLM.from_config(config)
     shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
@@ -176,7 +177,7 @@ def _expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _planned(
-    source: str, shape: tuple[int, ...], config: Any, family: Family, names: Any
+    source: str, shape: tuple[int, ...], config: PreTrainedConfig, family: Family, names: Any
 ) -> PlannedTensor:
     target = names.get_name(source, try_suffixes=(".weight", ".bias"))
     if target is None:
@@ -216,7 +217,7 @@ def turn_rows(weight: torch.Tensor, heads: int) -> torch.Tensor:
         weight: `[heads * D, ...]`, or a bias `[heads * D]`.
         heads: of the queries or of the keys.
     """
-    halves = weight.unflatten(0, (heads, 2, -1))
+    halves: torch.Tensor = weight.unflatten(0, (heads, 2, -1))
     return halves.transpose(1, 2).flatten(0, 2).contiguous()
 
 

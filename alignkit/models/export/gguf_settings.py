@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from alignkit.errors import ModelError
@@ -39,7 +40,7 @@ class Settings:
     notes: list[str] = field(default_factory=list)
 
 
-def settings_of(config: Any) -> Settings:
+def settings_of(config: PreTrainedConfig) -> Settings:
     """The settings of a model.
 
     Args:
@@ -73,7 +74,7 @@ def settings_of(config: Any) -> Settings:
     return settings
 
 
-def head_width(config: Any) -> int:
+def head_width(config: PreTrainedConfig) -> int:
     """D, the width of one attention head."""
     width = getattr(config, "head_dim", None)
     return int(width or config.hidden_size // config.num_attention_heads)
@@ -86,7 +87,7 @@ def _refuse(what: str, value: Any, rule: str) -> None:
     )
 
 
-def _refuse_unknown(config: Any, family: Family) -> None:
+def _refuse_unknown(config: PreTrainedConfig, family: Family) -> None:
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != family.activation:
         _refuse("hidden_act", activation, f"{family.activation} for {family.title}")
@@ -111,7 +112,7 @@ def _refuse_unknown(config: Any, family: Family) -> None:
         _refuse("use_bidirectional_attention", True, "False")
 
 
-def _add_rope(settings: Settings, config: Any, family: Family) -> None:
+def _add_rope(settings: Settings, config: PreTrainedConfig, family: Family) -> None:
     rope = dict(config.rope_parameters)
     if "full_attention" in rope:
         local = rope["sliding_attention"]
@@ -154,8 +155,8 @@ def _add_rope(settings: Settings, config: Any, family: Family) -> None:
 _WHOLE_HEAD = ("partial_rotary_factor", 1.0)
 
 
-def _add_window(settings: Settings, config: Any, family: Family) -> None:
-    window = getattr(config, "sliding_window", None)
+def _add_window(settings: Settings, config: PreTrainedConfig, family: Family) -> None:
+    window: Any = getattr(config, "sliding_window", None)
     layers = list(getattr(config, "layer_types", None) or [])
     slides = [kind == "sliding_attention" for kind in layers]
     if family.architecture in SWA_PERIOD:

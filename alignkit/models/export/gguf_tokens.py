@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import generate_merges
 
 from alignkit.errors import ModelError
@@ -76,7 +77,9 @@ class Vocabulary:
     notes: list[str] = field(default_factory=list)
 
 
-def vocabulary_of(tokenizer: Any, rows: int, stops: Sequence[int]) -> Vocabulary:
+def vocabulary_of(
+    tokenizer: PreTrainedTokenizerBase, rows: int, stops: Sequence[int]
+) -> Vocabulary:
     """A tokenizer in the format's terms.
 
     Args:
@@ -133,7 +136,7 @@ def _unknown(why: str) -> ModelError:
     )
 
 
-def _tokens(tokenizer: Any, rows: int) -> list[str]:
+def _tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
     by_id = {number: text for text, number in tokenizer.get_vocab().items()}
     if max(by_id) >= rows:
         raise ModelError(
@@ -178,10 +181,12 @@ def _cuts(step: dict[str, Any] | None) -> list[str]:
 
 
 def _merges(about: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
-        tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair)
-        for pair in about["model"]["merges"]
-    ]
+    return [_halves(pair) for pair in about["model"]["merges"]]
+
+
+def _halves(pair: str | Sequence[str]) -> tuple[str, str]:
+    first, second = pair.split(" ", 1) if isinstance(pair, str) else pair
+    return first, second
 
 
 def _merges_reach_all(about: dict[str, Any]) -> bool:
@@ -234,14 +239,14 @@ def _scores(about: dict[str, Any], tokens: list[str]) -> list[float]:
     return [-float(ranks[text]) if text in ranks else bottom for text in tokens]
 
 
-def _special(tokenizer: Any, stops: Sequence[int]) -> dict[str, int]:
+def _special(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> dict[str, int]:
     found = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     turn_ends = [stop for stop in stops if stop != found["eos"]]
     found["eot"] = turn_ends[0] if turn_ends else None
     return {name: int(number) for name, number in found.items() if number is not None}
 
 
-def _adds_bos(tokenizer: Any) -> bool:
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     ids = tokenizer("a")["input_ids"]
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         raise _unknown("it puts EOS behind every text")
@@ -253,7 +258,7 @@ def tokenizer_from(vocabulary: Vocabulary) -> Tokenizer:
     vocab = {text: number for number, text in enumerate(vocabulary.tokens)}
     if vocabulary.kind == "gpt2":
         cuts, whole_words = CUTS[vocabulary.cut]
-        merges = [tuple(pair.split(" ", 1)) for pair in vocabulary.merges]
+        merges = [_halves(pair) for pair in vocabulary.merges]
         built = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=whole_words))
         steps = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts]
         bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -267,7 +272,7 @@ def tokenizer_from(vocabulary: Vocabulary) -> Tokenizer:
                 vocab=vocab, merges=merges, byte_fallback=True, unk_token=unknown, fuse_unk=True
             )
         )
-        spaces = [normalizers.Replace(" ", "▁")]
+        spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
         if vocabulary.add_space:
             spaces.insert(0, normalizers.Prepend("▁"))
         built.normalizer = normalizers.Sequence(spaces)

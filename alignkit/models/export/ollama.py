@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jinja2
+from transformers import PreTrainedTokenizerBase
 
 Turn = dict[str, str]
 
@@ -125,7 +125,7 @@ PROBES = ((_QUESTION,), (_QUESTION, _ANSWER, _AGAIN))
 """Conversations any template renders; a system turn is tried besides."""
 
 
-def recognise(tokenizer: Any) -> Recognised | None:
+def recognise(tokenizer: PreTrainedTokenizerBase) -> Recognised | None:
     """The format of the model's chat template; None where it is not known or there is none.
 
     Args:
@@ -151,7 +151,7 @@ def recognise(tokenizer: Any) -> Recognised | None:
     return None
 
 
-def _render(tokenizer: Any, turns: Sequence[Turn]) -> str | None:
+def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> str | None:
     try:
         return str(
             tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)

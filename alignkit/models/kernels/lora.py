@@ -126,7 +126,7 @@ def use_fast_lora(model: nn.Module) -> int:
     Returns:
         Number of layers that do.
     """
-    eligible = [module for module in model.modules() if _is_eligible(module)]
+    eligible: list[Any] = [module for module in model.modules() if _is_eligible(module)]
     for module in eligible:
         module.readers = Readers([module])
         module.forward = functools.partial(_forward, module)
@@ -152,7 +152,7 @@ def fixed_factors(model: nn.Module) -> Iterator[None]:
     Args:
         model: carries LoRA layers.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         layer.kept_groups = {}
     try:
@@ -231,10 +231,11 @@ def _computes(layer: Any, name: str, dtype: torch.dtype) -> bool:
 
 
 def _is_eligible(module: nn.Module) -> bool:
+    kind: type = type(module)
     if not isinstance(module, LoraLayer) or not hasattr(module, "get_base_layer"):
         return False
     base = module.get_base_layer()
-    plain = type(module) is LoraLinear and type(base) is nn.Linear
+    plain = kind is LoraLinear and type(base) is nn.Linear
     if not plain and not (isinstance(base, nn.Linear) and is_quantized(base)):
         return False
     return not (
@@ -253,7 +254,8 @@ def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
     if args or kwargs or module.merged or (len(names) != 1 and not module.disable_adapters):
         output: torch.Tensor = type(module).forward(module, x, *args, **kwargs)
         return output
-    taken = None if module.disable_adapters else module.readers.take(module, names[0], x)
+    readers: Readers = module.readers
+    taken = None if module.disable_adapters else readers.take(module, names[0], x)
     if taken is not None:
         return taken
     base = module.get_base_layer()
@@ -265,14 +267,16 @@ def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
         return plain.view(*x.shape[:-1], -1)
     name = names[0]
     layers, frozen, factors = _group(module, name, flat.dtype)
+    outputs: Sequence[torch.Tensor]
     if torch.is_grad_enabled():
         pairs = ((layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers)
-        outputs = _LoraProduct.apply(flat, frozen, factors, *itertools.chain(*pairs))
+        weights = itertools.chain(*pairs)
+        outputs = _LoraProduct.apply(flat, frozen, factors, *weights)  # type: ignore[no-untyped-call]
     else:
         outputs, _ = _products(flat, frozen, factors)
     first, *others = (y.view(*x.shape[:-1], -1) for y in outputs)
-    if module is module.readers.layers[0]:
-        module.readers.give(layers[1:], name, x, others)
+    if module is readers.layers[0]:
+        readers.give(layers[1:], name, x, others)
     return first
 
 

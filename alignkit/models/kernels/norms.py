@@ -87,7 +87,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
         its dtype, because products read it.
     """
     dtype = _output_dtype(x, weight)
-    y: torch.Tensor = _RmsNorm.apply(x.reshape(-1, x.shape[-1]), weight, epsilon, dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    y: torch.Tensor = _RmsNorm.apply(flat, weight, epsilon, dtype)  # type: ignore[no-untyped-call]
     return y.view(x.shape)
 
 

@@ -52,7 +52,7 @@ def widen_layer_norms(model: nn.Module) -> int:
     """
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     for norm in norms:
-        norm.forward = functools.partial(_in_wider_dtype, norm)
+        norm.forward = functools.partial(_in_wider_dtype, norm)  # type: ignore[method-assign]
     return len(norms)
 
 

@@ -48,7 +48,8 @@ def dense_weight(layer: Any) -> torch.Tensor:
         return dense
     # In float32 between: a mixed product of torch takes four times as long on a processor.
     scales = weight.SCB[:, None] / _INT8_STEPS
-    return weight.data.float().mul_(scales).to(layer.compute_dtype)
+    wide: torch.Tensor = weight.data.float()
+    return wide.mul_(scales).to(layer.compute_dtype)
 
 
 def weight_dtype(layer: Any) -> torch.dtype:
@@ -64,10 +65,10 @@ def multiply_dense(model: nn.Module, dtype: torch.dtype) -> None:
         model: as transformers loaded it.
         dtype: of the products.
     """
-    for module in model.modules():
-        if is_quantized(module):
-            module.compute_dtype = dtype
-            module.forward = functools.partial(_forward, module)
+    layers: list[Any] = [module for module in model.modules() if is_quantized(module)]
+    for layer in layers:
+        layer.compute_dtype = dtype
+        layer.forward = functools.partial(_forward, layer)
 
 
 class _DenseProduct(torch.autograd.Function):
@@ -88,7 +89,7 @@ class _DenseProduct(torch.autograd.Function):
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     flat = x.to(layer.compute_dtype).reshape(-1, x.shape[-1])
-    y = _DenseProduct.apply(flat, layer)
+    y = _DenseProduct.apply(flat, layer)  # type: ignore[no-untyped-call]
     y = y if layer.bias is None else y + layer.bias
     output: torch.Tensor = y.view(*x.shape[:-1], -1)
     return output

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from alignkit.errors import ModelError
@@ -19,7 +20,7 @@ except ImportError:  # an extra: only quantized bases need it
 
 
 def as_trained(
-    skeleton: Any, weight: Callable[[str], torch.Tensor], kind: str, dtype: torch.dtype
+    skeleton: PreTrainedModel, weight: Callable[[str], torch.Tensor], kind: str, dtype: torch.dtype
 ) -> Callable[[str], torch.Tensor]:
     """Weights of the base that the adapters were trained over.
 
@@ -43,7 +44,7 @@ def as_trained(
     return found
 
 
-def quantized_names(skeleton: Any) -> set[str]:
+def quantized_names(skeleton: PreTrainedModel) -> set[str]:
     """Names of the weights that transformers quantizes: those of linear layers but the head."""
     kept = set(get_keys_to_not_convert(skeleton))
     return {

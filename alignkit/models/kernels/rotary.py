@@ -80,12 +80,12 @@ def rotate(
     """
     count, half = len(query), sin.shape[-1] // 2
     signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-    angles = [x.expand(count, -1, -1).flatten(0, 1) for x in (cos, signed)]
+    cosines, sines = (x.expand(count, -1, -1).flatten(0, 1) for x in (cos, signed))
     turn = _Rotation.apply if torch.is_grad_enabled() else _turn
     outputs = []
     for x in (query, key):
         tokens = x.transpose(1, 2)  # as the projection wrote them
-        turned = turn(tokens.flatten(0, 1), *angles, product_dtype(cos))
+        turned = turn(tokens.flatten(0, 1), cosines, sines, product_dtype(cos))
         outputs.append(turned.view(tokens.shape).transpose(1, 2))
     return outputs[0], outputs[1]
 
@@ -126,7 +126,7 @@ def _chosen(own: Any, query: Any, key: Any, cos: Any, sin: Any, *args: Any, **op
     return rotate(query, key, cos, sin)
 
 
-def _is_eligible(module: nn.Module) -> bool:
+def _is_eligible(module: Any) -> bool:
     forward = type(module).forward
     if not isinstance(forward, types.FunctionType) or inspect.unwrap(forward) is not forward:
         return False

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from alignkit.models.kernels.precision import product_dtype
 
@@ -51,7 +52,7 @@ class TokenScores:
     correct: torch.Tensor
 
 
-def logit_transform(config: Any) -> LogitTransform:
+def logit_transform(config: PreTrainedConfig) -> LogitTransform:
     """The transform that a model's configuration names, as far as alignkit knows the names.
 
     The start-up check of the scorer compares the outcome with the model's own logits, so a name
@@ -88,7 +89,7 @@ def score_targets(
     if type(head) is not nn.Linear:
         return _score_with_module(hidden, head, targets, transform)
     weight = head.weight
-    logprobs, correct = _ChunkedLogProbs.apply(
+    logprobs, correct = _ChunkedLogProbs.apply(  # type: ignore[no-untyped-call]
         hidden.to(product_dtype(hidden)), weight, head.bias, targets, transform
     )
     return TokenScores(logprobs, correct)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from alignkit.errors import ModelError, RoundingError
 from alignkit.models.adapters.files import load_adapter, read_weights, trained_over
@@ -235,7 +235,11 @@ def stored_weights(base: BaseModel) -> Weights:
 
 
 def read_merged(
-    folder: Path, kind: Any, config: Any, read: Callable[[Any], torch.Tensor], **options: Any
+    folder: Path,
+    kind: Any,
+    config: PreTrainedConfig,
+    read: Callable[[Any], torch.Tensor],
+    **options: Any,
 ) -> torch.Tensor:
     """What `read` finds in a written model, layer by layer in float32.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from alignkit.models.base.loading import BaseModel, load_tokenizer
 from alignkit.models.merging.dense import MergedWeights, Onto, read_merged
@@ -50,7 +50,7 @@ def merge_adapter(
     *,
     rows: Sequence[IntArray],
     dtype: torch.dtype,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     stop_tokens: Sequence[int] = (),
     overwrite: bool = False,
     onto: Onto = "auto",
@@ -120,7 +120,11 @@ def _loss_drift(samples: Sequence[Sample], trained: torch.Tensor, original: torc
 
 
 def write_dense(
-    model: Any, tokenizer: Any, output: Path, dtype: torch.dtype, stop_tokens: Sequence[int]
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    dtype: torch.dtype,
+    stop_tokens: Sequence[int],
 ) -> None:
     """Write a model whose weights were all trained, and read it back bit for bit.
 

@@ -95,9 +95,9 @@ class Updates:
                     # A wrapper around each parameter, inside one another: the outer one comes first
                     found[position] = found[position] or (name, [])
                     found[position][1].append(module)  # type: ignore[index]
-            for name, weight in given_weights(model).items():
+            for name, given in given_weights(model).items():
                 if name.rpartition(".")[0] not in self._layers:  # else merged with its layer
-                    self._replace(name, weight)
+                    self._replace(name, given)
         self._kept: tuple[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = ("", {})
 
     @property

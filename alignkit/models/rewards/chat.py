@@ -6,8 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
 
-def choose_padding(tokenizer: Any, stop_tokens: Sequence[int]) -> str | None:
+
+def choose_padding(tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int]) -> str | None:
     """A special token that ends no answer and stands in no chat.
 
     Args:
@@ -24,7 +26,7 @@ def choose_padding(tokenizer: Any, stop_tokens: Sequence[int]) -> str | None:
     return None
 
 
-def missing_end(tokenizer: Any, stop_tokens: Sequence[int]) -> str:
+def missing_end(tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int]) -> str:
     """EOS, where answers were trained to end with it and the chat template does not write it."""
     stops = tokenizer.convert_ids_to_tokens(list(stop_tokens))
     if not tokenizer.chat_template or tokenizer.eos_token not in stops:

@@ -16,7 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from alignkit.errors import ModelError, RoundingError
 from alignkit.models.base.loading import BaseModel, load_tokenizer
@@ -95,7 +100,7 @@ def merge_reward(
     *,
     rows: Sequence[IntArray],
     dtype: torch.dtype,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     stop_tokens: Sequence[int] = (),
     overwrite: bool = False,
     onto: Onto = "auto",
@@ -150,9 +155,9 @@ def merge_reward(
 
 
 def write_reward(
-    model: Any,
+    model: PreTrainedModel,
     head: nn.Linear,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     output: Path,
     dtype: torch.dtype,
     rows: Sequence[IntArray],
@@ -184,7 +189,7 @@ def write_reward(
         return _compare(output, dtype, pad, exact, _classify(found.float(), samples))
 
 
-def require_classifier(config: Any) -> None:
+def require_classifier(config: PreTrainedConfig) -> None:
     """Refuse an architecture that transformers has no sequence classifier for.
 
     Raises:
@@ -199,7 +204,7 @@ def require_classifier(config: Any) -> None:
         )
 
 
-def classifier_config(config: Any) -> Any:
+def classifier_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration of a language model as that of a classifier with one label.
 
     Raises:
@@ -211,7 +216,7 @@ def classifier_config(config: Any) -> Any:
     return config
 
 
-def build_classifier(model: Any, head: nn.Linear) -> Any:
+def build_classifier(model: PreTrainedModel, head: nn.Linear) -> PreTrainedModel:
     """The language model's decoder under a classification head with one label.
 
     Args:
@@ -230,7 +235,9 @@ def build_classifier(model: Any, head: nn.Linear) -> Any:
     return classifier
 
 
-def _prepare(config: Any, tokenizer: Any, stop_tokens: Sequence[int]) -> tuple[Any, str | None]:
+def _prepare(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int]
+) -> tuple[Any, str | None]:
     """The tokenizer of a classifier and its padding token, which the configuration gets too."""
     tokenizer = copy.deepcopy(tokenizer)
     pad = choose_padding(tokenizer, stop_tokens)
@@ -288,7 +295,8 @@ def _rewards(model: Any, head: nn.Linear, samples: list[torch.Tensor]) -> torch.
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in samples], batch_first=True)
     hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     last = hidden[torch.arange(len(samples)), torch.tensor([len(one) - 1 for one in samples])]
-    return head(last.float())[:, 0]
+    rewards: torch.Tensor = head(last.float())
+    return rewards[:, 0]
 
 
 @torch.no_grad()

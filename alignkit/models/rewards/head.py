@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters.files import HEAD_KEY
@@ -56,7 +57,7 @@ def read_statistics(folder: Path) -> RewardStatistics | None:
     return RewardStatistics(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def new_head(model: Any, seed: int) -> nn.Linear:
+def new_head(model: PreTrainedModel, seed: int) -> nn.Linear:
     """A fresh scalar head, drawn from N(0, 1 / (H + 1)) as in https://arxiv.org/abs/2009.01325.
 
     Args:

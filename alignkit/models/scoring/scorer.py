@@ -99,6 +99,10 @@ class Scorer(nn.Module):
         """A numpy array on the model's device."""
         return torch.from_numpy(array).to(next(self.causal.parameters()).device)
 
+    def places(self, batch: PackedBatch, *, targets: bool) -> torch.Tensor:
+        """Where states stand among those that layers read; see `TokenScorer.places`."""
+        raise NotImplementedError
+
     def rewards(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[S]` float32 rewards of `[S, H]` last hidden states."""
         assert self.head is not None

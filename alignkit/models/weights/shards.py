@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from alignkit.errors import ModelError
@@ -86,9 +87,12 @@ class HeldWeights(Mapping[str, torch.Tensor]):
         model: a transformers model.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._model, self.tied = model, dict(model.all_tied_weights_keys)
-        self._state = {n: w for n, w in model.state_dict().items() if n not in self.tied}
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
+        self._state: dict[str, torch.Tensor] = {
+            n: w for n, w in model.state_dict().items() if n not in self.tied
+        }
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._state[self.tied.get(name, name)]
@@ -112,7 +116,7 @@ Weights = StoredWeights | HeldWeights
 
 
 def open_weights(
-    base: BaseModel, skeleton: Any, resized: Collection[str] = (), kind: Any = None
+    base: BaseModel, skeleton: PreTrainedModel, resized: Collection[str] = (), kind: Any = None
 ) -> Weights:
     """The base's weights under the names that transformers gives them.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from transformers import PreTrainedConfig
 
 from alignkit.models.heap import release_memory
 from alignkit.models.quiet import quiet_transformers
@@ -17,7 +18,7 @@ _WRAPPERS = (".base_layer", ".original_module", ".token_adapter")
 """What PEFT puts into the names of the weights it wraps."""
 
 
-def build_without_weights(kind: Any, config: Any, **options: Any) -> Any:
+def build_without_weights(kind: Any, config: PreTrainedConfig, **options: Any) -> Any:
     """A model in float32 whose every weight is NaN and takes no memory; buffers are real.
 
     Args:

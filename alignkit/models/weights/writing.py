@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from alignkit.errors import ModelError
 from alignkit.models.base.loading import BaseModel, share_files
@@ -76,7 +81,10 @@ def is_plain_model(folder: Path) -> bool:
 
 
 def write_language_model(
-    model: Any, tokenizer: Any, folder: Path, stop_tokens: Sequence[int]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    stop_tokens: Sequence[int],
 ) -> Any:
     """Write weights, tokenizer, chat template and generation settings.
 
@@ -98,9 +106,9 @@ def write_language_model(
 
 def write_settings(
     base: BaseModel,
-    model: Any,
+    model: PreTrainedModel,
     dtype: torch.dtype,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     stop_tokens: Sequence[int] | None = None,
 ) -> None:
@@ -139,7 +147,9 @@ def _add_stops(settings: Any, stop_tokens: Sequence[int]) -> None:
     settings.eos_token_id = stops[0] if len(stops) == 1 else stops or None
 
 
-def write_and_read(model: Any, tokenizer: Any, folder: Path, kind: Any) -> Any:
+def write_and_read(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, kind: Any
+) -> Any:
     """Write a model and its tokenizer, and read the model back.
 
     Args:

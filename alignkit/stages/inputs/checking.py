@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.dataset import TokenDataset, load_dataset
 from alignkit.data.tokenize import TokenizeSettings
@@ -26,7 +26,7 @@ def check_rows(dataset: TokenDataset) -> Sequence[IntArray]:
     return [np.concatenate(piece).astype(np.int64) for piece in pieces]
 
 
-def file_rows(path: str | None, tokenizer: Any) -> Sequence[IntArray]:
+def file_rows(path: str | None, tokenizer: PreTrainedTokenizerBase) -> Sequence[IntArray]:
     """Token ids of rows from a file.
 
     Args:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.dataset import TokenDataset, count_overlap, load_dataset, split_dataset
 from alignkit.data.mismatch import with_mismatched
@@ -52,7 +53,7 @@ class Rows:
     """
 
     base: BaseModel
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     train: TokenDataset
     held_out: TokenDataset | None
 
@@ -80,7 +81,7 @@ class PromptRows:
     """
 
     base: BaseModel
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     train: PromptSet
     held_out: PromptSet | None
     rewards: dict[str, str] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters.files import has_head, is_plain_lora
@@ -53,7 +54,7 @@ class RewardModel:
 
 
 def find_reward_model(
-    spec: ModelReward, base: BaseModel, tokenizer: Any, *, can_share: bool
+    spec: ModelReward, base: BaseModel, tokenizer: PreTrainedTokenizerBase, *, can_share: bool
 ) -> RewardModel:
     """The reward model that a recipe names.
 
@@ -114,7 +115,11 @@ def require_reward_model(name: str) -> BaseModel:
 
 
 def _over_adapter(
-    spec: ModelReward, adapter: Path, base: BaseModel, tokenizer: Any, can_share: bool
+    spec: ModelReward,
+    adapter: Path,
+    base: BaseModel,
+    tokenizer: PreTrainedTokenizerBase,
+    can_share: bool,
 ) -> RewardModel | None:
     """The model as an adapter over the policy's base; None where it has to stand alone."""
     own = base_of_adapter(adapter, None)

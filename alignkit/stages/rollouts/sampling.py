@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.documents import Branch, Document
 from alignkit.data.prompts import Prompt, PromptSet
@@ -40,7 +40,7 @@ def sample(
     prompts: PromptSet,
     items: Sequence[int],
     engine: RolloutEngine,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     samples: int,
     seed: tuple[int, ...],

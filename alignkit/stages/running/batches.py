@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alignkit.data.dataset import Document, TokenDataset
+from alignkit.data.dataset import TokenDataset
+from alignkit.data.documents import Document
 from alignkit.data.packing import common_starts, split_documents, step_items
 from alignkit.recipe.planning.plan import Plan
 

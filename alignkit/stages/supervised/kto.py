@@ -9,7 +9,7 @@ beforehand, both answers are branches of one document.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def kto_stage(objective: KtoSpec, reference: Reference, num_items: int) -> Stage
         num_items: training rows.
     """
     fields = objective.model_dump(exclude={"kind"})
-    losses = functools.partial(kto_loss, **fields)
+    losses: Callable[..., torch.Tensor] = functools.partial(kto_loss, **fields)
 
     def measure(scorer: nn.Module, documents: Sequence[Document]) -> dict[str, torch.Tensor]:
         ratios = _mismatched_ratios(scorer, documents, reference)
