@@ -243,7 +243,7 @@ BAD = {
     "relative import": ("data/a.py", "from . import rows\n", "must not import relative_imports"),
     "whole recipe": (
         "runtime/a.py",
-        "from alignkit.recipe.stages.schema import SftRecipe\n",
+        "from alignkit.recipe.stages.sft import SftRecipe\n",
         "must not import recipe/stages",
     ),
     "utils": ("data/utils.py", "", "in the room whose noun it serves"),
