@@ -13,6 +13,7 @@ from typing import Any
 
 from standin.library import load_device
 
+os.environ["HF_HUB_OFFLINE"] = "1"
 load_device()  # before anything imports torch
 
 import torch  # noqa: E402
@@ -30,9 +31,9 @@ def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"HF_HUB_OFFLINE": "1", "ALIGNKIT_HOME": f"{folder}/home"}
+        os.environ["ALIGNKIT_HOME"] = f"{folder}/home"
         for run in options.runs:
-            found[run] = compare(run, Path(folder), options.steps)
+            found[run] = compare(run, Path(folder), options.steps, options.capability)
             show(run, found[run], options.sites)
     if options.json:
         checks = {"device": check_device(), "varlen": check_varlen()}
@@ -45,6 +46,7 @@ def parse() -> argparse.Namespace:
     every = [f"{stage}/float32" for stage in STAGES]
     parser.add_argument("runs", nargs="*", default=every, help="such as dpo/bfloat16 or sft/nf4")
     parser.add_argument("--steps", type=int, default=2, help="of training, after the same setup")
+    parser.add_argument("--capability", type=int, default=80, help="75, 80 or 90")
     parser.add_argument("--sites", type=int, default=0, help="most frequent waits and launches")
     parser.add_argument("--json", type=Path, help="file for all numbers and the stand-in's checks")
     return parser.parse_args()

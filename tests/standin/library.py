@@ -49,6 +49,8 @@ def _library() -> Path:
     name = hashlib.sha256(SOURCE.read_bytes() + version).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"alignkit-standin-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise RuntimeError(f"{folder} belongs to someone else")
     library = folder / f"{name}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:

@@ -27,7 +27,7 @@ _MAKERS: dict[str, Callable[..., Path]] = {
 STAGES = tuple(_MAKERS)
 
 
-def compare(run: str, folder: Path, steps: int) -> dict[str, Any]:
+def compare(run: str, folder: Path, steps: int, capability: int) -> dict[str, Any]:
     """Measurements of one run on both devices, and the counts of the second; ready for JSON.
 
     A packed row that does not reproduce the model is an error here. `attention: auto` would go on
@@ -37,6 +37,7 @@ def compare(run: str, folder: Path, steps: int) -> dict[str, Any]:
         run: STAGE/PRECISION, as `dpo/bfloat16`; `nf4` is a quantized base in float32.
         folder: for the tiny base and the run's own files.
         steps: of training, on each device.
+        capability: of the stand-in, such as 80.
     """
     stage, _, precision = run.partition("/")
     if not (folder / "base").exists():
@@ -52,11 +53,11 @@ def compare(run: str, folder: Path, steps: int) -> dict[str, Any]:
         training__max_steps=steps,
     )
     found: dict[str, Any] = {}
-    for name, where in (("cpu", contextlib.nullcontext), ("cuda", device)):
+    for name, where in (("cpu", contextlib.nullcontext()), ("cuda", device(capability))):
         os.environ["ALIGNKIT_DEVICE"] = name
         AcceleratorState._reset_state(True)
         counts.reset()
-        with where():
+        with where:
             summary = train(recipe, f"output={folder / stage / precision / name}")
         found[name] = without_times(Path(summary.output))
     kinds = {name: dict(counter.most_common()) for name, counter in vars(counts).items()}
