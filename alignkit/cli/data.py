@@ -10,12 +10,7 @@ import typer
 from alignkit.cli.generate import BaseOption, DtypeOption
 from alignkit.cli.output import print_json, say
 
-data = typer.Typer(help="Make preference pairs of a model's own answers.", no_args_is_help=True)
-
-
-@data.callback()
-def common() -> None:
-    """Make preference pairs of a model's own answers."""
+data = typer.Typer(no_args_is_help=True)
 
 
 @data.command("label")

@@ -9,7 +9,7 @@ import typer
 
 from alignkit.cli.output import print_json, say, stdout
 
-export = typer.Typer(help="Write a model for other programs, and check it.", no_args_is_help=True)
+export = typer.Typer(no_args_is_help=True)
 
 ModelArgument = Annotated[
     str,
@@ -17,11 +17,6 @@ ModelArgument = Annotated[
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
-
-
-@export.callback()
-def common() -> None:
-    """Write a model for other programs, and check it."""
 
 
 @export.command("gguf")

@@ -21,16 +21,6 @@ OverridesArgument = Annotated[
 ]
 
 
-STAGE_HELP = {
-    "sft": "Fine-tune on demonstrations, with prompt-masked loss.",
-    "reward": "Train a reward model on preference pairs (Bradley-Terry).",
-    "dpo": "Optimize preferences on pairs: DPO, IPO, SimPO, ORPO and relatives.",
-    "kto": "Optimize preferences on single answers labelled good or bad.",
-    "ppo": "Reinforcement learning from a reward model, a rule or a function, with a KL penalty.",
-}
-"""Stage -> what its command says about itself."""
-
-
 def train_command(stage: str) -> Callable[..., None]:
     """The command of one stage."""
 
@@ -74,5 +64,4 @@ def train_command(stage: str) -> Callable[..., None]:
         verb = "eval" if stage == "reward" else "chat"
         say(f"next: alignkit {verb} {summary.output}")
 
-    command.__doc__ = STAGE_HELP[stage]
     return command
