@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from alignkit.cli.output import print_json, say, stdout
+from alignkit.cli.versions import warn_of_versions
 
 export = typer.Typer(no_args_is_help=True)
 
@@ -32,6 +33,7 @@ def gguf(
     as_json: JsonOption = False,
 ) -> None:
     """Write one GGUF file, read back and compared, and a Modelfile: for llama.cpp and Ollama."""
+    warn_of_versions()
     from alignkit.stages.export import gguf_of
 
     _show(gguf_of(model, output=output, kind=kind, overwrite=overwrite), as_json)
@@ -48,6 +50,7 @@ def bnb(
     as_json: JsonOption = False,
 ) -> None:
     """Write a model folder quantized by bitsandbytes, read back and compared."""
+    warn_of_versions()
     from alignkit.stages.export import quantized_of
 
     _show(quantized_of(model, output=output, bits=bits, overwrite=overwrite), as_json)

@@ -11,6 +11,7 @@ import typer
 
 from alignkit.cli.launch import is_worker, launch_processes
 from alignkit.cli.output import print_json, say
+from alignkit.cli.versions import warn_of_versions
 
 RecipeArgument = Annotated[
     str, typer.Argument(help="Recipe file, or the name of a shipped one.", show_default=False)
@@ -44,6 +45,7 @@ def train_command(stage: str) -> Callable[..., None]:
         loaded = load_recipe(recipe, overrides, stage=stage)
         if processes > 1 and not is_worker():
             raise typer.Exit(launch_processes(processes))
+        warn_of_versions()
         from alignkit.stages.run import run_stage
         from alignkit.stages.session import RunOptions
 
