@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 from rich.text import Text
 
 from alignkit.cli.output import print_json, say, stdout
 from alignkit.errors import AlignkitError
 
-recipes = typer.Typer(help="Shipped recipes and what their keys mean.", no_args_is_help=True)
+recipes = typer.Typer(no_args_is_help=True)
 
 
 @recipes.command("list")
@@ -119,8 +117,11 @@ def _without_kinds(name: str) -> str:
 
 
 def _explanations(
-    model: type[BaseModel], parent: str
+    model: type[Any], parent: str
 ) -> typing.Iterator[tuple[str, tuple[str, str, str]]]:
+    from pydantic import BaseModel
+    from pydantic_core import PydanticUndefined
+
     from alignkit.recipe.reading.problems import choice_of, sections_of
 
     for name, field in model.model_fields.items():
@@ -162,7 +163,7 @@ def _plain(value: Any) -> str:
     return "{}" if isinstance(value, dict) else str(value)
 
 
-def _kind(annotation: Any, sections: list[type[BaseModel]]) -> str:
+def _kind(annotation: Any, sections: list[type[Any]]) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if sections:
         return "list of sections" if origin is tuple else "section"

@@ -1,4 +1,4 @@
-"""The stages there are: name -> its recipe class. A new stage is a line here.
+"""The stages there are: name -> its recipe class.
 
 Packages add theirs through the entry-point group `alignkit.stages`, which names a recipe class
 without torch; that names its definition as a string.
@@ -11,17 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from alignkit.errors import AlignkitError
 from alignkit.recipe.stages.base import Recipe
-
-GROUP = "alignkit.stages"
-
-BUILT_IN = {
-    "sft": "alignkit.recipe.stages.sft:SftRecipe",
-    "reward": "alignkit.recipe.stages.reward:RewardRecipe",
-    "dpo": "alignkit.recipe.stages.dpo:DpoRecipe",
-    "kto": "alignkit.recipe.stages.kto:KtoRecipe",
-    "ppo": "alignkit.recipe.stages.ppo:PpoRecipe",
-}
-"""Name -> `module:class`, in the order in which they are shown."""
+from alignkit.recipe.stages.built_in import BUILT_IN, GROUP
 
 
 @functools.cache
@@ -32,7 +22,7 @@ def stages() -> dict[str, type[Recipe]]:
         AlignkitError: a package's stage cannot be loaded, is no recipe, or takes a name that there
             is already.
     """
-    own = [EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()]
+    own = [EntryPoint(name, value, GROUP) for name, (value, _) in BUILT_IN.items()]
     found: dict[str, type[Recipe]] = {}
     for entry in (*own, *entry_points(group=GROUP)):
         where = "" if entry.dist is None else f" of {entry.dist.name}"
