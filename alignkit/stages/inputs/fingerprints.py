@@ -19,8 +19,10 @@ from alignkit.models.adapters.finding import adapter_in, base_of_adapter
 from alignkit.models.base.identity import weights_fingerprint
 from alignkit.models.base.loading import BaseModel, find_base
 from alignkit.recipe.assets import find_path
+from alignkit.recipe.objectives import CustomSpec
 from alignkit.recipe.reading.label import LabelSpec
 from alignkit.recipe.rewards import FunctionReward, ModelReward, RewardSource
+from alignkit.recipe.section import Section
 from alignkit.recipe.stages.base import Recipe
 
 _BLOCK = 1 << 20
@@ -60,12 +62,21 @@ def training_inputs(recipe: Recipe) -> dict[str, str]:
         text = template_text(spec.chat_template)
         inputs["chat template"] = hashlib.sha256(text.encode()).hexdigest()
         values["model"]["chat_template"] = None
-    for index, reward in enumerate(getattr(recipe, "reward", ())):
+    loss = objective_fingerprint(recipe.objective)
+    if loss is not None:
+        inputs["loss function"] = loss
+        values["objective"]["file"] = None
+    for index, reward in enumerate(recipe.reward_sources):
         if isinstance(reward, ModelReward):
             values["reward"][index]["model"] = None
         if isinstance(reward, FunctionReward) and find_path(reward.function.rpartition(":")[0]):
             values["reward"][index]["function"] = reward.function.rpartition(":")[2]
-    return inputs | reward_inputs(getattr(recipe, "reward", ())) | _settings(values)
+    return inputs | reward_inputs(recipe.reward_sources) | _settings(values)
+
+
+def objective_fingerprint(objective: Section) -> str | None:
+    """Hash of the file of a loss of the user's; None for one of our own."""
+    return _hash_file(Path(objective.file)) if isinstance(objective, CustomSpec) else None
 
 
 def reward_inputs(rewards: Sequence[RewardSource]) -> dict[str, str]:

@@ -30,7 +30,7 @@ from alignkit.runtime.devices import build_accelerator, tune_processor
 from alignkit.runtime.metrics import MetricsFile
 from alignkit.runtime.optim import TrainedPart, build_optimizer
 from alignkit.runtime.progress import StepProgress, print_line
-from alignkit.stages.inputs.fingerprints import adapter_identity
+from alignkit.stages.inputs.fingerprints import adapter_identity, objective_fingerprint
 from alignkit.stages.inputs.rows import AnyRows, PromptRows, Rows, keep_plan, plan_run
 from alignkit.stages.running.adapter_start import find_adapter_start
 from alignkit.stages.running.batches import Batches
@@ -158,7 +158,7 @@ class Session:
     @contextlib.contextmanager
     def running(self, rows: AnyRows, plan: Plan) -> Iterator[None]:
         """Own the run folder; record how the run ends."""
-        about = _about(rows, self.options, adapter_folder(self.recipe.adapter))
+        about = _about(self.recipe, rows, self.options)
         if self.options.resume and (self.output / "run.json").is_file():
             stored = read_about(self.output)
             _check_same_inputs(about, stored)
@@ -293,6 +293,7 @@ def _check_same_inputs(now: dict[str, Any], before: dict[str, Any]) -> None:
         for name, new in models.items()
     ]
     pairs.append(("adapter.from", now["adapter"], before.get("adapter")))
+    pairs.append(("objective.file", now["objective"], before.get("objective")))
     for name, new, old in pairs:
         if old is not None and new["fingerprint"] != old["fingerprint"]:
             raise RunError(
@@ -301,13 +302,14 @@ def _check_same_inputs(now: dict[str, Any], before: dict[str, Any]) -> None:
             )
 
 
-def _about(rows: AnyRows, options: RunOptions, before: Path | None) -> dict[str, Any]:
+def _about(recipe: Recipe, rows: AnyRows, options: RunOptions) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for name, dataset in (("train", rows.train), ("eval", rows.held_out)):
         if dataset is not None:
             data[name] = {"fingerprint": dataset.fingerprint, **dataset.report.to_json()}
     base = {"location": rows.base.location, "fingerprint": weights_fingerprint(rows.base)}
     rewards = rows.rewards if isinstance(rows, PromptRows) else {}
+    before = adapter_folder(recipe.adapter)
     adapter = {"fingerprint": None if before is None else adapter_identity(before)}
     return {
         "command": options.command,
@@ -315,4 +317,5 @@ def _about(rows: AnyRows, options: RunOptions, before: Path | None) -> dict[str,
         "adapter": adapter,
         "data": data,
         "rewards": rewards,
+        "objective": {"fingerprint": objective_fingerprint(recipe.objective)},
     }
