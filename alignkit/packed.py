@@ -91,11 +91,6 @@ class PackedBatch:
         return len(self.input_ids)
 
     @property
-    def num_targets(self) -> int:
-        """Tokens that are scored: `N`."""
-        return len(self.target_ids)
-
-    @property
     def num_sequences(self) -> int:
         """Branches in the batch: `S`."""
         return len(self.sequence_ends)

@@ -16,8 +16,9 @@ import alignkit
 PACKAGE = Path(alignkit.__file__).parent
 
 RECIPE = {"recipe", "recipe/stages", "recipe/reading", "recipe/planning"}
-PLAIN = {"errors", "packed", "recipe"}
-"""What every room may read: plain values and small specs, never a whole Recipe."""
+PLAIN = {"errors", "packed", "files", "recipe"}
+"""What every room may read: plain values and small specs, never a whole Recipe; and `files`, the
+only way to replace a file or folder."""
 MODELS = {
     *("models/opening", "models/rewards", "models/merging", "models/adapters", "models/scoring"),
     *("models/attention", "models/export", "models/weights", "models/base", "models/kernels"),
@@ -71,6 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe/reading": {"errors", "recipe", "recipe/stages"},
     "recipe/stages": {"errors", "recipe"},
     "recipe": {"errors"},
+    "files": set(),
     "errors": set(),
     "__init__": set(),
 }
@@ -79,7 +81,10 @@ beside sub-rooms is a room of its own, except in `recipe`, whose own files are w
 made of."""
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets"}
-FORBIDDEN = {"recipe": HEAVY, "errors": HEAVY, "packed": HEAVY, "data": {"torch"}, "report": HEAVY}
+FORBIDDEN = {
+    **dict.fromkeys(("recipe", "errors", "packed", "files", "report"), HEAVY),
+    "data": {"torch"},
+}
 """Room -> packages it must not import at all, not even inside a function."""
 
 OPTIONAL_BACKENDS = {

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from alignkit.cli.output import print_json, say, stdout
 from alignkit.errors import AlignkitError
+from alignkit.files import write_text
 
 recipes = typer.Typer(no_args_is_help=True)
 
@@ -55,8 +56,7 @@ def copy_recipe(
         path = path / source.name
     if path.exists():
         raise AlignkitError(f"{path} already exists", hint="name another file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    write_text(path, source.read_text(encoding="utf-8"))
     say(f"wrote {path}")
 
 

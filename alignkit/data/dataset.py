@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from alignkit.data.report import DataReport
 from alignkit.data.sources import Source, load_source, mix_sources
 from alignkit.data.tokenize import TokenizeSettings, parse_rows, tokenize_examples
 from alignkit.errors import DataError
+from alignkit.files import replace_file
 from alignkit.packed import IntArray, Role
 from alignkit.recipe.rows import SourceSpec
 
@@ -268,20 +267,16 @@ def _write_cache(path: Path, rows: list[TokenizedDocument], report: DataReport) 
     """Store the tokens; a cache that cannot be written is no reason to stop."""
     meta = {"places": [row.place for row in rows], "report": dataclasses.asdict(report)}
     flat = _flatten(rows, np.arange(len(rows)), report, "")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            written = Path(folder) / path.name
-            np.savez(
-                written,
-                ids=flat.ids,
-                trained=flat.trained,
-                bounds=flat.bounds,
-                roles=flat.roles,
-                margins=flat.margins,
-                meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
-            )
-            os.replace(written, path)
+    with contextlib.suppress(OSError), replace_file(path) as written:
+        np.savez(
+            written,
+            ids=flat.ids,
+            trained=flat.trained,
+            bounds=flat.bounds,
+            roles=flat.roles,
+            margins=flat.margins,
+            meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
+        )
 
 
 def _flatten(

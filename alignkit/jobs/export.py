@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import ModelError
+from alignkit.files import write_text
 from alignkit.models.base.fitness import require_language_model
 from alignkit.models.base.loading import BaseModel, find_base, load_tokenizer
 from alignkit.models.export.bitsandbytes import KINDS, QuantizedReport, export_quantized
@@ -80,7 +81,7 @@ def gguf_of(source: str, *, output: Path | None, kind: str, overwrite: bool) -> 
     report = export_gguf(base, output, kind=kind, rows=rows, title=name, overwrite=overwrite)
     found = recognise(tokenizer)
     stops = [tokenizer.convert_ids_to_tokens(number) for number in stop_ids(base, tokenizer)]
-    modelfile.write_text(write_modelfile(output.name, found, stops), encoding="utf-8")
+    write_text(modelfile, write_modelfile(output.name, found, stops))
     notes = [f"wrote {modelfile}"]
     if found is None:
         notes.append(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.prompts import Prompt, PromptSet, load_prompts
 from alignkit.data.report import DataReport
 from alignkit.errors import DataError, RunError
+from alignkit.files import replace_file
 from alignkit.jobs.candidates import (
     Answer,
     SampleSettings,
@@ -196,28 +196,16 @@ def _write_rows(
     tokenizer: PreTrainedTokenizerBase,
     report: DataReport,
 ) -> None:
-    """Write beside, read back, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.stem}.writing.jsonl")
-    try:
-        with open(scratch, "w", encoding="utf-8") as file:
+    """Write, and read back before it counts."""
+    with replace_file(path) as written:
+        with open(written, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        source = SourceSpec(path=str(scratch.resolve()))
+        source = SourceSpec(path=str(written.resolve()))
         found = load_prompts([source], tokenizer, max_length=10**9, too_long="error", seed=0)
         for (number, _), read in zip(rows, found.prompts, strict=True):
             asked = prompts.prompts[number]
             if not np.array_equal(asked.ids, read.ids):
                 report.note(OTHER_TOKENS, asked.place)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _summary(path: Path, answers: Sequence[Sequence[Answer]], report: DataReport) -> LabelSummary:

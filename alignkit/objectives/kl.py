@@ -4,7 +4,6 @@ With d = log π(y_t | x, y_<t) - log π_ref(y_t | x, y_<t) at a sampled token, t
 KL(π ‖ π_ref) are (http://joschu.net/blog/kl-approx.html)
 
     k1 = d                  unbiased, may be negative
-    k2 = d² / 2             biased, small variance
     k3 = exp(-d) - 1 + d    unbiased, never negative
 """
 
@@ -27,19 +26,6 @@ def k1(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         Nats for each token, of any sign.
     """
     return policy - reference
-
-
-def k2(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """d² / 2.
-
-    Args:
-        policy: log-probs under the policy, any shape.
-        reference: the same under the reference.
-
-    Returns:
-        Nats for each token, at least 0.
-    """
-    return (policy - reference).square() / 2
 
 
 def k3(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

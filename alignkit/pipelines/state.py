@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from alignkit.errors import RunError
+from alignkit.files import write_text
 
 
 @dataclass(frozen=True)
@@ -96,18 +96,9 @@ class PipelineState:
         """Store a stage's record; it is on the disk when this returns."""
         self.records[name] = record
         stages = {name: dataclasses.asdict(record) for name, record in self.records.items()}
-        text = json.dumps({"pipeline": self.source, "stages": stages}, indent=2) + "\n"
-        scratch = self.path.with_name(f".{self.path.name}.writing")
-        with open(scratch, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, self.path)
-        handle = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        write_text(
+            self.path, json.dumps({"pipeline": self.source, "stages": stages}, indent=2) + "\n"
+        )
 
     def close(self) -> None:
         """Let other processes use the folder."""

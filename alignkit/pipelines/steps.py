@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import ModelError, RunError
+from alignkit.files import write_text
 from alignkit.jobs.label import label_prompts
 from alignkit.recipe.adapters import FullSpec
 from alignkit.recipe.reading.label import LABEL, LabelSpec
@@ -20,7 +21,7 @@ from alignkit.runtime.progress import print_line
 from alignkit.stages.inputs.fingerprints import label_inputs, model_place, training_inputs
 from alignkit.stages.registry import run_stage
 from alignkit.stages.rollouts.reward_models import require_reward_model
-from alignkit.stages.running.run_folder import check_output, write_text
+from alignkit.stages.running.run_folder import check_output
 from alignkit.stages.running.session import RunOptions
 
 

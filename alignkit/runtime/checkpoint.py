@@ -1,10 +1,9 @@
-"""Checkpoints that are whole or not there: written beside, fsynced, checksummed, renamed."""
+"""Checkpoints that are whole or not there, and know the checksums of their files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from alignkit.errors import RunError, TrainingError
+from alignkit.files import replace_folder
 from alignkit.runtime.optim import Optimizers
 
 
@@ -59,23 +59,16 @@ def save_checkpoint(
         TrainingError: the disk refused.
     """
     final = folder / f"step-{step:06d}"
-    scratch = folder / f".writing-step-{step:06d}"
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        save_file(trainable_weights(model), scratch / "trainable.safetensors")
-        torch.save(optimizer.state_dict(), scratch / "optimizer.pt")
-        (scratch / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-        manifest = {path.name: _hash_and_sync(path) for path in sorted(scratch.iterdir())}
-        (scratch / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        _hash_and_sync(scratch / "manifest.json")
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(scratch, final)
-        _sync_folder(folder)
+        with replace_folder(final) as written:
+            save_file(trainable_weights(model), written / "trainable.safetensors")
+            torch.save(optimizer.state_dict(), written / "optimizer.pt")
+            text = json.dumps({"step": step, **state})
+            (written / "state.json").write_text(text, encoding="utf-8")
+            manifest = {path.name: _hash(path) for path in sorted(written.iterdir())}
+            (written / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     except (OSError, SafetensorError, RuntimeError) as error:
         # On a full disk safetensors and torch.save raise errors of their own.
-        shutil.rmtree(scratch, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise TrainingError(
             f"the checkpoint of step {step} could not be written to {folder}: {reason}",
@@ -161,20 +154,11 @@ def _fault(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        if _hash(path) != digest:
             return f"{name} does not match its checksum"
     return None
 
 
-def _hash_and_sync(path: Path) -> str:
+def _hash(path: Path) -> str:
     with open(path, "rb") as file:
-        os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

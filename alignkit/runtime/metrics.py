@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from alignkit.files import write_text
+
 
 class MetricsFile:
     """Appends steps to a metrics file.
@@ -18,12 +20,9 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
-        kept = []
-        if resume_step is not None and path.is_file():
-            kept = [m for m in read_metrics(path) if m["step"] <= resume_step]
-        self.file = path.open("w", encoding="utf-8")
-        for metrics in kept:
-            self._write(metrics)
+        start_lines(path, resume_step)
+        # Lines are flushed, not synced: every step would wait for the disk.
+        self.file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one object.
@@ -32,12 +31,9 @@ class MetricsFile:
             step: optimizer steps done; 0 is before the first.
             values: metric name -> value; a value that is not finite becomes null.
         """
-        self._write({"step": step, **values})
-
-    def _write(self, values: dict[str, Any]) -> None:
         plain = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
+            for key, value in {"step": step, **values}.items()
         }
         self.file.write(json.dumps(plain) + "\n")
         self.file.flush()
@@ -45,6 +41,19 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+
+def start_lines(path: Path, resume_step: int | None) -> None:
+    """Start a file of JSON lines.
+
+    Args:
+        path: of the file.
+        resume_step: what it holds up to this step stays; None leaves it empty.
+    """
+    kept = []
+    if resume_step is not None and path.is_file():
+        kept = [m for m in read_metrics(path) if m["step"] <= resume_step]
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

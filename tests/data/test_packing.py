@@ -121,7 +121,7 @@ def test_one_branch_by_hand() -> None:
     assert packed.sequence_ends.tolist() == [3]
     assert packed.sequence_documents.tolist() == [0]
     assert packed.rows == (5,)
-    assert (packed.num_tokens, packed.num_targets, packed.num_sequences) == (4, 2, 1)
+    assert (packed.num_tokens, len(packed.target_ids), packed.num_sequences) == (4, 2, 1)
 
 
 def test_one_branch_with_a_prompt_is_one_causal_run() -> None:
@@ -157,7 +157,7 @@ def test_two_branches_without_a_prompt_stand_alone() -> None:
 
 def test_a_branch_without_targets_has_an_end_all_the_same() -> None:
     packed = pack_documents([document([1], branch([2], [0]), branch([3], [0]))])
-    assert packed.num_targets == 0
+    assert len(packed.target_ids) == 0
     assert packed.sequence_ends.tolist() == [1, 2]
 
 

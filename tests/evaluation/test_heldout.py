@@ -219,8 +219,8 @@ def test_a_hopeless_model_has_a_finite_perplexity(documents: list[Document]) -> 
     # 1000 nats a token; exp(1000) is more than a float holds.
     class Hopeless(nn.Module):
         def forward(self, batch: Any) -> TokenScores:
-            logprobs = torch.full((batch.num_targets,), -1000.0)
-            return TokenScores(logprobs, torch.zeros(batch.num_targets, dtype=torch.bool))
+            logprobs = torch.full((len(batch.target_ids),), -1000.0)
+            return TokenScores(logprobs, torch.zeros(len(batch.target_ids), dtype=torch.bool))
 
     found = evaluate_heldout(Hopeless(), documents, 34)
     assert found["loss"] == 1000.0

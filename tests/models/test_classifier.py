@@ -373,8 +373,8 @@ def fill_disk(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (change_head, "the merged file does not hold what was written: score.weight differs"),
-        (drop_head, "the merged file does not hold what was written: score.weight differs"),
+        (change_head, "the file does not hold what was written: score.weight differs"),
+        (drop_head, "the file does not hold what was written: score.weight differs"),
         (fill_disk, "No space left on device"),
     ],
 )

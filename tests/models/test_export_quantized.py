@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +114,18 @@ def test_a_far_model_is_said_to_be_far(
 def test_a_file_that_does_not_hold_what_was_written(
     bits: int, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = exporting.share_files
+    right = exporting.write_and_read
 
-    def spoil(folder: Path) -> None:
-        right(folder)
+    def spoil(model: Any, tokenizer: Any, folder: Path, read: Callable[[Path], Any]) -> Any:
+        return right(model, tokenizer, folder, lambda folder: read(spoiled(folder)))
+
+    def spoiled(folder: Path) -> Path:
         weights = load_file(folder / "model.safetensors")
         weights[UP].view(torch.uint8)[3, 0] ^= 1
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
 
-    monkeypatch.setattr(exporting, "share_files", spoil)
+    monkeypatch.setattr(exporting, "write_and_read", spoil)
     with pytest.raises(ModelError, match=f"does not hold what was written: {UP} differs"):
         export(tiny_base, tmp_path / "out", bits)
     assert names_in(tmp_path) == []

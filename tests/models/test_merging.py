@@ -21,7 +21,7 @@ from alignkit.models.merging import dense as merged_weights
 from alignkit.models.merging import report as merge_report
 from alignkit.models.merging.merge import merge_adapter, write_dense
 from alignkit.models.merging.report import MergeReport
-from alignkit.models.weights import shards, writing
+from alignkit.models.weights import shards
 from alignkit.models.weights.comparing import CHECK_TOKENS, take_samples
 
 ROWS = [np.random.default_rng(n).integers(0, 600, 40) for n in range(4)]
@@ -260,7 +260,7 @@ def test_a_file_that_does_not_hold_what_was_written(
     with pytest.raises(ModelError) as raised:
         merge(tiny_base, adapter, tmp_path / "merged")
     assert raised.value.message == (
-        "the merged file does not hold what was written: model.layers.1.mlp.up_proj.weight differs"
+        "the file does not hold what was written: model.layers.1.mlp.up_proj.weight differs"
     )
     assert folder_names(tmp_path) == ["adapter"]
 
@@ -268,13 +268,12 @@ def test_a_file_that_does_not_hold_what_was_written(
 def test_whole_weights_that_are_not_written_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = writing.share_files
-
-    def wrong(folder: Path) -> None:
-        right(folder)
+    def wrong(folder: Path, **options: Any) -> Any:
         flip_one_weight(folder / "model.safetensors")
+        return right(folder, **options)
 
-    monkeypatch.setattr(writing, "share_files", wrong)
+    right = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", wrong)
     with pytest.raises(ModelError, match=r"up_proj\.weight differs"):
         write_dense(tiny_model(), tiny_tokenizer(), tmp_path / "merged", torch.float32, [])
     assert folder_names(tmp_path) == []

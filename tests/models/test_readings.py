@@ -81,7 +81,7 @@ def test_packed_equals_padded(family: str, shapes: tuple[Shape, ...], reading: R
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other, **CLOSE)
     assert worst_gradient(*slopes) < RELATIVE
-    rows = batch.num_sequences if reading == "ends" else batch.num_targets
+    rows = batch.num_sequences if reading == "ends" else len(batch.target_ids)
     assert [len(s) for s in found[0]] == [rows] * (1 + (reading == "both"))
 
 
@@ -130,7 +130,7 @@ def test_several_scorers_around_one_model_keep_their_ways() -> None:
     plain = TokenScorer(model, torch.float32)
     values = TokenScorer(model, torch.float32, head, reading="targets")
     assert (plain(batch).logprobs - before).abs().max() > 1e-2
-    assert values(batch).shape == (batch.num_targets,)
+    assert values(batch).shape == (len(batch.target_ids),)
     assert torch.equal(warm(batch).logprobs, before)
 
 

@@ -23,7 +23,6 @@ from alignkit.models.adapters.files import has_head, save_adapter
 from alignkit.models.adapters.switching import (
     POLICY,
     Role,
-    adapter_parameters,
     add_adapter,
     add_stored_adapter,
     recompute_as_run,
@@ -36,6 +35,11 @@ from alignkit.recipe.adapters import LoraSpec
 
 BATCH = random_batch(PAIRS, 600)
 NAMES = (POLICY, "value", "reward0")
+
+
+def adapter_parameters(model: Any, name: str) -> list[tuple[str, torch.nn.Parameter]]:
+    """Name and weight of everything that belongs to one adapter, sorted by name."""
+    return sorted((n, p) for n, p in model.named_parameters() if f".{name}." in n)
 
 
 def fill(model: Any, name: str, seed: int) -> None:
@@ -353,16 +357,6 @@ def test_a_stored_adapter_is_frozen_by_train_only(tmp_path: Path) -> None:
     train_only(model, {POLICY})
     on = {name for name, is_on in trained(model).items() if is_on}
     assert on == {name for name, _ in adapter_parameters(model, POLICY)}
-
-
-def test_adapter_parameters_are_those_of_one_adapter() -> None:
-    model = three_adapters()
-    found = {name: adapter_parameters(model, name) for name in NAMES}
-    every = [key for pairs in found.values() for key, _ in pairs]
-    assert len(every) == len(set(every)) == 3 * 28
-    for name, pairs in found.items():
-        assert [key for key, _ in pairs] == sorted(key for key, _ in pairs)
-        assert all(f".{name}." in key and "lora_" in key for key, _ in pairs)
 
 
 def test_adapters_are_float32_over_a_bfloat16_base(tmp_path: Path) -> None:

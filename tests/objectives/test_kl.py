@@ -1,4 +1,4 @@
-"""k1, k2, k3 against the exact divergence, and the controller of its price."""
+"""k1 and k3 against the exact divergence, and the controller of its price."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from alignkit.objectives.kl import adapt_kl_coef, k1, k2, k3
+from alignkit.objectives.kl import adapt_kl_coef, k1, k3
 
 LN2 = math.log(2)
 
@@ -21,22 +21,21 @@ def distributions(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("difference", "first", "second", "third"),
+    ("difference", "first", "third"),
     [
-        (0.0, 0.0, 0.0, 0.0),
-        # d = ln 2: d² / 2 = 0.2402265, 1/2 - 1 + ln 2 = 0.1931472.
-        (LN2, LN2, LN2**2 / 2, LN2 - 0.5),
-        # d = -ln 2: the same square, 2 - 1 - ln 2 = 0.3068528.
-        (-LN2, -LN2, LN2**2 / 2, 1 - LN2),
+        (0.0, 0.0, 0.0),
+        # d = ln 2: 1/2 - 1 + ln 2 = 0.1931472.
+        (LN2, LN2, LN2 - 0.5),
+        # d = -ln 2: 2 - 1 - ln 2 = 0.3068528.
+        (-LN2, -LN2, 1 - LN2),
         # d = 1e-9: exp(-d) - 1 + d = d² / 2 to first order; never below 0.
-        (1e-9, 1e-9, 5e-19, 0.0),
+        (1e-9, 1e-9, 0.0),
     ],
 )
-def test_closed_form(difference: float, first: float, second: float, third: float) -> None:
+def test_closed_form(difference: float, first: float, third: float) -> None:
     policy = torch.tensor([-3.0 + difference, difference], dtype=torch.float64)
     reference = torch.tensor([-3.0, 0.0], dtype=torch.float64)
     assert k1(policy, reference).tolist() == pytest.approx([first] * 2, rel=1e-6, abs=1e-12)
-    assert k2(policy, reference).tolist() == pytest.approx([second] * 2, rel=1e-6, abs=1e-12)
     assert k3(policy, reference).tolist() == pytest.approx([third] * 2, rel=1e-6, abs=1e-12)
 
 
@@ -65,21 +64,6 @@ def test_k3_varies_less_than_k1_where_the_two_are_near() -> None:
     assert spreads[1] < spreads[0] / 10
 
 
-def test_k2_is_the_divergence_to_second_order_only() -> None:
-    # With p = q (1 + e h) both are e² / 2 · Σ q h² + O(e³).
-    policy, reference = distributions()
-    apart = float((policy.exp() * (k2(policy, reference) - k1(policy, reference))).sum())
-    assert abs(apart) > 0.01
-    exact, second = [], []
-    for step in (0.02, 0.01):
-        moved = torch.log_softmax(reference + step * policy, -1)
-        exact.append(float((moved.exp() * k1(moved, reference)).sum()))
-        second.append(float((moved.exp() * k2(moved, reference)).sum()))
-    assert second == pytest.approx(exact, rel=0.05)  # relative error O(e) = 0.02 · spread of h
-    gaps = [abs(a - b) for a, b in zip(exact, second, strict=True)]
-    assert gaps[0] / gaps[1] == pytest.approx(8, rel=0.1)  # of third order: halved e, an eighth
-
-
 def test_k3_is_never_negative_in_float32() -> None:
     # exp(-d) - 1 + d would cancel to ±6e-8 near 0; expm1 does not.
     d = torch.linspace(-1e-3, 1e-3, 2001)
@@ -90,11 +74,10 @@ def test_k3_is_never_negative_in_float32() -> None:
 
 
 def test_estimators_keep_shape_and_swap() -> None:
-    # k1 turns its sign when the two are swapped, k2 does not, k3 sees the other direction.
+    # k1 turns its sign when the two are swapped, k3 sees the other direction.
     policy, reference = (x.view(1, 5) for x in distributions())
-    assert k1(policy, reference).shape == k2(policy, reference).shape == (1, 5)
+    assert k1(policy, reference).shape == k3(policy, reference).shape == (1, 5)
     assert torch.equal(k1(policy, reference), -k1(reference, policy))
-    assert torch.equal(k2(policy, reference), k2(reference, policy))
     assert not torch.allclose(k3(policy, reference), k3(reference, policy))
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, get_args
 
 import pytest
@@ -677,3 +678,10 @@ def test_the_table_and_the_recipe_know_the_same_kinds() -> None:
         assert arguments - {"pairs"} == set(spec.model_fields) - {"kind"}, kind
     free = {kind for kind, spec in specs.items() if not spec.needs_reference}
     assert free == {"simpo", "orpo", "cpo"}
+
+
+def test_the_recipe_knows_which_kinds_compute_without_a_reference() -> None:
+    alone = dataclasses.replace(random_pairs(), reference_chosen=None, reference_rejected=None)
+    for kind in FIELDS:
+        with nullcontext() if kind in ("simpo", "orpo", "cpo") else pytest.raises(AssertionError):
+            assert loss_of(kind, alone).isfinite().all()

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from pydantic import BaseModel
 
 from alignkit.errors import RecipeError
 from alignkit.objectives.bradley_terry import bradley_terry_loss
 from alignkit.objectives.kto import kto_loss
-from alignkit.objectives.preference import PREFERENCE_OBJECTIVES, PairLogprobs
+from alignkit.objectives.preference import PREFERENCE_OBJECTIVES
 from alignkit.recipe import objectives
 from alignkit.recipe.reading.load import LoadedRecipe, load_recipe, render_recipe
 from alignkit.recipe.reading.problems import sections_of
@@ -72,22 +71,6 @@ def test_the_schema_knows_every_objective_and_no_other() -> None:
     assert list(FAMILY) == list(PREFERENCE_OBJECTIVES)
 
 
-def _read_by(loss: Any) -> set[str]:
-    """What a loss reads of its pairs, properties followed."""
-    read: set[str] = set()
-
-    class Noting(PairLogprobs):
-        def __getattribute__(self, name: str) -> Any:
-            read.add(name)
-            return super().__getattribute__(name)
-
-    numbers = [torch.tensor([-value]) for value in (3.0, 4.0)]
-    tokens = [torch.tensor([5.0]), torch.tensor([6.0])]
-    needed = {k: 0.5 for k, p in keyword_arguments(loss).items() if p.default is p.empty}
-    loss(Noting(*numbers, *tokens, *numbers), **needed)
-    return read
-
-
 @pytest.mark.parametrize("kind", PREFERENCE_OBJECTIVES)
 def test_the_fields_of_a_kind_are_the_arguments_of_its_loss(kind: str) -> None:
     fields = {name: f for name, f in FAMILY[kind].model_fields.items() if name != "kind"}
@@ -106,14 +89,6 @@ def test_the_fields_of_other_stages_are_the_arguments_of_their_loss(
     spec: type[BaseModel], loss: Any
 ) -> None:
     assert set(spec.model_fields) - {"kind"} == set(keyword_arguments(loss))
-
-
-def test_schema_and_losses_agree_on_who_needs_a_reference() -> None:
-    for kind, spec in FAMILY.items():
-        reads = any(
-            name.startswith("reference") for name in _read_by(PREFERENCE_OBJECTIVES[kind].loss)
-        )
-        assert spec.needs_reference == reads, kind
 
 
 def test_every_stage_has_its_objective_when_none_is_named() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
+
+import pytest
 
 from alignkit.runtime.metrics import MetricsFile, read_metrics
 
@@ -66,6 +70,21 @@ def test_torn_lines_are_left_out_and_not_glued_to_the_next(tmp_path: Path) -> No
     write(path, [3], resume_step=2)
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
     assert path.read_text(encoding="utf-8").count("\n") == 3
+
+
+def test_a_full_disk_while_resuming_loses_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2, 3])
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        MetricsFile(path, 2)
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
 
 
 def test_resuming_without_a_file(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from alignkit.models.attention.prefix import make_switchable
 from alignkit.models.base.adapter_kinds import KINDS, stored_config
 from alignkit.models.base.changes import BaseChanges
 from alignkit.models.base.identity import weights_fingerprint
-from alignkit.models.base.loading import BaseModel, share_files
+from alignkit.models.base.loading import BaseModel
 from alignkit.models.kernels.lora import use_fast_lora
 from alignkit.models.quiet import quiet_transformers
 from alignkit.recipe.rope import RopeSpec
@@ -118,7 +118,6 @@ def save_adapter(
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     text = json.dumps(plain, indent=2, sort_keys=True, default=str)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-    share_files(folder)
 
 
 def read_adapter_config(folder: Path) -> Any:

@@ -169,8 +169,3 @@ def freeze_head_adapter(model: Any, name: str) -> None:
         for part, weight in head.named_parameters():
             if f".{name}." in part:
                 weight.requires_grad_(False)
-
-
-def adapter_parameters(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
-    """Name and weight of everything that belongs to one adapter, sorted by name."""
-    return sorted((n, p) for n, p in model.named_parameters() if f".{name}." in n)

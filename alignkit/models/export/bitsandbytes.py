@@ -19,13 +19,17 @@ from alignkit.models.base.loading import (
     load_config,
     load_model,
     load_tokenizer,
-    share_files,
     stored_dtype,
 )
 from alignkit.models.kernels.quantized import multiply_dense
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.weights.comparing import Closeness, closeness, read_logits, take_samples
-from alignkit.models.weights.writing import beside, is_plain_model, require_free
+from alignkit.models.weights.writing import (
+    is_plain_model,
+    replace_model,
+    require_free,
+    write_and_read,
+)
 from alignkit.packed import IntArray
 
 KINDS = {8: "int8", 4: "nf4"}
@@ -106,7 +110,7 @@ def export_quantized(
     tokenizer = load_tokenizer(base)
     samples = take_samples(rows, load_config(base).max_position_embeddings)
     settings = _settings(bits, dtype)
-    with beside(output) as written:
+    with replace_model(output) as written:
         model = _load(base.location, device, dtype, quantization_config=settings, **base.options)
         layers = count_quantized(model)
         if not layers:
@@ -114,12 +118,9 @@ def export_quantized(
                 f"{base.name} has no linear layer that bitsandbytes quantizes",
                 hint="serve the model as it is",
             )
-        with quiet_transformers():
-            model.save_pretrained(written)
-            tokenizer.save_pretrained(written)
-            share_files(written)
-        read_back = _load(str(written), device, dtype)
-        _require_same(model, read_back)
+        read_back = write_and_read(
+            model, tokenizer, written, lambda folder: _load(str(folder), device, dtype)
+        )
         del model  # two models in memory at most
         found = read_logits(read_back, samples)
         del read_back
@@ -195,22 +196,6 @@ def count_quantized(model: PreTrainedModel) -> int:
     """How many linear layers bitsandbytes holds."""
     kinds = ("Linear8bitLt", "Linear4bit")
     return sum(type(module).__name__ in kinds for module in model.modules())
-
-
-def _require_same(model: PreTrainedModel, read_back: PreTrainedModel) -> None:
-    """Hold what is on disk against what was quantized, packed bits and scales alike."""
-    wanted, stored = model.state_dict(), read_back.state_dict()
-    for name in wanted.keys() | stored.keys():
-        one, two = wanted.get(name), stored.get(name)
-        if not (isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor)):
-            same = one == two and name in wanted
-        else:
-            same = one.dtype == two.dtype and torch.equal(one.cpu(), two.cpu())
-        if not same:
-            raise ModelError(
-                f"the file does not hold what was written: {name} differs",
-                hint="the disk may be full or failing; nothing was kept",
-            )
 
 
 def _megabytes(folder: Path) -> float:

@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
+from alignkit.files import replace_file
 from alignkit.models.base.fitness import require_language_model
 from alignkit.models.base.licence import licence_of
 from alignkit.models.base.loading import BaseModel, load_config, load_tokenizer
@@ -34,7 +35,7 @@ from alignkit.models.export.gguf_names import SourceWeights, family_of, plan_ten
 from alignkit.models.export.gguf_settings import settings_of
 from alignkit.models.export.gguf_tokens import vocabulary_of
 from alignkit.models.weights.comparing import Closeness, take_samples
-from alignkit.models.weights.writing import beside, require_free
+from alignkit.models.weights.writing import replace_model, require_free
 from alignkit.packed import IntArray
 
 
@@ -125,7 +126,7 @@ def export_gguf(
     title = "Mistral" if title == "mistral" else title
     names = Names(architecture, title, licence_of(base))
     samples = take_samples(rows, int(settings.values["context_length"]))
-    with beside(output) as written:
+    with replace_model(output, replace_file) as written:
         tensors = stored_tensors(plan, weights)
         write_file(written, names, settings, vocabulary, plan, tensors, kind)
         file = WrittenFile(written)

@@ -8,8 +8,10 @@ the whole file is loaded by it and its logits are held against the source's.
 from __future__ import annotations
 
 import copy
+import operator
 import unicodedata
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,8 @@ from alignkit.models.export.gguf_settings import Settings
 from alignkit.models.export.gguf_tokens import CONTROL, Vocabulary, tokenizer_from
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.weights.comparing import Closeness, Sample, closeness, read_logits
+from alignkit.models.weights.writing import require_written
 from alignkit.packed import IntArray
-
-_FAILING = "the disk may be full or failing; nothing was kept"
 
 MAX_KL = {"f32": 1e-5, "f16": 1e-3, "bf16": 1e-2, "q8_0": 1e-2}
 """Nats per token that rounding to a type may move the model."""
@@ -60,19 +61,19 @@ def check_tensors(
         ModelError: one is missing, too many, of another type, or off by more than its rounding.
     """
     extra = file.names() - {tensor.target for tensor in plan} - {ROPE_FACTORS}
+    for name in extra:
+        require_written(name, None, file.kind(name), operator.eq)
     for tensor, exact in stored_tensors(plan, weights):
         kind = stored_type(tensor.shape, wanted)
         there = tensor.target in file.names() and file.kind(tensor.target) == kind
         found = file.read(tensor.target) if there else None
-        if extra or found is None or found.shape != exact.shape or not _within(found, exact, kind):
-            raise ModelError(
-                f"the file does not hold what was written: {tensor.target} differs",
-                hint=_FAILING,
-            )
+        require_written(tensor.target, exact, found, partial(_within, kind=kind))
 
 
-def _within(found: torch.Tensor, exact: torch.Tensor, kind: str) -> bool:
+def _within(exact: torch.Tensor, found: torch.Tensor | None, kind: str) -> bool:
     """Whether a tensor is the exact one, rounded to its type."""
+    if found is None or found.shape != exact.shape:
+        return False
     if kind != "q8_0":
         dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[kind]
         return torch.equal(found, exact.to(dtype).float())
@@ -93,10 +94,7 @@ def check_settings(file: WrittenFile, architecture: str, settings: Settings) -> 
     wanted = {f"{architecture}.{name}": value for name, value in settings.values.items()}
     for key, value in wanted.items():
         exact = float(torch.tensor(value)) if isinstance(value, float) else value
-        if file.fields.get(key) != exact:
-            raise ModelError(
-                f"the file does not hold what was written: {key} differs", hint=_FAILING
-            )
+        require_written(key, exact, file.fields.get(key), operator.eq)
 
 
 def check_tokenizer(
@@ -122,10 +120,7 @@ def check_tokenizer(
     stored = file.vocabulary()
     same = ("kind", "cut", "tokens", "types", "scores", "merges", "special", "add_bos", "add_space")
     for name in same:
-        if getattr(stored, name) != getattr(vocabulary, name):
-            raise ModelError(
-                f"the file does not hold what was written: {name} differs", hint=_FAILING
-            )
+        require_written(name, getattr(vocabulary, name), getattr(stored, name), operator.eq)
     built = tokenizer_from(stored)
     texts = [*TRICKY_TEXTS, *(tokenizer.decode(row) for row in rows)]
     marks = [t for t, k in zip(stored.tokens, stored.types, strict=True) if k == CONTROL]

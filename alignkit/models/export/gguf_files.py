@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,11 +200,6 @@ class WrittenFile:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
         shape = [int(size) for size in reversed(tensor.shape)]
         return torch.from_numpy(np.array(values, np.float32)).reshape(shape)
-
-    def read_all(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor in float32, one after another."""
-        for name in self._tensors:
-            yield name, self.read(name)
 
     def vocabulary(self) -> Vocabulary:
         """The tokenizer that the file describes."""

@@ -31,9 +31,10 @@ from alignkit.models.weights.comparing import (
     take_samples,
 )
 from alignkit.models.weights.writing import (
-    beside,
+    add_stops,
+    replace_model,
     require_free,
-    write_language_model,
+    write_and_read,
     write_settings,
 )
 from alignkit.packed import IntArray
@@ -85,7 +86,7 @@ def merge_adapter(
 
     exact, quantized = merge.choose(read, onto, partial(_loss_drift, samples))
     kl_to_base = mean_kl(exact, merge.before(read, merge.source))
-    with beside(output) as written:
+    with replace_model(output) as written:
         untied = merge.untied()
         if untied:
             for config in (merge.config, merge.config.get_text_config()):
@@ -138,5 +139,7 @@ def write_dense(
     Raises:
         ModelError: the files do not hold what was written.
     """
-    with beside(output) as written:
-        write_language_model(model.to(dtype), tokenizer, written, stop_tokens)
+    add_stops(model.generation_config, stop_tokens)
+    read = partial(AutoModelForCausalLM.from_pretrained, dtype=dtype, use_safetensors=True)
+    with replace_model(output) as written:
+        write_and_read(model.to(dtype), tokenizer, written, read)

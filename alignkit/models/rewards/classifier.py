@@ -11,6 +11,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,12 @@ from alignkit.models.rewards.chat import choose_padding, end_at_turn, missing_en
 from alignkit.models.rewards.head import read_head, read_statistics
 from alignkit.models.scoring.scorer import causal_model
 from alignkit.models.weights.streaming import build_without_weights
-from alignkit.models.weights.writing import beside, require_free, write_and_read, write_settings
+from alignkit.models.weights.writing import (
+    replace_model,
+    require_free,
+    write_and_read,
+    write_settings,
+)
 from alignkit.packed import IntArray
 
 CHECK_ROWS = 8
@@ -137,7 +143,7 @@ def merge_reward(
     kind, trust = AutoModelForSequenceClassification, base.trust_remote_code
     tokenizer, pad = _prepare(config, tokenizer or load_tokenizer(base), stop_tokens)
     classifier = build_without_weights(kind, config, trust_remote_code=trust)
-    with beside(output) as written:
+    with replace_model(output) as written:
         names = [name for name in merge.stored if name in classifier.state_dict()]
         merge.write(written, names, {"score.weight": head.weight.detach().to(dtype)})
         write_settings(base, classifier, dtype, tokenizer, written)
@@ -148,9 +154,9 @@ def merge_reward(
         report = dataclasses.replace(
             report, survived=merge.survived, modules=merge.modules, quantized=quantized
         )
-    statistics = read_statistics(adapter)
-    if statistics is not None:
-        statistics.save(output)
+        statistics = read_statistics(adapter)
+        if statistics is not None:
+            statistics.save(written)
     return report
 
 
@@ -182,10 +188,10 @@ def write_reward(
     exact = _rewards(inner, head, samples)
     classifier = build_classifier(inner, head)
     tokenizer, pad = _prepare(classifier.config, tokenizer, stop_tokens)
-    with beside(output) as written:
-        found = write_and_read(
-            classifier.to(dtype), tokenizer, written, AutoModelForSequenceClassification
-        )
+    kind = AutoModelForSequenceClassification
+    read = partial(kind.from_pretrained, dtype=dtype, use_safetensors=True)
+    with replace_model(output) as written:
+        found = write_and_read(classifier.to(dtype), tokenizer, written, read)
         return _compare(output, dtype, pad, exact, _classify(found.float(), samples))
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from alignkit.errors import ModelError
+from alignkit.files import write_text
 from alignkit.models.adapters.files import HEAD_KEY
 from alignkit.models.scoring.scorer import causal_model
 
@@ -46,7 +47,7 @@ class RewardStatistics:
     def save(self, folder: Path) -> None:
         """Write the statistics into a model or adapter folder."""
         text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-        (folder / STATISTICS).write_text(text, encoding="utf-8")
+        write_text(folder / STATISTICS, text)
 
 
 def read_statistics(folder: Path) -> RewardStatistics | None:

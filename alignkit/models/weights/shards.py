@@ -20,6 +20,7 @@ from alignkit.models.base.changes import BaseChanges
 from alignkit.models.base.loading import BaseModel, load_model, stored_dtype
 from alignkit.models.heap import release_memory
 from alignkit.models.quiet import quiet_transformers
+from alignkit.models.weights.writing import require_written, same_bits
 
 INDEX = "model.safetensors.index.json"
 """Says which file holds which weight, where there are several."""
@@ -187,17 +188,11 @@ def _write_file(path: Path, tensors: dict[str, torch.Tensor]) -> int:
     """Bytes of the weights written."""
     save_file(tensors, path, metadata={"format": "pt"})
     with safe_open(path, "pt") as file:
-        for name, expected in tensors.items():
-            if name not in file.keys() or not _same_bits(file.get_tensor(name), expected):  # noqa: SIM118
-                raise ModelError(
-                    f"the merged file does not hold what was written: {name} differs",
-                    hint="the disk may be full or failing; nothing was kept",
-                )
+        there = set(file.keys())
+        for name, weight in tensors.items():
+            found = file.get_tensor(name) if name in there else None
+            require_written(name, weight, found, same_bits)
     return sum(weight.numel() * weight.element_size() for weight in tensors.values())
-
-
-def _same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return found.dtype == expected.dtype and torch.equal(found, expected)
 
 
 def _file_names(folder: Path) -> list[str]:

@@ -1,58 +1,48 @@
-"""Models on disk: written beside their final place, read back bit for bit, then renamed."""
+"""Models on disk: what belongs to one, and whether the files hold what was written."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from alignkit.errors import ModelError
-from alignkit.models.base.loading import BaseModel, share_files
+from alignkit.files import list_folder, replace_folder
+from alignkit.models.base.loading import BaseModel
 from alignkit.models.quiet import quiet_transformers
 
 
 @contextlib.contextmanager
-def beside(output: Path) -> Iterator[Path]:
-    """A folder or file that takes the output's name when the block ends well, else vanishes.
+def replace_model(
+    output: Path, replace: Callable[[Path], AbstractContextManager[Path]] = replace_folder
+) -> Iterator[Path]:
+    """`replace_folder`, where what the disk refuses becomes a sentence.
 
     Args:
         output: replaced if it exists.
+        replace: or `replace_file`.
 
     Raises:
         ModelError: the disk refuses.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".merging-") as scratch:
-        written = Path(scratch) / output.name
-        try:
+    try:
+        with replace(output) as written:
             yield written
-            replaced = Path(scratch) / ".replaced"
-            if output.exists():
-                os.rename(output, replaced)
-            try:
-                os.rename(written, output)
-            except OSError:
-                if replaced.exists():
-                    os.rename(replaced, output)
-                raise
-        except (OSError, SafetensorError) as error:
-            raise ModelError(
-                f"{output} could not be written: {error}",
-                hint="free disk space; nothing was kept",
-            ) from error
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{output} could not be written: {error}", hint="free disk space; nothing was kept"
+        ) from error
 
 
 def require_free(output: Path, *, overwrite: bool) -> None:
@@ -75,33 +65,9 @@ def is_plain_model(folder: Path) -> bool:
     """A model folder or an empty one; never a run, a home or a checkout."""
     if not folder.is_dir():
         return False
-    held = {child.name for child in folder.iterdir()}
-    folders = any(child.is_dir() for child in folder.iterdir())
+    children = list_folder(folder)
+    held, folders = {child.name for child in children}, any(child.is_dir() for child in children)
     return not held or ("config.json" in held and "run.json" not in held and not folders)
-
-
-def write_language_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    stop_tokens: Sequence[int],
-) -> Any:
-    """Write weights, tokenizer, chat template and generation settings.
-
-    Args:
-        model: causal language model in the dtype to write.
-        tokenizer: saved with its chat template.
-        folder: to write.
-        stop_tokens: ids that end an answer, added to the generation settings.
-
-    Returns:
-        The model that is on disk.
-
-    Raises:
-        ModelError: the files do not hold what was written.
-    """
-    _add_stops(model.generation_config, stop_tokens)
-    return write_and_read(model, tokenizer, folder, AutoModelForCausalLM)
 
 
 def write_settings(
@@ -132,15 +98,15 @@ def write_settings(
                 settings = GenerationConfig.from_pretrained(base.location)
             except OSError:
                 settings = model.generation_config
-            _add_stops(settings, stop_tokens)
+            add_stops(settings, stop_tokens)
             settings.save_pretrained(folder)
     if base.trust_remote_code and Path(base.location).is_dir():
         for code in Path(base.location).glob("*.py"):
             shutil.copy(code, folder / code.name)
-    share_files(folder)
 
 
-def _add_stops(settings: Any, stop_tokens: Sequence[int]) -> None:
+def add_stops(settings: Any, stop_tokens: Sequence[int]) -> None:
+    """Add ids that end an answer to generation settings."""
     known = settings.eos_token_id
     known = known if isinstance(known, list) else [] if known is None else [known]
     stops = list(dict.fromkeys([*known, *map(int, stop_tokens)]))
@@ -148,15 +114,18 @@ def _add_stops(settings: Any, stop_tokens: Sequence[int]) -> None:
 
 
 def write_and_read(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, kind: Any
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    read: Callable[[Path], Any],
 ) -> Any:
-    """Write a model and its tokenizer, and read the model back.
+    """Write a model and its tokenizer, and read the model back bit for bit.
 
     Args:
         model: a transformers model in the dtype to write.
-        tokenizer: saved beside it.
+        tokenizer: saved beside it, with its chat template.
         folder: to write.
-        kind: the transformers class that a user would load it with.
+        read: loads it, as a user would.
 
     Returns:
         What is on disk, in evaluation mode.
@@ -167,13 +136,42 @@ def write_and_read(
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        share_files(folder)
-        found = kind.from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
-    stored = found.state_dict()
-    for name, weight in model.state_dict().items():
-        if name not in stored or not torch.equal(stored[name], weight.cpu()):
-            raise ModelError(
-                f"the merged file does not hold what was written: {name} differs",
-                hint="the disk may be full or failing; nothing was kept",
-            )
+        found = read(folder)
+    wanted, stored = model.state_dict(), found.state_dict()
+    for name in wanted.keys() | stored.keys():
+        require_written(name, wanted.get(name), stored.get(name), same_values)
     return found.eval()
+
+
+def same_values(wanted: Any, found: Any) -> bool:
+    """Whether two tensors agree everywhere, of whatever types, or two other values.
+
+    Some weights are read in a wider type than they are stored in.
+    """
+    if isinstance(wanted, torch.Tensor) and isinstance(found, torch.Tensor):
+        return torch.equal(wanted.cpu(), found.cpu())
+    return type(wanted) is type(found) and wanted == found
+
+
+def same_bits(wanted: torch.Tensor, found: torch.Tensor | None) -> bool:
+    """Whether two tensors are of one type and agree everywhere."""
+    return found is not None and wanted.dtype == found.dtype and same_values(wanted, found)
+
+
+def require_written(name: str, wanted: Any, found: Any, same: Callable[[Any, Any], bool]) -> None:
+    """Refuse a file that holds something else than was written.
+
+    Args:
+        name: of what is compared.
+        wanted: what was to be written; None for nothing.
+        found: what was read back; None for nothing.
+        same: whether the two agree.
+
+    Raises:
+        ModelError: they do not.
+    """
+    if not same(wanted, found):
+        raise ModelError(
+            f"the file does not hold what was written: {name} differs",
+            hint="the disk may be full or failing; nothing was kept",
+        )

@@ -187,11 +187,6 @@ def model_place(name: str, *, trust_remote_code: bool = False) -> BaseModel:
     return find_base(name, trust_remote_code=trust_remote_code)
 
 
-def digest_of(inputs: dict[str, str]) -> str:
-    """One hash of all inputs."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-
 def describe_changes(old: dict[str, str], new: dict[str, str]) -> list[str]:
     """What differs between two runs of a stage, in words: changed files first, then keys."""
     found = []

@@ -14,6 +14,7 @@ from alignkit.generation.rollout import RolloutSettings, TransformersEngine, sto
 from alignkit.models.adapters.files import save_adapter
 from alignkit.models.base.loading import DTYPES
 from alignkit.models.scoring.scorer import causal_model
+from alignkit.models.weights.writing import replace_model
 from alignkit.recipe.adapters import b_rate, has_adapter
 from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.rewards import ModelReward
@@ -252,4 +253,5 @@ def save_value(session: Session, run: PpoRun) -> None:
     if folder is None or not has_adapter(recipe.adapter) or run.roles.value is None:
         return
     model, head = run.roles.trained.policy, run.roles.trained.head
-    save_adapter(model, folder.path / "value", run.rows.base.name, head, adapter=VALUE)
+    with replace_model(folder.path / "value") as written:
+        save_adapter(model, written, run.rows.base.name, head, adapter=VALUE)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from alignkit.runtime.metrics import read_metrics
+from alignkit.runtime.metrics import read_metrics, start_lines
 from alignkit.stages.rollouts.judging import Rewards
 from alignkit.stages.rollouts.sampling import Rollout
 
@@ -22,12 +22,8 @@ class SamplesFile:
     """
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
-        kept = []
-        if resume_step is not None and path.is_file():
-            kept = [m for m in read_metrics(path) if m["step"] <= resume_step]
+        start_lines(path, resume_step)
         self.path = path
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-        path.write_text(text, encoding="utf-8")
 
     def write(
         self,

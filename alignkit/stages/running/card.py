@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import yaml
 
 import alignkit
+from alignkit.files import write_text
 from alignkit.models.base.adapter_kinds import peft_kind
 from alignkit.models.base.licence import licence_of
 from alignkit.models.base.loading import BaseModel
@@ -95,7 +96,7 @@ def write_card(
         if licence
         else "The base's files do not say its licence: look it up before sharing this model.",
     ]
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
 def _short(name: str) -> str:

@@ -19,6 +19,7 @@ from alignkit.models.merging.report import MergeReport
 from alignkit.models.rewards.classifier import ClassifierReport, merge_reward, write_reward
 from alignkit.models.rewards.head import RewardStatistics
 from alignkit.models.scoring.scorer import causal_model
+from alignkit.models.weights.writing import replace_model
 from alignkit.recipe.adapters import FullSpec, is_mergeable
 from alignkit.recipe.planning.plan import Plan
 from alignkit.runtime.metrics import MetricsFile, read_metrics
@@ -142,10 +143,11 @@ def _write_models(
         spec.add_tokens,
         getattr(recipe.adapter, "init", "default"),
     )
-    save_adapter(model, output / "adapter", name, head, trained_over=over)
-    rows.tokenizer.save_pretrained(output / "adapter")
-    if statistics is not None:
-        statistics.save(output / "adapter")
+    with replace_model(output / "adapter") as written:
+        save_adapter(model, written, name, head, trained_over=over)
+        rows.tokenizer.save_pretrained(written)
+        if statistics is not None:
+            statistics.save(written)
     del scorer, model
     run.scorer = run.optimizer = None
     session.accelerator.free_memory()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ import yaml
 
 import alignkit
 from alignkit.errors import RunError
+from alignkit.files import list_folder, write_text
 from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.reading.load import render_recipe
 from alignkit.recipe.stages.base import Recipe
@@ -44,7 +44,7 @@ def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
         )
     if overwrite:
         _check_inputs_outside(recipe, folder)
-    used = folder.is_dir() and any(child.name != ".lock" for child in folder.iterdir())
+    used = folder.is_dir() and any(child.name != ".lock" for child in list_folder(folder))
     is_run = (folder / "run.json").is_file()
     if used and not is_run:
         raise RunError(
@@ -197,13 +197,6 @@ def _commit() -> str:
     command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file's content at once."""
-    scratch = path.with_name(f".{path.name}.writing")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
 
 
 def _now() -> str:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -29,6 +27,7 @@ from alignkit.data.dataset import TokenDataset
 from alignkit.data.documents import Document
 from alignkit.data.packing import pack_documents, step_items
 from alignkit.evaluation.columns import score_documents
+from alignkit.files import replace_file
 from alignkit.models.adapters.attach import adapters_off
 from alignkit.models.base.identity import weights_version
 from alignkit.models.base.loading import DTYPES, load_model
@@ -215,9 +214,5 @@ def _read(
 
 def _write(path: Path, needed: npt.NDArray[np.int64], values: npt.NDArray[np.float64]) -> None:
     """Store the values; a cache that cannot be written is no reason to stop."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            written = Path(folder) / path.name
-            np.savez(written, rows=needed, values=values)
-            os.replace(written, path)
+    with contextlib.suppress(OSError), replace_file(path) as written:
+        np.savez(written, rows=needed, values=values)
