@@ -14,11 +14,10 @@ from tiny import tiny_tokenizer
 from alignkit.data import dataset as dataset_module
 from alignkit.data.dataset import (
     TokenDataset,
-    count_overlap,
     load_dataset,
-    split_dataset,
     tokenizer_identity,
 )
+from alignkit.data.split import count_overlap, split_dataset
 from alignkit.data.tokenize import TokenizeSettings
 from alignkit.errors import DataError
 from alignkit.recipe.rows import SourceSpec
