@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from alignkit.data.documents import Branch, Document, TokenizedDocument
-from alignkit.data.masks import TokenizedRow
+from alignkit.data.documents import Branch, Document
+from alignkit.data.examples import Example
+from alignkit.data.formats import Text
 from alignkit.data.packing import pack_documents
-from alignkit.packed import PackedBatch
+from alignkit.packed import PackedBatch, Role
 
 Shape = tuple[int, tuple[int, ...]]
 """Tokens of the prompt, and of each branch."""
@@ -22,13 +23,18 @@ PAIRS: tuple[Shape, ...] = ((11, (13, 6)), (4, (3, 17, 9)), (0, (10,)), (12, (8,
 """Shared prompts with one to three branches, shorter and longer than a window of 8."""
 
 
-def as_rows(documents: Iterable[TokenizedDocument]) -> list[TokenizedRow]:
+def answers(texts: Iterable[Text]) -> list[Example]:
+    """Rows of a single answer."""
+    return [Example((text,), (Role.CHOSEN,), text.place) for text in texts]
+
+
+def as_rows(documents: Iterable[Document]) -> list[Branch]:
     """Rows of a single answer: no prompt of its own and one branch, which is the whole row."""
     rows = []
     for document in documents:
         (branch,) = document.branches
         assert len(document.prompt) == 0
-        rows.append(TokenizedRow(branch.ids, branch.trained, document.place))
+        rows.append(branch)
     return rows
 
 

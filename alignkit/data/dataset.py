@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alignkit.data.documents import Branch, Document, TokenizedDocument
+from alignkit.data.documents import Branch, Document
+from alignkit.data.examples import parse_rows
 from alignkit.data.report import DataReport
 from alignkit.data.sources import Source, load_source, mix_sources
-from alignkit.data.tokenize import TokenizeSettings, parse_rows, tokenize_examples
-from alignkit.errors import DataError
+from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
 from alignkit.files import replace_file
 from alignkit.packed import IntArray, Role
 from alignkit.recipe.rows import SourceSpec
@@ -69,24 +71,21 @@ class TokenDataset(Sequence[Document]):
 
     def document(self, row: int) -> Document:
         """The document of a row, whether or not an item uses it."""
-        ends = self.bounds[row]
-        branches = [
-            Branch(self.ids[a:b], self.trained[a:b], Role(role))
-            for a, b, role in zip(ends[1:-1], ends[2:], self.roles[row].tolist(), strict=True)
-        ]
+        edges = self.bounds[row].tolist()
+        prompt, *pieces = (slice(begin, end) for begin, end in itertools.pairwise(edges))
+        roles = self.roles[row].tolist()
         if self.partners is not None:
             other, length = self.partners[row].tolist()
-            begin = self.bounds[other, 1]
-            piece = slice(begin, begin + length)
-            branches.append(Branch(self.ids[piece], self.trained[piece], Role.MISMATCHED))
-        if self.references is not None:
-            known = self.references[row].tolist()
-            branches = [
-                dataclasses.replace(branch, reference=value)
-                for branch, value in zip(branches, known, strict=True)
-            ]
-        prompt = self.ids[ends[0] : ends[1]]
-        return Document(prompt, tuple(branches), row, float(self.margins[row]))
+            begin = int(self.bounds[other, 1])
+            pieces.append(slice(begin, begin + length))
+            roles.append(Role.MISMATCHED)
+        known = self.references
+        references = [math.nan] * len(pieces) if known is None else known[row].tolist()
+        branches = tuple(
+            Branch(self.ids[piece], self.trained[piece], Role(role), reference)
+            for piece, role, reference in zip(pieces, roles, references, strict=True)
+        )
+        return Document(self.ids[prompt], branches, row, float(self.margins[row]))
 
     @property
     def num_rows(self) -> int:
@@ -148,76 +147,24 @@ def load_dataset(
         DataError: a source cannot be read, or no row is left.
     """
     identity = tokenizer_identity(tokenizer)
-    report, rows, counts, keys = DataReport(), [], [], []
+    report, parts, keys = DataReport(), [], []
     for spec in specs:
         source = load_source(spec)
         key = _cache_key(source, spec, identity, settings)
-        cached = _read_cache(cache / f"{key}.npz")
-        if cached is None:
+        path = cache / f"{key}.npz"
+        part = _read_cache(path)
+        if part is None:
             examples = parse_rows(source.rows, spec.format, settings.rows)
-            cached = tokenize_examples(examples, tokenizer, settings)
-            _write_cache(cache / f"{key}.npz", *cached)
-        source_rows, source_report = cached
-        rows += source_rows
-        counts.append(len(source_rows))
+            documents, counts = tokenize_examples(examples, tokenizer, settings)
+            part = _flatten(documents, [examples[d.row].place for d in documents], counts)
+            _write_cache(path, part)
+        parts.append(part)
         keys.append(key)
-        report.merge(source_report)
-    if not rows:
-        reasons = "; ".join(report.lines()[1:])
-        raise DataError(
-            f"{', '.join(spec.label for spec in specs)}: no row is left to train on: {reasons}",
-            hint="raise data.max_length, or choose another data.too_long",
-        )
-    order = mix_sources(specs, counts, seed)
+        report.merge(part.report)
+    order = mix_sources(specs, [part.num_rows for part in parts], seed, report)
     mixture = json.dumps([keys, [spec.weight for spec in specs], seed])
     fingerprint = hashlib.sha256(mixture.encode()).hexdigest()
-    return _flatten(rows, order, report, fingerprint)
-
-
-def split_dataset(
-    dataset: TokenDataset, fraction: float, seed: int
-) -> tuple[TokenDataset, TokenDataset]:
-    """Training and held-out part.
-
-    Args:
-        dataset: items to split.
-        fraction: share of the different prompts that is held out, at least one; of the different
-            rows where a row has no prompt of its own.
-        seed: draws them.
-
-    Returns:
-        `(train, held_out)`; equal rows, answers to one prompt, and repeats of a weighted row stay
-        on one side.
-    """
-    alone = dataset.bounds[:, 1] - dataset.bounds[:, 0] < 2  # BOS is no prompt
-    pairs = zip(alone, dataset.row_hashes(), dataset.prompt_hashes(), strict=True)
-    hashes = [row if single else prompt for single, row, prompt in pairs]
-    groups: dict[bytes, int] = {}
-    used = np.unique(dataset.order)  # a weight below 1 leaves rows out
-    group = {int(row): groups.setdefault(hashes[row], len(groups)) for row in used}
-    drawn = np.random.default_rng([seed, 11]).permutation(len(groups))
-    held_groups = drawn[: max(1, round(fraction * len(groups)))]
-    held = np.isin([group[int(row)] for row in dataset.order], held_groups)
-    if held.all():
-        raise DataError(
-            f"data.eval_fraction = {fraction} holds out all of the {len(dataset)} rows",
-            hint="use a smaller fraction or more rows",
-        )
-    items = np.arange(len(dataset))
-    first = np.unique(dataset.order[held], return_index=True)[1]
-    train, held_out = dataset.subset(items[~held]), dataset.subset(np.sort(items[held][first]))
-    places = [dataset.places[row] for row in held_out.order.tolist()]
-    tokens, trained = int(held_out.lengths.sum()), int(held_out.num_trained.sum())
-    told, rest = dataset.report.split(places, tokens, trained)
-    return dataclasses.replace(train, report=told), dataclasses.replace(held_out, report=rest)
-
-
-def count_overlap(train: TokenDataset, held_out: TokenDataset) -> int:
-    """Held-out rows whose tokens also stand in the training rows."""
-    known = train.row_hashes()
-    seen = {known[row] for row in set(train.order.tolist())}
-    held = held_out.row_hashes()
-    return sum(held[row] in seen for row in set(held_out.order.tolist()))
+    return dataclasses.replace(_join(parts), order=order, report=report, fingerprint=fingerprint)
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
@@ -232,7 +179,7 @@ def _cache_key(source: Source, spec: SourceSpec, identity: str, settings: Tokeni
     parts = {
         "format": CACHE_FORMAT,
         "content": source.fingerprint,
-        "label": source.label,  # places name the file
+        "label": spec.label,  # places name the file
         "take": spec.take,
         "columns": spec.columns,
         "row_format": spec.format,
@@ -242,67 +189,73 @@ def _cache_key(source: Source, spec: SourceSpec, identity: str, settings: Tokeni
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _read_cache(path: Path) -> tuple[list[TokenizedDocument], DataReport] | None:
+def _read_cache(path: Path) -> TokenDataset | None:
     if not path.is_file():
         return None
     try:
         with np.load(path) as stored:
             arrays = {key: stored[key] for key in stored.files}
         meta = json.loads(arrays.pop("meta").tobytes())
-        report, places = DataReport(**meta["report"]), meta["places"]
-        flat = TokenDataset(
-            **arrays, order=np.arange(len(places)), places=places, report=report, fingerprint=""
-        )
-        documents = [flat.document(row) for row in range(len(places))]
+        places, report = meta["places"], DataReport(**meta["report"])
+        order = np.arange(len(places))
+        part = TokenDataset(**arrays, order=order, places=places, report=report, fingerprint="")
+        return part if _is_sound(part) else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, IndexError, zipfile.BadZipFile):
         return None  # written by a broken disk or another release: make it again
-    rows = [
-        TokenizedDocument(found.prompt, found.branches, place, found.margin)
-        for found, place in zip(documents, places, strict=True)
-    ]
-    return rows, report
 
 
-def _write_cache(path: Path, rows: list[TokenizedDocument], report: DataReport) -> None:
+def _is_sound(part: TokenDataset) -> bool:
+    """Whether arrays that were read from a file belong together."""
+    rows, width = part.roles.shape
+    edges = np.concatenate([[0], part.bounds.reshape(-1), [len(part.ids)]])
+    shapes = part.bounds.shape, part.margins.shape, part.trained.shape, (len(part.places),)
+    return (
+        shapes == ((rows, width + 2), (rows,), part.ids.shape, (rows,))
+        and bool((np.diff(edges) >= 0).all())
+        and bool(np.isin(part.roles, list(Role)).all())
+    )
+
+
+def _write_cache(path: Path, part: TokenDataset) -> None:
     """Store the tokens; a cache that cannot be written is no reason to stop."""
-    meta = {"places": [row.place for row in rows], "report": dataclasses.asdict(report)}
-    flat = _flatten(rows, np.arange(len(rows)), report, "")
+    meta = {"places": part.places, "report": dataclasses.asdict(part.report)}
+    arrays = {
+        name: getattr(part, name) for name in ("ids", "trained", "bounds", "roles", "margins")
+    }
     with contextlib.suppress(OSError), replace_file(path) as written:
-        np.savez(
-            written,
-            ids=flat.ids,
-            trained=flat.trained,
-            bounds=flat.bounds,
-            roles=flat.roles,
-            margins=flat.margins,
-            meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
-        )
+        np.savez(written, **arrays, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8))
 
 
-def _flatten(
-    rows: list[TokenizedDocument], order: IntArray, report: DataReport, fingerprint: str
-) -> TokenDataset:
-    pieces = [(row.prompt, *(branch.ids for branch in row.branches)) for row in rows]
-    width = len(pieces[0]) if pieces else 2
-    lengths = np.asarray([[len(piece) for piece in row] for row in pieces], np.int64)
-    ends = np.cumsum(lengths.reshape(-1)).reshape(-1, width)
-    starts = np.concatenate([[0], ends[:-1, -1]]) if len(ends) else np.zeros(0, np.int64)
-    empty_ids, empty_mask = np.zeros(0, np.int32), np.zeros(0, bool)
-    masks = [
-        mask
-        for row in rows
-        for mask in (np.zeros(len(row.prompt), bool), *(b.trained for b in row.branches))
-    ]
+def _flatten(documents: list[Document], places: list[str], report: DataReport) -> TokenDataset:
+    """The rows of one source."""
+    prompts = [Branch(d.prompt, np.zeros(len(d.prompt), bool)) for d in documents]
+    pieces = [b for p, d in zip(prompts, documents, strict=True) for b in (p, *d.branches)]
+    rows, width = len(documents), len(documents[0].branches) if documents else 1
+    edges = np.cumsum([0, *(len(piece.ids) for piece in pieces)], dtype=np.int64)
+    roles = np.asarray([[branch.role for branch in d.branches] for d in documents], np.int8)
     return TokenDataset(
-        ids=np.concatenate([piece for row in pieces for piece in row] or [empty_ids]),
-        trained=np.concatenate(masks or [empty_mask]),
-        bounds=np.concatenate([starts[:, None], ends], axis=1).astype(np.int64),
-        roles=np.asarray(
-            [[branch.role for branch in row.branches] for row in rows], np.int8
-        ).reshape(len(rows), width - 1),
-        margins=np.asarray([row.margin for row in rows], np.float64),
-        order=order,
-        places=[row.place for row in rows],
+        ids=np.concatenate([np.zeros(0, np.int32), *(piece.ids for piece in pieces)]),
+        trained=np.concatenate([np.zeros(0, bool), *(piece.trained for piece in pieces)]),
+        bounds=edges[np.arange(rows)[:, None] * (width + 1) + np.arange(width + 2)],
+        roles=roles.reshape(rows, width),
+        margins=np.asarray([d.margin for d in documents], np.float64),
+        order=np.arange(rows),
+        places=places,
         report=report,
-        fingerprint=fingerprint,
+        fingerprint="",
+    )
+
+
+def _join(parts: list[TokenDataset]) -> TokenDataset:
+    """The rows of all sources, one after another; order, report and fingerprint are not joined."""
+    parts = [part for part in parts if part.num_rows]  # where no row is left, no branch is known
+    starts = np.cumsum([0, *(len(part.ids) for part in parts[:-1])])
+    return dataclasses.replace(
+        parts[0],
+        ids=np.concatenate([part.ids for part in parts]),
+        trained=np.concatenate([part.trained for part in parts]),
+        bounds=np.concatenate([p.bounds + n for p, n in zip(parts, starts, strict=True)]),
+        roles=np.concatenate([part.roles for part in parts]),
+        margins=np.concatenate([part.margins for part in parts]),
+        places=[place for part in parts for place in part.places],
     )

@@ -1,9 +1,10 @@
-"""A row as tokens: a prompt and the answers that share it."""
+"""A row as tokens: a prompt and the completions that share it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,22 +12,29 @@ import numpy.typing as npt
 
 from alignkit.packed import Role
 
+IdArray = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
+
 
 @dataclass(frozen=True)
 class Branch:
-    """One completion.
+    """One completion, or a whole text before its prompt is split off.
 
     Args:
         ids: `[n]` token ids.
-        trained: `[n]` True where the token is a target.
-        role: what the answer is to the objective.
+        trained: `[n]` True where the token is a target; never at position 0 of a whole text.
+        role: what the completion is to the objective.
         reference: log-prob of its targets under the reference model; NaN where it is not known.
     """
 
-    ids: npt.NDArray[np.int32]
-    trained: npt.NDArray[np.bool_]
+    ids: IdArray
+    trained: Mask
     role: Role = Role.CHOSEN
     reference: float = math.nan
+
+    def part(self, begin: int, end: int) -> Branch:
+        """The tokens in `begin:end`."""
+        return dataclasses.replace(self, ids=self.ids[begin:end], trained=self.trained[begin:end])
 
 
 @dataclass(frozen=True)
@@ -35,12 +43,12 @@ class Document:
 
     Args:
         prompt: `[p]` token ids; may be empty, then no branch may train its first token.
-        branches: at least one completion.
+        branches: at least one completion, but for a prompt that is still to be answered.
         row: index of the data row.
-        margin: how much better the chosen answer is; 0 where the row does not say.
+        margin: how much better the chosen completion is; 0 where the row does not say.
     """
 
-    prompt: npt.NDArray[np.int32]
+    prompt: IdArray
     branches: tuple[Branch, ...]
     row: int
     margin: float = 0.0
@@ -56,18 +64,11 @@ class Document:
         return dataclasses.replace(self, branches=kept)
 
 
-@dataclass(frozen=True)
-class TokenizedDocument:
-    """A document and where it stands.
-
-    Args:
-        prompt: `[p]` token ids.
-        branches: its answers.
-        place: `file:line`.
-        margin: how much better the chosen answer is.
-    """
-
-    prompt: npt.NDArray[np.int32]
-    branches: tuple[Branch, ...]
-    place: str
-    margin: float = 0.0
+def common_start(texts: Sequence[IdArray]) -> int:
+    """Tokens that all texts, at least one, begin with."""
+    shortest = min(len(text) for text in texts)
+    differs = np.zeros(shortest + 1, np.bool_)
+    differs[-1] = True
+    for text in texts[1:]:
+        differs[:-1] |= text[:shortest] != texts[0][:shortest]
+    return int(differs.argmax())

@@ -85,7 +85,7 @@ class Completion:
     place: str
 
 
-Example = Conversation | Completion
+Text = Conversation | Completion
 
 # Format -> the key of its prompt and that of its answer, in the order they are looked for.
 KEYS = {
@@ -133,7 +133,7 @@ def detect_format(row: Row) -> str:
     )
 
 
-def parse_answers(rows: list[Row], row_format: str) -> list[Example]:
+def parse_answers(rows: list[Row], row_format: str) -> list[Text]:
     """Every row as a Conversation or Completion.
 
     Args:
@@ -156,11 +156,11 @@ def parse_answers(rows: list[Row], row_format: str) -> list[Example]:
     return [PARSERS[name](row, True) for row in rows]
 
 
-def _parse_messages(row: Row, answered: bool) -> Example:
+def _parse_messages(row: Row, answered: bool) -> Text:
     return make_conversation(row, read_messages(row, need(row, "messages", list)), answered)
 
 
-def _parse_sharegpt(row: Row, answered: bool) -> Example:
+def _parse_sharegpt(row: Row, answered: bool) -> Text:
     return make_conversation(row, read_turns(row, need(row, "conversations", list)), answered)
 
 
@@ -194,7 +194,7 @@ def read_turns(row: Row, turns: list[Any]) -> list[Message]:
     return messages
 
 
-def _parse_alpaca(row: Row, answered: bool) -> Example:
+def _parse_alpaca(row: Row, answered: bool) -> Text:
     messages = alpaca_prompt(row)
     if answered or row.values.get("output"):
         answer = plain_text(need(row, "output", str), row, "output")
@@ -219,7 +219,7 @@ def alpaca_prompt(row: Row) -> list[Message]:
     return [*messages, Message("user", prompt)]
 
 
-def _parse_prompt_completion(row: Row, answered: bool) -> Example:
+def _parse_prompt_completion(row: Row, answered: bool) -> Text:
     prompt, completion = row.values.get("prompt"), row.values.get("completion")
     if not answered and not completion:
         completion = [] if isinstance(prompt, list) else ""
@@ -237,14 +237,14 @@ def _parse_prompt_completion(row: Row, answered: bool) -> Example:
     return Completion(need(row, "prompt", str), text, row.place)
 
 
-def _parse_text(row: Row, answered: bool) -> Example:
+def _parse_text(row: Row, answered: bool) -> Text:
     text = plain_text(need(row, "text", str), row, "text")
     if not text.strip():
         raise DataError(f"{row.place}: text is empty", hint="remove the row")
     return Completion("", text, row.place) if answered else Completion(text, "", row.place)
 
 
-PARSERS: dict[str, Callable[[Row, bool], Example]] = {
+PARSERS: dict[str, Callable[[Row, bool], Text]] = {
     "messages": _parse_messages,
     "sharegpt": _parse_sharegpt,
     "alpaca": _parse_alpaca,

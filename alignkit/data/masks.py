@@ -11,24 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from alignkit.data.documents import Branch, IdArray
 from alignkit.data.report import DataReport
 from alignkit.data.templates import Span
 from alignkit.errors import DataError
-
-
-@dataclass(frozen=True)
-class TokenizedRow:
-    """One row as tokens.
-
-    Args:
-        ids: `[n]` token ids.
-        trained: `[n]` True where the token is a target; never at position 0.
-        place: `file:line`.
-    """
-
-    ids: npt.NDArray[np.int32]
-    trained: npt.NDArray[np.bool_]
-    place: str
 
 
 @dataclass(frozen=True)
@@ -52,17 +38,8 @@ class Rendered:
     marked_turns: tuple[bool, ...] = ()
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """The tokens of one text.
-
-    Args:
-        ids: `[n]` token ids.
-        offsets: `[n, 2]` first character of each token and one past its last.
-    """
-
-    ids: npt.NDArray[np.int32]
-    offsets: npt.NDArray[np.int64]
+Offsets = npt.NDArray[np.int64]
+"""`[n, 2]` first character of each token of a text and one past its last."""
 
 
 @dataclass
@@ -83,21 +60,25 @@ class Masker:
     report: DataReport
     stop_tokens: set[int] = field(default_factory=set)
 
-    def mask(self, item: Rendered, tokens: Encoded) -> TokenizedRow:
-        """The row with its mask.
+    def mask(self, item: Rendered, ids: IdArray, offsets: Offsets) -> Branch:
+        """The tokens of a text with their mask.
+
+        Args:
+            item: the text.
+            ids: its tokens.
+            offsets: their characters.
 
         Raises:
             DataError: the template's markers do not fit its tokens or its turns.
         """
-        ids = tokens.ids
         if item.mask is not None:
             runs = _marked_runs(item, item.mask, len(ids))
         else:
-            runs = [_token_run(tokens.offsets, span) for span in item.spans]
+            runs = [_token_run(offsets, *span) for span in item.spans]
         trained = np.full(len(ids), self.everything)
         stopped = False
         for begin, end in runs:
-            end, stopped = self._trim(item, tokens, begin, end)
+            end, stopped = self._trim(item, ids, offsets, begin, end)
             trained[begin:end] = True
             if stopped:
                 self.stop_tokens.add(int(ids[end - 1]))
@@ -113,11 +94,12 @@ class Masker:
                 "no stop token after the last answer: it does not teach to stop", item.place
             )
         trained[:1] = False
-        return TokenizedRow(ids, trained, item.place)
+        return Branch(ids, trained)
 
-    def _trim(self, item: Rendered, tokens: Encoded, begin: int, end: int) -> tuple[int, bool]:
+    def _trim(
+        self, item: Rendered, ids: IdArray, offsets: Offsets, begin: int, end: int
+    ) -> tuple[int, bool]:
         """End of the turn: one past its end-of-turn token, and whether there is one."""
-        ids, offsets = tokens.ids, tokens.offsets
         last = end
         while last > begin and int(ids[last - 1]) not in self.special_ids:
             start, stop = offsets[last - 1]
@@ -149,8 +131,8 @@ def _marked_runs(item: Rendered, mask: list[int], length: int) -> list[tuple[int
     return [run for run, wanted in zip(runs, item.marked_turns, strict=True) if wanted]
 
 
-def _token_run(offsets: npt.NDArray[np.int64], span: Span) -> tuple[int, int]:
-    """First and one past the last token that hold a character of the span."""
-    inside = (offsets[:, 1] > span.begin) & (offsets[:, 0] < span.end)
+def _token_run(offsets: Offsets, begin: int, end: int) -> tuple[int, int]:
+    """First and one past the last token that hold a character in `begin:end`."""
+    inside = (offsets[:, 1] > begin) & (offsets[:, 0] < end)
     positions = np.flatnonzero(inside)
     return (int(positions[0]), int(positions[-1]) + 1) if len(positions) else (0, 0)

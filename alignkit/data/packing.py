@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from alignkit.data.documents import Branch, Document
+from alignkit.data.documents import Branch, Document, common_start
 from alignkit.packed import IntArray, PackedBatch, Segment
 
 MIN_COMMON = 16
@@ -84,21 +84,11 @@ def common_starts(documents: Sequence[Document]) -> list[tuple[list[int], int]]:
             alike.setdefault(document.prompt[:MIN_COMMON].tobytes(), []).append(index)
     found = []
     for members in alike.values():
-        length = _common_length([documents[index].prompt for index in members])
+        length = common_start([documents[index].prompt for index in members])
         tokens = sum(documents[index].num_tokens for index in members)
         if length * (len(members) - 1) >= MIN_SAVED * tokens:
             found.append((members, length))
     return found
-
-
-def _common_length(prompts: Sequence[npt.NDArray[np.int32]]) -> int:
-    """Tokens that all prompts begin with."""
-    shortest = min(len(prompt) for prompt in prompts)
-    differs = np.zeros(shortest + 1, np.bool_)
-    differs[-1] = True
-    for prompt in prompts[1:]:
-        differs[:-1] |= prompt[:shortest] != prompts[0][:shortest]
-    return int(differs.argmax())
 
 
 def pack_documents(documents: Sequence[Document]) -> PackedBatch:

@@ -17,6 +17,7 @@ from typing import Any
 from alignkit.data.fields import need, plain_text
 from alignkit.data.formats import Message, alpaca_prompt, read_messages, read_turns
 from alignkit.data.sources import Row
+from alignkit.data.templates import common_length
 from alignkit.errors import DataError
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -102,9 +103,7 @@ def _split_common(
     chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
     """The longest common beginning, and what follows it on both sides."""
-    pairs = enumerate(zip(chosen, rejected, strict=False))
-    end = min(len(chosen), len(rejected))
-    common = next((n for n, (a, b) in pairs if a != b), end)
+    common = common_length(chosen, rejected)
     return chosen[:common], chosen[common:], rejected[common:]
 
 

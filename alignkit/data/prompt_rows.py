@@ -8,14 +8,14 @@ Every format of answers and of pairs holds prompts; so do rows that have nothing
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from alignkit.data.formats import (
     KEYS,
     PARSERS,
     Completion,
-    Example,
     Message,
+    Text,
     make_conversation,
     match_format,
 )
@@ -24,25 +24,8 @@ from alignkit.data.sources import Row
 from alignkit.errors import DataError
 
 
-@dataclass(frozen=True)
-class PromptRow:
-    """One row as a question.
-
-    Args:
-        asked: turns that end with the user's or a tool's, or plain text as a `prompt` that has
-            no completion.
-        answer: text of the row's answer, the chosen one of a pair; None where it has none, or
-            one that is labelled undesirable.
-        row: with all of its values.
-    """
-
-    asked: Example
-    answer: str | None
-    row: Row
-
-
-def parse_prompts(rows: list[Row], row_format: str) -> list[PromptRow]:
-    """Every row as a prompt.
+def parse_prompts(rows: list[Row], row_format: str) -> list[tuple[Text, str | None]]:
+    """What every row asks, and the answer that it knows.
 
     Args:
         rows: of one source, at least one.
@@ -50,7 +33,9 @@ def parse_prompts(rows: list[Row], row_format: str) -> list[PromptRow]:
             row.
 
     Returns:
-        One item per row, in order.
+        For each row, in order: turns that end with the user's or a tool's, or plain text as a
+        `prompt` that has no completion; and the text of the row's answer, the chosen one of a
+        pair, or None where it has none or one that is labelled undesirable.
 
     Raises:
         DataError: a row does not fit the format, or asks nothing.
@@ -74,7 +59,7 @@ def _detect(row: Row) -> str:
     return name
 
 
-def _parse(row: Row, row_format: str) -> Example:
+def _parse(row: Row, row_format: str) -> Text:
     """The row with its answer, if it has one: the chosen one of a pair."""
     if row_format in PAIR_PARSERS:
         prompt, chosen, _ = read_pair(row, row_format)
@@ -87,21 +72,21 @@ def _parse(row: Row, row_format: str) -> Example:
     return PARSERS[row_format](row, False)
 
 
-def _split_answer(row: Row, example: Example) -> PromptRow:
+def _split_answer(row: Row, text: Text) -> tuple[Text, str | None]:
     """What stands before the row's last answer, and that answer."""
-    if isinstance(example, Completion):
-        if not example.prompt.strip():
-            raise _no_prompt(row, f"its text is {example.prompt!r}")
-        asked: Example = replace(example, completion="")
-        answer = example.completion
+    if isinstance(text, Completion):
+        if not text.prompt.strip():
+            raise _no_prompt(row, f"its text is {text.prompt!r}")
+        asked: Text = replace(text, completion="")
+        answer = text.completion
     else:
-        turns, answer = example.messages, ""
+        turns, answer = text.messages, ""
         if turns and turns[-1].role == "assistant":
             turns, answer = turns[:-1], turns[-1].content
         _check_turns(row, turns)
-        asked = replace(example, messages=turns)
+        asked = replace(text, messages=turns)
     known = bool(answer.strip()) and row.values.get("label") is not False
-    return PromptRow(asked, answer if known else None, row)
+    return asked, answer if known else None
 
 
 def _check_turns(row: Row, turns: tuple[Message, ...]) -> None:

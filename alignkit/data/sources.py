@@ -10,16 +10,19 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from alignkit.data.report import DataReport
 from alignkit.errors import DataError
 from alignkit.recipe.assets import find_path
 from alignkit.recipe.rows import SourceSpec
@@ -42,41 +45,41 @@ class Row:
 
 @dataclass(frozen=True)
 class Source:
-    """All rows of one source.
+    """One source, whose rows are parsed only when they are asked for.
 
     Args:
-        rows: in file order, after `take`.
-        label: the name in messages.
+        spec: where the rows are, their renamed `columns` and how many to `take`.
         fingerprint: hash of the content, whatever the file is called.
+        parse: makes the rows.
     """
 
-    rows: list[Row]
-    label: str
+    spec: SourceSpec
     fingerprint: str
+    parse: Callable[[], list[Row]]
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """All rows in file order, at least one.
+
+        Raises:
+            DataError: an empty file, a broken line, or a renamed column that does not exist.
+        """
+        rows, label, columns = self.parse(), self.spec.label, self.spec.columns
+        if not rows:
+            raise DataError(f"{label}: holds no rows", hint="check the path and the split")
+        return [_rename(row, columns) for row in rows] if columns else rows
 
 
 def load_source(spec: SourceSpec) -> Source:
-    """Read one source.
+    """Open one source.
 
     Args:
-        spec: where the rows are; `columns` are renamed and `take` is applied here.
-
-    Returns:
-        Its rows, at least one.
+        spec: where the rows are.
 
     Raises:
-        DataError: no such file, a suffix nobody reads, an empty file, a broken line, or a
-            renamed column that does not exist.
+        DataError: no such file, or a suffix nobody reads.
     """
-    if spec.hub is not None:
-        rows, fingerprint = _read_hub(spec)
-    else:
-        rows, fingerprint = _read_file(spec)
-    if not rows:
-        raise DataError(f"{spec.label}: holds no rows", hint="check the path and the split")
-    if spec.columns:
-        rows = [_rename(row, spec.columns) for row in rows]
-    return Source(rows, spec.label, fingerprint)
+    return _open_hub(spec) if spec.hub is not None else _open_file(spec)
 
 
 def _rename(row: Row, columns: dict[str, str]) -> Row:
@@ -91,7 +94,7 @@ def _rename(row: Row, columns: dict[str, str]) -> Row:
     return Row(kept | {new: row.values[old] for new, old in columns.items()}, row.place)
 
 
-def _read_hub(spec: SourceSpec) -> tuple[list[Row], str]:
+def _open_hub(spec: SourceSpec) -> Source:
     import datasets  # optional backend: only hub sources pay for its import
 
     try:
@@ -104,11 +107,14 @@ def _read_hub(spec: SourceSpec) -> tuple[list[Row], str]:
         ) from error
     if spec.take is not None:
         table = table.select(range(min(spec.take, len(table))))
-    rows = [Row(dict(values), f"{spec.label} row {n + 1}") for n, values in enumerate(table)]
-    return rows, str(table._fingerprint)
+    return Source(
+        spec,
+        str(table._fingerprint),
+        lambda: [Row(dict(values), f"{spec.label} row {n + 1}") for n, values in enumerate(table)],
+    )
 
 
-def _read_file(spec: SourceSpec) -> tuple[list[Row], str]:
+def _open_file(spec: SourceSpec) -> Source:
     found = find_path(spec.path or "")
     if found is None or not found.is_file():
         raise DataError(f"{spec.path}: no such file", hint="paths are relative to the recipe")
@@ -121,19 +127,19 @@ def _read_file(spec: SourceSpec) -> tuple[list[Row], str]:
             hint="convert the file; one JSON object a line (.jsonl) is the simplest",
         )
     content = found.read_bytes()
-    fingerprint = hashlib.sha256(content).hexdigest()
     shown = str(spec.path)
-    if suffix == ".parquet":
-        return _read_parquet(found, shown, spec.take), fingerprint
-    text = _decode(content, name, shown)
-    if not text.strip():
-        raise DataError(f"{shown}: the file is empty", hint="every source needs at least one row")
-    rows: list[Row] = []
-    for row in readers[suffix](text, shown):
-        rows.append(row)
-        if len(rows) == spec.take:
-            break
-    return rows, fingerprint
+
+    def parse() -> list[Row]:
+        if suffix == ".parquet":
+            return _read_parquet(found, shown, spec.take)
+        text = _decode(content, name, shown)
+        if not text.strip():
+            raise DataError(
+                f"{shown}: the file is empty", hint="every source needs at least one row"
+            )
+        return list(itertools.islice(readers[suffix](text, shown), spec.take))
+
+    return Source(spec, hashlib.sha256(content).hexdigest(), parse)
 
 
 def _decode(content: bytes, name: str, shown: str) -> str:
@@ -278,7 +284,7 @@ def mix_rows(num_rows: list[int], weights: list[float], seed: int) -> npt.NDArra
 
 
 def mix_sources(
-    specs: Sequence[SourceSpec], num_rows: list[int], seed: int
+    specs: Sequence[SourceSpec], num_rows: list[int], seed: int, report: DataReport
 ) -> npt.NDArray[np.int64]:
     """Rows of one epoch by the weights of their sources, as `mix_rows` draws them.
 
@@ -286,15 +292,22 @@ def mix_sources(
         specs: the sources.
         num_rows: rows of each that are used.
         seed: draws the fractional part.
+        report: why rows of theirs are not used.
 
     Raises:
-        DataError: the weights draw no row at all.
+        DataError: no row is used, or the weights draw none at all.
     """
+    labels = ", ".join(spec.label for spec in specs)
+    if not sum(num_rows):
+        nothing = "no prompt is left" if report.prompts else "no row is left to train on"
+        raise DataError(
+            f"{labels}: {nothing}: {'; '.join(report.lines()[1:])}",
+            hint="raise data.max_length, or choose another data.too_long",
+        )
     order = mix_rows(num_rows, [spec.weight for spec in specs], seed)
     if not len(order):
         raise DataError(
-            f"{', '.join(spec.label for spec in specs)}: the weights draw no row from "
-            f"{', '.join(map(str, num_rows))}",
+            f"{labels}: the weights draw no row from {', '.join(map(str, num_rows))}",
             hint="raise the weights of the sources",
         )
     return order

@@ -10,25 +10,16 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from alignkit.data.formats import Conversation, Message
 from alignkit.errors import DataError, ModelError
 from alignkit.recipe.assets import assets_root
 
-
-@dataclass(frozen=True)
-class Span:
-    """Characters of one trained turn in the rendered text.
-
-    Args:
-        begin: first character after the generation prompt.
-        end: one past the last character that belongs to the turn.
-    """
-
-    begin: int
-    end: int
+Span = tuple[int, int]
+"""A trained turn in the rendered text: its first character after the generation prompt, and one
+past the last character that belongs to it."""
 
 
 def template_text(name_or_path: str) -> str:
@@ -171,7 +162,7 @@ class ChatTemplate:
             after = self.render(turns[: position + 1], conversation)
             end = self._end(full, after, before, turns[position])
             if end is not None:
-                return Span(before, end)
+                return before, end
         raise DataError(
             f"{conversation.place}: the chat template rewrites turn {position} once later turns "
             "follow it, so no mask over that turn can be right",
@@ -190,7 +181,7 @@ class ChatTemplate:
             return len(with_prompt)
         # A generation prompt may say more than the finished turn repeats, a thinking switch say.
         plain = self.render(turns, conversation)
-        common = _common_length(with_prompt, full)
+        common = common_length(with_prompt, full)
         if full.startswith(plain):
             return max(common, len(plain))
         return common if common > len(plain) else None
@@ -206,7 +197,7 @@ class ChatTemplate:
                 return before + len(after) - start
             start = after.find(full[before : before + 8], start + 1)
         # or closed with more, an end of the whole text say; no special token is cut in two.
-        end = _common_length(full, after)
+        end = common_length(full, after)
         for special in self.specials:
             at = after.rfind(special, 0, end + len(special) - 1)
             end = at if at < end < at + len(special) else end
@@ -228,8 +219,8 @@ def is_written(turn: dict[str, Any], text: str) -> bool:
     return all(part in text for part in (str(turn["content"]).strip(), *names))
 
 
-def _common_length(first: str, second: str) -> int:
-    """Characters that two texts have in common from the start."""
+def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Characters, or items, that two texts or lists have in common from the start."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
 

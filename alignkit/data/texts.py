@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from alignkit.data.formats import Completion, Conversation, Example
-from alignkit.data.masks import Encoded, Rendered
+from alignkit.data.documents import IdArray
+from alignkit.data.formats import Completion, Conversation, Text
+from alignkit.data.masks import Offsets, Rendered
 from alignkit.data.report import DataReport
 from alignkit.data.templates import ChatTemplate, is_written
 from alignkit.errors import ModelError
@@ -26,7 +27,7 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
 
 
 def note_doubts(
-    example: Example,
+    text: Text,
     rendered: str,
     specials: dict[str, int],
     template: ChatTemplate | None,
@@ -35,30 +36,30 @@ def note_doubts(
     """Note what looks wrong in a text that is used.
 
     Args:
-        example: of the row.
-        rendered: its text.
+        text: of the row.
+        rendered: as the model reads it.
         specials: text -> id of the tokenizer's special tokens.
         template: that rendered a conversation.
         report: gets the notes.
     """
-    if isinstance(example, Completion):
-        texts = [example.prompt, example.completion.rstrip()]
+    if isinstance(text, Completion):
+        parts = [text.prompt, text.completion.rstrip()]
     else:
-        texts = [message.content for message in example.messages]
+        parts = [message.content for message in text.messages]
         assert template is not None
-        if template.flattens(example):
-            report.note("tool calls written as text: the template has none", example.place)
-        if not all(is_written(turn, rendered) for turn in template.messages(example)):
-            report.note("the template leaves out or changes what a turn says", example.place)
-    text = "\n".join(texts)
-    found = PLACEHOLDER.search(text)
+        if template.flattens(text):
+            report.note("tool calls written as text: the template has none", text.place)
+        if not all(is_written(turn, rendered) for turn in template.messages(text)):
+            report.note("the template leaves out or changes what a turn says", text.place)
+    said = "\n".join(parts)
+    found = PLACEHOLDER.search(said)
     if found:
-        report.note(f"placeholder left in the text: {found.group(0)}", example.place)
-    if isinstance(example, Conversation) and any(special in text for special in specials):
-        report.note("the text holds special tokens of this tokenizer", example.place)
+        report.note(f"placeholder left in the text: {found.group(0)}", text.place)
+    if isinstance(text, Conversation) and any(special in said for special in specials):
+        report.note("the text holds special tokens of this tokenizer", text.place)
 
 
-def encode_texts(rendered: list[Rendered], tokenizer: Any) -> list[Encoded]:
+def encode_texts(rendered: list[Rendered], tokenizer: Any) -> list[tuple[IdArray, Offsets]]:
     """Ids and character offsets of each text; chats bring their special tokens themselves.
 
     Args:
@@ -68,7 +69,7 @@ def encode_texts(rendered: list[Rendered], tokenizer: Any) -> list[Encoded]:
     Raises:
         ModelError: a tokenizer without offsets.
     """
-    encoded: dict[int, Encoded] = {}
+    encoded: dict[int, tuple[IdArray, Offsets]] = {}
     bos, eos = tokenizer.bos_token, tokenizer.eos_token_id
     for is_chat in (True, False):
         numbers = [n for n, item in enumerate(rendered) if item.is_chat is is_chat]
@@ -84,7 +85,7 @@ def encode_texts(rendered: list[Rendered], tokenizer: Any) -> list[Encoded]:
             offsets = np.asarray(output["offset_mapping"][position]).reshape(-1, 2)
             if not is_chat and len(ids) and ids[-1] == eos and offsets[-1, 0] == offsets[-1, 1]:
                 ids, offsets = ids[:-1], offsets[:-1]  # the tokenizer adds EOS to ours
-            encoded[number] = Encoded(ids, offsets + removed)
+            encoded[number] = ids, offsets + removed
     return [encoded[number] for number in range(len(rendered))]
 
 

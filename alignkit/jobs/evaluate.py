@@ -12,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.dataset import TokenDataset, load_dataset
-from alignkit.data.documents import Document
+from alignkit.data.examples import RowKind, parse_rows
 from alignkit.data.mismatch import with_mismatched
 from alignkit.data.sources import Row, load_source
-from alignkit.data.tokenize import RowKind, TokenizeSettings, parse_rows, tokenize_examples
+from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
 from alignkit.errors import ModelError
 from alignkit.evaluation.columns import score_documents
 from alignkit.evaluation.heldout import evaluate_heldout
@@ -152,8 +152,7 @@ def score_answers(
         rows.append(Row(values, f"answer {number}"))
     examples = parse_rows(rows, "prompt_completion", "answers")
     settings = TokenizeSettings(10**9, "error")
-    tokenized, _ = tokenize_examples(examples, opened.tokenizer, settings)
-    documents = [Document(row.prompt, row.branches, n) for n, row in enumerate(tokenized)]
+    documents, _ = tokenize_examples(examples, opened.tokenizer, settings)
     columns = score_documents(answer_rewards, _scorer(opened, question), documents, _BUDGET)
     return list(zip(answers, columns["reward"].tolist(), strict=True))
 

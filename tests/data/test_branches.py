@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from documents import as_rows
+from documents import answers, as_rows
 from tiny import END_OF_TURN, TOKENIZERS, tiny_tokenizer
 
-from alignkit.data.branches import branch_labelled, branch_pair, fit_branches
-from alignkit.data.documents import Branch, TokenizedDocument
-from alignkit.data.formats import Completion, Conversation, Example, Message
-from alignkit.data.masks import TokenizedRow
-from alignkit.data.preferences import Labelled, Pair
+from alignkit.data.branches import fit, share_prompt
+from alignkit.data.documents import Branch, Document
+from alignkit.data.examples import Example
+from alignkit.data.formats import Completion, Conversation, Message, Text
 from alignkit.data.report import DataReport
 from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
 from alignkit.errors import DataError
@@ -23,11 +22,22 @@ from alignkit.packed import Role
 BOS = 1
 
 
-def row(ids: Sequence[int], trained: Sequence[int]) -> TokenizedRow:
-    return TokenizedRow(np.array(ids, np.int32), np.array(trained, bool), "r:1")
+SIDES = (Role.CHOSEN, Role.REJECTED)
 
 
-def shape(document: TokenizedDocument) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+def pair(chosen: Text, rejected: Text) -> Example:
+    return Example((chosen, rejected), SIDES, chosen.place)
+
+
+def labelled(text: Text, role: Role = Role.CHOSEN) -> Example:
+    return Example((text,), (role,), text.place)
+
+
+def row(ids: Sequence[int], trained: Sequence[int]) -> Branch:
+    return Branch(np.array(ids, np.int32), np.array(trained, bool))
+
+
+def shape(document: Document) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
     """Prompt, and ids and mask of each branch."""
     branches = [(b.ids.tolist(), b.trained.astype(int).tolist()) for b in document.branches]
     return document.prompt.tolist(), branches
@@ -82,19 +92,17 @@ def shape(document: TokenizedDocument) -> tuple[list[int], list[tuple[list[int],
     ],
 )
 def test_branch_point_by_hand(chosen: Any, rejected: Any, expected: Any) -> None:
-    found = branch_pair(row(*chosen), row(*rejected), 0.5)
+    found = share_prompt([row(*chosen), row(*rejected)], SIDES, 7, 0.5)
     assert shape(found) == expected
     assert [branch.role for branch in found.branches] == [Role.CHOSEN, Role.REJECTED]
-    assert (found.place, found.margin) == ("r:1", 0.5)
-    mirrored = branch_pair(row(*rejected), row(*chosen), 0.0)
+    assert (found.row, found.margin) == (7, 0.5)
+    mirrored = share_prompt([row(*rejected), row(*chosen)], SIDES, 0, 0.0)
     assert shape(mirrored) == (expected[0], expected[1][::-1])
 
 
-@pytest.mark.parametrize(
-    ("desirable", "role"), [(True, Role.CHOSEN), (False, Role.REJECTED)], ids=str
-)
-def test_a_labelled_answer_by_hand(desirable: bool, role: Role) -> None:
-    found = branch_labelled(row([1, 2, 10, 11, 3], [0, 0, 1, 1, 0]), desirable=desirable)
+@pytest.mark.parametrize("role", SIDES)
+def test_a_labelled_answer_by_hand(role: Role) -> None:
+    found = share_prompt([row([1, 2, 10, 11, 3], [0, 0, 1, 1, 0])], [role], 0, 0.0)
     assert shape(found) == ([1, 2], [([10, 11], [1, 1])])
     assert [branch.role for branch in found.branches] == [role]
 
@@ -107,7 +115,7 @@ def test_the_branch_point_is_the_earliest_of_three_naively(seed: int) -> None:
         ids, mask = rng.integers(0, 2, 12), rng.random(12) < 0.3
         mask[0], mask[rng.integers(1, 12)] = False, True
         rows.append(row(ids.tolist(), mask.tolist()))
-    found = branch_pair(rows[0], rows[1], 0.0)
+    found = share_prompt(rows, SIDES, 0, 0.0)
     start = 0
     while (
         start < 12
@@ -135,22 +143,22 @@ def chat(*turns: str, system: str = "", place: str = "r:1") -> Conversation:
     return Conversation((*head, *messages), (), place)
 
 
-def alone(tokenizer: Any, example: Example) -> TokenizedRow:
+def alone(tokenizer: Any, text: Text) -> Branch:
     """The row as supervised fine-tuning reads it."""
-    documents, _ = tokenize_examples([example], tokenizer, TokenizeSettings(10_000, "error"))
+    documents, _ = tokenize_examples(answers([text]), tokenizer, TokenizeSettings(10_000, "error"))
     (found,) = as_rows(documents)
     return found
 
 
 def tokenize(
     tokenizer: Any, *examples: Any, limit: int = 10_000, too_long: Any = "error"
-) -> tuple[list[TokenizedDocument], DataReport]:
-    kind: Any = "pairs" if isinstance(examples[0], Pair) else "labelled"
+) -> tuple[list[Document], DataReport]:
+    kind: Any = "pairs" if len(examples[0].texts) > 1 else "labelled"
     settings = TokenizeSettings(limit, too_long, rows=kind)
     return tokenize_examples(list(examples), tokenizer, settings)
 
 
-def assert_same_sequence(document: TokenizedDocument, number: int, whole: TokenizedRow) -> None:
+def assert_same_sequence(document: Document, number: int, whole: Branch) -> None:
     """Prompt and branch are the row up to its last trained token."""
     branch = document.branches[number]
     end = int(np.flatnonzero(whole.trained)[-1]) + 1
@@ -173,26 +181,23 @@ CHATS = {
     "white space": (chat("Hi?", "\n  Hello.\n"), chat("Hi?", " No.\n\n")),
 }
 TEXTS = {
-    "plain": Pair(
-        Completion("The colour is", " green.", "r:1"), Completion("The colour is", " red.", "r:1"),
-        0.0, "r:1",
+    "plain": pair(
+        Completion("The colour is", " green.", "r:1"), Completion("The colour is", " red.", "r:1")
     ),
     # Without a space between them, prompt and answer merge into one token, or do not.
-    "merges": Pair(Completion("See t", "he", "r:1"), Completion("See t", "!", "r:1"), 0.0, "r:1"),
-    "both merge": Pair(
-        Completion("See t", "he", "r:1"), Completion("See t", "o", "r:1"), 0.0, "r:1"
-    ),
-    "no prompt": Pair(Completion("", "One.", "r:1"), Completion("", "Two.", "r:1"), 0.0, "r:1"),
+    "merges": pair(Completion("See t", "he", "r:1"), Completion("See t", "!", "r:1")),
+    "both merge": pair(Completion("See t", "he", "r:1"), Completion("See t", "o", "r:1")),
+    "no prompt": pair(Completion("", "One.", "r:1"), Completion("", "Two.", "r:1")),
 }  # fmt: skip
-PAIRS = {name: Pair(*sides, 0.0, "r:1") for name, sides in CHATS.items()} | TEXTS
+PAIRS = {name: pair(*sides) for name, sides in CHATS.items()} | TEXTS
 
 
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("family", TOKENIZERS)
 def test_both_sequences_are_what_each_side_is_alone(family: str, name: str) -> None:
-    tokenizer, pair = tiny_tokenizer(family), PAIRS[name]
-    (document,), report = tokenize(tokenizer, pair)
-    sides = [alone(tokenizer, side) for side in (pair.chosen, pair.rejected)]
+    tokenizer, example = tiny_tokenizer(family), PAIRS[name]
+    (document,), report = tokenize(tokenizer, example)
+    sides = [alone(tokenizer, side) for side in example.texts]
     for number, whole in enumerate(sides):
         assert_same_sequence(document, number, whole)
     # The branch point, once more from its definition.
@@ -238,56 +243,51 @@ def test_a_border_that_merges_on_one_side_only(family: str) -> None:
     assert not document.branches[1].trained[0]
 
 
-@pytest.mark.parametrize("desirable", [True, False])
+@pytest.mark.parametrize("role", SIDES)
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("family", TOKENIZERS)
-def test_a_labelled_sequence_is_what_the_row_is_alone(
-    family: str, name: str, desirable: bool
-) -> None:
+def test_a_labelled_sequence_is_what_the_row_is_alone(family: str, name: str, role: Role) -> None:
     tokenizer = tiny_tokenizer(family)
-    example = PAIRS[name].chosen if desirable else PAIRS[name].rejected
-    (document,), _ = tokenize(tokenizer, Labelled(example, desirable, "r:1"))
-    whole = alone(tokenizer, example)
+    text = PAIRS[name].texts[role]
+    (document,), _ = tokenize(tokenizer, labelled(text, role))
+    whole = alone(tokenizer, text)
     assert_same_sequence(document, 0, whole)
     assert len(document.prompt) == int(whole.trained.argmax())
     (branch,) = document.branches
     assert branch.trained[0]
-    assert branch.role is (Role.CHOSEN if desirable else Role.REJECTED)
+    assert branch.role is role
 
 
 def test_a_side_that_trains_nothing_drops_the_pair() -> None:
     # Qwen adds no BOS, and nothing predicts a first token.
     tokenizer = tiny_tokenizer("qwen")
     empty = Completion("", "<|im_end|>", "r:7")
-    pair = Pair(Completion("", "One.", "r:7"), empty, 0.0, "r:7")
-    for examples in ([pair, PAIRS["plain"]], [Labelled(empty, True, "r:7"), labelled("plain")]):
+    one_empty = pair(Completion("", "One.", "r:7"), empty)
+    good = PAIRS["plain"]
+    for examples in ([one_empty, good], [labelled(empty), labelled(good.texts[0])]):
         documents, report = tokenize(tokenizer, *examples)
         assert len(documents) == 1
         assert report.dropped == {"nothing to train on": 1}
         assert report.examples["nothing to train on"] == ["r:7"]
 
 
-def labelled(name: str) -> Labelled:
-    return Labelled(PAIRS[name].chosen, True, "r:1")
-
-
 # too long, by hand ---------------------------------------------------------------------------
 
 
-def document(prompt: Sequence[int], *answers: Sequence[int]) -> TokenizedDocument:
+def document(prompt: Sequence[int], *answers: Sequence[int]) -> Document:
     """Every token of an answer is trained."""
     branches = [
         Branch(np.array(ids, np.int32), np.ones(len(ids), bool), role)
         for ids, role in zip(answers, (Role.CHOSEN, Role.REJECTED), strict=False)
     ]
-    return TokenizedDocument(np.array(prompt, np.int32), tuple(branches), "r:3", 2.0)
+    return Document(np.array(prompt, np.int32), tuple(branches), 3, 2.0)
 
 
-def fit(
-    found: TokenizedDocument, limit: int, too_long: str, bos: int | None = BOS
-) -> tuple[TokenizedDocument | None, DataReport]:
+def fitted(
+    found: Document, limit: int, too_long: str, bos: int | None = BOS
+) -> tuple[Document | None, DataReport]:
     report = DataReport()
-    return fit_branches(found, limit, too_long, bos, report), report
+    return fit(found, "r:3", limit, too_long, bos, report), report
 
 
 PAIR = document([BOS, 2, 3, 4, 5], [10, 11, 12, 13], [20, 21])
@@ -297,13 +297,13 @@ PAIR = document([BOS, 2, 3, 4, 5], [10, 11, 12, 13], [20, 21])
 @pytest.mark.parametrize("too_long", ["drop", "truncate_left", "truncate_right", "error"])
 @pytest.mark.parametrize("limit", [9, 10])
 def test_a_pair_of_exactly_max_length_is_kept_whole(too_long: str, limit: int) -> None:
-    found, report = fit(PAIR, limit, too_long)
+    found, report = fitted(PAIR, limit, too_long)
     assert found is PAIR
     assert report == DataReport(lengths=[9], measured=["r:3"])
 
 
 def test_drop() -> None:
-    found, report = fit(PAIR, 8, "drop")
+    found, report = fitted(PAIR, 8, "drop")
     assert found is None
     reason = "longer than max_length = 8 tokens"
     assert report == DataReport(
@@ -313,7 +313,7 @@ def test_drop() -> None:
 
 def test_error() -> None:
     with pytest.raises(DataError) as caught:
-        fit(PAIR, 8, "error")
+        fitted(PAIR, 8, "error")
     assert str(caught.value) == (
         "r:3: prompt and answer have 9 tokens, more than data.max_length = 8\n"
         "hint: raise data.max_length, shorten the row, or choose another data.too_long"
@@ -334,23 +334,23 @@ def test_error() -> None:
 def test_truncate_left_cuts_the_prompt_after_bos(
     limit: int, bos: int | None, prompt: list[int]
 ) -> None:
-    found, report = fit(PAIR, limit, "truncate_left", bos)
+    found, report = fitted(PAIR, limit, "truncate_left", bos)
     assert found is not None
     assert shape(found) == (prompt, shape(PAIR)[1])
-    assert (found.place, found.margin) == ("r:3", 2.0)
+    assert (found.row, found.margin) == (3, 2.0)
     assert report == DataReport(lengths=[9], measured=["r:3"], cut=["r:3"])
 
 
 @pytest.mark.parametrize(("limit", "bos"), [(4, BOS), (3, BOS), (4, None), (1, None)])
 def test_truncate_left_drops_an_answer_that_fills_the_length(limit: int, bos: int | None) -> None:
-    found, report = fit(PAIR, limit, "truncate_left", bos)
+    found, report = fitted(PAIR, limit, "truncate_left", bos)
     assert found is None
     assert report.dropped == {f"an answer alone fills max_length = {limit} tokens": 1}
     assert (report.truncated, report.lengths) == (0, [9])
 
 
 def test_truncate_left_without_a_prompt_has_nothing_to_cut() -> None:
-    found, report = fit(document([], [10, 11, 12], [20]), 2, "truncate_left")
+    found, report = fitted(document([], [10, 11, 12], [20]), 2, "truncate_left")
     assert found is None
     assert report.dropped == {"an answer alone fills max_length = 2 tokens": 1}
 
@@ -366,7 +366,7 @@ def test_truncate_left_without_a_prompt_has_nothing_to_cut() -> None:
 def test_truncate_right_cuts_the_answers(
     limit: int, chosen: list[int], rejected: list[int]
 ) -> None:
-    found, report = fit(PAIR, limit, "truncate_right")
+    found, report = fitted(PAIR, limit, "truncate_right")
     assert found is not None
     prompt, branches = shape(found)
     assert prompt == PAIR.prompt.tolist()
@@ -377,7 +377,7 @@ def test_truncate_right_cuts_the_answers(
 
 @pytest.mark.parametrize("limit", [5, 4, 1])
 def test_truncate_right_drops_a_prompt_that_fills_the_length(limit: int) -> None:
-    found, report = fit(PAIR, limit, "truncate_right")
+    found, report = fitted(PAIR, limit, "truncate_right")
     assert found is None
     assert report.dropped == {f"the prompt alone fills max_length = {limit} tokens": 1}
     assert (report.truncated, report.lost_ends) == (0, 0)
@@ -385,22 +385,22 @@ def test_truncate_right_drops_a_prompt_that_fills_the_length(limit: int) -> None
 
 def test_truncate_right_drops_a_side_of_which_only_context_is_left() -> None:
     late = Branch(np.array([6, 7, 20], np.int32), np.array([0, 0, 1], bool), Role.REJECTED)
-    found = TokenizedDocument(PAIR.prompt, (PAIR.branches[0], late), "r:3")
-    assert fit(found, 7, "truncate_right")[1].dropped == {
+    found = Document(PAIR.prompt, (PAIR.branches[0], late), 3)
+    assert fitted(found, 7, "truncate_right")[1].dropped == {
         "the prompt alone fills max_length = 7 tokens": 1
     }
-    kept, _ = fit(found, 8, "truncate_right")
+    kept, _ = fitted(found, 8, "truncate_right")
     assert kept is not None
     assert shape(kept)[1] == [([10, 11, 12], [1, 1, 1]), ([6, 7, 20], [0, 0, 1])]
 
 
 def test_truncate_right_drops_answers_that_it_makes_equal() -> None:
     alike = document([BOS, 2], [10, 11, 12, 13], [10, 11, 20])
-    found, report = fit(alike, 4, "truncate_right")
+    found, report = fitted(alike, 4, "truncate_right")
     assert found is None
     assert report.dropped == {"the two answers are equal up to max_length = 4 tokens": 1}
     assert (report.truncated, report.lost_ends) == (0, 0)
-    kept, _ = fit(alike, 5, "truncate_right")
+    kept, _ = fitted(alike, 5, "truncate_right")
     assert kept is not None
     assert [ids for ids, _ in shape(kept)[1]] == [[10, 11, 12], [10, 11, 20]]
 
@@ -408,7 +408,7 @@ def test_truncate_right_drops_answers_that_it_makes_equal() -> None:
 @pytest.mark.parametrize("too_long", ["truncate_left", "truncate_right"])
 def test_labelled_rows_are_cut_like_pairs(too_long: str) -> None:
     one = document([BOS, 2, 3], [10, 11, 12])
-    found, report = fit(one, 5, too_long)
+    found, report = fitted(one, 5, too_long)
     assert found is not None
     assert shape(found) == (
         ([BOS, 3], [([10, 11, 12], [1, 1, 1])])
@@ -430,7 +430,7 @@ def test_nothing_is_longer_than_max_length_and_something_is_trained(
             [BOS, *range(2, size + 1)], range(10, 10 + lengths[0]), range(20, 20 + lengths[1])
         )
         limit = int(rng.integers(1, 17))
-        found, report = fit(whole, limit, too_long)
+        found, report = fitted(whole, limit, too_long)
         if found is None:
             assert sum(report.dropped.values()) == 1
             continue
@@ -452,11 +452,11 @@ LONG = "one two three four five six seven eight nine ten."
 def test_counts_of_a_few_rows(kind: str, too_long: str) -> None:
     tokenizer = tiny_tokenizer("gemma")
     sides = chat(LONG, "Count on, please.", place="r:3"), chat(LONG, "No.", place="r:3")
-    long = Pair(*sides, 0.0, "r:3")
-    short = Pair(chat("Hi?", "No.", place="r:4"), chat("Hi?", "Yes.", place="r:4"), 0.0, "r:4")
+    long = pair(*sides)
+    short = pair(chat("Hi?", "No.", place="r:4"), chat("Hi?", "Yes.", place="r:4"))
     examples: list[Any] = [long, short, long]
     if kind == "labelled":
-        examples = [Labelled(pair.chosen, True, pair.place) for pair in examples]
+        examples = [labelled(example.texts[0]) for example in examples]
     whole, full = tokenize(tokenizer, *examples)
     limit = full.lengths[0] - 3
     found, report = tokenize(tokenizer, *examples, limit=limit, too_long=too_long)
@@ -464,7 +464,7 @@ def test_counts_of_a_few_rows(kind: str, too_long: str) -> None:
     assert report.rows == 3
     prompt = whole[0].prompt.tolist()
     if too_long == "drop":
-        assert [item.place for item in found] == ["r:4"]
+        assert [examples[item.row] for item in found] == [examples[1]]
         assert report.lines() == [
             "1 of 3 rows used",
             f"2 rows dropped: longer than max_length = {limit} tokens (r:3, r:3)",

@@ -12,13 +12,13 @@ import pytest
 from tiny import tiny_tokenizer
 
 from alignkit.data import dataset as dataset_module
+from alignkit.data import sources as sources_module
 from alignkit.data.dataset import (
     TokenDataset,
-    count_overlap,
     load_dataset,
-    split_dataset,
     tokenizer_identity,
 )
+from alignkit.data.split import count_overlap, split_dataset
 from alignkit.data.tokenize import TokenizeSettings
 from alignkit.errors import DataError
 from alignkit.recipe.rows import SourceSpec
@@ -336,7 +336,10 @@ def test_a_cache_hit_of_preferences_is_identical(
             assert first.role is second.role
 
 
-@pytest.mark.parametrize("spoil", ["cut", "no roles", "no margins", "unknown role", "old bounds"])
+@pytest.mark.parametrize(
+    "spoil",
+    ["cut", "no roles", "no margins", "unknown role", "old bounds", "wide bounds", "short trained"],
+)
 def test_a_broken_cache_of_pairs_is_made_again(spoil: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = write("a.jsonl", pair_rows())
     fresh = load(spec, rows="pairs")
@@ -350,6 +353,10 @@ def test_a_broken_cache_of_pairs_is_made_again(spoil: str, monkeypatch: pytest.M
             arrays["roles"] = np.full_like(arrays["roles"], 7)
         elif spoil == "old bounds":  # as releases before this one wrote them
             arrays["offsets"] = arrays.pop("bounds")[:, 0]
+        elif spoil == "wide bounds":
+            arrays["bounds"] = arrays["bounds"] + 1
+        elif spoil == "short trained":
+            arrays["trained"] = arrays["trained"][:-1]
         else:
             del arrays[spoil.removeprefix("no ")]
         np.savez(path, **arrays)
@@ -358,6 +365,30 @@ def test_a_broken_cache_of_pairs_is_made_again(spoil: str, monkeypatch: pytest.M
     assert calls == [3]
     assert same(load(spec, rows="pairs"), fresh)
     assert calls == [3]
+
+
+def test_a_cache_hit_parses_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = write("a.jsonl", texts("one", "two"))
+    fresh = load(spec)
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("parsed")
+
+    monkeypatch.setattr(sources_module, "_read_jsonl", refuse)
+    assert same(load(spec), fresh)
+    with pytest.raises(AssertionError, match="parsed"):
+        load(spec, max_length=99)
+
+
+def test_a_source_of_pairs_without_a_row_left_joins_the_others() -> None:
+    alike = {"prompt": "ask:", "chosen": " same.", "rejected": " same."}
+    empty, good = write("a.jsonl", [alike]), write("b.jsonl", pair_rows())
+    alone = load(good, rows="pairs")
+    for _ in ("fresh", "cached"):
+        dataset = load(empty, good, empty, rows="pairs")
+        assert dataset.bounds.tolist() == alone.bounds.tolist()
+        assert dataset.roles.tolist() == alone.roles.tolist()
+        assert dataset.report.dropped == {"the two answers are equal": 2}
 
 
 def test_the_kind_of_row_is_part_of_the_key() -> None:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from tiny import tiny_tokenizer
 
-from alignkit.data.dataset import TokenDataset, load_dataset, split_dataset
+from alignkit.data.dataset import TokenDataset, load_dataset
 from alignkit.data.mismatch import draw_partners, with_mismatched
 from alignkit.data.packing import pack_documents, step_items
+from alignkit.data.split import split_dataset
 from alignkit.data.tokenize import TokenizeSettings
 from alignkit.packed import Role
 from alignkit.recipe.rows import SourceSpec

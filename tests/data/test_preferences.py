@@ -8,17 +8,11 @@ from typing import Any
 import pytest
 from tiny import tiny_tokenizer
 
-from alignkit.data.formats import Completion, Conversation, Example, Message
-from alignkit.data.preferences import (
-    PAIR_PARSERS,
-    Labelled,
-    Pair,
-    Unusable,
-    parse_labelled,
-    parse_pairs,
-)
+from alignkit.data.examples import Example, parse_rows
+from alignkit.data.formats import Completion, Conversation, Message, Text
+from alignkit.data.pairs import PAIR_PARSERS
 from alignkit.data.sources import Row, load_source
-from alignkit.data.tokenize import TokenizeSettings, parse_rows, tokenize_examples
+from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
 from alignkit.errors import DataError
 from alignkit.packed import Role
 from alignkit.recipe.assets import assets_root
@@ -30,13 +24,29 @@ PLACE = "r.jsonl:5"
 Turns = list[tuple[str, str]]
 
 
+def parse_pairs(rows: list[Row], row_format: str) -> list[Example]:
+    return parse_rows(rows, row_format, "pairs")
+
+
+def parse_labelled(rows: list[Row], row_format: str) -> list[Example]:
+    return parse_rows(rows, row_format, "labelled")
+
+
 def pair(values: dict[str, Any], row_format: str = "auto") -> Any:
     (found,) = parse_pairs([Row(values, PLACE)], row_format)
     return found
 
 
-def labelled(values: dict[str, Any], row_format: str = "auto") -> list[Any]:
-    return list(parse_labelled([Row(values, PLACE)], row_format))
+def labelled(values: dict[str, Any], row_format: str = "auto") -> list[Example]:
+    return parse_labelled([Row(values, PLACE)], row_format)
+
+
+def label(text: Text, role: Role, place: str = PLACE) -> Example:
+    return Example((text,), (role,), place)
+
+
+def unusable(reason: str) -> Example:
+    return Example((), (), PLACE, unusable=reason)
 
 
 def failure(parse: Any, values: dict[str, Any], row_format: str = "auto") -> str:
@@ -53,13 +63,13 @@ def speak(speaker: str, value: Any) -> dict[str, Any]:
     return {"from": speaker, "value": value}
 
 
-def turns(example: Example) -> Turns:
+def turns(example: Text) -> Turns:
     """Role and text of each turn."""
     assert isinstance(example, Conversation)
     return [(message.role, message.content) for message in example.messages]
 
 
-def trained(example: Example) -> list[str]:
+def trained(example: Text) -> list[str]:
     """Texts of the assistant's turns that carry loss."""
     assert isinstance(example, Conversation)
     return [m.content for m in example.messages if m.role == "assistant" and m.trained]
@@ -108,21 +118,22 @@ def test_every_shipped_pair_parses(name: str) -> None:
     rows = shipped(name)
     pairs = parse_pairs(rows, "auto")
     assert len(pairs) == 4
-    assert pairs == parse_pairs(rows, SHIPPED_PAIRS[name]) == parse_rows(rows, "auto", "pairs")
+    assert pairs == parse_pairs(rows, SHIPPED_PAIRS[name])
     assert [found.place for found in pairs] == [row.place for row in rows]
     for found in pairs:
-        assert isinstance(found, Pair)
-        assert found.chosen.place == found.rejected.place == found.place
-        if isinstance(found.chosen, Completion):
-            assert isinstance(found.rejected, Completion)
-            assert found.chosen.prompt == found.rejected.prompt
+        chosen, rejected = found.texts
+        assert found.roles == (Role.CHOSEN, Role.REJECTED)
+        assert chosen.place == rejected.place == found.place
+        if isinstance(chosen, Completion):
+            assert isinstance(rejected, Completion)
+            assert chosen.prompt == rejected.prompt
             continue
         # One prompt, which is not trained, and one answer, which is.
-        assert turns(found.chosen)[:-1] == turns(found.rejected)[:-1]
-        assert turns(found.chosen)[-2][0] == "user"
-        assert trained(found.chosen) == [turns(found.chosen)[-1][1]]
-        assert trained(found.rejected) == [turns(found.rejected)[-1][1]]
-        assert trained(found.chosen) != trained(found.rejected)
+        assert turns(chosen)[:-1] == turns(rejected)[:-1]
+        assert turns(chosen)[-2][0] == "user"
+        assert trained(chosen) == [turns(chosen)[-1][1]]
+        assert trained(rejected) == [turns(rejected)[-1][1]]
+        assert trained(chosen) != trained(rejected)
 
 
 @pytest.mark.parametrize("name", SHIPPED_LABELLED)
@@ -130,12 +141,11 @@ def test_every_shipped_labelled_row_parses(name: str) -> None:
     rows = shipped(name)
     found = parse_labelled(rows, "auto")
     assert found == parse_labelled(rows, SHIPPED_LABELLED[name])
-    assert found == parse_rows(rows, "auto", "labelled")
     assert [item.place for item in found] == [row.place for row in rows]
-    assert all(isinstance(item, Labelled) for item in found)
-    labels = [item.desirable for item in found if isinstance(item, Labelled)]
-    assert labels == [row.values["label"] for row in rows]
-    assert set(labels) == {True, False}
+    roles = [role for item in found for role in item.roles]
+    wanted = {True: Role.CHOSEN, False: Role.REJECTED}
+    assert roles == [wanted[row.values["label"]] for row in rows]
+    assert set(roles) == {Role.CHOSEN, Role.REJECTED}
 
 
 BIRTHDAY = "I have to give a toast for my aunt's birthday."
@@ -230,9 +240,9 @@ def test_shipped_pairs_by_hand(
     name: str, row: int, prompt: Turns, chosen: str, rejected: str, margin: float
 ) -> None:
     found = parse_pairs(shipped(name), "auto")[row]
-    assert isinstance(found, Pair)
-    assert turns(found.chosen) == [*prompt, ("assistant", chosen)]
-    assert turns(found.rejected) == [*prompt, ("assistant", rejected)]
+    assert [turns(text) for text in found.texts] == [
+        [*prompt, ("assistant", answer)] for answer in (chosen, rejected)
+    ]
     assert found.margin == margin
 
 
@@ -242,40 +252,36 @@ def test_shipped_text_pairs_by_hand() -> None:
     good = " Thursday, because the count runs Tuesday, Wednesday, Thursday."
     place = found.place
     assert place.endswith("preference_text.jsonl:1")
-    assert found == Pair(
+    assert found.texts == (
         Completion(prompt, good, place),
         Completion(prompt, " One of the later days of the week.", place),
-        0.0,
-        place,
     )
+    assert found.margin == 0.0
 
 
 def test_shipped_margins() -> None:
     found = parse_pairs(shipped("preference_margin.jsonl"), "auto")
-    assert [item.margin for item in found if isinstance(item, Pair)] == [3.0, 0.5, 2.5, 1.2]
+    assert [item.margin for item in found] == [3.0, 0.5, 2.5, 1.2]
 
 
 def test_shipped_labelled_rows_by_hand() -> None:
     text = parse_labelled(shipped("labelled_text.jsonl"), "auto")[1]
     prompt = "The colours of a traffic light, from top to bottom, are"
     example = Completion(prompt, " bright and easy to see.", text.place)
-    assert text == Labelled(example, False, text.place)
+    assert text == label(example, Role.REJECTED, text.place)
     rhymes = parse_labelled(shipped("labelled_messages.jsonl"), "auto")[2]
-    assert isinstance(rhymes, Labelled)
-    assert rhymes.desirable is True
-    assert turns(rhymes.example) == talk(
+    assert rhymes.roles == (Role.CHOSEN,)
+    assert turns(rhymes.texts[0]) == talk(
         "Give me a rhyme for 'kettle'.", "Nettle.", "And one for 'cup'?", "Pup."
     )
-    assert trained(rhymes.example) == ["Pup."]  # the label is about the last turn
+    assert trained(rhymes.texts[0]) == ["Pup."]  # the label is about the last turn
     toaster = parse_labelled(shipped("labelled_sharegpt.json"), "auto")[2]
-    assert isinstance(toaster, Labelled)
-    assert turns(toaster.example)[1:3] == [
+    assert turns(toaster.texts[0])[1:3] == [
         ("assistant", "How about a robot or a toaster?"),
         ("user", "The toaster! What do I need?"),
     ]
     month = parse_labelled(shipped("labelled_prompt_completion.jsonl"), "auto")[2]
-    assert isinstance(month, Labelled)
-    assert turns(month.example) == [
+    assert turns(month.texts[0]) == [
         ("system", "Answer with a single word."),
         ("user", "Which month follows August?"),
         ("assistant", "September"),
@@ -327,9 +333,9 @@ HH = "\n\nHuman: Why?\n\nAssistant: {}"
 )
 def test_every_way_to_write_the_same_pair(values: dict[str, Any]) -> None:
     found = pair(values)
-    assert turns(found.chosen) == [("user", "Why?"), ("assistant", "Because.")]
-    assert turns(found.rejected) == [("user", "Why?"), ("assistant", "No.")]
-    assert (trained(found.chosen), trained(found.rejected)) == (["Because."], ["No."])
+    assert turns(found.texts[0]) == [("user", "Why?"), ("assistant", "Because.")]
+    assert turns(found.texts[1]) == [("user", "Why?"), ("assistant", "No.")]
+    assert (trained(found.texts[0]), trained(found.texts[1])) == (["Because."], ["No."])
     assert (found.margin, found.place) == (0.0, PLACE)
 
 
@@ -399,38 +405,37 @@ def test_every_way_to_write_the_same_pair(values: dict[str, Any]) -> None:
 )
 def test_only_what_differs_is_an_answer(values: dict[str, Any], prompt: Turns) -> None:
     found = pair(values)
-    assert turns(found.chosen) == [*prompt, ("assistant", "Because.")]
-    assert turns(found.rejected) == [*prompt, ("assistant", "No.")]
+    assert turns(found.texts[0]) == [*prompt, ("assistant", "Because.")]
+    assert turns(found.texts[1]) == [*prompt, ("assistant", "No.")]
     # Answers in the prompt are context of both sides.
-    assert (trained(found.chosen), trained(found.rejected)) == (["Because."], ["No."])
+    assert (trained(found.texts[0]), trained(found.texts[1])) == (["Because."], ["No."])
 
 
 def test_an_answer_may_go_on_for_several_turns() -> None:
     ends = {"chosen": [ASK, GOOD, ASK, BAD], "rejected": [ASK, BAD]}
     found = pair(ends)
-    assert turns(found.chosen) == talk("Why?", "Because.", "Why?", "No.")
-    assert trained(found.chosen) == ["Because.", "No."]
-    assert turns(found.rejected) == talk("Why?", "No.")
+    assert turns(found.texts[0]) == talk("Why?", "Because.", "Why?", "No.")
+    assert trained(found.texts[0]) == ["Because.", "No."]
+    assert turns(found.texts[1]) == talk("Why?", "No.")
     assert pair({"prompt": [ASK], "chosen": [GOOD, ASK, BAD], "rejected": BAD}) == found
 
 
 def test_text_pairs_are_plain_text() -> None:
     values = {"prompt": "1+1=", "chosen": "2", "rejected": " 3\n", "system": "Sum."}
-    assert pair(values) == Pair(
-        Completion("1+1=", "2", PLACE), Completion("1+1=", " 3\n", PLACE), 0.0, PLACE
-    )
-    assert pair({"prompt": "", "chosen": "2", "rejected": "3"}).chosen.prompt == ""
+    texts = Completion("1+1=", "2", PLACE), Completion("1+1=", " 3\n", PLACE)
+    assert pair(values) == Example(texts, (Role.CHOSEN, Role.REJECTED), PLACE)
+    assert pair({"prompt": "", "chosen": "2", "rejected": "3"}).texts[0].prompt == ""
 
 
 def test_text_that_begins_with_human_and_has_a_prompt_is_no_dialogue() -> None:
     found = pair({"prompt": "Q", "chosen": HH.format("a"), "rejected": HH.format("b")})
-    assert found.chosen == Completion("Q", HH.format("a"), PLACE)
+    assert found.texts[0] == Completion("Q", HH.format("a"), PLACE)
 
 
 def test_tools_belong_to_both_sides() -> None:
     schema = {"type": "function", "function": {"name": "look", "parameters": {}}}
     found = pair({"prompt": [ASK], "chosen": [GOOD], "rejected": [BAD], "tools": [schema]})
-    assert found.chosen.tools == found.rejected.tools == (schema,)
+    assert found.texts[0].tools == found.texts[1].tools == (schema,)
 
 
 def test_a_call_is_an_answer() -> None:
@@ -442,9 +447,9 @@ def test_a_call_is_an_answer() -> None:
             "rejected": [BAD],
         }
     )
-    (parsed,) = found.chosen.messages[-1].tool_calls
+    (parsed,) = found.texts[0].messages[-1].tool_calls
     assert parsed == {"type": "function", "function": call}
-    assert found.chosen.messages[-1] == Message("assistant", "", (parsed,))
+    assert found.texts[0].messages[-1] == Message("assistant", "", (parsed,))
 
 
 @pytest.mark.parametrize(
@@ -551,8 +556,8 @@ UNUSABLE: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("values", "reason"), UNUSABLE)
 def test_unusable_pairs(values: dict[str, Any], reason: str) -> None:
-    assert pair(values) == Unusable(reason, PLACE)
-    assert labelled(values) == [Unusable(reason, PLACE)]
+    assert pair(values) == unusable(reason)
+    assert labelled(values) == [unusable(reason)]
 
 
 @pytest.mark.parametrize("kind", ["pairs", "labelled"])
@@ -572,7 +577,7 @@ def test_unusable_rows_are_dropped_and_counted(kind: Any) -> None:
     settings = TokenizeSettings(100, "error", rows=kind)
     documents, report = tokenize_examples(parsed, tiny_tokenizer("qwen"), settings)
     used = 1 if kind == "pairs" else 2
-    assert [document.place for document in documents] == ["r:1"] * used
+    assert [parsed[document.row].place for document in documents] == ["r:1"] * used
     assert (report.rows, report.kept, len(report.lengths)) == (used + 5, used, used)
     assert report.dropped == {EQUAL: 2, EMPTY: 1, OPEN_END: 1, OTHER_PROMPT: 1}
     assert report.lines() == [
@@ -588,7 +593,7 @@ def test_answers_that_only_the_template_makes_equal_are_dropped() -> None:
     # Llama 3's template strips what a turn says.
     rows = [Row({"prompt": [ASK], "chosen": "Because.", "rejected": " Because.\n"}, "r:7")]
     found = parse_pairs(rows, "auto")
-    assert isinstance(found[0], Pair)
+    assert len(found[0].texts) == 2
     settings = TokenizeSettings(100, "error", rows="pairs")
     documents, report = tokenize_examples(found, tiny_tokenizer("llama3"), settings)
     assert documents == []
@@ -714,7 +719,7 @@ def test_pairs_are_no_single_answers() -> None:
 # labelled rows -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("label", [True, False])
+@pytest.mark.parametrize("role", [Role.CHOSEN, Role.REJECTED])
 @pytest.mark.parametrize(
     "values",
     [
@@ -724,31 +729,31 @@ def test_pairs_are_no_single_answers() -> None:
         {"instruction": "Why?", "output": "Because."},
     ],
 )
-def test_labelled_conversations(values: dict[str, Any], label: bool) -> None:
-    (found,) = labelled(values | {"label": label})
-    assert (found.desirable, found.place) == (label, PLACE)
-    assert turns(found.example) == talk("Why?", "Because.")
-    assert trained(found.example) == ["Because."]
+def test_labelled_conversations(values: dict[str, Any], role: Role) -> None:
+    (found,) = labelled(values | {"label": role is Role.CHOSEN})
+    assert (found.roles, found.place) == ((role,), PLACE)
+    assert turns(found.texts[0]) == talk("Why?", "Because.")
+    assert trained(found.texts[0]) == ["Because."]
 
 
 def test_labelled_text() -> None:
     (found,) = labelled({"prompt": "1+1=", "completion": "2", "label": False})
-    assert found == Labelled(Completion("1+1=", "2", PLACE), False, PLACE)
+    assert found == label(Completion("1+1=", "2", PLACE), Role.REJECTED)
     (found,) = labelled({"text": "Once.", "label": True})
-    assert found == Labelled(Completion("", "Once.", PLACE), True, PLACE)
+    assert found == label(Completion("", "Once.", PLACE), Role.CHOSEN)
 
 
 def test_only_the_last_turn_is_labelled() -> None:
     (found,) = labelled({"messages": [ASK, BAD, ASK, GOOD], "label": True})
-    assert turns(found.example) == talk("Why?", "No.", "Why?", "Because.")
-    assert trained(found.example) == ["Because."]
+    assert turns(found.texts[0]) == talk("Why?", "No.", "Why?", "Because.")
+    assert trained(found.texts[0]) == ["Because."]
     (weighed,) = labelled({"messages": [ASK, BAD, ASK, GOOD | {"weight": 0}], "label": True})
     assert weighed == found  # a weight is about supervised fine-tuning
 
 
 def test_a_labelled_row_that_ends_with_the_user_is_unusable() -> None:
     values = {"messages": [ASK, GOOD, ASK], "label": True}
-    assert labelled(values) == [Unusable(OPEN_END, PLACE)]
+    assert labelled(values) == [unusable(OPEN_END)]
 
 
 @pytest.mark.parametrize(
@@ -833,9 +838,9 @@ def test_a_pair_counts_as_a_good_and_a_bad_answer(name: str) -> None:
     pairs = parse_pairs(rows, "auto")
     expected = []
     for found in pairs:
-        assert isinstance(found, Pair)
-        expected.append(Labelled(found.chosen, True, found.place))
-        expected.append(Labelled(found.rejected, False, found.place))
+        chosen, rejected = found.texts
+        expected.append(label(chosen, Role.CHOSEN, found.place))
+        expected.append(label(rejected, Role.REJECTED, found.place))
     assert parse_labelled(rows, "auto") == expected
     assert parse_labelled(rows, SHIPPED_PAIRS[name]) == expected
 
@@ -843,9 +848,9 @@ def test_a_pair_counts_as_a_good_and_a_bad_answer(name: str) -> None:
 def test_a_label_beside_a_pair_is_not_read() -> None:
     values = {"prompt": "a", "chosen": "b", "rejected": "c", "label": "good"}
     found: Sequence[Any] = labelled(values)
-    assert [(item.example.completion, item.desirable) for item in found] == [
-        ("b", True),
-        ("c", False),
+    assert [(item.texts[0].completion, item.roles) for item in found] == [
+        ("b", (Role.CHOSEN,)),
+        ("c", (Role.REJECTED,)),
     ]
 
 

@@ -15,11 +15,10 @@ from alignkit.data.formats import KEYS, PARSERS
 from alignkit.data.prompts import (
     Prompt,
     PromptSet,
-    count_prompt_overlap,
     load_prompts,
-    split_prompts,
 )
 from alignkit.data.report import DataReport
+from alignkit.data.split import count_prompt_overlap, split_prompts
 from alignkit.errors import DataError, ModelError
 from alignkit.recipe.assets import assets_root
 from alignkit.recipe.rows import SourceSpec

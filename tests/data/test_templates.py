@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documents import as_rows
+from documents import answers, as_rows
 from tiny import END_OF_TURN, TOKENIZERS, chat_template, tiny_tokenizer
 
+from alignkit.data.documents import Branch
 from alignkit.data.formats import Conversation, Message, parse_answers
-from alignkit.data.masks import TokenizedRow
 from alignkit.data.sources import load_source
 from alignkit.data.templates import ChatTemplate, template_text
 from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
@@ -81,14 +81,12 @@ def written(family: str, message: Message) -> str:
     return content + END_OF_TURN[family]
 
 
-def tokenize(
-    tokenizer: Any, *rows: Conversation, train_on: Any = "completions"
-) -> list[TokenizedRow]:
+def tokenize(tokenizer: Any, *rows: Conversation, train_on: Any = "completions") -> list[Branch]:
     settings = TokenizeSettings(100_000, "error", train_on)
-    return as_rows(tokenize_examples(list(rows), tokenizer, settings)[0])
+    return as_rows(tokenize_examples(answers(rows), tokenizer, settings)[0])
 
 
-def runs(row: TokenizedRow) -> list[tuple[int, int]]:
+def runs(row: Branch) -> list[tuple[int, int]]:
     """Begin and end of each run of trained tokens."""
     found, begin = [], None
     for position, trained in enumerate([*row.trained.tolist(), False]):
@@ -100,7 +98,7 @@ def runs(row: TokenizedRow) -> list[tuple[int, int]]:
     return found
 
 
-def decoded(tokenizer: Any, row: TokenizedRow) -> list[str]:
+def decoded(tokenizer: Any, row: Branch) -> list[str]:
     return [tokenizer.decode(row.ids[begin:end]) for begin, end in runs(row)]
 
 
@@ -324,15 +322,15 @@ def test_shipped_rows_are_trained_without_a_doubt(family: str, name: str) -> Non
         if "rejected" in source.rows[0].values or path.name.startswith("prompt_only_"):
             continue
         examples = parse_answers(source.rows, "auto")
-        documents, report = tokenize_examples(examples, tokenizer, settings)
+        documents, report = tokenize_examples(answers(examples), tokenizer, settings)
         rows = as_rows(documents)
         assert set(report.notes) <= {"tool calls written as text: the template has none"}
         for example, row in zip(examples, rows, strict=True):
             if isinstance(example, Conversation):
-                answers = [m for m in example.messages if m.role == "assistant" and m.trained]
+                wanted = [m for m in example.messages if m.role == "assistant" and m.trained]
                 found = decoded(tokenizer, row)
-                assert len(found) == len(answers)
-                for text, message in zip(found, answers, strict=True):
+                assert len(found) == len(wanted)
+                for text, message in zip(found, wanted, strict=True):
                     assert message.content.strip() in text
                     assert text.endswith(END_OF_TURN[family])
 
@@ -341,7 +339,7 @@ def test_shipped_rows_are_trained_without_a_doubt(family: str, name: str) -> Non
 def test_the_stop_token_is_reported(family: str) -> None:
     tokenizer = tiny_tokenizer(family)
     settings = TokenizeSettings(1000, "error", "completions")
-    _, report = tokenize_examples([conversation("multi")], tokenizer, settings)
+    _, report = tokenize_examples(answers([conversation("multi")]), tokenizer, settings)
     assert report.stop_tokens == [tokenizer.convert_tokens_to_ids(END_OF_TURN[family])]
     assert report.notes == {}
 
@@ -530,7 +528,7 @@ def test_a_template_without_stop_token_gets_eos_and_a_note() -> None:
     plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer = tiny_tokenizer("qwen", plain)
     settings = TokenizeSettings(1000, "error", "completions")
-    documents, report = tokenize_examples([conversation("multi")], tokenizer, settings)
+    documents, report = tokenize_examples(answers([conversation("multi")]), tokenizer, settings)
     (row,) = as_rows(documents)
     assert tokenizer.decode(row.ids) == (
         "user: Hi?\nassistant: Hello.\nuser: And?\nassistant: So.\nuser: ?\nassistant: No.\n"
@@ -549,7 +547,7 @@ def test_without_a_stop_token_nothing_after_an_answer_is_trained() -> None:
     (row,) = tokenize(tokenizer, conversation("multi"))
     assert decoded(tokenizer, row) == ["Hello.", "So.", "No.<|im_end|>"]
     settings = TokenizeSettings(1000, "error", "completions")
-    documents, report = tokenize_examples([conversation("ends open")], tokenizer, settings)
+    documents, report = tokenize_examples(answers([conversation("ends open")]), tokenizer, settings)
     (row,) = as_rows(documents)
     assert decoded(tokenizer, row) == ["Hello."]
     assert row.ids[-1] != tokenizer.eos_token_id
@@ -607,7 +605,7 @@ def test_what_a_template_leaves_out_is_counted(
     tokenizer = tiny_tokenizer("chatml", source)
     settings = TokenizeSettings(1000, "error", "completions")
     row = Conversation(messages, (), "r.jsonl:4")
-    _, report = tokenize_examples([row], tokenizer, settings)
+    _, report = tokenize_examples(answers([row]), tokenizer, settings)
     assert (NOTE in report.notes) is noted
     assert report.examples.get(NOTE) == (["r.jsonl:4"] if noted else None)
 
@@ -653,7 +651,7 @@ def test_flattened_calls_are_noted() -> None:
         "qwen": {},
     }.items():
         rows = [conversation("call", tools=True), conversation("single")]
-        _, report = tokenize_examples(rows, tiny_tokenizer(family), settings)
+        _, report = tokenize_examples(answers(rows), tiny_tokenizer(family), settings)
         assert report.notes == notes
 
 

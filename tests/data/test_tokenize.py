@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from documents import as_rows
+from documents import answers, as_rows
 from tiny import TOKENIZERS, tiny_tokenizer
 from tokenizers import processors
 
+from alignkit.data.documents import Branch
 from alignkit.data.formats import Completion, Conversation, Message
-from alignkit.data.masks import TokenizedRow
 from alignkit.data.report import DataReport
 from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
 from alignkit.errors import DataError, ModelError
@@ -24,9 +24,9 @@ def tokenize(
     max_length: int = 1000,
     too_long: Any = "error",
     train_on: Any = "completions",
-) -> tuple[list[TokenizedRow], DataReport]:
+) -> tuple[list[Branch], DataReport]:
     settings = TokenizeSettings(max_length, too_long, train_on)
-    documents, report = tokenize_examples(list(rows), tokenizer, settings)
+    documents, report = tokenize_examples(answers(rows), tokenizer, settings)
     return as_rows(documents), report
 
 
@@ -41,7 +41,7 @@ def chat(*turns: str, place: str = "r:1") -> Conversation:
     return Conversation(messages, (), place)
 
 
-def trained_text(tokenizer: Any, row: TokenizedRow) -> str:
+def trained_text(tokenizer: Any, row: Branch) -> str:
     return str(tokenizer.decode(row.ids[row.trained]))
 
 
@@ -207,11 +207,12 @@ def lengths() -> tuple[int, int]:
     return int(row.trained.argmax()), len(row.ids)
 
 
-def fit(limit: int, too_long: str) -> tuple[list[TokenizedRow], DataReport, TokenizedRow]:
+def fit(limit: int, too_long: str) -> tuple[list[Branch], DataReport, Branch]:
     tokenizer = tiny_tokenizer("gemma")
     rows = [chat(LONG, "Count on, please.", place="r:3"), chat("Hi?", "No.", place="r:4")]
     kept, report = tokenize(tokenizer, *rows, max_length=limit, too_long=too_long)
-    (whole, _), _ = tokenize(tokenizer, *rows)
+    (whole, short), _ = tokenize(tokenizer, *rows)
+    assert kept[-1].ids.tolist() == short.ids.tolist()
     return kept, report, whole
 
 
@@ -225,7 +226,7 @@ def test_a_row_of_exactly_max_length_is_kept_whole(too_long: str, lengths: tuple
 def test_drop(lengths: tuple[int, int]) -> None:
     limit = lengths[1] - 1
     kept, report, _ = fit(limit, "drop")
-    assert [row.place for row in kept] == ["r:4"]
+    assert len(kept) == 1  # the short one
     reason = f"longer than max_length = {limit} tokens"
     assert report.dropped == {reason: 1}
     assert report.examples == {reason: ["r:3"]}
@@ -267,7 +268,7 @@ def test_truncate_right_may_cut_only_what_is_not_trained(lengths: tuple[int, int
 
 def test_truncate_right_drops_a_row_whose_prompt_fills_the_length(lengths: tuple[int, int]) -> None:
     kept, report, _ = fit(lengths[0], "truncate_right")
-    assert [row.place for row in kept] == ["r:4"]
+    assert len(kept) == 1  # the short one
     assert report.dropped == {f"the prompt alone fills max_length = {lengths[0]} tokens": 1}
     assert report.truncated == 0
 

@@ -14,14 +14,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.dataset import TokenDataset, count_overlap, load_dataset, split_dataset
+from alignkit.data.dataset import TokenDataset, load_dataset
 from alignkit.data.mismatch import with_mismatched
-from alignkit.data.prompts import (
-    PromptSet,
-    count_prompt_overlap,
-    load_prompts,
-    split_prompts,
-)
+from alignkit.data.prompts import PromptSet, load_prompts
+from alignkit.data.split import count_overlap, count_prompt_overlap, split_dataset, split_prompts
 from alignkit.data.templates import template_text
 from alignkit.data.tokenize import TokenizeSettings
 from alignkit.errors import AlignkitError

@@ -1,0 +1,162 @@
+"""Rows -> Examples: the texts of a row, and what each of them is to the objective.
+
+`formats.py` reads rows of a single answer, `pairs.py` rows that compare two. A labelled row is any
+row of a single answer with `"label": true` or `false`; a pair counts as one good and one bad
+answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from alignkit.data.formats import (
+    PARSERS,
+    Completion,
+    Conversation,
+    Message,
+    Text,
+    detect_format,
+    make_conversation,
+    parse_answers,
+)
+from alignkit.data.pairs import PAIR_PARSERS, detect_pairs, read_pair
+from alignkit.data.sources import Row
+from alignkit.errors import DataError
+from alignkit.packed import Role
+
+RowKind = Literal["answers", "pairs", "labelled"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as the texts that the model reads.
+
+    Args:
+        texts: a prompt with its completion, and of a pair the same prompt with the worse one;
+            none where the row says nothing to the objective.
+        roles: what each completion is.
+        place: `file:line` of the row.
+        margin: how much better the chosen completion is; 0 where the row does not say.
+        unusable: why there are no texts, in words; such a row is dropped and counted.
+    """
+
+    texts: tuple[Text, ...]
+    roles: tuple[Role, ...]
+    place: str
+    margin: float = 0.0
+    unusable: str = ""
+
+
+def parse_rows(rows: list[Row], row_format: str, kind: RowKind) -> list[Example]:
+    """Every row as an example of the wanted kind.
+
+    Args:
+        rows: of one source, at least one.
+        row_format: a format that has this kind, or `auto` to detect it from the first row.
+        kind: what the stage trains on.
+
+    Returns:
+        One example a row, in order; of labelled answers two for each pair.
+
+    Raises:
+        DataError: a row does not fit the format, lacks an answer, or its label is no boolean.
+    """
+    if kind == "pairs":
+        return _parse_pairs(rows, row_format)
+    if kind == "labelled":
+        return _parse_labelled(rows, row_format)
+    texts = parse_answers(rows, row_format)
+    return [Example((text,), (Role.CHOSEN,), text.place) for text in texts]
+
+
+def _parse_pairs(rows: list[Row], row_format: str) -> list[Example]:
+    name = detect_pairs(rows[0]) if row_format == "auto" else row_format
+    if name not in PAIR_PARSERS:
+        raise DataError(
+            f"{rows[0].place}: format {name} has single answers, and pairs are wanted here",
+            hint=f"formats of pairs: {', '.join(PAIR_PARSERS)}",
+        )
+    return [_parse_pair(row, name) for row in rows]
+
+
+def _parse_labelled(rows: list[Row], row_format: str) -> list[Example]:
+    first = rows[0].values
+    if row_format in PAIR_PARSERS or (row_format == "auto" and "chosen" in first):
+        return [side for pair in _parse_pairs(rows, row_format) for side in _sides(pair)]
+    if "label" not in first:
+        raise DataError(
+            f"{rows[0].place}: the row has no `label`",
+            hint="labelled rows are prompt, completion, label (true or false) | messages, label; "
+            "pairs (prompt, chosen, rejected) are split; rename with columns",
+        )
+    name = detect_format(rows[0]) if row_format == "auto" else row_format
+    return [_parse_label(row, PARSERS[name]) for row in rows]
+
+
+def _sides(pair: Example) -> list[Example]:
+    """A pair as two labelled answers; one that is unusable stays one."""
+    sides = zip(pair.texts, pair.roles, strict=True)
+    return [Example((text,), (role,), pair.place) for text, role in sides] or [pair]
+
+
+def _parse_label(row: Row, parse: Callable[[Row, bool], Text]) -> Example:
+    label = row.values.get("label")
+    if not isinstance(label, bool):
+        raise DataError(
+            f"{row.place}: label must be true or false, got {label!r}",
+            hint="true marks a desirable answer, false an undesirable one",
+        )
+    text = parse(row, True)
+    if isinstance(text, Conversation):
+        if text.messages[-1].role != "assistant":
+            return _unusable(row, "the last turn is not the assistant's")
+        before = tuple(replace(message, trained=False) for message in text.messages[:-1])
+        text = replace(text, messages=(*before, replace(text.messages[-1], trained=True)))
+    return Example((text,), (Role.CHOSEN if label else Role.REJECTED,), row.place)
+
+
+def _parse_pair(row: Row, row_format: str) -> Example:
+    prompt, *answers = read_pair(row, row_format)
+    margin = row.values.get("margin")
+    margin = 0.0 if margin is None else margin
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise DataError(f"{row.place}: margin must be a number, got {margin!r}")
+    fault = _text_fault(answers) if isinstance(prompt, str) else _message_fault(answers)
+    if fault:
+        return _unusable(row, fault)
+    texts: list[Text]
+    if isinstance(prompt, str):
+        texts = [Completion(prompt, answer, row.place) for answer in answers]
+    else:
+        context = [replace(message, trained=False) for message in prompt]
+        texts = [make_conversation(row, context + answer) for answer in answers]
+    return Example(tuple(texts), (Role.CHOSEN, Role.REJECTED), row.place, float(margin))
+
+
+def _text_fault(answers: list[str]) -> str:
+    if not all(answer.strip() for answer in answers):
+        return "an answer is empty"
+    return "the two answers are equal" if answers[0] == answers[1] else ""
+
+
+def _message_fault(answers: list[list[Message]]) -> str:
+    if answers[0] == answers[1]:
+        return "the two answers are equal"
+    for answer in answers:
+        if not answer or answer[0].role != "assistant":
+            return "the two answers follow different prompts"
+        if answer[-1].role != "assistant":
+            return "the last turn is not the assistant's"
+        if any(
+            turn.role == "assistant" and not turn.content.strip() and not turn.tool_calls
+            for turn in answer
+        ):
+            return "an answer is empty"
+    return ""
+
+
+def _unusable(row: Row, reason: str) -> Example:
+    return Example((), (), row.place, unusable=reason)
