@@ -12,10 +12,11 @@ from typing import Any
 from alignkit.data.dataset import load_dataset
 from alignkit.errors import ModelError
 from alignkit.models.adapters.files import has_head
-from alignkit.models.adapters.finding import adapter_in, base_of_adapter
+from alignkit.models.adapters.finding import base_of_adapter
 from alignkit.models.base.adapter_kinds import require_mergeable
 from alignkit.models.base.identity import weights_fingerprint
 from alignkit.models.base.loading import DTYPES, BaseModel, load_tokenizer, stored_dtype
+from alignkit.models.base.places import resolve
 from alignkit.models.merging.dense import ONTO, Onto
 from alignkit.models.merging.merge import merge_adapter
 from alignkit.models.merging.report import MergeReport
@@ -113,7 +114,7 @@ def merge_run(
 
 
 def _adapter(source: str) -> Path:
-    adapter = adapter_in(source)
+    adapter = resolve(source).adapter
     if adapter is None:
         raise ModelError(
             f"{source} holds no adapter: there is no adapter_config.json",

@@ -11,7 +11,8 @@ import torch
 from running import make_recipe, steps_of, train
 
 from alignkit.errors import ModelError
-from alignkit.models.base.loading import find_base, load_model
+from alignkit.models.base.loading import load_model
+from alignkit.models.base.places import resolve
 from alignkit.models.opening import open_model
 from alignkit.recipe.model import ModelSpec
 from alignkit.recipe.reading.load import load_recipe
@@ -43,7 +44,7 @@ def test_an_unmerged_run_is_merged_first(
     with torch.no_grad():
         adapted = open_model(str(adapter_run), dtype=torch.float32).model(IDS).logits
         merged = load_model(start, torch.float32)(IDS).logits
-        bare = load_model(find_base(str(tiny_base)), torch.float32)(IDS).logits
+        bare = load_model(resolve(str(tiny_base)).whole(), torch.float32)(IDS).logits
     moved = (adapted - bare).abs().max()
     assert moved > 0.05
     assert (merged - adapted).abs().max() < 0.05 * moved

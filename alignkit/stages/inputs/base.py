@@ -14,12 +14,13 @@ from pathlib import Path
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters.files import has_head
-from alignkit.models.adapters.finding import adapter_in, base_of_adapter
+from alignkit.models.adapters.finding import base_of_adapter, tokenizer_of
 from alignkit.models.base.adapter_kinds import require_mergeable
 from alignkit.models.base.changes import BaseChanges
 from alignkit.models.base.fitness import require_language_model, require_plain_weights
 from alignkit.models.base.identity import weights_version
-from alignkit.models.base.loading import BaseModel, find_base, load_tokenizer, stored_dtype
+from alignkit.models.base.loading import BaseModel, load_tokenizer, stored_dtype
+from alignkit.models.base.places import resolve
 from alignkit.models.merging.merge import merge_adapter
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.model import ModelSpec
@@ -39,22 +40,14 @@ def start_model(spec: ModelSpec) -> BaseModel:
     Raises:
         ModelError: there is no such model, it is a reward model, or an adapter without a merge.
     """
-    adapter = _bare_adapter(spec.base)
-    if adapter is not None:
-        base = _merged(adapter, trust_remote_code=spec.trust_remote_code)
+    place = resolve(spec.base, trust_remote_code=spec.trust_remote_code)
+    if place.unmerged is not None:
+        base = _merged(place.unmerged, trust_remote_code=spec.trust_remote_code)
     else:
-        base = find_base(spec.base, trust_remote_code=spec.trust_remote_code)
+        base = place.whole()
         require_language_model(base)
         require_plain_weights(base)
     return replace(base, changes=BaseChanges(spec.rope_scaling, spec.add_tokens))
-
-
-def _bare_adapter(name: str) -> Path | None:
-    """The adapter in a folder that holds no whole model."""
-    folder = Path(name).expanduser()
-    if any((place / "config.json").is_file() for place in (folder, folder / "merged")):
-        return None
-    return adapter_in(name)
 
 
 def _merged(adapter: Path, *, trust_remote_code: bool) -> BaseModel:
@@ -82,13 +75,12 @@ def _merged(adapter: Path, *, trust_remote_code: bool) -> BaseModel:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process merges, the others wait for it
         if not (folder / "config.json").is_file():
             _merge(source, adapter, folder)
-    return replace(source, location=str(folder), gguf=None, changes=BaseChanges())
+    return BaseModel(str(folder), None, trust_remote_code)
 
 
 def _merge(source: BaseModel, adapter: Path, folder: Path) -> None:
     print_line(f"{adapter} is merged first: training starts from it, not from its base", "note")
-    own = (adapter / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(BaseModel(str(adapter)) if own else source)
+    tokenizer = load_tokenizer(tokenizer_of(adapter, source))
     merge_adapter(
         source,
         adapter,
