@@ -23,10 +23,11 @@ def inspect(
 
     loaded = load_recipe(recipe, overrides)
     from alignkit.errors import DataError
+    from alignkit.stages.inputs.base import start_model
     from alignkit.stages.inputs.rows import load_prompt_rows, load_rows
 
     read = load_prompt_rows if loaded.recipe.stage == "ppo" else load_rows
-    found = read(loaded.recipe)
+    found = read(loaded.recipe, start_model(loaded.recipe.model, merge=False))
     dataset = found.held_out if held_out else found.train
     if dataset is None:
         raise DataError(

@@ -44,6 +44,7 @@ from alignkit.recipe.stages.schema import (
 )
 from alignkit.runtime.devices import find_device, tune_processor
 from alignkit.runtime.processes import SINGLE
+from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.rows import ROW_KINDS, load_rows
 from alignkit.stages.running.session import describe_rows
 from alignkit.stages.supervised.kto import kto_stage
@@ -164,7 +165,7 @@ def _rows(opened: OpenModel, question: Question, run: Path | None) -> tuple[RowK
     """The rows as this model's tokenizer reads them."""
     if run is not None:
         recipe = load_recipe(str(run / "recipe.yaml")).recipe
-        rows = load_rows(recipe)
+        rows = load_rows(recipe, start_model(recipe.model))
         if rows.held_out is None:
             raise ModelError(
                 f"the recipe of {run} holds out no rows", hint="name a file with --data"

@@ -28,6 +28,7 @@ from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.reading.load import load_recipe
 from alignkit.recipe.rows import SourceSpec
 from alignkit.recipe.stages.schema import PpoRecipe
+from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.checking import CHECK_SETTINGS, check_rows, file_rows
 from alignkit.stages.inputs.rows import ROW_KINDS, load_prompt_rows, load_rows
 from alignkit.stages.running.card import write_card
@@ -209,11 +210,12 @@ def _rows(
         # The run says template and stop tokens, whatever base and rows are named instead.
         override = [f"model.base={json.dumps(model.name)}"]
         recipe = load_recipe(str(run / "recipe.yaml"), override).recipe
+        base = start_model(recipe.model)
         if isinstance(recipe, PpoRecipe):
-            prompts = load_prompt_rows(recipe)
+            prompts = load_prompt_rows(recipe, base)
             checks = file_rows(data, prompts.tokenizer) if data else prompts.checks
             return checks, prompts.tokenizer, prompts.stop_tokens
-        found = load_rows(recipe)
+        found = load_rows(recipe, base)
         dataset = found.held_out or found.train
         if data is not None:
             wanted = dataclasses.replace(CHECK_SETTINGS, rows=ROW_KINDS[recipe.stage])

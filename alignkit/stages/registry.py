@@ -6,6 +6,7 @@ from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.stages.schema import DpoRecipe, KtoRecipe, PpoRecipe, Recipe, RewardRecipe
 from alignkit.runtime.devices import find_device
 from alignkit.runtime.optim import require_optimizer
+from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.rows import AnyRows, load_rows, plan_run
 from alignkit.stages.ppo.stage import prepare_ppo, run_ppo
 from alignkit.stages.running.finish import RunSummary
@@ -27,10 +28,11 @@ def plan_stage(recipe: Recipe, processes: int) -> tuple[AnyRows, Plan]:
         AlignkitError: anything the user can mend.
     """
     require_optimizer(recipe.training.optimizer, find_device())
+    base = start_model(recipe.model, merge=False)
     if isinstance(recipe, PpoRecipe):
-        made = prepare_ppo(recipe, processes)
+        made = prepare_ppo(recipe, base, processes)
         return made.rows, made.plan
-    rows = load_rows(recipe)
+    rows = load_rows(recipe, base)
     return rows, plan_run(recipe, rows, processes)
 
 

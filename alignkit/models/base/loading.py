@@ -55,6 +55,8 @@ class BaseModel:
         gguf: name of the GGUF file inside the folder; None for safetensors.
         trust_remote_code: run code that comes with the model.
         changes: made whenever it is read.
+        unmerged: adapter that is merged into it before it has weights; until then it stands for
+            the configuration and the tokenizer that the merge will write.
         stored: the configuration in its files, once it was read.
     """
 
@@ -62,6 +64,7 @@ class BaseModel:
     gguf: str | None = None
     trust_remote_code: bool = False
     changes: BaseChanges = UNCHANGED
+    unmerged: Path | None = None
     stored: list[Any] = field(default_factory=list, compare=False, repr=False)
 
     @property

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from alignkit.models.base.loading import BaseModel, load_tokenizer
 from alignkit.models.merging.dense import MergedWeights, Onto, read_merged
 from alignkit.models.merging.report import Drift, MergeReport, require_faithful
+from alignkit.models.merging.settings import untie
 from alignkit.models.merging.updates import Blend
 from alignkit.models.weights.comparing import (
     Sample,
@@ -88,8 +89,7 @@ def merge_adapter(
     with beside(output) as written:
         untied = merge.untied()
         if untied:
-            for config in (merge.config, merge.config.get_text_config()):
-                config.tie_word_embeddings = False
+            untie(merge.config)
         merge.write(written, [*merge.stored, *untied], {})
         tokenizer = tokenizer or load_tokenizer(base)
         write_settings(base, merge.plain, dtype, tokenizer, written, stop_tokens)

@@ -36,7 +36,6 @@ from alignkit.recipe.planning.plan import Plan, make_plan
 from alignkit.recipe.rows import SftDataSpec
 from alignkit.recipe.stages.schema import KtoRecipe, PpoRecipe, Recipe
 from alignkit.runtime.devices import describe_hardware
-from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.checking import check_rows
 
 
@@ -108,10 +107,14 @@ ROW_KINDS: dict[str, RowKind] = {
 """Stage -> what a row of its data is."""
 
 
-def load_rows(recipe: Recipe) -> Rows:
-    """Tokenize the recipe's rows; needs the weights only where an adapter is merged first."""
+def load_rows(recipe: Recipe, base: BaseModel) -> Rows:
+    """Tokenize the recipe's rows.
+
+    Args:
+        recipe: with its defaults.
+        base: from `start_model`.
+    """
     spec, data = recipe.model, recipe.data
-    base = start_model(spec)
     template = template_text(spec.chat_template) if spec.chat_template else None
     tokenizer = load_tokenizer(base, template)
     settings = row_settings(recipe)
@@ -132,8 +135,12 @@ def load_rows(recipe: Recipe) -> Rows:
     return Rows(base, tokenizer, train, held_out)
 
 
-def load_prompt_rows(recipe: PpoRecipe) -> PromptRows:
+def load_prompt_rows(recipe: PpoRecipe, base: BaseModel) -> PromptRows:
     """Tokenize the recipe's prompts; `data.max_length` holds a prompt and its response.
+
+    Args:
+        recipe: with its defaults.
+        base: from `start_model`.
 
     Raises:
         AlignkitError: no room is left for prompts.
@@ -146,7 +153,6 @@ def load_prompt_rows(recipe: PpoRecipe) -> PromptRows:
             f"rollout.max_new_tokens = {recipe.rollout.max_new_tokens}",
             hint="raise data.max_length or lower rollout.max_new_tokens",
         )
-    base = start_model(spec)
     template = template_text(spec.chat_template) if spec.chat_template else None
     tokenizer = load_tokenizer(base, template)
     read = partial(

@@ -8,7 +8,7 @@ from functools import partial
 from alignkit.errors import ModelError
 from alignkit.generation.rollout import RolloutSettings, TransformersEngine, stop_tokens
 from alignkit.models.adapters.files import save_adapter
-from alignkit.models.base.loading import DTYPES
+from alignkit.models.base.loading import DTYPES, BaseModel
 from alignkit.models.scoring.scorer import causal_model
 from alignkit.recipe.adapters import b_rate, has_adapter
 from alignkit.recipe.planning.memory import SAMPLING_TOKENS
@@ -57,14 +57,15 @@ class Prepared:
     plan: Plan
 
 
-def prepare_ppo(recipe: PpoRecipe, processes: int) -> Prepared:
+def prepare_ppo(recipe: PpoRecipe, base: BaseModel, processes: int) -> Prepared:
     """Read prompts, look for reward models and plan the run.
 
     Args:
         recipe: with its defaults.
+        base: from `start_model`.
         processes: training processes.
     """
-    rows = load_prompt_rows(recipe)
+    rows = load_prompt_rows(recipe, base)
     can_share = has_adapter(recipe.adapter)
     found = [
         find_reward_model(spec, rows.base, rows.tokenizer, can_share=can_share)
@@ -93,17 +94,18 @@ def run_ppo(recipe: PpoRecipe, options: RunOptions) -> RunSummary | None:
         options: of the command line.
     """
     session = Session(recipe, options)
-    made = prepare_ppo(recipe, session.accelerator.num_processes)
-    rows, plan = made.rows, session.announce(made.plan, made.rows)
-    roles = build_roles(session, recipe, rows, plan, made.found)
-    judge = build_judge(
-        recipe.reward,
-        roles.rewards,
-        missing_eos_penalty=recipe.rollout.missing_eos_penalty,
-        budget=plan.microbatch_tokens,
-        processes=process_group(session.accelerator),
-    )
-    with session.running(rows, plan):
+    with session.running() as base:
+        made = prepare_ppo(recipe, base, session.accelerator.num_processes)
+        rows, plan = made.rows, session.announce(made.plan, made.rows)
+        roles = build_roles(session, recipe, rows, plan, made.found)
+        judge = build_judge(
+            recipe.reward,
+            roles.rewards,
+            missing_eos_penalty=recipe.rollout.missing_eos_penalty,
+            budget=plan.microbatch_tokens,
+            processes=process_group(session.accelerator),
+        )
+        session.begin(rows, plan)
         run, first_step = start_ppo(session, recipe, rows, plan, roles, judge)
         del roles, judge  # the run alone holds the weights, so that merging can let them go
         parts = Parts(

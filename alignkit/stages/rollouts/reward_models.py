@@ -118,7 +118,9 @@ def _over_adapter(
 ) -> RewardModel | None:
     """The model as an adapter over the policy's base; None where it has to stand alone."""
     own = base_of_adapter(adapter, None)
-    same = weights_fingerprint(own) == weights_fingerprint(base) and own.changes == base.changes
+    # What is still to be merged has no weights to compare: the run does, before it loads any.
+    same = base.unmerged is not None or weights_fingerprint(own) == weights_fingerprint(base)
+    same = same and own.changes == base.changes
     if same and can_share and is_plain_lora(adapter) and not spec.separate:  # PEFT mixes no kinds
         if (adapter / "tokenizer_config.json").is_file():
             check_tokens(spec.model, load_tokenizer(BaseModel(str(adapter))), tokenizer)

@@ -41,10 +41,11 @@ def run_kto(recipe: KtoRecipe, options: RunOptions) -> RunSummary | None:
         options: of the command line.
     """
     session = Session(recipe, options)
-    rows = load_rows(recipe)
-    plan = session.plan(rows)
-    scorer = session.build_scorer(rows, plan)
-    with session.running(rows, plan):
+    with session.running() as base:
+        rows = load_rows(recipe, base)
+        plan = session.plan(rows)
+        scorer = session.build_scorer(rows, plan)
+        session.begin(rows, plan)
         reference, rows = build_reference(session, scorer, rows, plan)
         stage = kto_stage(recipe.objective, reference, len(rows.train))
         run, first_step = session.start(rows, plan, stage, scorer)

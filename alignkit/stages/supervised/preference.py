@@ -30,10 +30,11 @@ def run_preference(recipe: DpoRecipe, options: RunOptions) -> RunSummary | None:
         options: of the command line.
     """
     session = Session(recipe, options)
-    rows = load_rows(recipe)
-    plan = session.plan(rows)
-    scorer = session.build_scorer(rows, plan)
-    with session.running(rows, plan):
+    with session.running() as base:
+        rows = load_rows(recipe, base)
+        plan = session.plan(rows)
+        scorer = session.build_scorer(rows, plan)
+        session.begin(rows, plan)
         reference = None
         if needs_reference(recipe):
             reference, rows = build_reference(session, scorer, rows, plan)

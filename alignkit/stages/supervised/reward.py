@@ -34,11 +34,12 @@ def run_reward(recipe: RewardRecipe, options: RunOptions) -> RunSummary | None:
         options: of the command line.
     """
     session = Session(recipe, options)
-    rows = load_rows(recipe)
-    plan = session.plan(rows)
-    stage = pair_stage(reward_scores(recipe.objective.center), len(rows.train))
-    scorer = session.build_scorer(rows, plan, scalar_head=True)
-    with session.running(rows, plan):
+    with session.running() as base:
+        rows = load_rows(recipe, base)
+        plan = session.plan(rows)
+        stage = pair_stage(reward_scores(recipe.objective.center), len(rows.train))
+        scorer = session.build_scorer(rows, plan, scalar_head=True)
+        session.begin(rows, plan)
         run, first_step = session.start(rows, plan, stage, scorer)
         del scorer  # the run alone holds the weights, so that merging can let them go
         run_steps(run, first_step)

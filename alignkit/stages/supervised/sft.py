@@ -34,11 +34,12 @@ def run_sft(recipe: SftRecipe, options: RunOptions) -> RunSummary | None:
             and no merged/.
     """
     session = Session(recipe, options)
-    rows = load_rows(recipe)
-    plan = session.plan(rows)
-    stage = Stage(sft_loss, rows.train.num_trained.tolist(), evaluate_heldout, say_heldout)
-    scorer = session.build_scorer(rows, plan)
-    with session.running(rows, plan):
+    with session.running() as base:
+        rows = load_rows(recipe, base)
+        plan = session.plan(rows)
+        stage = Stage(sft_loss, rows.train.num_trained.tolist(), evaluate_heldout, say_heldout)
+        scorer = session.build_scorer(rows, plan)
+        session.begin(rows, plan)
         run, first_step = session.start(rows, plan, stage, scorer)
         del scorer  # the run alone holds the weights, so that merging can let them go
         run_steps(run, first_step)
