@@ -92,12 +92,13 @@ def run_trl(args: argparse.Namespace, folder: Path, track: str) -> dict[str, obj
     """TRL's stock trainer on the ids, labels and order that alignkit trains on."""
     from alignkit.peers.trl import run_trl
     from alignkit.recipe.reading.load import load_recipe
+    from alignkit.stages.inputs.base import start_model
     from alignkit.stages.inputs.rows import load_rows
 
     path = folder / "recipe.yaml"
     path.write_text(recipe_text(args, str(folder / "run")))
     recipe = load_recipe(str(path)).recipe
-    rows = load_rows(recipe)
+    rows = load_rows(recipe, start_model(recipe.model))
     steps = args.rows // args.batch
     found = run_trl(
         recipe,

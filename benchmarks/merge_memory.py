@@ -24,10 +24,11 @@ def write_model(folder: Path, layers: int, file_size: str) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from alignkit.models.base.loading import find_base, load_tokenizer
+    from alignkit.models.base.loading import load_tokenizer
+    from alignkit.models.base.places import resolve
     from alignkit.models.quiet import quiet_transformers
 
-    tokenizer = load_tokenizer(find_base("smollm2-135m-instruct"))
+    tokenizer = load_tokenizer(resolve("smollm2-135m-instruct").whole())
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=1024,

@@ -23,9 +23,10 @@ def inspect(
 
     loaded = load_recipe(recipe, overrides)
     from alignkit.errors import DataError
+    from alignkit.stages.inputs.base import start_model
     from alignkit.stages.inputs.rows import read_rows
 
-    found = read_rows(loaded.recipe)
+    found = read_rows(loaded.recipe, start_model(loaded.recipe.model, merge=False))
     dataset = found.held_out if held_out else found.train
     if dataset is None:
         raise DataError(

@@ -20,8 +20,8 @@ def plan(
     from alignkit.recipe.reading.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
+    from alignkit.data.report import describe_rows
     from alignkit.stages.registry import plan_stage
-    from alignkit.stages.running.session import describe_rows
 
     rows, made = plan_stage(loaded.recipe, processes)
     if as_json:

@@ -171,3 +171,16 @@ class DataReport:
             "trained_tokens": self.trained_tokens,
             "stop_tokens": self.stop_tokens,
         }
+
+
+def describe_rows(name: str, report: DataReport) -> list[str]:
+    """The rows' report in lines, with their lengths."""
+    lengths = report.percentiles()
+    first, *rest = report.lines()
+    trained = "" if report.prompts else f", {report.trained_tokens:,} of them trained"
+    head = (
+        f"{name}: {first}, {report.tokens:,} tokens{trained}; "
+        f"lengths: median {lengths.get('p50', 0)}, 90% {lengths.get('p90', 0)}, "
+        f"longest {lengths.get('max', 0)}"
+    )
+    return [head, *rest]

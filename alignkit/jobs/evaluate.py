@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.dataset import TokenDataset, load_dataset
 from alignkit.data.examples import RowKind, parse_rows
 from alignkit.data.mismatch import with_mismatched
+from alignkit.data.report import describe_rows
 from alignkit.data.sources import Row, load_source
 from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
 from alignkit.errors import ModelError
@@ -40,9 +41,9 @@ from alignkit.recipe.rows import SourceSpec
 from alignkit.recipe.stages.base import Recipe
 from alignkit.runtime.devices import find_device, tune_processor
 from alignkit.runtime.processes import SINGLE
+from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.rows import load_rows, row_settings
 from alignkit.stages.running.definition import definition_of
-from alignkit.stages.running.session import describe_rows
 from alignkit.stages.supervised.pairs import pair_hooks
 from alignkit.stages.supervised.preference import preference_scores
 from alignkit.stages.supervised.reference import Reference
@@ -161,7 +162,7 @@ def _rows(opened: OpenModel, question: Question, run: Path | None) -> tuple[RowK
     """The rows as this model's tokenizer reads them."""
     if run is not None:
         recipe = load_recipe(str(run / "recipe.yaml")).recipe
-        rows = load_rows(recipe)
+        rows = load_rows(recipe, start_model(recipe.model))
         if rows.held_out is None:
             raise ModelError(
                 f"the recipe of {run} holds out no rows", hint="name a file with --data"

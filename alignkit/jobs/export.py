@@ -11,7 +11,8 @@ from typing import Any
 from alignkit.errors import ModelError
 from alignkit.files import write_text
 from alignkit.models.base.fitness import require_language_model
-from alignkit.models.base.loading import BaseModel, find_base, load_tokenizer
+from alignkit.models.base.loading import BaseModel, load_tokenizer
+from alignkit.models.base.places import resolve
 from alignkit.models.export.bitsandbytes import KINDS, QuantizedReport, export_quantized
 from alignkit.models.export.gguf import GgufReport, export_gguf, exportable_config, stop_ids
 from alignkit.models.export.ollama import recognise, write_modelfile
@@ -54,7 +55,7 @@ def gguf_of(source: str, *, output: Path | None, kind: str, overwrite: bool) -> 
     """Export a model to GGUF.
 
     Args:
-        source: what `find_base` takes.
+        source: known name, hub id, folder or run folder with merged/.
         output: the file; None is `NAME-TYPE.gguf` in the working folder.
         kind: one of `gguf_files.TYPES`.
         overwrite: replace existing files.
@@ -65,7 +66,7 @@ def gguf_of(source: str, *, output: Path | None, kind: str, overwrite: bool) -> 
     Raises:
         ModelError: see `export_gguf`; or the Modelfile exists.
     """
-    base = find_base(source)
+    base = resolve(source).whole()
     exportable_config(base, kind)
     name = short_name(base)
     output = (output or Path(f"{name}-{kind}.gguf")).expanduser()
@@ -102,7 +103,7 @@ def quantized_of(source: str, *, output: Path | None, bits: int, overwrite: bool
     """Export a model to a folder in 8 or 4 bits.
 
     Args:
-        source: what `find_base` takes.
+        source: known name, hub id, folder or run folder with merged/.
         output: the folder; None is `NAME-int8` or `NAME-nf4` in the working folder.
         bits: 8 or 4.
         overwrite: replace an existing model folder.
@@ -113,7 +114,7 @@ def quantized_of(source: str, *, output: Path | None, bits: int, overwrite: bool
     Raises:
         ModelError: see `export_quantized`.
     """
-    base = find_base(source)
+    base = resolve(source).whole()
     if bits not in KINDS:
         raise ModelError(f"--bits cannot be {bits}", hint="8 or 4")
     require_language_model(base)

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.prompts import Prompt, PromptSet, load_prompts
-from alignkit.data.report import DataReport
+from alignkit.data.report import DataReport, describe_rows
 from alignkit.errors import DataError, RunError
 from alignkit.files import replace_file
 from alignkit.jobs.candidates import (
@@ -26,7 +26,6 @@ from alignkit.jobs.candidates import (
 )
 from alignkit.recipe.reading.label import LabelSpec
 from alignkit.recipe.rows import SourceSpec
-from alignkit.stages.running.session import describe_rows
 
 EMPTY = "fewer than two answers say anything"
 EQUAL = "all answers are equal"

@@ -12,10 +12,11 @@ from typing import Any
 from alignkit.data.dataset import load_dataset
 from alignkit.errors import ModelError
 from alignkit.models.adapters.files import has_head
-from alignkit.models.adapters.finding import adapter_in, base_of_adapter
+from alignkit.models.adapters.finding import base_of_adapter
 from alignkit.models.base.adapter_kinds import require_mergeable
 from alignkit.models.base.identity import weights_fingerprint
 from alignkit.models.base.loading import DTYPES, BaseModel, load_tokenizer, stored_dtype
+from alignkit.models.base.places import resolve
 from alignkit.models.merging.dense import ONTO, Onto
 from alignkit.models.merging.merge import merge_adapter
 from alignkit.models.merging.report import MergeReport
@@ -27,6 +28,7 @@ from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.reading.load import load_recipe
 from alignkit.recipe.rows import SourceSpec
 from alignkit.recipe.stages.ppo import PpoRecipe
+from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.checking import CHECK_SETTINGS, check_rows, file_rows
 from alignkit.stages.inputs.rows import load_prompt_rows, load_rows, row_settings
 from alignkit.stages.running.card import write_card
@@ -113,7 +115,7 @@ def merge_run(
 
 
 def _adapter(source: str) -> Path:
-    adapter = adapter_in(source)
+    adapter = resolve(source).adapter
     if adapter is None:
         raise ModelError(
             f"{source} holds no adapter: there is no adapter_config.json",
@@ -208,11 +210,12 @@ def _rows(
         # The run says template and stop tokens, whatever base and rows are named instead.
         override = [f"model.base={json.dumps(model.name)}"]
         recipe = load_recipe(str(run / "recipe.yaml"), override).recipe
+        base = start_model(recipe.model)
         if isinstance(recipe, PpoRecipe):
-            prompts = load_prompt_rows(recipe)
+            prompts = load_prompt_rows(recipe, base)
             checks = file_rows(data, prompts.tokenizer) if data else prompts.checks
             return checks, prompts.tokenizer, prompts.stop_tokens
-        found = load_rows(recipe)
+        found = load_rows(recipe, base)
         dataset = found.held_out or found.train
         if data is not None:
             wanted = dataclasses.replace(CHECK_SETTINGS, rows=row_settings(recipe).rows)

@@ -15,9 +15,10 @@ from alignkit.models.adapters.files import (
     has_head,
     load_adapter,
 )
-from alignkit.models.adapters.finding import adapter_in, base_of_adapter
+from alignkit.models.adapters.finding import base_of_adapter, tokenizer_of
 from alignkit.models.base.fitness import is_classifier, require_language_model
-from alignkit.models.base.loading import BaseModel, find_base, load_model, load_tokenizer
+from alignkit.models.base.loading import load_model, load_tokenizer
+from alignkit.models.base.places import resolve
 from alignkit.models.rewards.head import read_head
 
 
@@ -53,13 +54,10 @@ def open_model(
         The merged model of a run if there is one, else base + adapter; the scalar head beside it
         if it is a reward model.
     """
-    folder = Path(name).expanduser()
-    merged = folder.is_dir() and (
-        (folder / "config.json").is_file() or (folder / "merged" / "config.json").is_file()
-    )
-    adapter = None if merged and base is None else adapter_in(name)
+    place = resolve(name)
+    adapter = place.unmerged if base is None else place.adapter
     if adapter is None:
-        source = find_base(name)
+        source = place.whole()
         # A classifier's decoder loads as a language model; its vocabulary head is never used.
         head = read_head(Path(source.location)) if is_classifier(source) else None
         return OpenModel(
@@ -68,8 +66,7 @@ def open_model(
     source = base_of_adapter(adapter, base)
     require_language_model(source)
     model = load_adapter(load_model(source, dtype, device), adapter)
-    own = (adapter / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(BaseModel(str(adapter)) if own else source)
+    tokenizer = load_tokenizer(tokenizer_of(adapter, source))
     head = read_head(adapter) if has_head(adapter) else None
     return OpenModel(model, tokenizer, name, _to(head, device))
 

@@ -13,12 +13,14 @@ from typing import Any
 from alignkit.errors import ModelError, RunError
 from alignkit.files import write_text
 from alignkit.jobs.label import label_prompts
+from alignkit.models.adapters.finding import base_of
+from alignkit.models.base.places import resolve
 from alignkit.recipe.adapters import FullSpec
 from alignkit.recipe.reading.label import LABEL, LabelSpec
 from alignkit.recipe.reading.pipeline import TRAINING, Step
 from alignkit.recipe.stages.base import Recipe
 from alignkit.runtime.progress import print_line
-from alignkit.stages.inputs.fingerprints import label_inputs, model_place, training_inputs
+from alignkit.stages.inputs.fingerprints import label_inputs, training_inputs
 from alignkit.stages.registry import run_stage
 from alignkit.stages.rollouts.reward_models import require_reward_model
 from alignkit.stages.running.run_folder import check_output
@@ -64,7 +66,8 @@ def _check_training(step: Step) -> None:
     check_output(recipe, resume=False, overwrite=True)
     if ("model", "base") not in step.references:
         try:
-            model_place(recipe.model.base, trust_remote_code=recipe.model.trust_remote_code)
+            trust = recipe.model.trust_remote_code
+            base_of(resolve(recipe.model.base, trust_remote_code=trust))
         except ModelError as error:
             where = step.document.place(("model", "base"))
             raise ModelError(f"{where}: model.base: {error.message}", hint=error.hint) from None
@@ -114,7 +117,10 @@ def _check_label(step: Step) -> None:
     if (folder.exists() and not folder.is_dir()) or (folder / "run.json").is_file():
         what = "the folder of a run" if folder.is_dir() else "a file"
         raise RunError(f"{folder} is {what}", hint="choose another output for the stage")
-    checks: dict[str, Callable[[str], Any]] = {"model": model_place, "reward": require_reward_model}
+    checks: dict[str, Callable[[str], Any]] = {
+        "model": lambda name: base_of(resolve(name)),
+        "reward": require_reward_model,
+    }
     for key, check in checks.items():
         if (key,) in step.references:
             continue

@@ -6,6 +6,7 @@ from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.stages.base import Recipe
 from alignkit.runtime.devices import find_device
 from alignkit.runtime.optim import require_optimizer
+from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.rows import AnyRows
 from alignkit.stages.running.definition import definition_of
 from alignkit.stages.running.finish import RunSummary
@@ -23,7 +24,8 @@ def plan_stage(recipe: Recipe, processes: int) -> tuple[AnyRows, Plan]:
         AlignkitError: anything the user can fix.
     """
     require_optimizer(recipe.training.optimizer, find_device())
-    return definition_of(recipe).prepare(recipe, processes)
+    base = start_model(recipe.model, merge=False)
+    return definition_of(recipe).prepare(recipe, base, processes)
 
 
 def run_stage(recipe: Recipe, options: RunOptions) -> RunSummary | None:

@@ -17,12 +17,11 @@ from alignkit.data.prompts import (
     PromptSet,
     load_prompts,
 )
-from alignkit.data.report import DataReport
+from alignkit.data.report import DataReport, describe_rows
 from alignkit.data.split import count_prompt_overlap, split_prompts
 from alignkit.errors import DataError, ModelError
 from alignkit.recipe.assets import assets_root
 from alignkit.recipe.rows import SourceSpec
-from alignkit.stages.running.session import describe_rows
 
 FORMATS = assets_root() / "data_templates" / "formats"
 PLAIN = "plain text: the model's chat template is not used"

@@ -16,18 +16,18 @@ from transformers import AutoModelForSequenceClassification
 from alignkit.errors import ModelError
 from alignkit.models.adapters.attach import attach_adapter
 from alignkit.models.adapters.files import save_adapter
-from alignkit.models.adapters.finding import adapter_in, base_of_adapter
+from alignkit.models.adapters.finding import base_of_adapter
 from alignkit.models.base import identity
 from alignkit.models.base.fitness import require_language_model
 from alignkit.models.base.identity import weights_fingerprint
 from alignkit.models.base.loading import (
     BaseModel,
-    find_base,
     load_config,
     load_model,
     load_tokenizer,
     stored_dtype,
 )
+from alignkit.models.base.places import resolve
 from alignkit.models.opening import open_model
 from alignkit.recipe.adapters import LoraSpec
 
@@ -49,13 +49,15 @@ def test_kinds_of_names(
     fetched = tmp_path / "home" / "models" / "smollm2-135m-instruct"
     shutil.copytree(tiny_base, fetched)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    assert find_base(str(tiny_base)) == BaseModel(str(tiny_base))
-    assert find_base(str(run)) == BaseModel(str(run / "merged"))
-    assert find_base("smollm2-135m-instruct") == BaseModel(str(fetched))
-    gguf = find_base(str(tmp_path / "model.gguf"))
+    assert resolve(str(tiny_base)).whole() == BaseModel(str(tiny_base))
+    assert resolve(str(run)).whole() == BaseModel(str(run / "merged"))
+    assert resolve("smollm2-135m-instruct").whole() == BaseModel(str(fetched))
+    gguf = resolve(str(tmp_path / "model.gguf")).whole()
     assert gguf == BaseModel(str(tmp_path), "model.gguf")
     assert gguf.options == {"trust_remote_code": False, "gguf_file": "model.gguf"}
-    assert find_base("owner/name", trust_remote_code=True) == BaseModel("owner/name", None, True)
+    assert resolve("owner/name", trust_remote_code=True).whole() == BaseModel(
+        "owner/name", None, True
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,7 @@ def test_names_that_are_no_model(
     Path("adapted/adapter_config.json").write_text("{}", encoding="utf-8")
     Path("text.txt").write_text("no model", encoding="utf-8")
     with pytest.raises(ModelError) as raised:
-        find_base(name)
+        resolve(name).whole()
     assert raised.value.message.startswith(sentence)
     assert hint in raised.value.hint
 
@@ -129,7 +131,7 @@ def test_pickled_weights_are_not_read(tiny_base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_come_in_the_dtype_asked_for(tiny_base: Path, dtype: torch.dtype) -> None:
-    model = load_model(find_base(str(tiny_base)), dtype)
+    model = load_model(resolve(str(tiny_base)).whole(), dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert not model.training
     expected = tiny_model(dtype=dtype).state_dict()
@@ -137,7 +139,7 @@ def test_weights_come_in_the_dtype_asked_for(tiny_base: Path, dtype: torch.dtype
 
 
 def test_the_template_can_be_replaced(tiny_base: Path) -> None:
-    base = find_base(str(tiny_base))
+    base = resolve(str(tiny_base)).whole()
     own, other = load_tokenizer(base), load_tokenizer(base, "{{ messages[0].content }}")
     turns = [{"role": "user", "content": "Hi"}]
     assert "<|im_start|>" in own.apply_chat_template(turns, tokenize=False)
@@ -192,8 +194,8 @@ def test_opening_prefers_the_merged_model(run: Path, tiny_base: Path) -> None:
     assert is_adapted(run / "adapter")
     shutil.rmtree(run / "merged")
     assert is_adapted(run)
-    assert adapter_in(str(run)) == run / "adapter"
-    assert adapter_in(str(tiny_base)) is None
+    assert resolve(str(run)).adapter == run / "adapter"
+    assert resolve(str(tiny_base)).adapter is None
 
 
 def test_an_adapter_whose_base_has_gone(run: Path) -> None:

@@ -17,7 +17,8 @@ from bitsandbytes.nn import Linear8bitLt
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters.attach import adapters_off, attach_adapter
-from alignkit.models.base.loading import BaseModel, find_base, load_model
+from alignkit.models.base.loading import BaseModel, load_model
+from alignkit.models.base.places import resolve
 from alignkit.models.kernels.quantized import dense_weight, is_quantized, multiply_dense
 from alignkit.recipe.adapters import Ia3Spec, LoraSpec
 from alignkit.runtime.metrics import read_metrics
@@ -38,8 +39,8 @@ def quantized_pair(base: Path, quantization: str, spec: Any) -> tuple[nn.Module,
 
     Both carry the same adapter.
     """
-    narrow = load_model(find_base(str(base)), torch.float32, quantization=quantization)
-    dense = load_model(find_base(str(base)), torch.float32)
+    narrow = load_model(resolve(str(base)).whole(), torch.float32, quantization=quantization)
+    dense = load_model(resolve(str(base)).whole(), torch.float32)
     plain = dict(dense.named_modules())
     for name, module in narrow.named_modules():
         if is_quantized(module):
@@ -87,7 +88,7 @@ def test_adapters_off_is_the_base_bit_for_bit_in_any_mode(
     dtype: torch.dtype, kind: str, quantization: str, tiny_base: Path
 ) -> None:
     ids = torch.arange(16)[None]
-    bare = load_model(find_base(str(tiny_base)), dtype, quantization=quantization)
+    bare = load_model(resolve(str(tiny_base)).whole(), dtype, quantization=quantization)
     expected = bare.eval()(input_ids=ids).logits.detach()
     assert torch.equal(bare.train()(input_ids=ids).logits, expected)
     adapted = attach_adapter(bare, SPECS[kind], seed=0)
@@ -108,8 +109,8 @@ def test_adapters_off_is_the_base_bit_for_bit_in_any_mode(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_keeps_every_weight_within_half_a_step(dtype: torch.dtype, tiny_base: Path) -> None:
-    narrow = load_model(find_base(str(tiny_base)), dtype, quantization="int8")
-    original = load_model(find_base(str(tiny_base)), dtype)
+    narrow = load_model(resolve(str(tiny_base)).whole(), dtype, quantization="int8")
+    original = load_model(resolve(str(tiny_base)).whole(), dtype)
     assert narrow.model.embed_tokens.weight.dtype == dtype
     assert not is_quantized(narrow.get_output_embeddings())
     assert len(layers_of(narrow)) == 2 * 7
@@ -186,9 +187,9 @@ def test_a_run_trains_saves_and_merges_into_the_weights_it_names(
     assert losses[-1] < losses[0]
     assert summary.merge is not None
     assert summary.merge.modules == 2 * 7
-    merged = load_model(find_base(str(tmp_path / "run" / "merged")), torch.float32)
-    original = load_model(find_base(str(tiny_base)), torch.float32)
-    narrow = load_model(find_base(str(tiny_base)), torch.float32, quantization=quantization)
+    merged = load_model(resolve(str(tmp_path / "run" / "merged")).whole(), torch.float32)
+    original = load_model(resolve(str(tiny_base)).whole(), torch.float32)
+    narrow = load_model(resolve(str(tiny_base)).whole(), torch.float32, quantization=quantization)
     one, two, three = (
         dense_weight(model.model.layers[0].self_attn.q_proj).detach().double()
         for model in (merged, original, narrow)

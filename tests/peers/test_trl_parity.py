@@ -15,6 +15,7 @@ from alignkit.peers.trl import DPO_LOSSES, PeerResult, run_trl
 from alignkit.recipe.reading.load import load_recipe
 from alignkit.recipe.stages.base import Recipe
 from alignkit.runtime.metrics import read_metrics
+from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.rows import load_rows
 from alignkit.stages.registry import run_stage
 from alignkit.stages.running.session import RunOptions
@@ -26,7 +27,7 @@ PAIRS = "data_templates/preference/pairs.jsonl"
 def both(folder: Path, base: Path, **parts: Any) -> tuple[list[dict[str, float]], PeerResult]:
     """Three steps of a recipe through both engines."""
     recipe = recipe_of(folder, base, **parts)
-    rows = load_rows(recipe)
+    rows = load_rows(recipe, start_model(recipe.model))
     theirs = run_trl(recipe, rows.base, rows.tokenizer, rows.train, folder / "trl", max_steps=STEPS)
     run_stage(recipe, RunOptions(quiet=True))
     ours = [line for line in read_metrics(folder / "run" / "metrics.jsonl") if "loss" in line]
@@ -105,7 +106,7 @@ def test_ipo_averages_over_tokens_in_trl(tmp_path: Path, tiny_base: Path) -> Non
     found = [m["loss"] for m in read_metrics(summed / "run" / "metrics.jsonl") if "loss" in m]
     assert found[0] == pytest.approx(25.0)
     assert abs(found[2] - theirs.losses[2]) > 0.01
-    rows = load_rows(recipe)
+    rows = load_rows(recipe, start_model(recipe.model))
     with pytest.raises(AlignkitError, match="TRL has no ipo objective that means the same"):
         run_trl(recipe, rows.base, rows.tokenizer, rows.train, summed, max_steps=1)
 

@@ -19,11 +19,11 @@ from alignkit.models.adapters.attach import adapters_off, attach_adapter
 from alignkit.models.base.changes import BaseChanges
 from alignkit.models.base.loading import (
     BaseModel,
-    find_base,
     load_config,
     load_model,
     load_tokenizer,
 )
+from alignkit.models.base.places import resolve
 from alignkit.models.opening import open_model
 from alignkit.models.scoring.selfcheck import packed_fault
 from alignkit.recipe.adapters import LoraSpec
@@ -187,7 +187,7 @@ def test_rows_that_hold_them_train_them(tmp_path: Path) -> None:
         tmp_path, tmp_path / "base", model__add_tokens=TOKENS, data__train=[{"path": str(data)}]
     )
     found = [w for name, w in adapter_of(run).items() if "trainable_tokens" in name]
-    base = find_base(str(tmp_path / "base"))
+    base = resolve(str(tmp_path / "base")).whole()
     stored = load_model(base, torch.float32).get_input_embeddings().weight
     pieces = load_tokenizer(base)("<tool>", add_special_tokens=False)["input_ids"]
     assert (found[0][0] - stored[pieces].mean(0)).abs().max() > 1e-3

@@ -111,7 +111,8 @@ def test_the_first_loss_is_pefts(tiny_base: Path, tmp_path: Path) -> None:
     )
     base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(run / "adapter")).eval()
-    rows = load_rows(load_recipe(str(tmp_path / "recipe.yaml")).recipe).train
+    recipe = load_recipe(str(tmp_path / "recipe.yaml")).recipe
+    rows = load_rows(recipe, start_model(recipe.model)).train
     total, count = 0.0, 0
     for item in range(len(rows)):
         document = rows.document(item)

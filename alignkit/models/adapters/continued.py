@@ -11,9 +11,9 @@ from alignkit.models.adapters.files import (
     require_base,
     trained_over,
 )
-from alignkit.models.adapters.finding import adapter_in
 from alignkit.models.base.adapter_kinds import KINDS
 from alignkit.models.base.loading import BaseModel
+from alignkit.models.base.places import resolve
 from alignkit.recipe.adapters import AnySpec, FullSpec, continues
 
 _LORA = {
@@ -107,7 +107,7 @@ def adapter_folder(spec: AnySpec) -> Path | None:
     name = continues(spec)
     if name is None:
         return None
-    folder = adapter_in(name)
+    folder = resolve(name).adapter
     if folder is None:
         raise ModelError(
             f"adapter.from = {name!r} holds no adapter: there is no adapter_config.json",

@@ -279,8 +279,9 @@ def require_base(adapter: Path, base: BaseModel) -> None:
         ModelError: the base's weights are others.
     """
     found = trained_over(adapter)
-    if found is None or "@" in found.fingerprint or not Path(base.location).is_dir():
-        return  # of PEFT, or known by a commit of the hub only
+    there = Path(base.location).is_dir() and base.unmerged is None
+    if found is None or "@" in found.fingerprint or not there:
+        return  # of PEFT, known by a commit of the hub only, or still to be merged
     if found.fingerprint != weights_fingerprint(base):
         raise ModelError(
             f"the adapter in {adapter} was trained over other weights than those of {base.name}",

@@ -1,4 +1,4 @@
-"""Where an adapter is, and the base that it belongs to."""
+"""The base that an adapter belongs to."""
 
 from __future__ import annotations
 
@@ -11,16 +11,23 @@ from alignkit.models.adapters.files import (
     require_base,
     trained_over,
 )
-from alignkit.models.base.loading import BaseModel, find_base
+from alignkit.models.base.loading import BaseModel
+from alignkit.models.base.places import Place, resolve
 
 
-def adapter_in(name: str) -> Path | None:
-    """The adapter folder that `name` is or holds; None if there is none."""
-    folder = Path(name).expanduser()
-    for candidate in (folder, folder / "adapter"):
-        if (candidate / "adapter_config.json").is_file():
-            return candidate
-    return None
+def base_of(place: Place) -> BaseModel:
+    """The whole model of a place; of an adapter that was not merged, its base.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    return place.whole() if place.unmerged is None else base_of_adapter(place.unmerged, None)
+
+
+def tokenizer_of(adapter: Path, base: BaseModel) -> BaseModel:
+    """Where the tokenizer of an adapter is: beside it, or that of its base."""
+    own = (adapter / "tokenizer_config.json").is_file()
+    return BaseModel(str(adapter)) if own else base
 
 
 def base_of_adapter(adapter: Path, base: str | None, *, any_base: bool = False) -> BaseModel:
@@ -39,7 +46,7 @@ def base_of_adapter(adapter: Path, base: str | None, *, any_base: bool = False) 
     if not name:
         raise ModelError(f"{adapter} does not say which base it belongs to", hint="add --base")
     try:
-        found = find_base(name)
+        found = resolve(name).whole()
     except ModelError as error:
         hint = error.hint if base else f"the adapter records {name!r}; name the base with --base"
         raise ModelError(error.message, hint=hint) from None

@@ -1,12 +1,12 @@
-"""Tokenizers and weights from the hub, a folder, a GGUF file, a run folder or a known name."""
+"""Configurations, tokenizers and weights from the hub, a folder or a GGUF file."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
+import copy
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from transformers import (
 )
 
 from alignkit.errors import ModelError
-from alignkit.models.base.adapter_kinds import require_mergeable
 from alignkit.models.base.changes import (
     UNCHANGED,
     BaseChanges,
@@ -33,7 +32,6 @@ from alignkit.models.base.changes import (
     new_ids,
     scale_positions,
 )
-from alignkit.models.base.known import KNOWN_MODELS, model_folder
 from alignkit.models.heap import release_memory
 from alignkit.models.kernels.quantized import multiply_dense
 from alignkit.models.quiet import quiet_transformers
@@ -60,16 +58,21 @@ class BaseModel:
         gguf: name of the GGUF file inside the folder; None for safetensors.
         trust_remote_code: run code that comes with the model.
         changes: made whenever it is read.
+        unmerged: adapter that is merged into it before it has weights; until then it stands for
+            the configuration and the tokenizer that the merge will write.
+        stored: the configuration in its files, once it was read.
     """
 
     location: str
     gguf: str | None = None
     trust_remote_code: bool = False
     changes: BaseChanges = UNCHANGED
+    unmerged: Path | None = None
+    stored: list[Any] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def name(self) -> str:
-        """What `find_base` takes to find this model again."""
+        """What `resolve` takes to find this model again."""
         return str(Path(self.location) / self.gguf) if self.gguf else self.location
 
     @property
@@ -79,55 +82,6 @@ class BaseModel:
         if self.gguf:
             options["gguf_file"] = self.gguf
         return options
-
-
-def find_base(name: str, *, trust_remote_code: bool = False) -> BaseModel:
-    """Where the model named in a recipe is.
-
-    Args:
-        name: hub id, folder, `.gguf` file, run folder or known name.
-        trust_remote_code: run code that comes with the model.
-
-    Returns:
-        A place whose files exist, or a hub id.
-
-    Raises:
-        ModelError: the name fits none of these.
-    """
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return BaseModel(str(path.parent), path.name, trust_remote_code)
-    if path.is_dir():
-        return BaseModel(str(_model_in(path)), None, trust_remote_code)
-    if name in KNOWN_MODELS:
-        folder = model_folder(name)
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{name} is not here yet", hint=f"run `alignkit fetch {name}`")
-        return BaseModel(str(folder), None, trust_remote_code)
-    near = difflib.get_close_matches(name, KNOWN_MODELS, n=1)
-    if path.exists() or path.is_absolute() or name.count("/") != 1 or name.startswith("."):
-        hint = f"did you mean {near[0]}?" if near else "name a folder, a .gguf file or a hub id"
-        raise ModelError(f"{name!r} is no model: no such folder, file or known name", hint=hint)
-    return BaseModel(name, None, trust_remote_code)
-
-
-def _model_in(folder: Path) -> Path:
-    """The model folder that a folder is or holds."""
-    if (folder / "config.json").is_file():
-        return folder
-    if (folder / "merged" / "config.json").is_file():
-        return folder / "merged"
-    if (folder / "adapter_config.json").is_file() or (folder / "adapter").is_dir():
-        for adapter in (folder, folder / "adapter"):
-            require_mergeable(adapter)
-        raise ModelError(
-            f"{folder} holds an adapter, not a whole model",
-            hint=f"run `alignkit merge-lora {folder}` first",
-        )
-    raise ModelError(
-        f"{folder} is no model folder: it has no config.json",
-        hint="name the folder with config.json and *.safetensors",
-    )
 
 
 @contextlib.contextmanager
@@ -153,7 +107,7 @@ def load_tokenizer(base: BaseModel, template: str | None = None) -> PreTrainedTo
     """The model's tokenizer.
 
     Args:
-        base: from `find_base`.
+        base: see `resolve`.
         template: Jinja source that replaces the model's chat template; None keeps it.
 
     Returns:
@@ -184,9 +138,11 @@ def token_rows(base: BaseModel) -> tuple[list[int], list[list[int]]]:
 
 
 def load_config(base: BaseModel) -> PreTrainedConfig:
-    """The model's configuration."""
-    with _reading(base, "the configuration"):
-        config = AutoConfig.from_pretrained(base.location, **base.options)
+    """The model's configuration, a copy for the caller; the files are read once."""
+    if not base.stored:
+        with _reading(base, "the configuration"):
+            base.stored.append(AutoConfig.from_pretrained(base.location, **base.options))
+    config = copy.deepcopy(base.stored[0])
     if base.changes.rope is not None:
         scale_positions(config, base.changes.rope)
     if base.changes.tokens:
@@ -204,7 +160,7 @@ def load_model(
     """The model's weights.
 
     Args:
-        base: from `find_base`.
+        base: see `resolve`.
         dtype: storage of the weights, and compute precision of quantized ones.
         device: where they go.
         quantization: `none`, or `nf4` or `int8` for linear layers in 4 or 8 bits; embeddings and

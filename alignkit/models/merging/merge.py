@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from alignkit.models.base.loading import BaseModel, load_tokenizer
 from alignkit.models.merging.dense import MergedWeights, Onto, read_merged
 from alignkit.models.merging.report import Drift, MergeReport, require_faithful
+from alignkit.models.merging.settings import untie
 from alignkit.models.merging.updates import Blend
 from alignkit.models.weights.comparing import (
     Sample,
@@ -89,8 +90,7 @@ def merge_adapter(
     with replace_model(output) as written:
         untied = merge.untied()
         if untied:
-            for config in (merge.config, merge.config.get_text_config()):
-                config.tie_word_embeddings = False
+            untie(merge.config)
         merge.write(written, [*merge.stored, *untied], {})
         tokenizer = tokenizer or load_tokenizer(base)
         write_settings(base, merge.plain, dtype, tokenizer, written, stop_tokens)

@@ -2,7 +2,8 @@
 
 A run that was not merged, or an adapter folder, is merged first, once, under `$ALIGNKIT_HOME`: the
 model to start from, and with it the reference of a preference stage, is the adapted one, never the
-bare base in silence. It stays there: the adapters trained on it name it as their base.
+bare base in silence. It stays there: the adapters trained on it name it as their base. Only a run
+merges; a plan reads the tokenizer and the configuration that the merge will write.
 """
 
 from __future__ import annotations
@@ -14,24 +15,27 @@ from pathlib import Path
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters.files import has_head
-from alignkit.models.adapters.finding import adapter_in, base_of_adapter
+from alignkit.models.adapters.finding import base_of_adapter, tokenizer_of
 from alignkit.models.base.adapter_kinds import require_mergeable
 from alignkit.models.base.changes import BaseChanges
 from alignkit.models.base.fitness import require_language_model, require_plain_weights
 from alignkit.models.base.identity import weights_version
-from alignkit.models.base.loading import BaseModel, find_base, load_tokenizer, stored_dtype
+from alignkit.models.base.loading import BaseModel, load_tokenizer, stored_dtype
+from alignkit.models.base.places import resolve
 from alignkit.models.merging.merge import merge_adapter
+from alignkit.models.merging.settings import write_merged_settings
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.model import ModelSpec
 from alignkit.runtime.progress import print_line
 from alignkit.stages.inputs.checking import file_rows
 
 
-def start_model(spec: ModelSpec) -> BaseModel:
-    """Where the model of a recipe is, merged first where that is needed.
+def start_model(spec: ModelSpec, *, merge: bool = True) -> BaseModel:
+    """Where the model of a recipe is.
 
     Args:
         spec: names a hub id, a folder, a file, a run folder, an adapter or a known name.
+        merge: merge an adapter first; else it is only said, and what is found has no weights.
 
     Returns:
         A language model.
@@ -39,25 +43,19 @@ def start_model(spec: ModelSpec) -> BaseModel:
     Raises:
         ModelError: there is no such model, it is a reward model, or an adapter without a merge.
     """
-    adapter = _bare_adapter(spec.base)
-    if adapter is not None:
-        base = _merged(adapter, trust_remote_code=spec.trust_remote_code)
+    place = resolve(spec.base, trust_remote_code=spec.trust_remote_code)
+    if place.unmerged is not None:
+        source = _source(place.unmerged, trust_remote_code=spec.trust_remote_code)
+        base = _merged(source, place.unmerged, merge=merge)
     else:
-        base = find_base(spec.base, trust_remote_code=spec.trust_remote_code)
+        base = place.whole()
         require_language_model(base)
         require_plain_weights(base)
     return replace(base, changes=BaseChanges(spec.rope_scaling, spec.add_tokens))
 
 
-def _bare_adapter(name: str) -> Path | None:
-    """The adapter in a folder that holds no whole model."""
-    folder = Path(name).expanduser()
-    if any((place / "config.json").is_file() for place in (folder, folder / "merged")):
-        return None
-    return adapter_in(name)
-
-
-def _merged(adapter: Path, *, trust_remote_code: bool) -> BaseModel:
+def _source(adapter: Path, *, trust_remote_code: bool) -> BaseModel:
+    """What an adapter is merged into."""
     require_mergeable(adapter)
     if has_head(adapter):
         raise ModelError(
@@ -71,29 +69,37 @@ def _merged(adapter: Path, *, trust_remote_code: bool) -> BaseModel:
         raise ModelError(
             f"{adapter} is an adapter whose base is missing: {error.message}", hint=hint
         ) from None
-    source = replace(source, trust_remote_code=trust_remote_code)
+    return replace(source, trust_remote_code=trust_remote_code)
+
+
+def _merged(source: BaseModel, adapter: Path, *, merge: bool) -> BaseModel:
     digest = hashlib.sha256(weights_version(source).encode())
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         path = adapter / name
         digest.update(path.read_bytes() if path.is_file() else b"")
+    name = digest.hexdigest()[:32]
     folder = alignkit_home() / "merged" / digest.hexdigest()[:32]
+    found = BaseModel(str(folder), None, source.trust_remote_code)
+    if (folder / "config.json").is_file():
+        return found
+    tokenizer = load_tokenizer(tokenizer_of(adapter, source))
+    why = "training starts from it, not from its base"
+    if not merge:
+        print_line(f"{adapter} is merged first when the run starts: {why}", "note")
+        settings = alignkit_home() / "cache" / "unmerged" / folder.name
+        write_merged_settings(source, adapter, settings, tokenizer)
+        return replace(found, location=str(settings), unmerged=adapter)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f"{folder.name}.lock", "a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process merges, the others wait for it
         if not (folder / "config.json").is_file():
-            _merge(source, adapter, folder)
-    return replace(source, location=str(folder), gguf=None, changes=BaseChanges())
-
-
-def _merge(source: BaseModel, adapter: Path, folder: Path) -> None:
-    print_line(f"{adapter} is merged first: training starts from it, not from its base", "note")
-    own = (adapter / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(BaseModel(str(adapter)) if own else source)
-    merge_adapter(
-        source,
-        adapter,
-        folder,
-        rows=file_rows(None, tokenizer),
-        dtype=stored_dtype(source),
-        tokenizer=tokenizer,
-    )
+            print_line(f"{adapter} is merged first: {why}", "note")
+            merge_adapter(
+                source,
+                adapter,
+                folder,
+                rows=file_rows(None, tokenizer),
+                dtype=stored_dtype(source),
+                tokenizer=tokenizer,
+            )
+    return found

@@ -15,9 +15,9 @@ from typing import Any
 import alignkit
 from alignkit.data.templates import template_text
 from alignkit.models.adapters.continued import adapter_folder
-from alignkit.models.adapters.finding import adapter_in, base_of_adapter
+from alignkit.models.adapters.finding import base_of
 from alignkit.models.base.identity import weights_fingerprint
-from alignkit.models.base.loading import BaseModel, find_base
+from alignkit.models.base.places import resolve
 from alignkit.recipe.assets import find_path
 from alignkit.recipe.objectives import CustomSpec
 from alignkit.recipe.reading.label import LabelSpec
@@ -141,12 +141,12 @@ def model_identity(name: str, *, trust_remote_code: bool = False) -> str:
         ModelError: there is no such model.
     """
     digest = hashlib.sha256()
-    base = model_place(name, trust_remote_code=trust_remote_code)
+    place = resolve(name, trust_remote_code=trust_remote_code)
+    base = base_of(place)
     digest.update(weights_fingerprint(base).encode())
-    folder, adapter = Path(base.location), adapter_in(name)
-    digest.update(_small_files(folder).encode())
-    if adapter is not None:
-        digest.update(adapter_identity(adapter).encode())
+    digest.update(_small_files(Path(base.location)).encode())
+    if place.adapter is not None:
+        digest.update(adapter_identity(place.adapter).encode())
     return digest.hexdigest()
 
 
@@ -172,19 +172,6 @@ def _small_files(folder: Path) -> str:
         if whole or path.name in ("chat_template.jinja", "reward.json"):
             digest.update(f"{path.name}:{_hash_file(path)}".encode())
     return digest.hexdigest()
-
-
-def model_place(name: str, *, trust_remote_code: bool = False) -> BaseModel:
-    """Where a model is; for an adapter that was not merged, where its base is.
-
-    Raises:
-        ModelError: there is no such model.
-    """
-    folder, adapter = Path(name).expanduser(), adapter_in(name)
-    whole = any((place / "config.json").is_file() for place in (folder, folder / "merged"))
-    if adapter is not None and not whole:
-        return base_of_adapter(adapter, None)
-    return find_base(name, trust_remote_code=trust_remote_code)
 
 
 def describe_changes(old: dict[str, str], new: dict[str, str]) -> list[str]:

@@ -34,7 +34,6 @@ from alignkit.recipe.rows import SftDataSpec
 from alignkit.recipe.stages.base import Recipe
 from alignkit.recipe.stages.ppo import PpoRecipe
 from alignkit.runtime.devices import describe_hardware
-from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.checking import check_rows
 
 
@@ -98,15 +97,26 @@ class PromptRows:
 AnyRows = Rows | PromptRows
 
 
-def read_rows(recipe: Recipe) -> AnyRows:
-    """The rows of any recipe."""
-    return load_prompt_rows(recipe) if isinstance(recipe, PpoRecipe) else load_rows(recipe)
+def read_rows(recipe: Recipe, base: BaseModel) -> AnyRows:
+    """The rows of any recipe.
+
+    Args:
+        recipe: with its defaults.
+        base: the model that it starts from.
+    """
+    if isinstance(recipe, PpoRecipe):
+        return load_prompt_rows(recipe, base)
+    return load_rows(recipe, base)
 
 
-def load_rows(recipe: Recipe) -> Rows:
-    """Tokenize the recipe's rows; needs the weights only where an adapter is merged first."""
+def load_rows(recipe: Recipe, base: BaseModel) -> Rows:
+    """Tokenize the recipe's rows.
+
+    Args:
+        recipe: with its defaults.
+        base: from `start_model`.
+    """
     spec, data = recipe.model, recipe.data
-    base = start_model(spec)
     template = template_text(spec.chat_template) if spec.chat_template else None
     tokenizer = load_tokenizer(base, template)
     settings = row_settings(recipe)
@@ -127,8 +137,12 @@ def load_rows(recipe: Recipe) -> Rows:
     return Rows(base, tokenizer, train, held_out)
 
 
-def load_prompt_rows(recipe: PpoRecipe) -> PromptRows:
+def load_prompt_rows(recipe: PpoRecipe, base: BaseModel) -> PromptRows:
     """Tokenize the recipe's prompts; `data.max_length` holds a prompt and its response.
+
+    Args:
+        recipe: with its defaults.
+        base: from `start_model`.
 
     Raises:
         AlignkitError: no room is left for prompts.
@@ -141,7 +155,6 @@ def load_prompt_rows(recipe: PpoRecipe) -> PromptRows:
             f"rollout.max_new_tokens = {recipe.rollout.max_new_tokens}",
             hint="raise data.max_length or lower rollout.max_new_tokens",
         )
-    base = start_model(spec)
     template = template_text(spec.chat_template) if spec.chat_template else None
     tokenizer = load_tokenizer(base, template)
     read = partial(

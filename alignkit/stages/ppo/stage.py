@@ -12,7 +12,7 @@ from alignkit.data.dataset import TokenDataset
 from alignkit.errors import DataError, ModelError
 from alignkit.generation.rollout import RolloutSettings, TransformersEngine, stop_tokens
 from alignkit.models.adapters.files import save_adapter
-from alignkit.models.base.loading import DTYPES
+from alignkit.models.base.loading import DTYPES, BaseModel
 from alignkit.models.scoring.scorer import causal_model
 from alignkit.models.weights.writing import replace_model
 from alignkit.recipe.adapters import b_rate, has_adapter
@@ -79,14 +79,15 @@ class Prepared:
     plan: Plan
 
 
-def prepare_ppo(recipe: PpoRecipe, processes: int) -> Prepared:
+def prepare_ppo(recipe: PpoRecipe, base: BaseModel, processes: int) -> Prepared:
     """Read prompts, look for reward models and plan the run.
 
     Args:
         recipe: with its defaults.
+        base: from `start_model`.
         processes: training processes.
     """
-    rows = load_prompt_rows(recipe)
+    rows = load_prompt_rows(recipe, base)
     can_share = has_adapter(recipe.adapter)
     found = [
         find_reward_model(spec, rows.base, rows.tokenizer, can_share=can_share)
@@ -112,27 +113,30 @@ class PpoStage:
 
     metrics: ClassVar[dict[str, str]] = METRICS
 
-    def prepare(self, recipe: PpoRecipe, processes: int) -> tuple[PromptRows, Plan]:
-        """Prompts and plan, without weights."""
-        made = prepare_ppo(recipe, processes)
+    def prepare(
+        self, recipe: PpoRecipe, base: BaseModel, processes: int
+    ) -> tuple[PromptRows, Plan]:
+        """Prompts and plan, without weights; see `StageDef.prepare`."""
+        made = prepare_ppo(recipe, base, processes)
         return made.rows, made.plan
 
     def run(self, recipe: PpoRecipe, options: RunOptions) -> RunSummary | None:
         """Train, from prompts to merged checkpoint; see `StageDef.run`."""
         session = Session(recipe, options)
-        made = prepare_ppo(recipe, session.accelerator.num_processes)
-        rows, plan = made.rows, session.announce(made.plan, made.rows)
-        roles = build_roles(session, recipe, rows, plan, made.found)
-        judge = build_judge(
-            recipe.reward,
-            roles.rewards,
-            missing_eos_penalty=recipe.rollout.missing_eos_penalty,
-            budget=plan.microbatch_tokens,
-            processes=process_group(session.accelerator),
-        )
-        with session.running(rows, plan):
+        with session.running() as base:
+            made = prepare_ppo(recipe, base, session.accelerator.num_processes)
+            rows, plan = made.rows, session.announce(made.plan, made.rows)
+            roles = build_roles(session, recipe, rows, plan, made.found)
+            judge = build_judge(
+                recipe.reward,
+                roles.rewards,
+                missing_eos_penalty=recipe.rollout.missing_eos_penalty,
+                budget=plan.microbatch_tokens,
+                processes=process_group(session.accelerator),
+            )
+            session.begin(rows, plan)
             run, first_step = start_ppo(session, recipe, rows, plan, roles, judge)
-            del roles, judge  # the run alone holds the weights, so that merging can let them go
+            del roles, judge  # the run alone holds the weights, so that merging can release them
             hooks = StageHooks(
                 dry_run=partial(dry_run, run, first_step),
                 train=partial(train_step, run),

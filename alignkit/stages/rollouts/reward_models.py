@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters.files import has_head, is_plain_lora
-from alignkit.models.adapters.finding import adapter_in, base_of_adapter
+from alignkit.models.adapters.finding import base_of, base_of_adapter, tokenizer_of
 from alignkit.models.base.fitness import is_classifier
 from alignkit.models.base.identity import weights_fingerprint
-from alignkit.models.base.loading import BaseModel, find_base, load_tokenizer
+from alignkit.models.base.loading import BaseModel, load_tokenizer
+from alignkit.models.base.places import resolve
 from alignkit.models.rewards.head import RewardStatistics, read_head, read_statistics
 from alignkit.recipe.rewards import ModelReward
-from alignkit.stages.inputs.fingerprints import model_place
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,19 @@ def find_reward_model(
             f"reward.model names nothing: {name!r}",
             hint="name a run of the reward stage; `alignkit reward RECIPE` trains one",
         )
-    adapter = adapter_in(name)
-    if adapter is not None and has_head(adapter):
-        found = _over_adapter(spec, adapter, base, tokenizer, can_share)
+    place = resolve(name)
+    if place.adapter is not None and has_head(place.adapter):
+        found = _over_adapter(spec, place.adapter, base, tokenizer, can_share)
         if found is not None:
             return _checked(found)
-    place = find_base(name)
-    if not is_classifier(place):
+    whole = place.whole()
+    if not is_classifier(whole):
         raise ModelError(
             f"reward.model {name} is no reward model: it has no scalar head",
             hint="name a run of the reward stage, its adapter/ or its merged/",
         )
-    check_tokens(name, load_tokenizer(place), tokenizer)
-    folder = Path(place.location)
+    check_tokens(name, load_tokenizer(whole), tokenizer)
+    folder = Path(whole.location)
     return _checked(RewardModel(spec, folder, False, read_statistics(folder)))
 
 
@@ -104,14 +104,14 @@ def require_reward_model(name: str) -> BaseModel:
             f"there is no reward model {name!r}",
             hint="name a run of the reward stage; `alignkit reward RECIPE` trains one",
         )
-    adapter, place = adapter_in(name), model_place(name)
-    if not is_classifier(place) and not (adapter is not None and has_head(adapter)):
+    place = resolve(name)
+    adapter, base = place.adapter, base_of(place)
+    if not is_classifier(base) and not (adapter is not None and has_head(adapter)):
         raise ModelError(
             f"{name} is no reward model: it has no scalar head",
             hint="name a run of the reward stage, its adapter/ or its merged/",
         )
-    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    return BaseModel(str(adapter)) if own else place
+    return base if adapter is None else tokenizer_of(adapter, base)
 
 
 def _over_adapter(
@@ -123,7 +123,9 @@ def _over_adapter(
 ) -> RewardModel | None:
     """The model as an adapter over the policy's base; None where it has to stand alone."""
     own = base_of_adapter(adapter, None)
-    same = weights_fingerprint(own) == weights_fingerprint(base) and own.changes == base.changes
+    # What is still to be merged has no weights to compare: the run does, before it loads any.
+    same = base.unmerged is not None or weights_fingerprint(own) == weights_fingerprint(base)
+    same = same and own.changes == base.changes
     if same and can_share and is_plain_lora(adapter) and not spec.separate:  # PEFT mixes no kinds
         if (adapter / "tokenizer_config.json").is_file():
             check_tokens(spec.model, load_tokenizer(BaseModel(str(adapter))), tokenizer)

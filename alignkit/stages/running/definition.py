@@ -10,6 +10,7 @@ from torch import nn
 
 from alignkit.data.dataset import TokenDataset
 from alignkit.errors import AlignkitError
+from alignkit.models.base.loading import BaseModel
 from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.stages.base import Recipe
 from alignkit.stages.inputs.rows import AnyRows
@@ -24,11 +25,12 @@ class StageDef(Protocol):
     def metrics(self) -> Mapping[str, str]:
         """Name of each metric that is the stage's own -> what it means."""
 
-    def prepare(self, recipe: Any, processes: int) -> tuple[AnyRows, Plan]:
+    def prepare(self, recipe: Any, base: BaseModel, processes: int) -> tuple[AnyRows, Plan]:
         """Rows and plan, without weights.
 
         Args:
             recipe: with its defaults.
+            base: the model that the recipe starts from; an adapter in it may not be merged yet.
             processes: training processes.
         """
 

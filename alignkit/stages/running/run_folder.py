@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -85,6 +87,38 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
         )
 
 
+def check_same_inputs(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Refuse to go on with other weights or rows than those the run was started with.
+
+    Args:
+        now: what run.json is going to say.
+        before: what it says.
+
+    Raises:
+        RunError: a fingerprint differs.
+    """
+    pairs = [("base", now["base"], before.get("base"))]
+    pairs += [
+        (f"data.{name}", now["data"][name], before.get("data", {}).get(name))
+        for name in now["data"]
+    ]
+    stored = before.get("rewards", {})
+    # A function may be mended after it has failed; a model must stay what it was.
+    models = {name: new for name, new in now["rewards"].items() if "model" in name}
+    pairs += [
+        (name, {"fingerprint": new}, {"fingerprint": stored[name]} if name in stored else None)
+        for name, new in models.items()
+    ]
+    pairs.append(("adapter.from", now["adapter"], before.get("adapter")))
+    pairs.append(("objective.file", now["objective"], before.get("objective")))
+    for name, new, old in pairs:
+        if old is not None and new["fingerprint"] != old["fingerprint"]:
+            raise RunError(
+                f"{name} has changed since the run was started",
+                hint="put it back to resume, or start anew with --overwrite",
+            )
+
+
 def _differences(old: Any, new: Any, path: str) -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = list(dict.fromkeys([*old, *new]))
@@ -97,30 +131,31 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
 
 
 class RunFolder:
-    """A run folder that this process owns until `close`.
+    """A run folder that this process owns until `close`. What it holds stays until `describe`.
 
     Args:
         path: of the folder; created.
-        overwrite: empty it first.
 
     Raises:
         RunError: another process owns it.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
+        self.made = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
-        self.lock = (path / ".lock").open("a+")
+        lock = path / ".lock"
         try:
+            self.lock = lock.open("a+")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # Its last owner may have removed the file since: another process may lock a new one.
+            owned = os.path.samestat(os.fstat(self.lock.fileno()), lock.stat())
+        except (BlockingIOError, FileNotFoundError):
+            owned = False
+        if not owned:
             raise RunError(
                 f"{path} is in use by another process", hint="wait for it, or choose another output"
-            ) from None
-        if overwrite:
-            for child in path.iterdir():
-                if child.name not in (".lock", "run.json"):  # run.json marks it as a run folder
-                    shutil.rmtree(child) if child.is_dir() else child.unlink()
+            )
         self.about: dict[str, Any] = {}
 
     @property
@@ -128,35 +163,47 @@ class RunFolder:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    def describe(self, recipe: Recipe, plan: Plan, about: dict[str, Any]) -> None:
+    def describe(
+        self, recipe: Recipe, plan: Plan, about: dict[str, Any], *, overwrite: bool
+    ) -> None:
         """Write recipe.yaml, plan.json and run.json.
 
         Args:
             recipe: resolved.
             plan: what is going to be executed.
             about: fingerprints and counts beside the versions that are added here.
+            overwrite: empty the folder first.
         """
+        for child in self.path.iterdir() if overwrite else ():
+            if child.name not in (".lock", "run.json"):  # run.json marks it as a run folder
+                shutil.rmtree(child) if child.is_dir() else child.unlink()
         self.about = {"status": "running", "started": _now(), **provenance(), **about}
         self._write_about()
         write_text(self.path / "recipe.yaml", render_recipe(recipe))
         write_text(self.path / "plan.json", json.dumps(plan.to_json(), indent=2) + "\n")
 
     def finish(self, status: str, **values: Any) -> None:
-        """Record how the run ended.
+        """Record how the run ended; nothing of one that was not described.
 
         Args:
             status: `finished`, `interrupted` or `failed`.
             values: further entries of run.json.
         """
-        self.about = {**self.about, **values, "status": status, "ended": _now()}
-        self._write_about()
+        if self.about:
+            self.about = {**self.about, **values, "status": status, "ended": _now()}
+            self._write_about()
 
     def _write_about(self) -> None:
         write_text(self.path / "run.json", json.dumps(self.about, indent=2, default=str) + "\n")
 
     def close(self) -> None:
-        """Let other processes use the folder."""
-        self.lock.close()  # the file stays: removing it would let two processes lock two files
+        """Let other processes use the folder; one that was empty and still is goes again."""
+        if not self.about and [child.name for child in self.path.iterdir()] == [".lock"]:
+            (self.path / ".lock").unlink()
+            with contextlib.suppress(OSError):  # one of them is used by now
+                for folder in self.made:
+                    folder.rmdir()
+        self.lock.close()
 
 
 def read_about(folder: Path) -> dict[str, Any]:

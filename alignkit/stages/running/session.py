@@ -13,13 +13,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from alignkit.data.report import DataReport
-from alignkit.errors import Interrupted, RunError
+from alignkit.data.report import describe_rows
+from alignkit.errors import Interrupted
 from alignkit.models.adapters.attach import attach_adapter, trainable_report
 from alignkit.models.adapters.continued import adapter_folder
 from alignkit.models.adapters.files import has_head, put_weights
 from alignkit.models.base.identity import weights_fingerprint
-from alignkit.models.base.loading import DTYPES, load_model, token_rows
+from alignkit.models.base.loading import DTYPES, BaseModel, load_model, token_rows
 from alignkit.models.rewards.head import freeze_unused_head, new_head, read_head
 from alignkit.models.scoring.selfcheck import build_scorer
 from alignkit.recipe.adapters import FullSpec, b_rate
@@ -30,13 +30,20 @@ from alignkit.runtime.devices import build_accelerator, tune_processor
 from alignkit.runtime.metrics import MetricsFile
 from alignkit.runtime.optim import TrainedPart, build_optimizer
 from alignkit.runtime.progress import StepProgress, print_line
+from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.fingerprints import adapter_identity, objective_fingerprint
 from alignkit.stages.inputs.rows import AnyRows, PromptRows, Rows, keep_plan, plan_run
 from alignkit.stages.running.adapter_start import find_adapter_start
 from alignkit.stages.running.batches import Batches
 from alignkit.stages.running.hooks import RowHooks
 from alignkit.stages.running.loop import Loop
-from alignkit.stages.running.run_folder import RunFolder, check_output, read_about, read_plan
+from alignkit.stages.running.run_folder import (
+    RunFolder,
+    check_output,
+    check_same_inputs,
+    read_about,
+    read_plan,
+)
 from alignkit.stages.running.steps import Run
 
 
@@ -156,19 +163,19 @@ class Session:
         return scorer.train()
 
     @contextlib.contextmanager
-    def running(self, rows: AnyRows, plan: Plan) -> Iterator[None]:
-        """Own the run folder; record how the run ends."""
-        about = _about(self.recipe, rows, self.options)
-        if self.options.resume and (self.output / "run.json").is_file():
-            stored = read_about(self.output)
-            _check_same_inputs(about, stored)
-            self.about = {k: stored[k] for k in ("start",) if k in stored} | self.about
+    def running(self) -> Iterator[BaseModel]:
+        """Own the run folder, from before weights are read; record how the run ends.
+
+        Yields:
+            The model that the recipe starts from.
+
+        Raises:
+            RunError: another process owns the folder.
+        """
         if self.leads:
-            self.folder = RunFolder(self.output, overwrite=self.options.overwrite)
+            self.folder = RunFolder(self.output)
         try:
-            if self.folder is not None:
-                self.folder.describe(self.recipe, plan, {**about, **self.about})
-            yield
+            yield start_model(self.recipe.model)
         except BaseException as error:
             if self.folder is not None:
                 self.folder.finish("interrupted" if isinstance(error, Interrupted) else "failed")
@@ -179,6 +186,25 @@ class Session:
             self.accelerator.end_training()
             if self.folder is not None:
                 self.folder.close()
+
+    def begin(self, rows: AnyRows, plan: Plan) -> None:
+        """Make the folder that of this run, now that its weights could be loaded.
+
+        Args:
+            rows: of the run.
+            plan: what is going to be executed.
+
+        Raises:
+            RunError: a resumed run was started with other weights or rows.
+        """
+        about = _about(self.recipe, rows, self.options)
+        if self.options.resume and (self.output / "run.json").is_file():
+            stored = read_about(self.output)
+            check_same_inputs(about, stored)
+            self.about = {k: stored[k] for k in ("start",) if k in stored} | self.about
+        if self.folder is not None:
+            about, overwrite = about | self.about, self.options.overwrite
+            self.folder.describe(self.recipe, plan, about, overwrite=overwrite)
 
     def start(self, rows: Rows, plan: Plan, hooks: RowHooks, scorer: nn.Module) -> tuple[Run, int]:
         """The loop's state, from scratch or from the newest whole checkpoint.
@@ -265,56 +291,17 @@ class Session:
         )
 
 
-def describe_rows(name: str, report: DataReport) -> list[str]:
-    """The rows' report in lines, with their lengths."""
-    lengths = report.percentiles()
-    first, *rest = report.lines()
-    trained = "" if report.prompts else f", {report.trained_tokens:,} of them trained"
-    head = (
-        f"{name}: {first}, {report.tokens:,} tokens{trained}; "
-        f"lengths: median {lengths.get('p50', 0)}, 90% {lengths.get('p90', 0)}, "
-        f"longest {lengths.get('max', 0)}"
-    )
-    return [head, *rest]
-
-
-def _check_same_inputs(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Refuse to go on with other weights or rows than those the run was started with."""
-    pairs = [("base", now["base"], before.get("base"))]
-    pairs += [
-        (f"data.{name}", now["data"][name], before.get("data", {}).get(name))
-        for name in now["data"]
-    ]
-    stored = before.get("rewards", {})
-    # A function may be mended after it has failed; a model must stay what it was.
-    models = {name: new for name, new in now["rewards"].items() if "model" in name}
-    pairs += [
-        (name, {"fingerprint": new}, {"fingerprint": stored[name]} if name in stored else None)
-        for name, new in models.items()
-    ]
-    pairs.append(("adapter.from", now["adapter"], before.get("adapter")))
-    pairs.append(("objective.file", now["objective"], before.get("objective")))
-    for name, new, old in pairs:
-        if old is not None and new["fingerprint"] != old["fingerprint"]:
-            raise RunError(
-                f"{name} has changed since the run was started",
-                hint="put it back to resume, or start anew with --overwrite",
-            )
-
-
 def _about(recipe: Recipe, rows: AnyRows, options: RunOptions) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for name, dataset in (("train", rows.train), ("eval", rows.held_out)):
         if dataset is not None:
             data[name] = {"fingerprint": dataset.fingerprint, **dataset.report.to_json()}
-    base = {"location": rows.base.location, "fingerprint": weights_fingerprint(rows.base)}
     rewards = rows.rewards if isinstance(rows, PromptRows) else {}
     before = adapter_folder(recipe.adapter)
-    adapter = {"fingerprint": None if before is None else adapter_identity(before)}
     return {
         "command": options.command,
-        "base": base,
-        "adapter": adapter,
+        "base": {"location": rows.base.location, "fingerprint": weights_fingerprint(rows.base)},
+        "adapter": {"fingerprint": None if before is None else adapter_identity(before)},
         "data": data,
         "rewards": rewards,
         "objective": {"fingerprint": objective_fingerprint(recipe.objective)},

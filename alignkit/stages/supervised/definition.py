@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from alignkit.data.dataset import TokenDataset
+from alignkit.models.base.loading import BaseModel
 from alignkit.recipe.objectives import CustomSpec
 from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.stages.base import Recipe
@@ -41,9 +42,9 @@ class SupervisedStage:
     example: Callable[[CustomSpec], tuple[Any, ...]] | None = None
     finish: Callable[[Run, Rows], Any] = lambda run, rows: None
 
-    def prepare(self, recipe: Recipe, processes: int) -> tuple[Rows, Plan]:
-        """Rows and plan, without weights."""
-        rows = load_rows(recipe)
+    def prepare(self, recipe: Recipe, base: BaseModel, processes: int) -> tuple[Rows, Plan]:
+        """Rows and plan, without weights; see `StageDef.prepare`."""
+        rows = load_rows(recipe, base)
         return rows, plan_run(recipe, rows, processes)
 
     def run(self, recipe: Recipe, options: RunOptions) -> RunSummary | None:
@@ -55,10 +56,11 @@ class SupervisedStage:
         """
         check_custom(recipe.objective, self.example)
         session = Session(recipe, options)
-        rows = load_rows(recipe)
-        plan = session.plan(rows)
-        scorer = session.build_scorer(rows, plan)
-        with session.running(rows, plan):
+        with session.running() as base:
+            rows = load_rows(recipe, base)
+            plan = session.plan(rows)
+            scorer = session.build_scorer(rows, plan)
+            session.begin(rows, plan)
             reference = None
             if recipe.needs_reference:
                 reference, rows = build_reference(session, scorer, rows, plan)
