@@ -48,7 +48,6 @@ def serve(
 
 def convert(gguf: Path, folder: Path) -> None:
     assert gguf.read_bytes() == CONTENT
-    folder.mkdir()
     (folder / "config.json").write_text("{}", encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
     Args:
         gguf: the file.
-        folder: created.
+        folder: to fill.
     """
     base = BaseModel(str(gguf.parent), gguf.name)
     tokenizer = load_tokenizer(base)

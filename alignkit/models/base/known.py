@@ -75,7 +75,7 @@ def fetch_model(
 
     Args:
         name: a key of `KNOWN_MODELS`.
-        convert: writes an ordinary model folder from a GGUF file.
+        convert: fills an ordinary model folder from a GGUF file.
         announce: told what happens, one line each.
         again: fetch even if the folder exists.
 
