@@ -27,6 +27,7 @@ def start() -> None:
         _measured.stop()
     place = RECORD / f"lines.{os.getpid()}.{secrets.token_hex(4)}"
     _measured = coverage.Coverage(data_file=str(place), include=[f"{PACKAGE}/*"], config_file=False)
+    _measured.set_option("run:disable_warnings", ["no-data-collected"])  # tests read stderr
     _measured.start()
     _measured.switch_context(running())
 
