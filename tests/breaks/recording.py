@@ -66,8 +66,12 @@ class Recording:
         return picked
 
 
-def record(tree: Path, file: Path, workers: int, arguments: list[str]) -> int:
-    """Run the suite with every process measured; write `file`, and `file.json` about the tests."""
+def record(tree: Path, file: Path, workers: int, arguments: list[str], *, more: bool) -> int:
+    """Run the suite with every process measured; write `file`, and `file.json` about the tests.
+
+    `arguments` are pytest's, such as folders. `more` adds to what is there, of the same package.
+    """
+    tests: dict[str, Any] = Recording.read(file, tree).tests if more else {}
     with tempfile.TemporaryDirectory(prefix="breaks-") as scratch, fresh_home() as home:
         env = environment(tree, home) | {
             "BREAKS_RECORD": scratch,
@@ -77,11 +81,12 @@ def record(tree: Path, file: Path, workers: int, arguments: list[str]) -> int:
         if workers > 1:  # fixtures of a module stay in one process
             command += ["-n", str(workers), "--dist", "loadfile"]
         code = subprocess.run([*command, *arguments], cwd=tree, env=env).returncode
-        tests: dict[str, Any] = {}
         for place in Path(scratch).glob("tests.*.json"):
             tests |= json.loads(place.read_text(encoding="utf-8"))
-        file.unlink(missing_ok=True)
+        if not more:
+            file.unlink(missing_ok=True)
         merged = coverage.CoverageData(str(file))
+        merged.read()
         for place in sorted(Path(scratch).glob("lines.*")):
             part = coverage.CoverageData(str(place))
             part.read()
@@ -90,13 +95,14 @@ def record(tree: Path, file: Path, workers: int, arguments: list[str]) -> int:
     Path(f"{file}.json").write_text(json.dumps(about), encoding="utf-8")
     failed = [name for name, test in tests.items() if test["outcome"] == "failed"]
     print(f"{len(tests)} tests recorded, {len(failed)} failed and are left out: {failed}")
-    return 0 if code in (0, 1) else code
+    return 0 if tests and code in (0, 1) else code or 1
 
 
 def environment(tree: Path, home: Path) -> dict[str, str]:
     """In which a copy's own package and the hooks are found."""
     found = os.pathsep.join([str(HERE / "hooks"), str(tree)])
-    return {**os.environ, "PYTHONPATH": found, "ALIGNKIT_TEST_HOME": str(home)}
+    plain = {"PYTHONHASHSEED": "0"}  # names of tests hold sets
+    return {**os.environ, **plain, "PYTHONPATH": found, "ALIGNKIT_TEST_HOME": str(home)}
 
 
 @contextlib.contextmanager
