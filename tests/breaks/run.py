@@ -213,8 +213,10 @@ def run_breaks(
                 done |= {outcome.name: outcome for outcome in pool.map(attempt, left)}
             by = {done[one["name"]].by for one in left} & recording.tests.keys()
             copy = copies.get()
-            _, noted, _ = run_tests(copy, sorted(by), 2 * limit, []) if by else (0, [], "")
+            code, noted, tail = run_tests(copy, sorted(by), 2 * limit, []) if by else (0, [], "")
             copies.put(copy)
+            if code not in (0, 1):
+                raise SystemExit(f"the tests that noticed do not run without a break: {tail}")
             false = {name for what, name, _ in noted if what == "failed"}
             for name in false:
                 print(f"fails without a break, left out: {name}", flush=True)
