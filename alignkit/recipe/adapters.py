@@ -30,7 +30,8 @@ class EvaSpec(Section):
 
     rho: Annotated[float, Field(ge=1.0, le=64.0)] = 1.0
     """Above 1, ranks move to the layers whose inputs they explain best: up to `rho` times its own
-    rank for a layer, down to none, the same sum over all. PEFT takes 2."""
+    rank for a layer (of layers that read the same, the largest), down to none, the same sum over
+    all. PEFT takes 2."""
     tau: Annotated[float, Field(ge=0.0, le=1.0)] = 0.99
     """A layer's directions have settled when each one's cosine with what it was before the last
     pass is at least this. Rows are read until all have, or `max_tokens` or the rows are used up."""

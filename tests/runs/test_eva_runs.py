@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from documents import random_documents
 from peft import PeftModel
 from running import (
     adapter_of,
@@ -27,10 +30,13 @@ from running import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from alignkit.errors import AlignkitError
+from alignkit.data.packing import step_items
+from alignkit.errors import AlignkitError, ModelError
 from alignkit.jobs.merge import MergeOptions, merge_run
+from alignkit.recipe.adapters import EvaSpec
 from alignkit.recipe.reading.load import load_recipe
 from alignkit.stages.registry import plan_stage
+from alignkit.stages.running.adapter_start import passes_of
 
 MOVING = {"rho": 2.0}
 EVA: dict[str, Any] = {"kind": "lora", "rank": 4, "alpha": 8, "init": "eva", "eva": MOVING}
@@ -152,6 +158,30 @@ def test_over_quantized_bases(
     assert plain[last].shape != narrow[last].shape or not torch.equal(plain[last], narrow[last])
 
 
+@pytest.mark.parametrize(("targets", "states"), [(True, 5), (False, 25)])
+def test_each_pass_has_enough_states(
+    targets: bool, states: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = random_documents(tuple((20, (5,)) for _ in range(33)), 700, 4)
+    rows = [dataclasses.replace(document, row=number) for number, document in enumerate(made)]
+    how = EvaSpec(use_label_mask=targets)
+    plan: Any = SimpleNamespace(steps=9, steps_per_epoch=9, batch_size=4)
+    assert [len(one.rows) for one in passes_of(rows, plan, 0, how, 10 * states)] == [33]
+    monkeypatch.setattr("alignkit.stages.running.adapter_start.BUDGET", 50)
+    passes = passes_of(rows, plan, 0, how, 10 * states)
+    # Ten rows have enough; what is left over, three, goes with the last.
+    assert [len(one.rows) for one in passes] == [10, 10, 13]
+    order = [int(n) for step in range(9) for n in step_items(step, 33, 4, 0)]
+    assert [n for one in passes for n in one.rows] == order
+    few = how.model_copy(update={"max_tokens": 260})
+    assert [len(one.rows) for one in passes_of(rows, plan, 0, few, 10 * states)] == [11]
+    for limit, hint in ((260, "raise adapter.eva.max_tokens"), (10_000, "give more rows")):
+        less = how.model_copy(update={"max_tokens": limit})
+        with pytest.raises(ModelError, match=r"wants 1000 (states|tokens).* have ") as caught:
+            passes_of(rows, plan, 0, less, 1000)
+        assert hint in str(caught.value.hint)
+
+
 def break_after(run: Path, step: int) -> None:
     """As if the process had died after a step."""
     for path in (run / "checkpoints").iterdir():
@@ -198,8 +228,9 @@ import os
 if "RANK" in os.environ:
     import torch
     import alignkit.models.adapters.attach as adapters
-    import alignkit.models.adapters.eva as eva
-    eva._SEED += int(os.environ["RANK"])
+    import peft.tuners.lora.eva as eva
+    made, seed = eva.IncrementalPCA, int(os.environ["RANK"])
+    eva.IncrementalPCA = lambda **options: made(**{**options, "lowrank_seed": 42 + seed})
     attach = adapters.attach_adapter
     def attach_and_keep(*args, **kwargs):
         model = attach(*args, **kwargs)
@@ -305,7 +336,8 @@ def test_the_user_sees_what_it_was_found_from(
         ({"adapter": {**EVA, "eva": {"rho": 0.5}}}, "rho"),
         ({"adapter": {**EVA, "eva": {"label_mask_value": -100}}}, "label_mask_value"),
         ({"adapter": {**EVA, "targets": ["lm_head", "q_proj"]}}, "not called as a layer"),
-        ({"adapter": {**EVA, "rank": 32, "eva": {"rho": 64.0, "max_tokens": 1}}}, "wants 64 direc"),
+        ({"adapter": {**EVA, "rank": 32, "eva": {"rho": 64.0}}}, "follows 2048 directions"),
+        ({"adapter": {**EVA, "rank": 16, "eva": {"rho": 2.0, "max_tokens": 1}}}, "wants 64 states"),
     ],
 )
 def test_what_does_not_go_together(

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters.attach import adapted_skeleton, peft_config, trainable_report
+from alignkit.models.adapters.eva import costliest_ranks, followed_directions, with_ranks
 from alignkit.models.adapters.prefix import count_weights, prefix_config
-from alignkit.models.adapters.ranks import costliest_ranks, with_ranks
 from alignkit.models.adapters.stacks import stacked_weights
 from alignkit.models.adapters.targets import (
     adapted_layers,
@@ -130,6 +130,8 @@ def _trainable(model: PreTrainedModel, spec: AnyAdapter, scalar_head: bool) -> i
         return count_weights(prefix_config(model, spec))
     peft_config(model, spec)  # the start may need twice the rank
     if isinstance(spec, LoraSpec) and spec.init != "default":
+        if spec.init == "eva":
+            followed_directions(adapted_layers(model, spec), spec)
         if moves_ranks(spec):
             spec = with_ranks(model, spec, costliest_ranks(adapted_layers(model, spec), spec))
         # What a start adds to the rank is not trained.

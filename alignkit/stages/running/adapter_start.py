@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,17 +14,23 @@ from accelerate.utils import broadcast_object_list
 
 from alignkit.data.documents import Branch, Document
 from alignkit.data.packing import pack_documents, step_items
+from alignkit.errors import ModelError
 from alignkit.models.adapters.continued import started_adapter
-from alignkit.models.adapters.eva import EvaStart, find_start
+from alignkit.models.adapters.eva import (
+    WIDER,
+    EvaStart,
+    find_start,
+    followed_directions,
+    with_ranks,
+)
 from alignkit.models.adapters.prefix import STATES, require_kept_keys, start_words, text_states
-from alignkit.models.adapters.ranks import largest_ranks, with_ranks
 from alignkit.models.adapters.targets import adapted_layers, layer_ranks
 from alignkit.models.base.loading import DTYPES
 from alignkit.models.heap import release_memory
 from alignkit.models.merging.dense import stored_weights
 from alignkit.models.scoring.selfcheck import build_scorer
 from alignkit.packed import PackedBatch, Role
-from alignkit.recipe.adapters import AnySpec, LoraSpec, PrefixSpec, eva_of
+from alignkit.recipe.adapters import AnySpec, EvaSpec, LoraSpec, PrefixSpec, eva_of
 from alignkit.recipe.planning.plan import Plan
 from alignkit.runtime.checkpoint import find_checkpoint, stored_shapes
 from alignkit.stages.inputs.rows import AnyRows
@@ -99,15 +106,10 @@ def _find(session: Any, model: Any, rows: AnyRows, plan: Plan, spec: LoraSpec) -
     own = layer_ranks(layers, spec)
     session.say(f"eva: reading rows, until all layers settle or {how.max_tokens:,} tokens are read")
     settings = session.recipe.model
+    wanted = WIDER * followed_directions(layers, spec)
+    passes = passes_of(rows.train, plan, session.recipe.seed, how, wanted)
     scorer = build_scorer(model, DTYPES[settings.dtype], settings.attention, session.say)
-    start = find_start(
-        scorer,
-        layers,
-        largest_ranks(layers, spec),
-        sum(own.values()),
-        batches_of(rows.train, plan, session.recipe.seed, how.max_tokens),
-        how,
-    )
+    start = find_start(scorer, layers, spec, passes)
     del scorer
     release_memory()  # what the passes left, before the run makes its own blocks
     if session.accelerator.num_processes > 1:
@@ -118,35 +120,45 @@ def _find(session: Any, model: Any, rows: AnyRows, plan: Plan, spec: LoraSpec) -
     used_up = start.rows >= min(plan.steps * plan.batch_size, len(rows.train))
     for line, label in describe_start(start, own, time.monotonic() - started, used_up=used_up):
         session.say(line, label)
-    about = dataclasses.asdict(dataclasses.replace(start, factors={}))
-    about["ranks"] = {name: rank for name, rank in start.ranks.items() if rank != own[name]}
-    session.about["start"] = {key: value for key, value in about.items() if key != "factors"}
+    moved = {name: rank for name, rank in start.ranks.items() if rank != own[name]}
+    session.about["start"] = {**vars(start), "ranks": moved}
+    del session.about["start"]["factors"]
     return start
 
 
-def batches_of(dataset: Any, plan: Plan, seed: int, limit: int) -> Iterator[PackedBatch]:
+def passes_of(dataset: Any, plan: Plan, seed: int, how: EvaSpec, wanted: int) -> list[PackedBatch]:
     """Rows of the run in its order, packed for passes without gradients.
 
     Args:
         dataset: training rows, or prompts.
         plan: the steps that read them.
         seed: of their order.
-        limit: no further row is taken once so many tokens are.
+        how: which states count; no further row is taken once there are `max_tokens`.
+        wanted: states that each pass has at least.
+
+    Raises:
+        ModelError: all rows together have fewer.
     """
-    waiting: list[Document] = []
-    taken = tokens = 0
-    for step in range(min(plan.steps, plan.steps_per_epoch)):
-        for item in step_items(step, len(dataset), plan.batch_size, seed).tolist():
-            if taken >= limit:
-                break
-            document = _readable(dataset[item])
-            if waiting and tokens + document.num_tokens > BUDGET:
-                yield pack_documents(waiting)
-                waiting, tokens = [], 0
-            waiting.append(document)
-            tokens, taken = tokens + document.num_tokens, taken + document.num_tokens
-    if waiting:
-        yield pack_documents(waiting)
+    passes: list[list[Document]] = [[]]
+    taken = tokens = states = 0
+    steps = range(min(plan.steps, plan.steps_per_epoch))
+    items = (step_items(step, len(dataset), plan.batch_size, seed) for step in steps)
+    for item in itertools.chain.from_iterable(items):
+        if taken >= how.max_tokens:
+            break
+        document = _readable(dataset[int(item)])
+        if tokens + document.num_tokens > BUDGET and states >= wanted:
+            passes.append([])
+            tokens = states = 0
+        passes[-1].append(document)
+        tokens, taken = tokens + document.num_tokens, taken + document.num_tokens
+        states += _states(document, how)
+    if states < wanted and len(passes) > 1:
+        left = passes.pop()
+        passes[-1] += left
+    elif states < wanted:
+        _refuse_few(states, wanted, how, limited=taken >= how.max_tokens)
+    return [pack_documents(documents) for documents in passes]
 
 
 def _readable(document: Document) -> Document:
@@ -156,6 +168,25 @@ def _readable(document: Document) -> Document:
     trained = np.arange(len(document.prompt)) > 0
     whole = Branch(document.prompt, trained)
     return dataclasses.replace(document, prompt=document.prompt[:0], branches=(whole,))
+
+
+def _states(document: Document, how: EvaSpec) -> int:
+    prompt = len(document.prompt)
+    return sum(
+        int(branch.trained.sum()) if how.use_label_mask else prompt + len(branch.ids)
+        for branch in document.branches
+    )
+
+
+def _refuse_few(found: int, wanted: int, how: EvaSpec, *, limited: bool) -> None:
+    what = "states that predict a trained token" if how.use_label_mask else "tokens"
+    ways = ["lower adapter.rank", "raise adapter.eva.max_tokens" if limited else "give more rows"]
+    ways += ["lower adapter.eva.rho"] if how.rho > 1 else []
+    ways += ["set adapter.eva.use_label_mask=false"] if how.use_label_mask else []
+    raise ModelError(
+        f"adapter.init = eva wants {wanted} {what}, and the rows that are read have {found}",
+        hint=", or ".join(ways),
+    )
 
 
 def describe_start(
@@ -169,10 +200,9 @@ def describe_start(
         seconds: that it took.
         used_up: whether all rows of the run were read.
     """
-    settled = len(own) - len(start.unsettled)
     yield (
         f"eva: {start.rows:,} rows, {start.read:,} tokens read, {start.used:,} states used, "
-        f"{seconds:.1f} s; {settled} of {len(own)} layers settled",
+        f"{seconds:.1f} s",
         "",
     )
     moved = [name for name, rank in start.ranks.items() if rank != own[name]]
@@ -185,26 +215,16 @@ def describe_start(
         )
     left_out = [name for name, rank in start.ranks.items() if not rank]
     if left_out:
-        yield (
-            f"eva: no rank is left for {_some(left_out)}: not trained",
-            "note",
-        )
+        yield f"eva: no rank is left for {_some(left_out)}: not trained", "note"
     if start.unsettled:
         yield (
-            f"eva: the directions of {_some(list(start.unsettled))} had not settled: the smallest "
-            f"cosine with what one was before the last pass is {min(start.unsettled.values()):.2f};"
+            f"eva: the directions of {_some(start.unsettled)} had not settled before the last pass;"
             + (" there are no further rows" if used_up else " raise adapter.eva.max_tokens"),
             "note" if used_up else "warning",
         )
-    if start.narrow:
-        yield (
-            f"eva: what {_some(list(start.narrow))} read varies in fewer directions than their "
-            "rank: the rest of A is arbitrary",
-            "warning",
-        )
 
 
-def _some(names: list[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     more = len(names) - SHOWN
     shown = ", ".join(names[:SHOWN])
     count = f"{len(names)} layer{'s' if len(names) > 1 else ''}"
