@@ -7,6 +7,7 @@ folder, environment and files, runs `alignkit.cli.main.main()` and ends with its
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -157,5 +158,7 @@ if __name__ == "__main__":
     import alignkit.stages.merge
     import alignkit.stages.run  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # what is imported is not searched for garbage in every child
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the children and for pytest
     serve(sys.stdin, channel)
