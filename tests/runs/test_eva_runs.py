@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commandline import CommandLine
 from peft import PeftModel
 from running import (
     adapter_of,
@@ -194,36 +192,33 @@ def test_resuming_is_exact(
 
 
 APART = """
-import os
-if "RANK" in os.environ:
-    import torch
-    import alignkit.models.adapters as adapters
-    import alignkit.models.eva as eva
-    eva._SEED += int(os.environ["RANK"])
-    attach = adapters.attach_adapter
-    def attach_and_keep(*args, **kwargs):
-        model = attach(*args, **kwargs)
+import os, torch
+import alignkit.models.eva as eva
+import alignkit.stages.roles as roles
+import alignkit.stages.session as session
+eva._SEED += int(os.environ["RANK"])
+attach, path = session.attach_adapter, "FOLDER/start-" + os.environ["RANK"] + ".pt"
+def attach_and_keep(*args, **kwargs):
+    model = attach(*args, **kwargs)
+    if not os.path.exists(path):  # the policy's comes first
         weights = {n: w.data for n, w in model.named_parameters() if "lora_A" in n}
-        torch.save(weights, "FOLDER/start-" + os.environ["RANK"] + ".pt")
-        return model
-    adapters.attach_adapter = attach_and_keep
+        torch.save(weights, path)
+    return model
+roles.attach_adapter = session.attach_adapter = attach_and_keep
 """
 """Each process finds a start of its own, and keeps the one that it attaches."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_two_processes_start_alike(stage: str, tiny_base: Path, tmp_path: Path) -> None:
+def test_two_processes_start_alike(
+    stage: str, alignkit: CommandLine, tiny_base: Path, tmp_path: Path
+) -> None:
     fields = {"training__learning_rate": 1e-30, "training__max_steps": 1, "merge": False}
     one = starts(tmp_path / "one", tiny_base, stage)
     recipe = make(tmp_path / "two", tiny_base, stage, **fields)
-    (tmp_path / "sitecustomize.py").write_text(APART.replace("FOLDER", str(tmp_path)))
-    command = [sys.executable, "-m", "alignkit", stage, str(recipe), "--processes", "2"]
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
-    assert done.returncode == 0, done.stderr
+    before = APART.replace("FOLDER", str(tmp_path))
+    done = alignkit.together(2, stage, recipe, cwd=tmp_path, before=before)
+    assert done.code == 0, done.stderr
     held = [torch.load(tmp_path / f"start-{rank}.pt") for rank in range(2)]
     assert held[0].keys() == held[1].keys()
     assert all(torch.equal(held[0][name], held[1][name]) for name in held[0])

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from commandline import CommandLine
 from running import (
     adapter_of,
     furthest,
@@ -59,9 +58,14 @@ def test_micro_batches(tokens: int, reference: Path, tiny_base: Path, tmp_path: 
         assert [s[key] for s in steps_of(run)] == [s[key] for s in steps_of(reference)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rows", [16, 5], ids=["equal shares", "one process has nothing left"])
-def test_processes(rows: int, tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(16, id="equal shares", marks=pytest.mark.slow),
+        pytest.param(5, id="one process has nothing left"),
+    ],
+)
+def test_processes(rows: int, alignkit: CommandLine, tiny_base: Path, tmp_path: Path) -> None:
     # 5 rows at batch size 4: the second step has one row, so one process only keeps step.
     runs = []
     for count in (1, 2):
@@ -79,9 +83,11 @@ def test_processes(rows: int, tiny_base: Path, tmp_path: Path) -> None:
         if count == 1:
             train(recipe)
         else:
-            command = [sys.executable, "-m", "alignkit", "sft", str(recipe), "--processes", "2"]
-            done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
-            assert done.returncode == 0, done.stderr
+            if rows == 16:
+                done = alignkit("sft", recipe, "--processes", "2", cwd=folder)
+            else:
+                done = alignkit.together(2, "sft", recipe, cwd=folder)
+            assert done.code == 0, done.stderr
             assert done.stdout == ""
             assert done.stderr.count("step 4/4") == 1, "one process speaks"
         runs.append(folder / "run")

@@ -12,8 +12,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -566,9 +564,16 @@ def test_quantized_base(quantization: str, tiny_base: Path, tmp_path: Path) -> N
     AutoModelForCausalLM.from_pretrained(run / "merged")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rows", [12, 5], ids=["equal shares", "one process has nothing left"])
-def test_processes(rows: int, tiny_base: Path, reward_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(12, id="equal shares"),
+        pytest.param(5, id="one process has nothing left", marks=pytest.mark.slow),
+    ],
+)
+def test_processes(
+    rows: int, alignkit: CommandLine, tiny_base: Path, reward_run: Path, tmp_path: Path
+) -> None:
     # 5 rows at 4 prompts a step: the second step has one prompt, so one process only keeps step.
     held = write_rows(tmp_path / "held.jsonl", make_prompts(3, seed=5))
     runs = []
@@ -585,11 +590,11 @@ def test_processes(rows: int, tiny_base: Path, reward_run: Path, tmp_path: Path)
         if count == 1:
             train(recipe)
         else:
-            command = [sys.executable, "-m", "alignkit", "ppo", str(recipe), "--processes", "2"]
-            done = subprocess.run(
-                command, capture_output=True, text=True, env=dict(os.environ), timeout=120
-            )
-            assert done.returncode == 0, done.stderr
+            if rows == 12:
+                done = alignkit.together(2, "ppo", recipe, cwd=folder)
+            else:
+                done = alignkit("ppo", recipe, "--processes", "2", cwd=folder)
+            assert done.code == 0, done.stderr
             assert done.stderr.count("step 4/4") == 1, "one process speaks"
         runs.append(folder / "run")
     one, two = runs

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,9 +135,10 @@ def test_micro_batches(case: str, tiny_base: Path, tmp_path: Path) -> None:
         assert max(step["kl"] for step in steps_of(runs["auto"])) > 0.1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["dpo", "kto"])
-def test_processes(case: str, tiny_base: Path, tmp_path: Path, home: Path) -> None:
+@pytest.mark.parametrize("case", [pytest.param("dpo", marks=pytest.mark.slow), "kto"])
+def test_processes(
+    case: str, alignkit: CommandLine, tiny_base: Path, tmp_path: Path, home: Path
+) -> None:
     held = (make_labelled if case == "kto" else make_pairs)(5, seed=8)
     runs = []
     for count in (1, 2):
@@ -155,9 +153,12 @@ def test_processes(case: str, tiny_base: Path, tmp_path: Path, home: Path) -> No
         if count == 1:
             train(recipe)
         else:
-            command = [sys.executable, "-m", "alignkit", case, str(recipe), "--processes", "2"]
-            done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
-            assert done.returncode == 0, done.stderr
+            if case == "dpo":
+                place = {"ALIGNKIT_HOME": str(home)}
+                done = alignkit(case, recipe, "--processes", "2", cwd=tmp_path, **place)
+            else:
+                done = alignkit.together(2, case, recipe, cwd=tmp_path)
+            assert done.code == 0, done.stderr
             scored = done.stderr.count("with the reference model, once")
             assert scored == (2 if case == "dpo" else 0), "training rows and held-out rows"
         runs.append(tmp_path / str(count) / "run")

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -180,15 +177,13 @@ def test_every_reference_is_the_base_alone(stage: str, tiny_base: Path, tmp_path
         assert losses(other) == pytest.approx(losses(runs[0]), rel=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes(kind: str, tiny_base: Path, tmp_path: Path) -> None:
+def test_two_processes(kind: str, alignkit: CommandLine, tiny_base: Path, tmp_path: Path) -> None:
     one = run_of(tmp_path / "one", tiny_base, kind)
     fields = {"adapter": KINDS[kind], "training__learning_rate": RATES[kind]}
     recipe = make_recipe(tmp_path / "two", tiny_base, training__max_steps=3, **fields)
-    command = [sys.executable, "-m", "alignkit", "sft", str(recipe), "--processes", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
-    assert done.returncode == 0, done.stderr
+    done = alignkit.together(2, "sft", recipe, cwd=tmp_path)
+    assert done.code == 0, done.stderr
     assert done.stderr.count("there is no merged/") == 1
     assert losses(tmp_path / "two/run") == pytest.approx(losses(one), rel=1e-6)
     assert furthest(adapter_of(one), adapter_of(tmp_path / "two/run")) < 1e-5
