@@ -6,6 +6,7 @@ which makes 1e-5 of it where a gradient is near zero.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -210,15 +211,18 @@ def test_the_name_of_the_folder_does_not_matter(
     ("train_on", "share"), [("completions", 0.0), ("last_turn", -1.0), ("everything", 1.0)]
 )
 def test_train_on(train_on: str, share: float, tiny_base: Path, tmp_path: Path) -> None:
-    run = run_of(tmp_path, tiny_base, f"data.train_on={train_on}")
+    # All rows in each step, so that each is better than the one before: by 0.04 to 0.08 nats.
+    every = {"training__batch_size": 16, "training__schedule": "constant"}
+    run = run_of(tmp_path, tiny_base, f"data.train_on={train_on}", **every)
     plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))["data"]
-    plain = run_of(tmp_path / "plain", tiny_base)
+    plain = run_of(tmp_path / "plain", tiny_base, **every)
     usual = json.loads((plain / "plan.json").read_text(encoding="utf-8"))["data"]
     assert np.sign(plan["trained_tokens"] - usual["trained_tokens"]) == share
     assert plan["tokens"] == usual["tokens"]
     if train_on == "everything":  # all but the first token of each row
         assert plan["trained_tokens"] == plan["tokens"] - plan["rows"]
-    assert losses(run)[-1] < losses(run)[0] + 0.5
+    for before, after in itertools.pairwise(losses(run)):
+        assert after < before - 0.03
     assert (losses(run)[0] == pytest.approx(losses(plain)[0], rel=1e-6)) == (share == 0)
 
 
