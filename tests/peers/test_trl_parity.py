@@ -19,6 +19,8 @@ from alignkit.stages.prepare import load_rows
 from alignkit.stages.run import run_stage
 from alignkit.stages.session import RunOptions
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 PAIRS = "data_templates/preference/pairs.jsonl"
 

@@ -25,6 +25,8 @@ from alignkit.stages.pipeline import PipelineRun, Result
 from alignkit.stages.pipeline_steps import RUNNERS, Found, Runner
 from alignkit.stages.session import RunOptions
 
+pytestmark = pytest.mark.slow
+
 DENSE = "merged/model.safetensors"
 LOOP = {
     "max_steps": 4,

@@ -13,7 +13,6 @@ from commandline import CommandLine, refused
 from peft import PeftModel
 from running import (
     adapter_of,
-    break_off,
     furthest,
     losses,
     make_ppo_recipe,
@@ -38,6 +37,8 @@ from alignkit.recipe.adapters import PrefixSpec
 from alignkit.recipe.load import load_recipe
 from alignkit.stages.base import start_model
 from alignkit.stages.prepare import load_rows
+
+pytestmark = pytest.mark.slow
 
 RAW = {"kind": "prefix", "tokens": 6}
 PROJECTED = {"kind": "prefix", "tokens": 6, "projection": True, "projection_width": 24}
@@ -64,9 +65,14 @@ def run_of(folder: Path, base: Path, kind: str = "raw", stage: str = "sft", **fi
     return folder / "run"
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stage", ["sft", "dpo", "kto"])
+@pytest.mark.parametrize(
+    ("stage", "kind", "quantization"),
+    [
+        (stage, list(KINDS)[(row + column) % 2], quantization)  # every pair of two of them
+        for row, stage in enumerate(["dpo", "sft", "kto"])
+        for column, quantization in enumerate(["none", "nf4", "int8"])
+    ],
+)
 def test_trained_saved_and_read(
     stage: str, kind: str, quantization: str, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -91,7 +97,7 @@ def test_trained_saved_and_read(
         found = PeftModel.from_pretrained(base, str(run / "adapter")).eval()(input_ids=ids).logits
         torch.testing.assert_close(opened.model(input_ids=ids).logits, found, rtol=0, atol=1e-6)
     assert float((found - plain).abs().max()) > 0.05
-    if stage == "dpo" and quantization == "none" and kind == "raw":
+    if (stage, quantization) == ("dpo", "none"):
         # The reference is the base alone, from which a prefix starts off.
         assert abs(losses(run)[0] - 0.6931) > 1e-3
 
@@ -135,19 +141,6 @@ def test_a_run_starts_as_its_text(tiny_base: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
         stored.append(found)
     assert float((stored[0] - stored[1]).abs().max()) > 0.1
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_resuming_is_exact(kind: str, tiny_base: Path, tmp_path: Path) -> None:
-    fields = {"training__save_every": 2, "training__max_steps": 4}
-    straight = run_of(tmp_path / "straight", tiny_base, kind, **fields)
-    broken = run_of(tmp_path / "broken", tiny_base, kind, **fields)
-    lines = break_off(broken, 2)
-    train(tmp_path / "broken/recipe.yaml", resume=True)
-    again = (broken / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    assert again[:2] == lines[:2]  # not from the beginning
-    assert losses(broken) == losses(straight)
-    assert furthest(adapter_of(broken), adapter_of(straight)) == 0.0
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
