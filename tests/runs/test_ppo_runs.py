@@ -9,9 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import torch
 from commandline import CommandLine
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from running import (
+    KILL_AFTER,
     adapter_of,
     furthest,
     make_ppo_recipe,
@@ -676,30 +675,17 @@ def test_a_signal_saves_and_exits_130(
     number: signal.Signals, alignkit: CommandLine, whole: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     recipe = resumable(tmp_path, tiny_base)
-    slow = """
-import time
-from alignkit.runtime.metrics import MetricsFile
-write = MetricsFile.write
-MetricsFile.write = lambda self, step, values: (write(self, step, values), time.sleep(0.5))
-"""
-    running = alignkit.start("ppo", recipe, RARELY, cwd=tmp_path, before=slow)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.is_file() and any("loss" in line for line in read_metrics(metrics))):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(running.pid, number)
-    done = running.wait()
+    stop = KILL_AFTER.replace("STEP", "2").replace("SIGKILL", number.name)
+    done = alignkit("ppo", recipe, RARELY, cwd=tmp_path, before=stop)
     assert done.code == 130, done.stderr
-    steps = steps_of(tmp_path / "run")[-1]["step"]
-    assert 1 <= steps < 4
+    assert steps_of(tmp_path / "run")[-1]["step"] == 2
     text = done.stderr.replace("\n", " ")
-    assert f"stopped after step {steps} of 4; a checkpoint was saved" in text
+    assert "stopped after step 2 of 4; a checkpoint was saved" in text
     assert "hint: continue with --resume" in text
     assert about(tmp_path / "run")["status"] == "interrupted"
     resumed = alignkit("ppo", recipe, RARELY, "--resume", cwd=tmp_path)
     assert resumed.code == 0, resumed.stderr
-    assert f"resuming after step {steps}" in resumed.stderr
+    assert "resuming after step 2" in resumed.stderr
     assert_same(tmp_path / "run", whole)
 
 
