@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Tests run on one thread each, so a worker for each core; every one takes some 2 GB.
+WORKERS ?= 2
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test lint types check clean
@@ -28,7 +30,7 @@ demo: $(VENV)/.runtime
 		--file data_templates/sft/prompts.txt --max-new-tokens 100
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -38,7 +40,7 @@ types: $(VENV)/.test
 	$(BIN)/mypy
 
 check: lint types
-	$(BIN)/python -m pytest -m "not real_model and not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not real_model and not slow"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -7,9 +7,11 @@ folder, environment and files, runs `alignkit.cli.main.main()` and ends with its
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -71,6 +73,26 @@ class CommandLine:
             before: Python that runs in the process first, to spoil something.
             **env: environment variables.
         """
+        return self._start([env], *arguments, cwd=cwd, stdin=stdin, before=before)
+
+    def together(self, count: int, *arguments: object, cwd: Path, before: str = "") -> Done:
+        """Run a command in several processes that know each other, as `torchrun` would."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        shared["LOCAL_WORLD_SIZE"] = str(count)
+        ranks = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(count)]
+        return self._start(ranks, *arguments, cwd=cwd, before=before).wait()
+
+    def _start(
+        self,
+        environments: list[dict[str, str]],
+        *arguments: object,
+        cwd: Path,
+        stdin: str = "",
+        before: str = "",
+    ) -> Running:
         self.count += 1
         folder = Path(self.scratch.name) / str(self.count)
         folder.mkdir()
@@ -80,7 +102,7 @@ class CommandLine:
             "cwd": str(cwd),
             "folder": str(folder),
             "before": before,
-            "env": env,
+            "environments": environments,
         }
         stream: Any = self.server.stdin
         stream.write(json.dumps(job) + "\n")
@@ -106,17 +128,33 @@ def reply(server: subprocess.Popen[str]) -> str:
 def serve(jobs: IO[str], answers: IO[str]) -> None:
     for line in jobs:
         job = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            run_job(job)
-        answers.write(json.dumps({"pid": pid}) + "\n")
+        pids = [fork_job(job, environment) for environment in job["environments"]]
+        answers.write(json.dumps({"pid": pids[0]}) + "\n")
         answers.flush()
-        _, status = os.waitpid(pid, 0)
-        answers.write(json.dumps({"code": os.waitstatus_to_exitcode(status)}) + "\n")
+        answers.write(json.dumps({"code": wait_for(set(pids))}) + "\n")
         answers.flush()
 
 
-def run_job(job: dict[str, Any]) -> None:
+def wait_for(pids: set[int]) -> int:
+    """Exit code of the first that fails, or 0; the others would wait for it and are killed."""
+    code = 0
+    while pids:
+        pid, status = os.wait()
+        pids.remove(pid)
+        code = code or os.waitstatus_to_exitcode(status)
+        for other in pids if code else ():
+            os.kill(other, signal.SIGKILL)
+    return code
+
+
+def fork_job(job: dict[str, Any], environment: dict[str, str]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        run_job(job, environment)
+    return pid
+
+
+def run_job(job: dict[str, Any], environment: dict[str, str]) -> None:
     """In the child: take its place, run the command, never return."""
     code = 1
     try:
@@ -129,7 +167,7 @@ def run_job(job: dict[str, Any]) -> None:
         sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
         sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False, buffering=1)
         os.chdir(job["cwd"])
-        os.environ.update(job["env"])
+        os.environ.update(environment)
         sys.argv = job["argv"]
         signal.signal(signal.SIGINT, signal.default_int_handler)
         exec(job["before"], {})
@@ -157,5 +195,7 @@ if __name__ == "__main__":
     import alignkit.jobs.merge
     import alignkit.stages.registry  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # what is imported is not searched for garbage in every child
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the children and for pytest
     serve(sys.stdin, channel)

@@ -54,24 +54,44 @@ def make_rows(count: int = 16, seed: int = 0, longest: int = 24) -> list[dict[st
     return rows
 
 
-def break_off(run: Path, step: int) -> list[str]:
-    """Leave a finished run as if its process had died after a step that has a checkpoint.
+def break_off(run: Path, step: int) -> Path:
+    """Leave a finished run as if its process had died in the second step after a checkpoint.
 
     Args:
         run: folder of the run.
-        step: later checkpoints and measurements go.
+        step: later checkpoints go, measurements later than a further step, and what is written at
+            the end.
 
     Returns:
-        The lines of all its measurements.
+        A copy of the finished run.
     """
+    whole = Path(shutil.copytree(run, run.with_name(f"whole-{run.name}")))
     for folder in (run / "checkpoints").iterdir():
         if int(folder.name.removeprefix("step-")) > step:
             shutil.rmtree(folder)
+    for name in ("adapter", "value", "merged"):
+        shutil.rmtree(run / name, ignore_errors=True)
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text("".join(lines[:step]), encoding="utf-8")
+    kept = [line for line in lines if json.loads(line)["step"] <= step + 1]
+    (run / "metrics.jsonl").write_text("".join(kept), encoding="utf-8")
     state = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    (run / "run.json").write_text(json.dumps({**state, "status": "failed"}), encoding="utf-8")
-    return lines
+    state = {key: value for key, value in state.items() if key not in ("ended", "summary")}
+    (run / "run.json").write_text(json.dumps({**state, "status": "running"}), encoding="utf-8")
+    return whole
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    """A run ended as another: the same measurements, and the same bytes in all that it made."""
+    assert without_times(run) == without_times(whole)
+    made = [
+        path.relative_to(whole)
+        for pattern in ("adapter/**/*", "value/**/*", "merged/**/*", "samples.jsonl")
+        for path in whole.glob(pattern)
+    ]
+    assert any(path.suffix == ".safetensors" for path in made)
+    for path in made:
+        assert (run / path).read_bytes() == (whole / path).read_bytes(), path
+    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
 
 
 GOOD, BAD = ("birds", "fly", "over", "house"), ("mat", "cat", "sat", "red")

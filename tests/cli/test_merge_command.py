@@ -34,6 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_runs_become_one_model(alignkit: CommandLine, runs: Path) -> None:
     arguments = ("merge-lora", "one/run", "two/run", "--weights", "0.7,0.3", "--output", "both")
     done = alignkit(*arguments, "--json", cwd=runs)

@@ -44,6 +44,7 @@ stages:
     return path
 
 
+@pytest.mark.slow
 def test_a_run_and_the_next(alignkit: CommandLine, tiny_base: Path, tmp_path: Path) -> None:
     make_pipeline(tmp_path, tiny_base)
     done = alignkit("run", "p.yaml", cwd=tmp_path, COLUMNS="200")
@@ -69,6 +70,7 @@ def test_a_run_and_the_next(alignkit: CommandLine, tiny_base: Path, tmp_path: Pa
     assert (quiet.code, quiet.stdout, quiet.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_a_failing_stage(alignkit: CommandLine, tiny_base: Path, tmp_path: Path) -> None:
     make_pipeline(tmp_path, tiny_base)
     write_rows(tmp_path / "bad.jsonl", [{"messages": [{"role": "robot", "content": "x"}]}])

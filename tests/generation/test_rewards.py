@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -326,7 +327,8 @@ class Server:
                     return
                 self.send_response(answer[0])
                 self.end_headers()
-                self.wfile.write(answer[1])
+                with contextlib.suppress(BrokenPipeError):  # the client did not wait
+                    self.wfile.write(answer[1])
 
             def log_message(self, *_: Any) -> None:
                 pass

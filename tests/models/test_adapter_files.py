@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,8 +159,17 @@ def test_weights_of_the_same_shape_are_not_the_same_base(
 
 
 def test_a_copy_of_the_base_is_the_base(run: Path, tiny_base: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_base, tmp_path / "copy")
-    require_base(run / "adapter", BaseModel(str(tmp_path / "copy")))
+    copy = BaseModel(str(shutil.copytree(tiny_base, tmp_path / "copy")))
+    require_base(run / "adapter", copy)
+    over = trained_over(run / "adapter")
+    assert over is not None
+    assert weights_fingerprint(copy) == over.fingerprint
+    path = tmp_path / "copy/model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"][0] += 1.0
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="was trained over other weights"):
+        require_base(run / "adapter", BaseModel(str(tmp_path / "copy")))
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
@@ -172,14 +182,24 @@ def test_an_adapter_of_plain_peft_names_none(safe: bool, tmp_path: Path) -> None
     load_adapter(tiny_model(), tmp_path / "plain")
 
 
+@torch.no_grad()
 def test_trained_embeddings_of_plain_peft_are_no_surplus(tmp_path: Path) -> None:
-    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], r=2)
-    model = get_peft_model(tiny_model(), config)
-    model.save_pretrained(tmp_path / "plain")
-    load_adapter(tiny_model(), tmp_path / "plain")
-    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], r=2))
-    model.save_pretrained(tmp_path / "embeddings", save_embedding_layers=True)
-    load_adapter(tiny_model(), tmp_path / "embeddings")
+    ids = torch.arange(20, 40)[None]
+    bare = tiny_model()(ids).logits
+    for more, saving in (
+        ({"modules_to_save": ["embed_tokens"]}, {}),
+        ({}, {"save_embedding_layers": True}),
+    ):
+        model: Any = get_peft_model(
+            tiny_model(), LoraConfig(target_modules=["q_proj"], r=2, **more)
+        )
+        weight = model.get_input_embeddings().weight
+        weight += 0.1 * torch.randn_like(weight)
+        model.save_pretrained(tmp_path / str(len(more)), **saving)
+        expected = model.eval()(ids).logits
+        assert (expected - bare).abs().max() > 0.1
+        loaded = load_adapter(tiny_model(), tmp_path / str(len(more)))
+        torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "3", "{"])

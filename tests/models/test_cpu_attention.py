@@ -179,7 +179,8 @@ def test_a_token_that_sees_itself_only(window: int | None, dtype: torch.dtype) -
     found = results(attend, inputs, segments, dtype, sliding_window=window)
     assert torch.equal(found["output"].double(), inputs[2].repeat_interleave(3, 1).transpose(1, 2))
     summed = inputs[3].unflatten(2, (2, 3)).sum(3).transpose(1, 2)
-    torch.testing.assert_close(found["value"].double(), summed, rtol=1e-2, atol=1e-2)
+    close = 2**-7 if dtype == torch.bfloat16 else 1e-6  # a sum of three, rounded once or twice
+    torch.testing.assert_close(found["value"].double(), summed, rtol=close, atol=close)
     # dO V - δ cancels inside the product, up to float32 sums of 64 terms.
     assert max(found[name].abs().max() for name in ("query", "key")) < 1e-4
 

@@ -160,6 +160,7 @@ def test_bfloat16_keeps_most_of_the_update(tmp_path: Path) -> None:
     report = merge(tmp_path / "base", adapter, tmp_path / "merged", dtype=torch.bfloat16)
     stored = load_file(tmp_path / "merged/model.safetensors")
     assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
+    # What is lost is noise of mean zero over 110,000 weights.
     assert report.survived == pytest.approx(1.0, abs=0.05)
     assert report.survived != 1.0
     assert 0 < report.rounding_error < 1

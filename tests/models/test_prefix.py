@@ -228,7 +228,15 @@ def test_a_base_that_keeps_other_keys_than_it_says(kind: str) -> None:
 
 @pytest.mark.parametrize("family", MODELS)
 def test_families_keep_what_they_say(family: str) -> None:
-    require_kept_keys(tiny_model(family))
+    model = tiny_model(family)
+    require_kept_keys(model)
+    ids = torch.arange(20, 20 + TOKENS)[None]
+    kept = model(ids, use_cache=True).past_key_values.layers
+    states = prefix_states(attach_adapter(model, SPEC, 0))
+    assert states is not None
+    assert len(states) == len(kept)
+    for layer, stated in zip(kept, states, strict=True):
+        assert layer.keys[0].shape == stated[0].shape
 
 
 @pytest.mark.parametrize("projection", [False, True])

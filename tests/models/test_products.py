@@ -45,13 +45,13 @@ def test_results(height: int, dtype: torch.dtype) -> None:
     shapes = (height, 64), (64, 300), (height, 300)
     x, weight, total = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
     exact = x.double() @ weight.double()
-    close = (
+    close = (  # sums near 10 of 64 or 300 products, rounded to 8 bits: half of 1/16 or less
         {"rtol": 1e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     )
     torch.testing.assert_close(product(x, weight).double(), exact, **close)
     traced = product(x.requires_grad_(), weight)
     (slope,) = torch.autograd.grad(traced.float().sum(), x)
-    torch.testing.assert_close(slope[0].double(), weight.double().sum(1), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(slope[0].double(), weight.double().sum(1), **close)
     x = x.detach()
     assert torch.equal(add_product(torch.zeros_like(total), x, weight), product(x, weight))
     expected = total.double() + exact

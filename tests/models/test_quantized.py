@@ -156,6 +156,7 @@ def test_gguf_cannot_be_quantized(quantization: str, tmp_path: Path) -> None:
         load_model(base, torch.float32, quantization=quantization)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "quantization"),
     [("sft", "nf4"), ("dpo", "nf4"), ("reward", "nf4"), ("kto", "nf4"), ("kto", "int8")],

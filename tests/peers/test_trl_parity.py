@@ -20,6 +20,8 @@ from alignkit.stages.inputs.rows import load_rows
 from alignkit.stages.registry import run_stage
 from alignkit.stages.running.session import RunOptions
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 PAIRS = "data_templates/preference/pairs.jsonl"
 

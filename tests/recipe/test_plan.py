@@ -168,6 +168,7 @@ def test_what_quantized_weights_take() -> None:
         for kind in ("none", "nf4", "int8")
     }
     # 2 bytes each; a byte and a float32 scale a row; half a byte, and for 64 weights a scale.
+    # 1 %: rows of two lengths share one number here, and blocks have scales of their scales.
     assert weights["none"] - weights["int8"] == pytest.approx(narrow * (2 - 1.008), rel=0.01)
     assert weights["none"] - weights["nf4"] == pytest.approx(narrow * (2 - 0.516), rel=0.01)
 

@@ -29,6 +29,8 @@ from alignkit.models.scoring.selfcheck import packed_fault
 from alignkit.recipe.adapters import LoraSpec
 from alignkit.recipe.rope import RopeSpec
 
+pytestmark = pytest.mark.slow
+
 TOKENS = ["<tool>", "</tool>"]
 LONG = torch.arange(5, 605)[None] % 300 + 20
 

@@ -16,6 +16,8 @@ from tiny import save_tiny, tiny_model
 from alignkit.errors import AlignkitError
 from alignkit.recipe.reading.load import load_recipe
 
+pytestmark = pytest.mark.slow
+
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 4, "alpha": 8},
     "patterns": {"kind": "lora", "rank": 4, "rank_pattern": {"q_proj": 2}, "rslora": True},

@@ -1,4 +1,4 @@
-"""Runs over mixtures of experts: trained, merged, continued, resumed, over a quantized base."""
+"""Runs over mixtures of experts: trained, merged, continued, over a quantized base."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from mixtures import save_mixture
-from running import break_off, make_preference_recipe, make_recipe, train
+from running import make_preference_recipe, make_recipe, train
 from safetensors.torch import load_file
 
 STACKS = {"kind": "lora", "rank": 2, "targets": ["q_proj", "experts.down_proj"]}
@@ -51,15 +51,6 @@ def test_it_is_trained_on_from_where_it_ended(first: Path, base: Path, tmp_path:
     loss = about(second)["summary"]["before"]["loss"]
     assert loss == about(first)["summary"]["after"]["loss"]
     assert loss != about(first)["summary"]["before"]["loss"]
-
-
-def test_it_is_resumed_to_the_same_bytes(first: Path, base: Path, tmp_path: Path) -> None:
-    broken = run_of(tmp_path, base, training__save_every=2, training__learning_rate=2e-2)
-    break_off(broken, 2)
-    weights = "adapter/adapter_model.safetensors"
-    (broken / weights).unlink()
-    train(tmp_path / "recipe.yaml", resume=True)
-    assert (broken / weights).read_bytes() == (first / weights).read_bytes()
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "reward"])

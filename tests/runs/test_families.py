@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from alignkit.errors import ModelError
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.arange(20, 80)[None]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -6,17 +6,17 @@ which makes 1e-5 of it where a gradient is near zero.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from commandline import CommandLine
 from running import (
     adapter_of,
     furthest,
@@ -59,9 +59,14 @@ def test_micro_batches(tokens: int, reference: Path, tiny_base: Path, tmp_path: 
         assert [s[key] for s in steps_of(run)] == [s[key] for s in steps_of(reference)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rows", [16, 5], ids=["equal shares", "one process has nothing left"])
-def test_processes(rows: int, tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(16, id="equal shares", marks=pytest.mark.slow),
+        pytest.param(5, id="one process has nothing left"),
+    ],
+)
+def test_processes(rows: int, alignkit: CommandLine, tiny_base: Path, tmp_path: Path) -> None:
     # 5 rows at batch size 4: the second step has one row, so one process only keeps step.
     runs = []
     for count in (1, 2):
@@ -79,9 +84,11 @@ def test_processes(rows: int, tiny_base: Path, tmp_path: Path) -> None:
         if count == 1:
             train(recipe)
         else:
-            command = [sys.executable, "-m", "alignkit", "sft", str(recipe), "--processes", "2"]
-            done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
-            assert done.returncode == 0, done.stderr
+            if rows == 16:
+                done = alignkit("sft", recipe, "--processes", "2", cwd=folder)
+            else:
+                done = alignkit.together(2, "sft", recipe, cwd=folder)
+            assert done.code == 0, done.stderr
             assert done.stdout == ""
             assert done.stderr.count("step 4/4") == 1, "one process speaks"
         runs.append(folder / "run")
@@ -204,15 +211,18 @@ def test_the_name_of_the_folder_does_not_matter(
     ("train_on", "share"), [("completions", 0.0), ("last_turn", -1.0), ("everything", 1.0)]
 )
 def test_train_on(train_on: str, share: float, tiny_base: Path, tmp_path: Path) -> None:
-    run = run_of(tmp_path, tiny_base, f"data.train_on={train_on}")
+    # All rows in each step, so that each is better than the one before: by 0.04 to 0.08 nats.
+    every = {"training__batch_size": 16, "training__schedule": "constant"}
+    run = run_of(tmp_path, tiny_base, f"data.train_on={train_on}", **every)
     plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))["data"]
-    plain = run_of(tmp_path / "plain", tiny_base)
+    plain = run_of(tmp_path / "plain", tiny_base, **every)
     usual = json.loads((plain / "plan.json").read_text(encoding="utf-8"))["data"]
     assert np.sign(plan["trained_tokens"] - usual["trained_tokens"]) == share
     assert plan["tokens"] == usual["tokens"]
     if train_on == "everything":  # all but the first token of each row
         assert plan["trained_tokens"] == plan["tokens"] - plan["rows"]
-    assert losses(run)[-1] < losses(run)[0] + 0.5
+    for before, after in itertools.pairwise(losses(run)):
+        assert after < before - 0.03
     assert (losses(run)[0] == pytest.approx(losses(plain)[0], rel=1e-6)) == (share == 0)
 
 

@@ -366,6 +366,7 @@ def what(results: list[Result]) -> list[str]:
     return [result.status for result in results]
 
 
+@pytest.mark.slow
 def test_a_pipeline_trains_on_what_it_has_labelled(models: Path, tmp_path: Path) -> None:
     path = make_pipeline(tmp_path / "p", models)
     results = run(path)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,10 @@ from alignkit.pipelines.running import PipelineRun, Result
 from alignkit.pipelines.steps import RUNNERS, Found, Runner
 from alignkit.recipe.reading.pipeline import READERS, load_pipeline
 from alignkit.recipe.stages.ppo import PpoRecipe
-from alignkit.runtime.metrics import read_metrics
 from alignkit.stages.inputs.fingerprints import describe_changes, training_inputs
 from alignkit.stages.running.session import RunOptions
+
+pytestmark = pytest.mark.slow
 
 DENSE = "merged/model.safetensors"
 LOOP = {
@@ -305,20 +304,8 @@ def test_a_kill_at_any_moment(case: str, alignkit: CommandLine, made: Path, fold
 
 def test_ctrl_c_and_the_next_run_goes_on(alignkit: CommandLine, made: Path, folder: Path) -> None:
     shutil.rmtree(folder / "out")
-    slow = """
-import time
-from alignkit.runtime.metrics import MetricsFile
-write = MetricsFile.write
-MetricsFile.write = lambda self, step, values: (write(self, step, values), time.sleep(0.2))
-"""
-    running = alignkit.start("run", folder / "p.yaml", cwd=folder, before=slow, COLUMNS="200")
-    metrics = folder / "out" / "sft" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.is_file() and len(read_metrics(metrics)) >= 2):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(running.pid, signal.SIGINT)
-    stopped = running.wait()
+    stop = KILL_AFTER.replace("STEP", "2").replace("SIGKILL", "SIGINT")
+    stopped = alignkit("run", folder / "p.yaml", cwd=folder, before=stop, COLUMNS="200")
     assert stopped.code == 130
     text = " ".join(stopped.stderr.split())
     assert "hint: run the same command again to resume" in text

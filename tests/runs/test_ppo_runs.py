@@ -6,16 +6,11 @@ which makes 1e-5 of it where a gradient is near zero.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +114,7 @@ NAMES = {
 }
 
 
+@pytest.mark.slow
 def test_a_rule_is_learned_and_the_folder_is_whole(tiny_base: Path, tmp_path: Path) -> None:
     # Below temperature 1 the random base is sharp enough for a low-rank adapter to turn it.
     write_rows(tmp_path / "rows.jsonl", make_prompts(4))
@@ -191,6 +187,7 @@ def assert_samples(run: Path, *, shown: int, held_out: int, steps: int) -> None:
     assert count == {**expected, ("held_out", 0): held_out, ("held_out", steps): held_out}
 
 
+@pytest.mark.slow
 def test_steps_of_no_length_change_nothing(tiny_base: Path, tmp_path: Path) -> None:
     held = write_rows(tmp_path / "held.jsonl", make_prompts(4, seed=5))
     run = run_of(
@@ -228,6 +225,7 @@ def test_steps_of_no_length_change_nothing(tiny_base: Path, tmp_path: Path) -> N
 REWARDED = {"training__max_steps": 3, "training__schedule": "constant", "merge": True}
 
 
+@pytest.mark.slow
 def test_shared_and_separate_models_are_the_same_run(
     tiny_base: Path, reward_run: Path, tmp_path: Path
 ) -> None:
@@ -248,6 +246,7 @@ def test_shared_and_separate_models_are_the_same_run(
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_value_model_starts_from_the_reward_model(
     tiny_base: Path, reward_run: Path, tmp_path: Path
 ) -> None:
@@ -265,6 +264,7 @@ def test_the_value_model_starts_from_the_reward_model(
     assert steps_of(run)[0]["explained_variance"] != pytest.approx(0.0, abs=1e-2)
 
 
+@pytest.mark.slow
 def test_the_dropout_of_a_reward_run_stays_there(tiny_base: Path, tmp_path: Path) -> None:
     lora = {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.5}
     made = make_preference_recipe(tmp_path / "rm", tiny_base, "reward", adapter=lora, merge=True)
@@ -427,6 +427,7 @@ class Naive:
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_four_plain_models_and_a_naive_loop_agree(
     temperature: float, tiny_base: Path, reward_run: Path, tmp_path: Path, recorded: Recorded
@@ -465,12 +466,14 @@ def test_four_plain_models_and_a_naive_loop_agree(
 # Invariance ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokens", [16, 60, 100])
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [16, 60])
 def test_micro_batches(tokens: int, reference: Path, tiny_base: Path, tmp_path: Path) -> None:
     run = run_of(tmp_path, tiny_base, f"training.microbatch_tokens={tokens}")
     assert_equal_runs(run, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("minibatches", "tokens", "kept"), [(1, 4096, True), (1, 16, False), (2, 4096, False)]
 )
@@ -514,6 +517,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SHAPES)
 def test_shapes_and_their_micro_batches(case: str, tiny_base: Path, tmp_path: Path) -> None:
     runs = [
@@ -556,6 +560,7 @@ def test_bfloat16(kind: str, tiny_base: Path, tmp_path: Path) -> None:
     assert_moved(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_quantized_base(quantization: str, tiny_base: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
@@ -567,8 +572,16 @@ def test_quantized_base(quantization: str, tiny_base: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [12, 5], ids=["equal shares", "one process has nothing left"])
-def test_processes(rows: int, tiny_base: Path, reward_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(12, id="equal shares"),
+        pytest.param(5, id="one process has nothing left"),
+    ],
+)
+def test_processes(
+    rows: int, alignkit: CommandLine, tiny_base: Path, reward_run: Path, tmp_path: Path
+) -> None:
     # 5 rows at 4 prompts a step: the second step has one prompt, so one process only keeps step.
     held = write_rows(tmp_path / "held.jsonl", make_prompts(3, seed=5))
     runs = []
@@ -585,11 +598,11 @@ def test_processes(rows: int, tiny_base: Path, reward_run: Path, tmp_path: Path)
         if count == 1:
             train(recipe)
         else:
-            command = [sys.executable, "-m", "alignkit", "ppo", str(recipe), "--processes", "2"]
-            done = subprocess.run(
-                command, capture_output=True, text=True, env=dict(os.environ), timeout=120
-            )
-            assert done.returncode == 0, done.stderr
+            if rows == 12:
+                done = alignkit.together(2, "ppo", recipe, cwd=folder)
+            else:
+                done = alignkit("ppo", recipe, "--processes", "2", cwd=folder)
+            assert done.code == 0, done.stderr
             assert done.stderr.count("step 4/4") == 1, "one process speaks"
         runs.append(folder / "run")
     one, two = runs
@@ -617,51 +630,35 @@ def test_a_policy_that_carries_the_value_head_is_written_as_a_language_model(
         assert stored["task_type"] == "CAUSAL_LM"
 
 
-# Resuming --------------------------------------------------------------------------------------
+# Resuming: every kind of PPO run is broken off in test_resume_kinds.py -------------------------
 
-RESUMED: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "lora": ({}, [ADAPTER, VALUE, DENSE]),
-    "full": ({**FULL, "value": {"kind": "head"}}, [DENSE]),
-}
-if importlib.util.find_spec("bitsandbytes"):  # in 8 bits: weights with 4,096 elements or more
-    full = {**FULL, "training__optimizer": "adamw_8bit"}
-    RESUMED["full with 8-bit state"] = (full, [DENSE])
+RARELY = "training.save_every=100"
 
 
-def resumable(case: str, folder: Path, base: Path) -> Path:
+def resumable(folder: Path, base: Path) -> Path:
     """Four steps whose price of KL changes after each."""
     fields: dict[str, Any] = {
         "objective": {"kl_target": 0.01, "kl_horizon": 8, "epochs": 2},
         "rollout": {"prompts_per_step": 4, "max_new_tokens": 6, "samples_every": 1},
-        "training__save_every": 1,
         "training__eval_every": 2,
         "data__eval_fraction": 0.2,
         "merge": True,
     }
-    return make_ppo_recipe(folder, base, **{**fields, **RESUMED[case][0]})
+    return make_ppo_recipe(folder, base, **fields)
 
 
 @pytest.fixture(scope="module")
-def whole(
-    alignkit: CommandLine, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """Folder of the uninterrupted run of each case, made once."""
-    made: dict[str, Path] = {}
-
-    def get(case: str) -> Path:
-        if case not in made:
-            folder = tmp_path_factory.mktemp("whole")
-            done = alignkit("ppo", resumable(case, folder, tiny_base), cwd=folder)
-            assert done.code == 0, done.stderr
-            made[case] = folder / "run"
-        return made[case]
-
-    return get
+def whole(alignkit: CommandLine, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = alignkit("ppo", resumable(folder, tiny_base), RARELY, cwd=folder)
+    assert done.code == 0, done.stderr
+    return folder / "run"
 
 
-def assert_same(run: Path, whole: Path, files: list[str]) -> None:
+def assert_same(run: Path, whole: Path) -> None:
     assert without_times(run) == without_times(whole)
-    for file in files:
+    for file in (ADAPTER, VALUE, DENSE):
         assert (run / file).read_bytes() == (whole / file).read_bytes(), file
 
     def shown(folder: Path) -> list[dict[str, Any]]:
@@ -672,52 +669,24 @@ def assert_same(run: Path, whole: Path, files: list[str]) -> None:
     assert about(run)["status"] == "finished"
 
 
-@pytest.mark.parametrize("case", RESUMED)
-def test_killed_after_step_two(
-    case: str, alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
-) -> None:
-    recipe = resumable(case, tmp_path, tiny_base)
-    killed = alignkit("ppo", recipe, cwd=tmp_path, before=KILL_AFTER.replace("STEP", "3"))
-    assert killed.code == -signal.SIGKILL
-    done = alignkit("ppo", recipe, "--resume", cwd=tmp_path)
-    assert done.code == 0, done.stderr
-    assert "resuming after step 2" in done.stderr
-    assert_same(tmp_path / "run", whole(case), RESUMED[case][1])
-    prices = [step["kl_coef"] for step in steps_of(whole(case))]
-    assert len(set(prices)) == 4, "otherwise nothing had to be restored"
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
 def test_a_signal_saves_and_exits_130(
-    number: signal.Signals, alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
+    number: signal.Signals, alignkit: CommandLine, whole: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    recipe = resumable("lora", tmp_path, tiny_base)
-    slow = """
-import time
-from alignkit.runtime.metrics import MetricsFile
-write = MetricsFile.write
-MetricsFile.write = lambda self, step, values: (write(self, step, values), time.sleep(0.5))
-"""
-    rarely = "training.save_every=100"
-    running = alignkit.start("ppo", recipe, rarely, cwd=tmp_path, before=slow)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.is_file() and any("loss" in line for line in read_metrics(metrics))):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(running.pid, number)
-    done = running.wait()
+    recipe = resumable(tmp_path, tiny_base)
+    stop = KILL_AFTER.replace("STEP", "2").replace("SIGKILL", number.name)
+    done = alignkit("ppo", recipe, RARELY, cwd=tmp_path, before=stop)
     assert done.code == 130, done.stderr
-    steps = steps_of(tmp_path / "run")[-1]["step"]
-    assert 1 <= steps < 4
+    assert steps_of(tmp_path / "run")[-1]["step"] == 2
     text = done.stderr.replace("\n", " ")
-    assert f"stopped after step {steps} of 4; a checkpoint was saved" in text
+    assert "stopped after step 2 of 4; a checkpoint was saved" in text
     assert "hint: continue with --resume" in text
     assert about(tmp_path / "run")["status"] == "interrupted"
-    resumed = alignkit("ppo", recipe, rarely, "--resume", cwd=tmp_path)
+    resumed = alignkit("ppo", recipe, RARELY, "--resume", cwd=tmp_path)
     assert resumed.code == 0, resumed.stderr
-    assert f"resuming after step {steps}" in resumed.stderr
-    assert_same(tmp_path / "run", whole("lora"), RESUMED["lora"][1])
+    assert "resuming after step 2" in resumed.stderr
+    assert_same(tmp_path / "run", whole)
 
 
 # Guard and rewards that fail -------------------------------------------------------------------
@@ -756,6 +725,7 @@ def test_the_guard_raises_the_price(tiny_base: Path, tmp_path: Path) -> None:
         assert following["kl_coef"] == pytest.approx(factor * step["kl_coef"])
 
 
+@pytest.mark.slow
 def test_kl_that_is_not_bounded_only_warns(tiny_base: Path, tmp_path: Path) -> None:
     far = {**FAR, "training__max_steps": 3}
     free = steps_of(run_of(tmp_path / "free", tiny_base, **far))
@@ -778,6 +748,7 @@ def score(prompts, completions, **columns):
 """
 
 
+@pytest.mark.slow
 def test_a_reward_function_that_fails_loses_no_step(
     alignkit: CommandLine, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -811,4 +782,4 @@ def test_a_reward_function_that_fails_loses_no_step(
         assert done.code == 0, done.stderr
         assert ("resuming after step 2" in done.stderr) == (name == "failed")
         runs.append(folder / "run")
-    assert_same(runs[1], runs[0], [ADAPTER, VALUE, DENSE])
+    assert_same(runs[1], runs[0])

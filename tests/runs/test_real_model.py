@@ -17,7 +17,6 @@ from alignkit.recipe.assets import assets_root
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
-THREADS = {"OMP_NUM_THREADS": "2"}
 PROMPTS = ["What is the capital of France?", "How do I boil an egg?"]
 ROWS = 6
 FEW = [f"data.train.0.take={ROWS}", f"training.batch_size={ROWS}", "data.eval=[]"]
@@ -32,7 +31,7 @@ def rows() -> list[dict[str, Any]]:
 def run(alignkit: CommandLine, real_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real")
     options = [*FEW, "training.max_steps=3", "output=run"]
-    done = alignkit("sft", "quickstart/sft.yaml", *options, cwd=folder, **THREADS)
+    done = alignkit("sft", "quickstart/sft.yaml", *options, cwd=folder)
     assert done.code == 0, done.stderr
     return folder / "run"
 
@@ -84,7 +83,7 @@ def test_the_first_loss_is_plain_transformers(
     alignkit: CommandLine, real_base: Path, tmp_path: Path
 ) -> None:
     options = [*FEW, "training.max_steps=1", "output=run", "model.dtype=float32", "merge=false"]
-    done = alignkit("sft", "quickstart/sft.yaml", *options, cwd=tmp_path, **THREADS)
+    done = alignkit("sft", "quickstart/sft.yaml", *options, cwd=tmp_path)
     assert done.code == 0, done.stderr
     (step,) = steps_of(tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(real_base)

@@ -16,7 +16,6 @@ from alignkit.recipe.assets import assets_root
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
-THREADS = {"OMP_NUM_THREADS": "2"}
 PAIRS = 6
 FEW = [
     f"data.train.0.take={PAIRS}",
@@ -32,7 +31,7 @@ FEW = [
 def train(
     alignkit: CommandLine, stage: str, recipe: str, folder: Path, *options: str
 ) -> list[dict[str, float]]:
-    done = alignkit(stage, recipe, *FEW, *options, cwd=folder, **THREADS)
+    done = alignkit(stage, recipe, *FEW, *options, cwd=folder)
     assert done.code == 0, done.stderr
     return steps_of(folder / "run")
 
@@ -79,7 +78,7 @@ def test_a_reward_model_in_plain_transformers(
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     options = ["--data", file, "--dtype", "float32", "--json"]
-    done = alignkit("eval", tmp_path / "run", *options, cwd=tmp_path, **THREADS)
+    done = alignkit("eval", tmp_path / "run", *options, cwd=tmp_path)
     assert done.code == 0, done.stderr
     (values,) = json.loads(done.stdout).values()
     found = float((rewards[:, 0] - rewards[:, 1]).mean())

@@ -4,47 +4,40 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commandline import CommandLine
-from running import KILL_AFTER, make_recipe, without_times
+from running import KILL_AFTER, assert_same, break_off, make_recipe
 
 from alignkit.runtime.metrics import read_metrics
 
 STEPS = 12
 
-KINDS: dict[str, tuple[dict[str, Any], str]] = {
-    "lora": ({}, "adapter/adapter_model.safetensors"),
-    "dropout": (
-        {"adapter": {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.2}},
-        "adapter/adapter_model.safetensors",
-    ),
-    "full": (
-        {"adapter": {"kind": "full"}, "training__learning_rate": 1e-4},
-        "merged/model.safetensors",
-    ),
-    "bfloat16": ({"model__dtype": "bfloat16"}, "adapter/adapter_model.safetensors"),
-    "several epochs": (
-        {"training__batch_size": 7, "data__eval_fraction": 0.2, "training__eval_every": 5},
-        "adapter/adapter_model.safetensors",
-    ),
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "several epochs": {
+        "training__batch_size": 7,
+        "data__eval_fraction": 0.2,
+        "training__eval_every": 5,
+    },
 }
 
 
 def recipe_for(kind: str, folder: Path, base: Path) -> Path:
+    """Its run is `folder/run`, for commands in this folder: copies of the folder are runs too."""
     fields = {
+        "output": "run",
         "training__max_steps": STEPS,
         "training__save_every": 4,
+        "training__keep": 3,
         "training__microbatch_tokens": 128,
         "merge": False,
     }
-    return make_recipe(folder, base, **{**fields, **KINDS[kind][0]})
+    return make_recipe(folder, base, **{**fields, **KINDS[kind]})
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +57,12 @@ def whole(alignkit: CommandLine, tiny_base: Path, tmp_path_factory: pytest.TempP
     return get
 
 
-def assert_same(run: Path, whole: Path, kind: str) -> None:
-    name = KINDS[kind][1]
-    assert (run / name).read_bytes() == (whole / name).read_bytes()
-    assert without_times(run) == without_times(whole)
-    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
+@pytest.fixture
+def broken(whole: Any, tmp_path: Path) -> Path:
+    """A folder whose `run` ended in the second step after step 8, with the recipe beside it."""
+    shutil.copytree(whole("lora").parent, tmp_path, dirs_exist_ok=True)
+    break_off(tmp_path / "run", 8)
+    return tmp_path
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,27 +78,30 @@ def test_kill_after_step_six(
     done = alignkit("sft", recipe, "--resume", cwd=tmp_path)
     assert done.code == 0, done.stderr
     assert "resuming after step 4" in done.stderr
-    assert_same(run, whole(kind), kind)
+    assert_same(run, whole(kind))
 
 
 def test_different_runs_differ(whole: Any) -> None:
     # Otherwise "the same bytes" would say nothing.
-    one, two = (whole(kind) / KINDS["lora"][1] for kind in ("lora", "dropout"))
-    assert one.read_bytes() != two.read_bytes()
+    name = "adapter/adapter_model.safetensors"
+    one, two = ((whole(kind) / name).read_bytes() for kind in KINDS)
+    assert one != two
 
 
-@pytest.mark.parametrize("kind", ["lora", "several epochs"])
+@pytest.mark.slow
 def test_kill_before_the_first_checkpoint(
-    kind: str, alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
+    alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
 ) -> None:
+    kind = "several epochs"
     recipe = recipe_for(kind, tmp_path, tiny_base)
     alignkit("sft", recipe, cwd=tmp_path, before=KILL_AFTER.replace("STEP", "2"))
     done = alignkit("sft", recipe, "--resume", cwd=tmp_path)
     assert done.code == 0, done.stderr
     assert "no checkpoint to resume from: starting at step 1" in done.stderr
-    assert_same(tmp_path / "run", whole(kind), kind)
+    assert_same(tmp_path / "run", whole(kind))
 
 
+@pytest.mark.slow
 def test_killed_twice_and_with_a_torn_line(
     alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -115,42 +112,30 @@ def test_killed_twice_and_with_a_torn_line(
     alignkit("sft", recipe, "--resume", cwd=tmp_path, before=KILL_AFTER.replace("STEP", "10"))
     done = alignkit("sft", recipe, "--resume", cwd=tmp_path)
     assert "resuming after step 8" in done.stderr
-    assert_same(tmp_path / "run", whole("lora"), "lora")
+    assert_same(tmp_path / "run", whole("lora"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
 def test_a_signal_saves_and_exits_130(
     number: signal.Signals, alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_for("lora", tmp_path, tiny_base)
-    slow = """
-import time
-from alignkit.runtime.metrics import MetricsFile
-write = MetricsFile.write
-MetricsFile.write = lambda self, step, values: (write(self, step, values), time.sleep(0.15))
-"""
-    running = alignkit.start("sft", recipe, cwd=tmp_path, before=slow)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.is_file() and len(read_metrics(metrics)) >= 2):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(running.pid, number)
-    done = running.wait()
+    stop = KILL_AFTER.replace("STEP", "2").replace("SIGKILL", number.name)
+    done = alignkit("sft", recipe, cwd=tmp_path, before=stop)
     assert done.code == 130
-    steps = read_metrics(metrics)[-1]["step"]
-    assert 2 <= steps < STEPS
-    text = done.stderr.replace("\n", " ")
-    assert f"stopped after step {steps} of {STEPS}; a checkpoint was saved" in text
-    assert "hint: continue with --resume" in text
     run = tmp_path / "run"
-    assert (run / "checkpoints" / f"step-{steps:06d}" / "manifest.json").is_file()
+    assert read_metrics(run / "metrics.jsonl")[-1]["step"] == 2
+    text = done.stderr.replace("\n", " ")
+    assert f"stopped after step 2 of {STEPS}; a checkpoint was saved" in text
+    assert "hint: continue with --resume" in text
+    assert (run / "checkpoints" / "step-000002" / "manifest.json").is_file()
     assert json.loads((run / "run.json").read_text(encoding="utf-8"))["status"] == "interrupted"
     with (run / ".lock").open("a") as lock:  # released, so the run can be resumed
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     resumed = alignkit("sft", recipe, "--resume", cwd=tmp_path)
-    assert f"resuming after step {steps}" in resumed.stderr
-    assert_same(run, whole("lora"), "lora")
+    assert "resuming after step 2" in resumed.stderr
+    assert_same(run, whole("lora"))
 
 
 def tear_weights(checkpoint: Path) -> str:
@@ -171,31 +156,27 @@ def tear_manifest(checkpoint: Path) -> str:
 
 @pytest.mark.parametrize("tear", [tear_weights, tear_optimizer, tear_manifest])
 def test_a_torn_checkpoint_is_skipped(
-    tear: Any, alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
+    tear: Any, alignkit: CommandLine, whole: Any, broken: Path
 ) -> None:
-    recipe = recipe_for("lora", tmp_path, tiny_base)
-    alignkit("sft", recipe, cwd=tmp_path, before=KILL_AFTER.replace("STEP", "9"))
-    reason = tear(tmp_path / "run" / "checkpoints" / "step-000008")
-    done = alignkit("sft", recipe, "--resume", cwd=tmp_path)
+    reason = tear(broken / "run" / "checkpoints" / "step-000008")
+    done = alignkit("sft", "recipe.yaml", "--resume", cwd=broken)
     assert done.code == 0, done.stderr
     text = done.stderr.replace("\n", " ")
     assert f"warning: step-000008 is damaged ({reason}); using the one before" in text
     assert "resuming after step 4" in text
-    assert_same(tmp_path / "run", whole("lora"), "lora")
+    assert_same(broken / "run", whole("lora"))
 
 
-def test_all_checkpoints_torn(
-    alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
-) -> None:
-    recipe = recipe_for("lora", tmp_path, tiny_base)
-    alignkit("sft", recipe, cwd=tmp_path, before=KILL_AFTER.replace("STEP", "5"))
-    tear_weights(tmp_path / "run" / "checkpoints" / "step-000004")
-    done = alignkit("sft", recipe, "--resume", cwd=tmp_path)
+def test_all_checkpoints_torn(alignkit: CommandLine, whole: Any, broken: Path) -> None:
+    for step in (4, 8):
+        tear_weights(broken / "run" / "checkpoints" / f"step-{step:06d}")
+    done = alignkit("sft", "recipe.yaml", "--resume", cwd=broken)
     assert done.code == 0, done.stderr
     assert "no checkpoint to resume from: starting at step 1" in done.stderr
-    assert_same(tmp_path / "run", whole("lora"), "lora")
+    assert_same(broken / "run", whole("lora"))
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_checkpoint_is_written(
     alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -217,35 +198,33 @@ os.replace = replace_or_die
     assert names[1:] == ["step-000004"]
     done = alignkit("sft", recipe, "--resume", cwd=tmp_path)
     assert done.code == 0, done.stderr
-    assert_same(tmp_path / "run", whole("lora"), "lora")
+    assert_same(tmp_path / "run", whole("lora"))
     assert not list(checkpoints.glob(".writing-*"))
 
 
-@pytest.mark.parametrize("when", ["adapter", "merged"])
-def test_a_kill_after_the_last_step(
-    when: str, alignkit: CommandLine, tiny_base: Path, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_a_kill_after_the_last_step(alignkit: CommandLine, tiny_base: Path, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, tiny_base, training__max_steps=3)
     done = alignkit("sft", recipe, cwd=tmp_path)
     assert done.code == 0, done.stderr
-    run = tmp_path / "run"
-    names = ["adapter/adapter_model.safetensors", "merged/model.safetensors"]
-    whole = [(run / name).read_bytes() for name in names]
-    shutil.rmtree(run)
-    target = {"adapter": "save_adapter", "merged": "merge_adapter"}[when]
-    die = f"""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    run.rename(whole)
+    for target in ("save_adapter", "merge_adapter"):
+        die = f"""
 import os, signal
 import alignkit.stages.running.finish as outputs
 outputs.{target} = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
 """
-    assert alignkit("sft", recipe, cwd=tmp_path, before=die).code == -signal.SIGKILL
-    assert not (run / "merged").exists()
-    resumed = alignkit("sft", recipe, "--resume", cwd=tmp_path)
-    assert resumed.code == 0, resumed.stderr
-    assert [(run / name).read_bytes() for name in names] == whole
-    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2, 3]
+        assert alignkit("sft", recipe, cwd=tmp_path, before=die).code == -signal.SIGKILL
+        assert not (run / "merged").exists()
+        resumed = alignkit("sft", recipe, "--resume", cwd=tmp_path)
+        assert resumed.code == 0, resumed.stderr
+        assert_same(run, whole)
+        assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2, 3]
+        shutil.rmtree(run)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_with_a_sentence(
     alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -273,7 +252,7 @@ loop.save_checkpoint = save_in_little_room
     assert [path.name for path in checkpoints.iterdir()] == ["step-000004"]
     resumed = alignkit("sft", recipe, "--resume", cwd=tmp_path)
     assert resumed.code == 0, resumed.stderr
-    assert_same(tmp_path / "run", whole("lora"), "lora")
+    assert_same(tmp_path / "run", whole("lora"))
 
 
 def test_a_loss_that_is_not_finite_names_step_and_rows(
