@@ -1,0 +1,64 @@
+"""Whole runs of the five stages: on the processor, then on the stand-in, which counts."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from running import make_ppo_recipe, make_preference_recipe, make_recipe, train, without_times
+from tiny import save_tiny
+
+from standin.counts import counts
+from standin.device import device
+
+_MAKERS: dict[str, Callable[..., Path]] = {
+    "sft": make_recipe,
+    **{
+        stage: functools.partial(make_preference_recipe, stage=stage)
+        for stage in ("reward", "dpo", "kto")
+    },
+    "ppo": make_ppo_recipe,
+}
+STAGES = tuple(_MAKERS)
+
+
+def compare(run: str, folder: Path, steps: int, capability: int) -> dict[str, Any]:
+    """Measurements of one run on both devices, and the counts of the second; ready for JSON.
+
+    A packed row that does not reproduce the model is an error here. `attention: auto` would go on
+    with padded ones, and hide what is broken on the device.
+
+    Args:
+        run: STAGE/PRECISION, as `dpo/bfloat16`; `nf4` is a quantized base in float32.
+        folder: for the tiny base and the run's own files.
+        steps: of training, on each device.
+        capability: of the stand-in, such as 80.
+    """
+    stage, _, precision = run.partition("/")
+    if not (folder / "base").exists():
+        save_tiny(folder / "base")
+    quantized = precision == "nf4"
+    recipe = _MAKERS[stage](
+        folder / stage / precision,
+        folder / "base",
+        model__dtype="float32" if quantized else precision,
+        model__quantization="nf4" if quantized else "none",
+        model__attention="packed",
+        data__eval_fraction=0.25,
+        training__max_steps=steps,
+    )
+    found: dict[str, Any] = {}
+    for name, where in (("cpu", contextlib.nullcontext()), ("cuda", device(capability))):
+        os.environ["ALIGNKIT_DEVICE"] = name
+        AcceleratorState._reset_state(True)
+        counts.reset()
+        with where:
+            summary = train(recipe, f"output={folder / stage / precision / name}")
+        found[name] = without_times(Path(summary.output))
+    kinds = {name: dict(counter.most_common()) for name, counter in vars(counts).items()}
+    return {**found, **kinds}
