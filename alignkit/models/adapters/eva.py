@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.utils.incremental_pca import IncrementalPCA
 from torch import nn
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters.ranks import shared_ranks
 from alignkit.models.adapters.stacks import Adaptable
+from alignkit.models.peft_parts import IncrementalPCA
 from alignkit.models.scoring.scorer import Scorer, evaluating
 from alignkit.models.scoring.selfcheck import probe_batch
 from alignkit.packed import PackedBatch
