@@ -13,6 +13,7 @@ import typer
 
 from alignkit.cli.generate import BaseOption, DtypeOption, ModelArgument, open_for_inference
 from alignkit.cli.output import print_error, say
+from alignkit.cli.versions import warn_of_versions
 from alignkit.errors import AlignkitError
 
 HELP = """\
@@ -76,6 +77,7 @@ def chat(
     base: BaseOption = None,
 ) -> None:
     """Talk to a model."""
+    warn_of_versions()
     from alignkit.generation.sampling import SamplingSettings
 
     settings = SamplingSettings(max_new_tokens, temperature, top_p, seed=seed)

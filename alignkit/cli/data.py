@@ -9,13 +9,9 @@ import typer
 
 from alignkit.cli.generate import BaseOption, DtypeOption
 from alignkit.cli.output import print_json, say
+from alignkit.cli.versions import warn_of_versions
 
-data = typer.Typer(help="Make preference pairs of a model's own answers.", no_args_is_help=True)
-
-
-@data.callback()
-def common() -> None:
-    """Make preference pairs of a model's own answers."""
+data = typer.Typer(no_args_is_help=True)
 
 
 @data.command("label")
@@ -65,6 +61,7 @@ def label(
     spec = resolve_label(Document(values, {}, "command line", ()))
     # The rows name the models as they were given.
     spec = spec.model_copy(update={"model": model, "reward": reward})
+    warn_of_versions()
     from alignkit.jobs.label import label_prompts
 
     summary = label_prompts(spec, output, say, base=base, overwrite=overwrite)

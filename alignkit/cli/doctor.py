@@ -12,7 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from alignkit.cli.output import print_json, print_pairs, say
+import alignkit
+from alignkit.cli.output import print_json, print_pairs, say, stdout
+from alignkit.cli.versions import outside_versions
 
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "pydantic")
 OPTIONAL = {
@@ -28,22 +30,33 @@ def doctor(
 ) -> None:
     """Show versions, device, memory and disk, and name what would stop a run."""
     facts, problems = _examine()
+    warnings = outside_versions()
     if as_json:
-        print_json({**facts, "problems": problems})
+        print_json({**facts, "problems": problems, "warnings": warnings})
     else:
         for title, values in facts.items():
             print_pairs([(name, str(value)) for name, value in values.items()], title)
+        for warning in warnings:
+            say(f"warning: {warning}")
         for problem in problems:
             say(f"problem: {problem}")
-        if not problems:
-            say("no problems found")
+        stdout.print(_verdict(len(problems), len(warnings)))
     if problems:
         raise typer.Exit(2)
 
 
+def _verdict(problems: int, warnings: int) -> str:
+    """The last line: whether a run can start on this machine."""
+    if problems:
+        return f"not ready: {problems} problem{'s' * (problems > 1)}"
+    if warnings:
+        return f"ready, with {warnings} warning{'s' * (warnings > 1)}"
+    return "ready: no problems found"
+
+
 def _examine() -> tuple[dict[str, dict[str, Any]], list[str]]:
     problems = []
-    packages = {"alignkit": importlib.metadata.version("alignkit")}
+    packages = {"alignkit": alignkit.__version__}
     for name in REQUIRED:
         try:
             packages[name] = importlib.metadata.version(name)

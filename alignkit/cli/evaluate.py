@@ -9,6 +9,7 @@ from rich.text import Text
 
 from alignkit.cli.generate import BaseOption, DtypeOption
 from alignkit.cli.output import print_json, say, stdout
+from alignkit.cli.versions import warn_of_versions
 from alignkit.errors import AlignkitError
 
 
@@ -37,6 +38,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the values as JSON.")] = False,
 ) -> None:
     """Measure models on held-out answers or preferences; score answers with a reward model."""
+    warn_of_versions()
     from alignkit.jobs.evaluate import evaluate_models, score_answers
     from alignkit.jobs.question import Question
 

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from alignkit.cli.output import print_json, say, stdout
+from alignkit.cli.versions import warn_of_versions
 
-export = typer.Typer(help="Write a model for other programs, and check it.", no_args_is_help=True)
+export = typer.Typer(no_args_is_help=True)
 
 ModelArgument = Annotated[
     str,
@@ -17,11 +18,6 @@ ModelArgument = Annotated[
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
-
-
-@export.callback()
-def common() -> None:
-    """Write a model for other programs, and check it."""
 
 
 @export.command("gguf")
@@ -37,6 +33,7 @@ def gguf(
     as_json: JsonOption = False,
 ) -> None:
     """Write one GGUF file, read back and compared, and a Modelfile: for llama.cpp and Ollama."""
+    warn_of_versions()
     from alignkit.jobs.export import gguf_of
 
     _show(gguf_of(model, output=output, kind=kind, overwrite=overwrite), as_json)
@@ -53,6 +50,7 @@ def bnb(
     as_json: JsonOption = False,
 ) -> None:
     """Write a model folder quantized by bitsandbytes, read back and compared."""
+    warn_of_versions()
     from alignkit.jobs.export import quantized_of
 
     _show(quantized_of(model, output=output, bits=bits, overwrite=overwrite), as_json)

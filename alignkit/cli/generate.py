@@ -12,6 +12,7 @@ from rich.text import Text
 
 from alignkit.cli.best_of import answer_best, check_best_of, print_best
 from alignkit.cli.output import print_json, stdout
+from alignkit.cli.versions import warn_of_versions
 from alignkit.errors import AlignkitError
 
 ModelArgument = Annotated[
@@ -55,6 +56,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the answers as JSON.")] = False,
 ) -> None:
     """Answer prompts with a model."""
+    warn_of_versions()
     from alignkit.generation.answers import generate_answers
     from alignkit.generation.sampling import SamplingSettings
 

@@ -23,10 +23,9 @@ def inspect(
 
     loaded = load_recipe(recipe, overrides)
     from alignkit.errors import DataError
-    from alignkit.stages.inputs.rows import load_prompt_rows, load_rows
+    from alignkit.stages.inputs.rows import read_rows
 
-    asked = loaded.recipe
-    found = load_prompt_rows(asked) if asked.stage == "ppo" else load_rows(asked)
+    found = read_rows(loaded.recipe)
     dataset = found.held_out if held_out else found.train
     if dataset is None:
         raise DataError(

@@ -11,45 +11,19 @@ from typing import NoReturn
 import typer
 
 import alignkit
-from alignkit.cli.chat import chat
-from alignkit.cli.data import data
-from alignkit.cli.doctor import doctor
-from alignkit.cli.evaluate import evaluate
-from alignkit.cli.export import export
-from alignkit.cli.fetch import fetch
-from alignkit.cli.generate import generate
-from alignkit.cli.inspect import inspect
-from alignkit.cli.merge import merge_lora
+from alignkit.cli.commands import CommandList
 from alignkit.cli.output import print_error, say
-from alignkit.cli.plan import plan
-from alignkit.cli.recipes import recipes
-from alignkit.cli.run import run
-from alignkit.cli.train import STAGE_HELP, train_command
 from alignkit.errors import AlignkitError
 
 app = typer.Typer(
     name="alignkit",
+    cls=CommandList,
     help="Fine-tune and align open language models from a small YAML recipe.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-for stage in STAGE_HELP:
-    app.command(stage)(train_command(stage))
-app.command("run")(run)
-app.command("plan")(plan)
-app.command("inspect")(inspect)
-app.command("merge-lora")(merge_lora)
-app.add_typer(export, name="export")
-app.command("generate")(generate)
-app.command("chat")(chat)
-app.command("eval")(evaluate)
-app.add_typer(data, name="data")
-app.add_typer(recipes, name="recipes")
-app.command("fetch")(fetch)
-app.command("doctor")(doctor)
 
 
 def _version(wanted: bool) -> None:

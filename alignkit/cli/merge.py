@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from alignkit.cli.output import print_json, say
+from alignkit.cli.versions import warn_of_versions
 from alignkit.errors import AlignkitError
 
 OntoOption = Annotated[
@@ -62,6 +63,7 @@ def merge_lora(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Merge adapters into their base, and check the result against base + adapter."""
+    warn_of_versions()
     from alignkit.jobs.merge import MergeOptions, merge_run
 
     options = MergeOptions(

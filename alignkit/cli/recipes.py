@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 from rich.text import Text
 
 from alignkit.cli.output import print_json, say, stdout
 from alignkit.errors import AlignkitError
 
-recipes = typer.Typer(help="Shipped recipes and what their keys mean.", no_args_is_help=True)
+recipes = typer.Typer(no_args_is_help=True)
 
 
 @recipes.command("list")
@@ -70,14 +68,14 @@ def explain(
     ] = None,
 ) -> None:
     """What every key of a recipe means, with its default."""
-    from alignkit.recipe.stages.schema import STAGES
+    from alignkit.recipe.stages.registry import stages
 
-    if stage is not None and stage not in STAGES:
-        raise AlignkitError(f"there is no stage {stage!r}", hint=f"stages: {', '.join(STAGES)}")
+    if stage is not None and stage not in stages():
+        raise AlignkitError(f"there is no stage {stage!r}", hint=f"stages: {', '.join(stages())}")
     lines: dict[str, tuple[str, str, str]] = {}
     wanted: dict[str, tuple[str, str, str]] = {}
-    for name in [stage] if stage else STAGES:
-        here = dict(_explanations(STAGES[name], ""))
+    for name in [stage] if stage else stages():
+        here = dict(_explanations(stages()[name], ""))
         lines = here | lines
         wanted = {path: text for path, text in here.items() if key is None or _inside(path, key)}
         if wanted:
@@ -98,11 +96,11 @@ def schema(
     stage: Annotated[str, typer.Option(help="Stage of the recipe.")] = "sft",
 ) -> None:
     """The JSON schema of a recipe, for editors."""
-    from alignkit.recipe.stages.schema import STAGES
+    from alignkit.recipe.stages.registry import stages
 
-    if stage not in STAGES:
-        raise AlignkitError(f"there is no stage {stage!r}", hint=f"stages: {', '.join(STAGES)}")
-    print_json(STAGES[stage].model_json_schema())
+    if stage not in stages():
+        raise AlignkitError(f"there is no stage {stage!r}", hint=f"stages: {', '.join(stages())}")
+    print_json(stages()[stage].model_json_schema())
 
 
 def _inside(name: str, key: str) -> bool:
@@ -119,8 +117,11 @@ def _without_kinds(name: str) -> str:
 
 
 def _explanations(
-    model: type[BaseModel], parent: str
+    model: type[Any], parent: str
 ) -> typing.Iterator[tuple[str, tuple[str, str, str]]]:
+    from pydantic import BaseModel
+    from pydantic_core import PydanticUndefined
+
     from alignkit.recipe.reading.problems import choice_of, sections_of
 
     for name, field in model.model_fields.items():
@@ -137,6 +138,9 @@ def _explanations(
         yield path, (_kind(field.annotation, sections), shown, text)
         choices = {section: choice_of(section) for section in sections}
         several = len([choice for choice in choices.values() if choice]) > 1
+        if several and isinstance(default, BaseModel) and hasattr(default, "kind"):
+            kinds = " | ".join(choice[1] for choice in choices.values() if choice)
+            yield f"{path}.kind", (kinds, f"  default {default.kind}", "Which of these.")
         for section, choice in choices.items():
             inside = path
             if several and choice:
@@ -159,7 +163,7 @@ def _plain(value: Any) -> str:
     return "{}" if isinstance(value, dict) else str(value)
 
 
-def _kind(annotation: Any, sections: list[type[BaseModel]]) -> str:
+def _kind(annotation: Any, sections: list[type[Any]]) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if sections:
         return "list of sections" if origin is tuple else "section"

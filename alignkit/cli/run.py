@@ -12,6 +12,7 @@ from rich.text import Text
 
 from alignkit.cli.launch import is_worker
 from alignkit.cli.output import print_json, stderr
+from alignkit.cli.versions import warn_of_versions
 from alignkit.errors import AlignkitError
 
 
@@ -44,6 +45,7 @@ def run(
         raise AlignkitError(
             "a pipeline runs in one process", hint="train its stages one by one with --processes"
         )
+    warn_of_versions()
     from alignkit.pipelines.running import PipelineRun
     from alignkit.stages.running.session import RunOptions
 

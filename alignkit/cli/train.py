@@ -11,6 +11,7 @@ import typer
 
 from alignkit.cli.launch import is_worker, launch_processes
 from alignkit.cli.output import print_json, say
+from alignkit.cli.versions import warn_of_versions
 
 RecipeArgument = Annotated[
     str, typer.Argument(help="Recipe file, or the name of a shipped one.", show_default=False)
@@ -19,16 +20,6 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(help="key.sub=value pairs that replace keys of the recipe.", show_default=False),
 ]
-
-
-STAGE_HELP = {
-    "sft": "Fine-tune on demonstrations, with prompt-masked loss.",
-    "reward": "Train a reward model on preference pairs (Bradley-Terry).",
-    "dpo": "Optimize preferences on pairs: DPO, IPO, SimPO, ORPO and relatives.",
-    "kto": "Optimize preferences on single answers labelled good or bad.",
-    "ppo": "Reinforcement learning from a reward model, a rule or a function, with a KL penalty.",
-}
-"""Stage -> what its command says about itself."""
 
 
 def train_command(stage: str) -> Callable[..., None]:
@@ -54,6 +45,7 @@ def train_command(stage: str) -> Callable[..., None]:
         loaded = load_recipe(recipe, overrides, stage=stage)
         if processes > 1 and not is_worker():
             raise typer.Exit(launch_processes(processes))
+        warn_of_versions()
         from alignkit.stages.registry import run_stage
         from alignkit.stages.running.session import RunOptions
 
@@ -74,5 +66,4 @@ def train_command(stage: str) -> Callable[..., None]:
         verb = "eval" if stage == "reward" else "chat"
         say(f"next: alignkit {verb} {summary.output}")
 
-    command.__doc__ = STAGE_HELP[stage]
     return command

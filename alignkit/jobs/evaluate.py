@@ -31,24 +31,19 @@ from alignkit.models.base.loading import DTYPES
 from alignkit.models.opening import OpenModel, open_language_model, open_model
 from alignkit.models.scoring.scorer import sum_by_sequence
 from alignkit.models.scoring.selfcheck import build_scorer
+from alignkit.objectives.bradley_terry import bradley_terry_loss
+from alignkit.objectives.preference import cpo_loss, dpo_loss, ratio_rewards, sum_rewards
 from alignkit.packed import PackedBatch
 from alignkit.recipe.assets import alignkit_home
-from alignkit.recipe.objectives import CpoSpec, DpoSpec
 from alignkit.recipe.reading.load import load_recipe
 from alignkit.recipe.rows import SourceSpec
-from alignkit.recipe.stages.schema import (
-    DpoRecipe,
-    KtoRecipe,
-    Recipe,
-    RewardRecipe,
-    needs_reference,
-)
+from alignkit.recipe.stages.base import Recipe
 from alignkit.runtime.devices import find_device, tune_processor
 from alignkit.runtime.processes import SINGLE
-from alignkit.stages.inputs.rows import ROW_KINDS, load_rows
+from alignkit.stages.inputs.rows import load_rows, row_settings
+from alignkit.stages.running.definition import definition_of
 from alignkit.stages.running.session import describe_rows
-from alignkit.stages.supervised.kto import kto_stage
-from alignkit.stages.supervised.pairs import pair_stage
+from alignkit.stages.supervised.pairs import pair_hooks
 from alignkit.stages.supervised.preference import preference_scores
 from alignkit.stages.supervised.reference import Reference
 from alignkit.stages.supervised.reward import answer_rewards, reward_scores
@@ -184,7 +179,7 @@ def _rows(opened: OpenModel, question: Question, run: Path | None) -> tuple[RowK
                 f"{rows.held_out.longest:,}",
                 hint="name a file with --data; longer rows are left out there, and counted",
             )
-        return ROW_KINDS[recipe.stage], rows.held_out
+        return row_settings(recipe).rows, rows.held_out
     source = SourceSpec(path=question.data, take=question.take)
     limit, room = question.max_length or _MAX_LENGTH, _room(opened)
     if limit > room:
@@ -218,9 +213,10 @@ def _scorer(opened: OpenModel, question: Question) -> nn.Module:
 def _evaluate_reward(name: str, scorer: nn.Module, kind: RowKind, rows: TokenDataset) -> Evaluation:
     if kind == "pairs":
         recipe = recipe_of(name)
-        center = recipe.objective.center if isinstance(recipe, RewardRecipe) else 0.0
-        stage = pair_stage(reward_scores(center), len(rows))
-        return Evaluation(stage.evaluate(scorer, rows, _BUDGET, SINGLE), [])
+        if recipe is not None and recipe.scalar_head:
+            return Evaluation(_as_trained(recipe, scorer, rows, None), [])
+        hooks = pair_hooks(reward_scores(partial(bradley_terry_loss, center=0.0)), len(rows))
+        return Evaluation(hooks.evaluate(scorer, rows, _BUDGET, SINGLE), [])
     rewards = score_documents(answer_rewards, scorer, rows, _BUDGET)["reward"]
     places = [rows.places[int(row)] for row in rows.order]
     values = {
@@ -240,34 +236,38 @@ def _evaluate_preference(
     name = opened.name
     recipe = recipe_of(name)
     reference = question.reference
-    if recipe is not None and reference is not None and _is_reference_free(recipe):
-        raise useless_reference(f"`{recipe.objective.kind}` runs")
-    if reference is None and recipe is not None and needs_reference(recipe):
+    if recipe is not None and reference is not None and _compares_with_nothing(recipe):
+        raise useless_reference(f"`{getattr(recipe.objective, 'kind', recipe.stage)}` runs")
+    if reference is None and recipe is not None and recipe.needs_reference:
         reference = question.base or recipe.model.base
         say_if_changed(name, reference, question)
-    if kind == "labelled" and not isinstance(recipe, KtoRecipe):
+    if kind == "labelled" and (recipe is None or recipe.row_kind != kind):
         raise ModelError(
             f"{name} is no kto run, and the rows are labelled answers",
             hint="name a run of the kto stage or a reward model, or rows of another format",
         )
     compare = None if reference is None else _reference(reference, opened.tokenizer, question)
-    if isinstance(recipe, KtoRecipe) and kind == "labelled" and compare is not None:
-        stage = kto_stage(recipe.objective, compare, len(rows))
-        return Evaluation(stage.evaluate(scorer, rows, _BUDGET, SINGLE), [])
-    objective: Any = CpoSpec(kind="cpo", beta=1.0, nll_weight=0.0)
-    if isinstance(recipe, DpoRecipe) and (compare is not None or not needs_reference(recipe)):
-        objective = recipe.objective
-    elif compare is not None:
-        beta = recipe.objective.beta if isinstance(recipe, KtoRecipe) else 0.1
-        objective = DpoSpec(kind="dpo", beta=beta)
-    else:
+    own = recipe is not None and recipe.row_kind == kind
+    if recipe is not None and own and (compare is not None or not recipe.needs_reference):
+        return Evaluation(_as_trained(recipe, scorer, rows, compare), [])
+    if compare is None:
         question.say(f"{name}: rewards are plain log-probs; --reference compares with a model")
-    stage = pair_stage(preference_scores(objective, compare), len(rows))
-    return Evaluation(stage.evaluate(scorer, rows, _BUDGET, SINGLE), [])
+        loss, rewards = partial(cpo_loss, beta=1.0, nll_weight=0.0), partial(sum_rewards, scale=1.0)
+    else:
+        beta: float = getattr(recipe and recipe.objective, "scale", 0.1)
+        loss, rewards = partial(dpo_loss, beta=beta), partial(ratio_rewards, scale=beta)
+    hooks = pair_hooks(preference_scores(loss, rewards, compare), len(rows))
+    return Evaluation(hooks.evaluate(scorer, rows, _BUDGET, SINGLE), [])
 
 
-def _is_reference_free(recipe: Recipe) -> bool:
-    return isinstance(recipe, DpoRecipe) and not needs_reference(recipe)
+def _compares_with_nothing(recipe: Recipe) -> bool:
+    return recipe.row_kind == "pairs" and not recipe.needs_reference
+
+
+def _as_trained(
+    recipe: Recipe, scorer: nn.Module, rows: TokenDataset, reference: Reference | None
+) -> dict[str, float]:
+    return definition_of(recipe).evaluate(recipe, scorer, rows, reference, _BUDGET)
 
 
 def _reference(name: str, tokenizer: PreTrainedTokenizerBase, question: Question) -> Reference:

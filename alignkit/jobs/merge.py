@@ -26,9 +26,9 @@ from alignkit.packed import IntArray
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.reading.load import load_recipe
 from alignkit.recipe.rows import SourceSpec
-from alignkit.recipe.stages.schema import PpoRecipe
+from alignkit.recipe.stages.ppo import PpoRecipe
 from alignkit.stages.inputs.checking import CHECK_SETTINGS, check_rows, file_rows
-from alignkit.stages.inputs.rows import ROW_KINDS, load_prompt_rows, load_rows
+from alignkit.stages.inputs.rows import load_prompt_rows, load_rows, row_settings
 from alignkit.stages.running.card import write_card
 from alignkit.stages.running.run_folder import read_about
 
@@ -215,7 +215,7 @@ def _rows(
         found = load_rows(recipe)
         dataset = found.held_out or found.train
         if data is not None:
-            wanted = dataclasses.replace(CHECK_SETTINGS, rows=ROW_KINDS[recipe.stage])
+            wanted = dataclasses.replace(CHECK_SETTINGS, rows=row_settings(recipe).rows)
             cache = alignkit_home() / "cache" / "tokens"
             dataset = load_dataset([SourceSpec(path=data)], found.tokenizer, wanted, 0, cache)
         return check_rows(dataset), found.tokenizer, found.train.report.stop_tokens

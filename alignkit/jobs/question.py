@@ -11,7 +11,7 @@ from alignkit.models.base.identity import weights_fingerprint
 from alignkit.models.base.loading import DTYPES
 from alignkit.recipe.model import ModelSpec
 from alignkit.recipe.reading.load import stored_recipe
-from alignkit.recipe.stages.schema import Recipe
+from alignkit.recipe.stages.base import Recipe
 from alignkit.stages.inputs.base import start_model
 from alignkit.stages.running.run_folder import read_about
 

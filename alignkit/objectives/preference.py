@@ -292,12 +292,10 @@ class Objective:
     Args:
         loss: of pairs; its keyword arguments are the fields of the recipe's objective.
         rewards: implicit rewards, for metrics only.
-        needs_reference: whether it compares with a reference model.
     """
 
     loss: Callable[..., torch.Tensor]
     rewards: Callable[[PairLogprobs, float], tuple[torch.Tensor, torch.Tensor]]
-    needs_reference: bool = True
 
 
 PREFERENCE_OBJECTIVES = {
@@ -306,9 +304,9 @@ PREFERENCE_OBJECTIVES = {
     "cdpo": Objective(cdpo_loss, ratio_rewards),
     "robust": Objective(robust_loss, ratio_rewards),
     "hinge": Objective(hinge_loss, ratio_rewards),
-    "simpo": Objective(simpo_loss, mean_rewards, needs_reference=False),
-    "orpo": Objective(orpo_loss, mean_rewards, needs_reference=False),
-    "cpo": Objective(cpo_loss, sum_rewards, needs_reference=False),
+    "simpo": Objective(simpo_loss, mean_rewards),
+    "orpo": Objective(orpo_loss, mean_rewards),
+    "cpo": Objective(cpo_loss, sum_rewards),
     "apo_zero": Objective(apo_zero_loss, ratio_rewards),
     "apo_down": Objective(apo_down_loss, ratio_rewards),
     "sppo": Objective(sppo_loss, ratio_rewards),

@@ -49,7 +49,10 @@ from alignkit.models.quiet import quiet_transformers
 from alignkit.models.rewards.chat import choose_padding
 from alignkit.models.rewards.head import new_head
 from alignkit.recipe.adapters import FullSpec, b_rate, continues, is_mergeable
-from alignkit.recipe.stages.schema import DpoRecipe, KtoRecipe, RewardRecipe, SftRecipe
+from alignkit.recipe.stages.dpo import DpoRecipe
+from alignkit.recipe.stages.kto import KtoRecipe
+from alignkit.recipe.stages.reward import RewardRecipe
+from alignkit.recipe.stages.sft import SftRecipe
 
 PeerRecipe = SftRecipe | RewardRecipe | DpoRecipe | KtoRecipe
 """Of the stages that are compared."""
@@ -141,7 +144,7 @@ def run_trl(
     Raises:
         AlignkitError: TRL has no such objective.
     """
-    size = recipe.training.batch_size
+    size = recipe.examples_per_step
     items = [i for step in range(max_steps) for i in step_items(step, len(rows), size, recipe.seed)]
     columns = [_row(recipe.stage, rows[int(item)]) for item in items]
     recorder = _Recorder()
@@ -195,7 +198,7 @@ def _arguments(recipe: PeerRecipe, folder: Path, steps: int, *, tuned: bool) -> 
     warmup = training.warmup * steps if training.warmup < 1 else training.warmup
     return {
         "output_dir": str(folder),
-        "per_device_train_batch_size": training.batch_size,
+        "per_device_train_batch_size": recipe.examples_per_step,
         "max_steps": steps,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": training.schedule,

@@ -15,7 +15,7 @@ from alignkit.jobs.label import label_prompts
 from alignkit.recipe.adapters import FullSpec
 from alignkit.recipe.reading.label import LABEL, LabelSpec
 from alignkit.recipe.reading.pipeline import TRAINING, Step
-from alignkit.recipe.stages.schema import Recipe
+from alignkit.recipe.stages.base import Recipe
 from alignkit.runtime.progress import print_line
 from alignkit.stages.inputs.fingerprints import label_inputs, model_place, training_inputs
 from alignkit.stages.registry import run_stage

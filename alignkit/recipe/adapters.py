@@ -132,9 +132,6 @@ AnySpec = AnyAdapter | FullSpec
 
 AdapterSpec = Annotated[AnySpec, Field(discriminator="kind")]
 
-UNTRAINED = {"ia3": ("ppo",), "prefix": ("reward", "ppo")}
-"""Kind -> stages that do not train it."""
-
 
 def has_adapter(spec: AnySpec) -> bool:
     """Whether the base stays frozen under what is trained."""
@@ -179,25 +176,20 @@ def spelled_out(spec: AnySpec) -> AnySpec:
     return spec.model_copy(update={"eva": eva_of(spec)})
 
 
-def check_adapter(
-    spec: AnySpec, stage: str, quantization: str | None, *, adds_tokens: bool
-) -> None:
+def check_adapter(spec: AnySpec, quantization: str | None, *, adds_tokens: bool) -> None:
     """Refuse what does not go together.
 
     Args:
         spec: of the recipe.
-        stage: of the recipe.
         quantization: of the base, `none` for a plain one; None where it is not known.
         adds_tokens: whether the vocabulary grows.
 
     Raises:
         ValueError: says what does not fit.
     """
-    if stage in UNTRAINED.get(spec.kind, ()):
-        raise ValueError(f"has kind = {spec.kind}, which {stage} does not train: use lora, or full")
     if isinstance(spec, LoraSpec):
         _check_start(spec, quantization)
-    if spec.kind in UNTRAINED and adds_tokens:
+    if isinstance(spec, Ia3Spec | PrefixSpec) and adds_tokens:
         raise ValueError(
             f"has kind = {spec.kind}, which trains no rows of model.add_tokens: use lora"
         )

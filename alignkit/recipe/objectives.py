@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from alignkit.recipe.section import Positive, Section
 
@@ -27,7 +27,58 @@ class BradleyTerrySpec(Section):
     """Weight of (r_chosen + r_rejected)², which keeps the mean reward near zero; 0 turns it off."""
 
 
-class DpoSpec(Section):
+class CustomSpec(Section):
+    """A loss of your own: a pure function in a Python file that the recipe names."""
+
+    kind: Literal["custom"]
+    """`custom`: the function is checked on a few rows before step 1."""
+    file: Annotated[str, Field(min_length=1)]
+    """A Python file. It runs because the recipe names it; its hash is kept in run.json."""
+    name: str = "loss"
+    """The function in it."""
+    parameters: dict[str, float] = Field(default_factory=dict)
+    """Numbers that it takes as keyword arguments, as in {beta: 0.1}."""
+
+    @field_validator("file")
+    @classmethod
+    def _python(cls, value: str) -> str:
+        if not value.endswith(".py"):
+            raise ValueError("must be a Python file, as in my_loss.py")
+        return value
+
+
+class PairSpec(Section):
+    """What the members of the DPO family have in common."""
+
+    kind: str
+    """The member."""
+    beta: Positive = 0.1
+    """As for `dpo`."""
+
+    needs_reference: ClassVar[bool] = True
+    """Whether the objective compares with a reference model."""
+
+    @property
+    def scale(self) -> float:
+        """What implicit rewards multiply log-ratios or log-probs with."""
+        return self.beta
+
+
+class CustomPairSpec(CustomSpec):
+    """A loss of your own over pairs."""
+
+    reference: bool = True
+    """Whether it compares with a reference model."""
+    scale: Positive = 1.0
+    """Implicit rewards are so many times the log-ratios, or log-probs; for metrics only."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the function compares with a reference model."""
+        return self.reference
+
+
+class DpoSpec(PairSpec):
     """Direct preference optimization (https://arxiv.org/abs/2305.18290)."""
 
     kind: Literal["dpo"]
@@ -46,30 +97,34 @@ class IpoSpec(Section):
     per_token: bool = False
     """Average the log-ratios over tokens, as TRL does; the paper sums them."""
 
+    needs_reference: ClassVar[bool] = True
+    """It compares with one."""
 
-class CdpoSpec(Section):
+    @property
+    def scale(self) -> float:
+        """Implicit rewards are τ times the log-ratios."""
+        return self.tau
+
+
+class CdpoSpec(PairSpec):
     """Conservative DPO (https://ericmitchell.ai/cdpo.pdf): labels may be wrong."""
 
     kind: Literal["cdpo"]
     """`cdpo`: DPO with smoothed labels."""
-    beta: Positive = 0.1
-    """As for `dpo`."""
     label_smoothing: Smoothing = 0.1
     """Share of pairs whose labels are taken to be swapped."""
 
 
-class RobustSpec(Section):
+class RobustSpec(PairSpec):
     """Robust DPO (https://arxiv.org/abs/2403.00409): unbiased under swapped labels."""
 
     kind: Literal["robust"]
     """`robust`: DPO corrected for a known rate of swapped labels."""
-    beta: Positive = 0.1
-    """As for `dpo`."""
     label_smoothing: Smoothing = 0.1
     """Rate of swapped labels."""
 
 
-class HingeSpec(Section):
+class HingeSpec(PairSpec):
     """Hinge on the log-ratio difference (https://arxiv.org/abs/2309.06657)."""
 
     kind: Literal["hinge"]
@@ -78,7 +133,7 @@ class HingeSpec(Section):
     """Inverse of the margin in nats."""
 
 
-class SimpoSpec(Section):
+class SimpoSpec(PairSpec):
     """SimPO (https://arxiv.org/abs/2405.14734): length-averaged, without a reference."""
 
     kind: Literal["simpo"]
@@ -88,8 +143,10 @@ class SimpoSpec(Section):
     gamma: Annotated[float, Field(ge=0.0)] = 1.0
     """Margin that is aimed at; about half of beta is usual."""
 
+    needs_reference = False
 
-class OrpoSpec(Section):
+
+class OrpoSpec(PairSpec):
     """ORPO (https://arxiv.org/abs/2403.07691): likelihood and odds ratio, without a reference."""
 
     kind: Literal["orpo"]
@@ -97,8 +154,10 @@ class OrpoSpec(Section):
     beta: Positive = 0.1
     """Weight of the odds ratio; λ in the paper."""
 
+    needs_reference = False
 
-class CpoSpec(Section):
+
+class CpoSpec(PairSpec):
     """CPO (https://arxiv.org/abs/2401.08417): DPO without a reference, plus likelihood."""
 
     kind: Literal["cpo"]
@@ -108,8 +167,10 @@ class CpoSpec(Section):
     nll_weight: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of the chosen answer's mean negative log-likelihood."""
 
+    needs_reference = False
 
-class ApoZeroSpec(Section):
+
+class ApoZeroSpec(PairSpec):
     """APO-zero (https://arxiv.org/abs/2408.06266), for answers better than the model's own."""
 
     kind: Literal["apo_zero"]
@@ -118,7 +179,7 @@ class ApoZeroSpec(Section):
     """As for `dpo`."""
 
 
-class ApoDownSpec(Section):
+class ApoDownSpec(PairSpec):
     """APO-down (https://arxiv.org/abs/2408.06266), for answers worse than the model's own."""
 
     kind: Literal["apo_down"]
@@ -127,7 +188,7 @@ class ApoDownSpec(Section):
     """As for `dpo`."""
 
 
-class SppoSpec(Section):
+class SppoSpec(PairSpec):
     """Self-play preference optimization (https://arxiv.org/abs/2405.00675), hard wins."""
 
     kind: Literal["sppo"]
@@ -136,7 +197,7 @@ class SppoSpec(Section):
     """Inverse of the paper's η = 1000; the ratios that are aimed at are ±1 / (2 β) nats."""
 
 
-class NcaSpec(Section):
+class NcaSpec(PairSpec):
     """Noise contrastive alignment (https://arxiv.org/abs/2402.05369)."""
 
     kind: Literal["nca"]
@@ -145,6 +206,8 @@ class NcaSpec(Section):
     """As for `dpo`."""
 
 
+TokenSpec = Annotated[CrossEntropySpec | CustomSpec, Field(discriminator="kind")]
+RewardSpec = Annotated[BradleyTerrySpec | CustomSpec, Field(discriminator="kind")]
 PreferenceSpec = Annotated[
     DpoSpec
     | IpoSpec
@@ -157,12 +220,10 @@ PreferenceSpec = Annotated[
     | ApoZeroSpec
     | ApoDownSpec
     | SppoSpec
-    | NcaSpec,
+    | NcaSpec
+    | CustomPairSpec,
     Field(discriminator="kind"),
 ]
-
-REFERENCE_FREE = ("simpo", "orpo", "cpo")
-"""Kinds that compare with no reference model."""
 
 
 class KtoSpec(Section):
@@ -177,3 +238,8 @@ class KtoSpec(Section):
     answers between 1 and 4/3."""
     undesirable_weight: Positive = 1.0
     """Weight of undesirable answers."""
+
+    @property
+    def scale(self) -> float:
+        """What implicit rewards multiply log-ratios with."""
+        return self.beta

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -154,3 +155,96 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the rate of every parameter group, as a multiple of which it may have its own."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get(RATE_FACTOR, 1.0)
+
+
+@dataclass(frozen=True)
+class TrainedPart:
+    """Weights that share an optimizer.
+
+    Args:
+        name: as in the plan's peak rates; the first part's metrics carry no name.
+        weights: whose gradient norm is clipped.
+        optimizer: of these weights.
+    """
+
+    name: str
+    weights: Sequence[nn.Parameter]
+    optimizer: Any
+
+
+def set_rates(
+    parts: Sequence[TrainedPart],
+    step: int,
+    *,
+    peaks: Mapping[str, float],
+    steps: int,
+    warmup_steps: int,
+    schedule: str,
+) -> dict[str, float]:
+    """Set the learning rates of one step; see `learning_rate_at`.
+
+    Args:
+        parts: each has its peak.
+        step: from 0.
+        peaks: name of a part -> its peak.
+        steps: of the whole run.
+        warmup_steps: linear rise over so many steps.
+        schedule: of all parts.
+
+    Returns:
+        `learning_rate` of the first part, and `<name>_learning_rate` of each further one.
+    """
+    rates = {}
+    for number, part in enumerate(parts):
+        rate = learning_rate_at(
+            step, peak=peaks[part.name], steps=steps, warmup_steps=warmup_steps, schedule=schedule
+        )
+        set_learning_rate(part.optimizer, rate)
+        rates[_metric(part, number, "learning_rate")] = rate
+    return rates
+
+
+def step_parts(
+    parts: Sequence[TrainedPart],
+    step: int,
+    loss: float,
+    *,
+    limit: float | None,
+    clip: Callable[..., Any] = nn.utils.clip_grad_norm_,
+    scaled: bool = False,
+) -> dict[str, float]:
+    """Clip the gradients of each part, step its optimizer and forget them.
+
+    Args:
+        parts: with the gradients of a whole step.
+        step: from 0, for messages.
+        loss: of the step, for messages.
+        limit: of the gradient norm of a part; None never clips.
+        clip: as torch's own; gives the norm before clipping.
+        scaled: whether a loss scaler skips steps that are not finite by itself.
+
+    Returns:
+        Norms before clipping: `grad_norm` of the first part, `<name>_grad_norm` of further ones.
+
+    Raises:
+        TrainingError: a norm is not finite; no weight has changed.
+    """
+    norms = {}
+    for number, part in enumerate(parts):
+        found = clip(part.weights, math.inf if limit is None else limit)
+        norm = math.nan if found is None else float(found)
+        if found is not None and not scaled and not math.isfinite(norm):
+            where = f"the {part.name} in " if len(parts) > 1 else ""
+            raise TrainingError(
+                f"the gradient of {where}step {step + 1} is not finite; its loss is {loss:.4g}",
+                hint="lower training.learning_rate, or set training.max_grad_norm",
+            )
+        norms[_metric(part, number, "grad_norm")] = norm
+    for part in parts:
+        part.optimizer.step()
+        part.optimizer.zero_grad(set_to_none=True)
+    return norms
+
+
+def _metric(part: TrainedPart, number: int, name: str) -> str:
+    return f"{part.name}_{name}" if number else name

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from alignkit.recipe.planning.plan import Plan
-from alignkit.recipe.stages.schema import DpoRecipe, KtoRecipe, PpoRecipe, Recipe, RewardRecipe
+from alignkit.recipe.stages.base import Recipe
 from alignkit.runtime.devices import find_device
 from alignkit.runtime.optim import require_optimizer
-from alignkit.stages.inputs.rows import AnyRows, load_rows, plan_run
-from alignkit.stages.ppo.stage import prepare_ppo, run_ppo
+from alignkit.stages.inputs.rows import AnyRows
+from alignkit.stages.running.definition import definition_of
 from alignkit.stages.running.finish import RunSummary
 from alignkit.stages.running.session import RunOptions
-from alignkit.stages.supervised.kto import run_kto
-from alignkit.stages.supervised.preference import run_preference
-from alignkit.stages.supervised.reward import run_reward
-from alignkit.stages.supervised.sft import run_sft
 
 
 def plan_stage(recipe: Recipe, processes: int) -> tuple[AnyRows, Plan]:
@@ -24,14 +20,10 @@ def plan_stage(recipe: Recipe, processes: int) -> tuple[AnyRows, Plan]:
         processes: training processes.
 
     Raises:
-        AlignkitError: anything the user can mend.
+        AlignkitError: anything the user can fix.
     """
     require_optimizer(recipe.training.optimizer, find_device())
-    if isinstance(recipe, PpoRecipe):
-        made = prepare_ppo(recipe, processes)
-        return made.rows, made.plan
-    rows = load_rows(recipe)
-    return rows, plan_run(recipe, rows, processes)
+    return definition_of(recipe).prepare(recipe, processes)
 
 
 def run_stage(recipe: Recipe, options: RunOptions) -> RunSummary | None:
@@ -45,15 +37,7 @@ def run_stage(recipe: Recipe, options: RunOptions) -> RunSummary | None:
         What a person wants to know at the end; None on every process but the first.
 
     Raises:
-        AlignkitError: anything the user can mend.
+        AlignkitError: anything the user can fix.
     """
     require_optimizer(recipe.training.optimizer, find_device())
-    if isinstance(recipe, RewardRecipe):
-        return run_reward(recipe, options)
-    if isinstance(recipe, DpoRecipe):
-        return run_preference(recipe, options)
-    if isinstance(recipe, KtoRecipe):
-        return run_kto(recipe, options)
-    if isinstance(recipe, PpoRecipe):
-        return run_ppo(recipe, options)
-    return run_sft(recipe, options)
+    return definition_of(recipe).run(recipe, options)

@@ -407,8 +407,43 @@ def test_doctor(alignkit: CommandLine, tmp_path: Path) -> None:
     assert facts["machine"]["python"] == sys.version.split()[0]
     assert facts["storage"]["hub"] == "offline (HF_HUB_OFFLINE)"
     assert (done.code == 2) == bool(facts["problems"])
+    assert facts["warnings"] == []
     words = alignkit("doctor", cwd=tmp_path)
     assert torch.__version__ in words.stdout
+    assert words.stdout.splitlines()[-1].startswith("not ready: " if words.code else "ready: no ")
+
+
+@pytest.mark.parametrize(
+    ("free", "version", "code", "said", "verdict"),
+    [
+        (9e9, "", 0, "", "ready: no problems found"),
+        (9e9, "5.19.9", 0, "warning: transformers 5.19.9 is outside", "ready, with 1 warning"),
+        (1e9, "", 2, "problem: less than 2 GB of disk are free", "not ready: 1 problem"),
+        (1e9, "5.19.9", 2, "warning: transformers 5.19.9", "not ready: 1 problem"),
+    ],
+    ids=["ready", "warning", "problem", "both"],
+)
+def test_doctor_ends_with_its_verdict(
+    free: float,
+    version: str,
+    code: int,
+    said: str,
+    verdict: str,
+    alignkit: CommandLine,
+    tmp_path: Path,
+) -> None:
+    before = (
+        "import psutil, shutil, types\nfrom importlib import metadata\nreal = metadata.version\n"
+        f"shutil.disk_usage = lambda place: types.SimpleNamespace(free={free})\n"
+        "psutil.virtual_memory = lambda: types.SimpleNamespace(available=8 * 10**9)\n"
+        f"metadata.version = lambda n: {version!r} if n == 'transformers' and {version!r} "
+        "else real(n)"
+    )
+    done = alignkit("doctor", cwd=tmp_path, before=before, COLUMNS="300")
+    assert done.code == code, done.stderr
+    assert done.stdout.splitlines()[-1] == verdict
+    assert done.stderr.startswith(said)
+    assert bool(done.stderr) == bool(said)
 
 
 def test_version(alignkit: CommandLine, tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit.errors import ModelError
 from alignkit.models.base.loading import BaseModel
-from alignkit.models.merging.merge import dense as merged_weights
+from alignkit.models.merging import dense as merged_weights
+from alignkit.models.merging import report as merge_report
 from alignkit.models.merging.merge import merge_adapter, write_dense
-from alignkit.models.merging.merge import report as merge_report
 from alignkit.models.merging.report import MergeReport
 from alignkit.models.weights import shards, writing
 from alignkit.models.weights.comparing import CHECK_TOKENS, take_samples

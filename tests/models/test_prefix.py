@@ -18,7 +18,8 @@ from alignkit.errors import ModelError
 from alignkit.generation.answers import generate_answers
 from alignkit.generation.rollout import RolloutSettings, TransformersEngine
 from alignkit.generation.sampling import SamplingSettings
-from alignkit.models.adapters.attach import adapters_off, attach_adapter, prefix, trainable_report
+from alignkit.models.adapters import prefix
+from alignkit.models.adapters.attach import adapters_off, attach_adapter, trainable_report
 from alignkit.models.adapters.files import load_adapter, put_weights, read_weights, save_adapter
 from alignkit.models.adapters.prefix import (
     STATES,

@@ -18,7 +18,7 @@ from alignkit.models.adapters.files import TRAINED_OVER, TrainedOver, load_adapt
 from alignkit.models.base.loading import BaseModel, load_model
 from alignkit.models.kernels.quantized import dense_weight, is_quantized
 from alignkit.models.kernels.requantized import as_trained, quantized_names
-from alignkit.models.merging.merge import merge as merging
+from alignkit.models.merging import merge as merging
 from alignkit.models.weights.streaming import build_without_weights
 
 pytest.importorskip("bitsandbytes")

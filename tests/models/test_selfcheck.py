@@ -15,7 +15,7 @@ from alignkit.data.packing import pack_documents
 from alignkit.errors import ModelError
 from alignkit.models.adapters.attach import attach_adapter
 from alignkit.models.attention import blocks as attention_blocks
-from alignkit.models.attention import packed as attention
+from alignkit.models.attention import plain
 from alignkit.models.attention import processor as cpu_attention
 from alignkit.models.kernels.vocab_head import LogitTransform
 from alignkit.models.scoring import scorer
@@ -117,9 +117,9 @@ def window_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def window_forgotten_by_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = attention._masks
+    right = plain._masks
     monkeypatch.setattr(
-        attention,
+        plain,
         "_masks",
         lambda segments, window, device, rounding: right(segments, None, device, rounding),
     )

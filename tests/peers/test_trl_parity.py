@@ -13,7 +13,7 @@ pytest.importorskip("trl")
 from alignkit.errors import AlignkitError
 from alignkit.peers.trl import DPO_LOSSES, PeerResult, run_trl
 from alignkit.recipe.reading.load import load_recipe
-from alignkit.recipe.stages.schema import Recipe
+from alignkit.recipe.stages.base import Recipe
 from alignkit.runtime.metrics import read_metrics
 from alignkit.stages.inputs.rows import load_rows
 from alignkit.stages.registry import run_stage

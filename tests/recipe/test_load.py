@@ -12,7 +12,7 @@ import yaml
 from alignkit.errors import RecipeError
 from alignkit.recipe.assets import alignkit_home, assets_root, find_path
 from alignkit.recipe.reading.load import find_recipe, load_recipe, render_recipe, shipped_recipes
-from alignkit.recipe.stages.schema import SftRecipe
+from alignkit.recipe.stages.sft import SftRecipe
 
 GOOD = """\
 stage: sft

@@ -8,31 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import BaseModel
 
 from alignkit.errors import RecipeError
 from alignkit.objectives.bradley_terry import bradley_terry_loss
 from alignkit.objectives.kto import kto_loss
-from alignkit.objectives.preference import PREFERENCE_OBJECTIVES
+from alignkit.objectives.preference import PREFERENCE_OBJECTIVES, PairLogprobs
 from alignkit.recipe import objectives
 from alignkit.recipe.reading.load import LoadedRecipe, load_recipe, render_recipe
 from alignkit.recipe.reading.problems import sections_of
-from alignkit.recipe.stages.rates import DEFAULT_LEARNING_RATE, USUAL_RATES
-from alignkit.recipe.stages.schema import (
-    DEFAULT_KINDS,
-    STAGES,
-    DpoRecipe,
-    ReferenceSpec,
-    needs_reference,
-)
+from alignkit.recipe.stages.base import ReferenceSpec
+from alignkit.recipe.stages.dpo import DpoRecipe
+from alignkit.recipe.stages.registry import stages
 
 FAMILY = {
     typing.get_args(spec.model_fields["kind"].annotation)[0]: spec
     for spec in sections_of(objectives.PreferenceSpec)
+    if spec is not objectives.CustomPairSpec
 }
 KINDS = (
     "'dpo', 'ipo', 'cdpo', 'robust', 'hinge', 'simpo', 'orpo', 'cpo', 'apo_zero', 'apo_down', "
-    "'sppo' or 'nca'"
+    "'sppo', 'nca' or 'custom'"
 )
 BETA_HINT = (
     "\nhint: 0.1 is the value of the DPO paper; smaller lets the policy move further from the "
@@ -75,6 +72,22 @@ def test_the_schema_knows_every_objective_and_no_other() -> None:
     assert list(FAMILY) == list(PREFERENCE_OBJECTIVES)
 
 
+def _read_by(loss: Any) -> set[str]:
+    """What a loss reads of its pairs, properties followed."""
+    read: set[str] = set()
+
+    class Noting(PairLogprobs):
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    numbers = [torch.tensor([-value]) for value in (3.0, 4.0)]
+    tokens = [torch.tensor([5.0]), torch.tensor([6.0])]
+    needed = {k: 0.5 for k, p in keyword_arguments(loss).items() if p.default is p.empty}
+    loss(Noting(*numbers, *tokens, *numbers), **needed)
+    return read
+
+
 @pytest.mark.parametrize("kind", PREFERENCE_OBJECTIVES)
 def test_the_fields_of_a_kind_are_the_arguments_of_its_loss(kind: str) -> None:
     fields = {name: f for name, f in FAMILY[kind].model_fields.items() if name != "kind"}
@@ -96,13 +109,17 @@ def test_the_fields_of_other_stages_are_the_arguments_of_their_loss(
 
 
 def test_schema_and_losses_agree_on_who_needs_a_reference() -> None:
-    free = {kind for kind, found in PREFERENCE_OBJECTIVES.items() if not found.needs_reference}
-    assert set(objectives.REFERENCE_FREE) == free == {"simpo", "orpo", "cpo"}
+    for kind, spec in FAMILY.items():
+        reads = any(
+            name.startswith("reference") for name in _read_by(PREFERENCE_OBJECTIVES[kind].loss)
+        )
+        assert spec.needs_reference == reads, kind
 
 
 def test_every_stage_has_its_objective_when_none_is_named() -> None:
-    assert list(DEFAULT_KINDS["objective"]) == list(DEFAULT_KINDS["adapter"]) == list(STAGES)
-    for stage, kind in DEFAULT_KINDS["objective"].items():
+    defaults = {"sft": "cross_entropy", "reward": "bradley_terry"}
+    for stage in stages():
+        kind = defaults.get(stage, stage)
         assert load(stage).recipe.objective.kind == kind
         named = load(stage, f"objective: {{kind: {kind}}}").recipe
         assert named.objective == load(stage).recipe.objective
@@ -210,8 +227,8 @@ def test_no_kind_takes_a_field_that_is_not_its_own(kind: str) -> None:
         ("dpo", "{kind: 3}", f"objective.kind must be {KINDS}, got 3"),
         ("dpo", "{kind: kto}", f"objective.kind must be {KINDS}, got 'kto'"),
         ("dpo", "dpo", "objective must be a mapping, got 'dpo'"),
-        ("sft", "{kind: dpo}", "objective.kind must be 'cross_entropy', got 'dpo'"),
-        ("reward", "{kind: dpo}", "objective.kind must be 'bradley_terry', got 'dpo'"),
+        ("sft", "{kind: dpo}", "objective.kind must be 'cross_entropy' or 'custom', got 'dpo'"),
+        ("reward", "{kind: dpo}", "objective.kind must be 'bradley_terry' or 'custom', got 'dpo'"),
         ("kto", "{kind: dpo}", "objective.kind must be 'kto', got 'dpo'"),
         (
             "reward",
@@ -260,7 +277,7 @@ def test_an_objective_that_is_refused(stage: str, line: str, message: str) -> No
 
 
 @pytest.mark.parametrize("reference", ["{kind: cached}", "{kind: auto}", "{}"])
-@pytest.mark.parametrize("kind", objectives.REFERENCE_FREE)
+@pytest.mark.parametrize("kind", ["simpo", "orpo", "cpo"])
 def test_a_reference_that_is_not_used(kind: str, reference: str) -> None:
     shown = "{}" if reference == "{}" else "{kind}"
     found = failure("dpo", "seed: 1", f"objective: {{kind: {kind}}}", f"reference: {reference}")
@@ -279,8 +296,8 @@ def test_the_order_of_the_keys_does_not_matter() -> None:
 def test_every_other_kind_has_a_reference(kind: str) -> None:
     recipe = load("dpo", f"objective: {{kind: {kind}}}").recipe
     assert isinstance(recipe, DpoRecipe)
-    assert needs_reference(recipe) is PREFERENCE_OBJECTIVES[kind].needs_reference
-    assert recipe.reference == (ReferenceSpec(kind="auto") if needs_reference(recipe) else None)
+    assert recipe.needs_reference is (kind not in ("simpo", "orpo", "cpo"))
+    assert recipe.reference == (ReferenceSpec(kind="auto") if recipe.needs_reference else None)
 
 
 @pytest.mark.parametrize("stage", ["dpo", "kto"])
@@ -292,7 +309,7 @@ def test_a_reference_is_named(stage: str, kind: str) -> None:
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_other_stages_have_no_reference(stage: str) -> None:
-    assert not needs_reference(load(stage).recipe)
+    assert not load(stage).recipe.needs_reference
     assert failure(stage, "reference: {kind: cached}") == (
         "r.yaml:5: reference is no key of a recipe\n"
         "hint: keys here: stage, output, seed, model, adapter, data, objective, training, merge"
@@ -343,9 +360,10 @@ def test_default_learning_rates(stage: str, rates: dict[str, float]) -> None:
     for kind, rate in rates.items():
         text = "kind: prefix, projection: true" if kind == "projection" else f"kind: {kind}"
         assert load(stage, f"adapter: {{{text}}}").recipe.training.learning_rate == rate
-    assert DEFAULT_LEARNING_RATE[stage] == rates
-    for kind, (low, high) in USUAL_RATES[stage].items():
-        assert low < rates[kind] < high
+    table = stages()[stage].rates
+    assert {kind: rate.default for kind, rate in table.items()} == rates
+    for rate in table.values():
+        assert rate.low < rate.default < rate.high
     given = load(stage, "training: {learning_rate: 3e-4}").recipe
     assert given.training.learning_rate == 3e-4
 
@@ -353,15 +371,15 @@ def test_default_learning_rates(stage: str, rates: dict[str, float]) -> None:
 FIELDS = ("stage", "output", "seed", "model", "adapter", "data", "objective", "training", "merge")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", stages())
 def test_fields_of_every_stage_in_their_order(stage: str) -> None:
     more: tuple[str, ...] = ("reference",) if stage in ("dpo", "kto") else ()
     if stage == "ppo":
         more = ("reward", "rollout", "value", "guard")
-    assert tuple(STAGES[stage].model_fields) == (*FIELDS, *more)
+    assert tuple(stages()[stage].model_fields) == (*FIELDS, *more)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", stages())
 def test_the_rendered_recipe_of_every_stage_loads_to_itself(stage: str) -> None:
     recipe = load(stage).recipe
     Path("again.yaml").write_text(render_recipe(recipe), encoding="utf-8")

@@ -12,7 +12,8 @@ from alignkit.errors import AlignkitError
 from alignkit.recipe.facts import DataFacts, HardwareFacts, ModelFacts
 from alignkit.recipe.planning.memory import estimate_memory
 from alignkit.recipe.planning.plan import Plan, make_plan
-from alignkit.recipe.stages.schema import STAGES, Recipe, with_defaults
+from alignkit.recipe.stages.base import Recipe
+from alignkit.recipe.stages.registry import stages
 
 MODEL = ModelFacts(
     architecture="LlamaForCausalLM",
@@ -49,7 +50,7 @@ def recipe(stage: str, **fields: Any) -> Recipe:
         **({"reward": {"rule": "json"}} if stage == "ppo" else {}),
         **fields,
     }
-    return with_defaults(STAGES[stage].model_validate_json(json.dumps(values)))
+    return stages()[stage].model_validate_json(json.dumps(values)).with_defaults()
 
 
 def plan(stage: str, data: DataFacts = DATA, **fields: Any) -> Plan:
@@ -221,7 +222,7 @@ def counts(chosen: int, rejected: int) -> DataFacts:
     return dataclasses.replace(DATA, rows=chosen + rejected, chosen=chosen, rejected=rejected)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", stages())
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_defaults_are_usual(stage: str, adapter: str) -> None:
     assert warnings(stage, adapter={"kind": adapter}) == ()

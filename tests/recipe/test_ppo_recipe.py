@@ -27,8 +27,7 @@ from alignkit.recipe.rewards import (
     UrlReward,
     reward_name,
 )
-from alignkit.recipe.stages.ppo import PpoSpec
-from alignkit.recipe.stages.schema import PpoRecipe
+from alignkit.recipe.stages.ppo import PpoRecipe, PpoSpec
 
 GOOD = """\
 stage: ppo
@@ -442,7 +441,7 @@ def test_a_stage_that_is_named_is_kept(alignkit: CommandLine, tmp_path: Path) ->
     assert "there is no key 'rollout.temperature'" in done.stderr
     # a key of several stages is explained as the first of them has it
     assert explained(alignkit, tmp_path, "objective.kind") == [
-        "objective.kind  cross_entropy  default cross_entropy"
+        "objective.kind  cross_entropy | custom  default cross_entropy"
     ]
 
 

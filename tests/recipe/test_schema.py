@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 from alignkit.recipe.adapters import FullSpec, LoraSpec
 from alignkit.recipe.reading.problems import iter_keys, sections_of
 from alignkit.recipe.rows import DataSpec, SourceSpec
-from alignkit.recipe.stages.schema import STAGES, SftRecipe, as_dict, with_defaults
+from alignkit.recipe.stages.registry import stages
+from alignkit.recipe.stages.sft import SftRecipe
 
 
 def recipe(**changes: Any) -> SftRecipe:
@@ -29,23 +30,23 @@ def recipe(**changes: Any) -> SftRecipe:
 )
 def test_learning_rate_defaults_to_the_adapters_own(adapter: dict[str, str], rate: float) -> None:
     assert recipe().training.learning_rate is None
-    assert with_defaults(recipe(adapter=adapter)).training.learning_rate == rate
+    assert recipe(adapter=adapter).with_defaults().training.learning_rate == rate
 
 
 def test_a_given_learning_rate_stays() -> None:
     given = recipe(adapter={"kind": "full"}, training={"learning_rate": 3e-4, "epochs": 2})
-    assert with_defaults(given) == given
+    assert given.with_defaults() == given
 
 
 def test_with_defaults_changes_nothing_else() -> None:
-    before, after = as_dict(recipe()), as_dict(with_defaults(recipe()))
+    before, after = recipe().as_dict(), recipe().with_defaults().as_dict()
     before["training"]["learning_rate"] = 2.0e-4
     assert after == before
 
 
 def test_the_resolved_recipe_validates_to_itself() -> None:
-    resolved = with_defaults(recipe(adapter={"kind": "lora", "targets": ["q_proj", "v_proj"]}))
-    assert SftRecipe.model_validate_json(json.dumps(as_dict(resolved))) == resolved
+    resolved = recipe(adapter={"kind": "lora", "targets": ["q_proj", "v_proj"]}).with_defaults()
+    assert SftRecipe.model_validate_json(json.dumps(resolved.as_dict())) == resolved
 
 
 def test_default_adapter_is_lora() -> None:
@@ -96,7 +97,7 @@ def test_the_json_schema_documents_every_key_and_forbids_others() -> None:
 
 
 def test_stages_are_named_as_their_recipes_name_them() -> None:
-    for name, model in STAGES.items():
+    for name, model in stages().items():
         assert model.model_fields["stage"].annotation.__args__ == (name,)
 
 

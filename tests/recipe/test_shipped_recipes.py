@@ -8,7 +8,6 @@ import pytest
 
 from alignkit.recipe.assets import assets_root
 from alignkit.recipe.reading.load import load_recipe, shipped_pipelines, shipped_recipes
-from alignkit.recipe.stages.schema import as_dict
 
 FOLDER = assets_root() / "recipes"
 NAMES = shipped_recipes()
@@ -19,7 +18,7 @@ def test_recipe_loads(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     loaded = load_recipe(name)
     assert loaded.recipe.training.learning_rate is not None
-    for source in as_dict(loaded.recipe)["data"]["train"]:
+    for source in loaded.recipe.as_dict()["data"]["train"]:
         # Shipped recipes use shipped rows: nothing of this machine's paths ends in run.json.
         assert source["path"] is None or not Path(source["path"]).is_absolute()
 

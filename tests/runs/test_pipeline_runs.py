@@ -20,7 +20,7 @@ from alignkit.pipelines import steps as pipeline_steps
 from alignkit.pipelines.running import PipelineRun, Result
 from alignkit.pipelines.steps import RUNNERS, Found, Runner
 from alignkit.recipe.reading.pipeline import READERS, load_pipeline
-from alignkit.recipe.stages.schema import PpoRecipe
+from alignkit.recipe.stages.ppo import PpoRecipe
 from alignkit.runtime.metrics import read_metrics
 from alignkit.stages.inputs.fingerprints import describe_changes, training_inputs
 from alignkit.stages.running.session import RunOptions

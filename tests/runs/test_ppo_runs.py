@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from alignkit.errors import TrainingError
 from alignkit.models.adapters.files import HEAD_KEY
 from alignkit.runtime.metrics import read_metrics
-from alignkit.stages.ppo.stage import step as ppo_step
+from alignkit.stages.ppo import step as ppo_step
 
 ADAPTER = "adapter/adapter_model.safetensors"
 VALUE = "value/adapter_model.safetensors"

@@ -9,7 +9,7 @@ from torch import nn, optim
 
 from alignkit.errors import ModelError, RunError
 from alignkit.jobs.merge import MergeOptions, merge_run
-from alignkit.recipe.stages.schema import SftRecipe
+from alignkit.recipe.stages.sft import SftRecipe
 from alignkit.runtime.checkpoint import find_checkpoint, save_checkpoint
 from alignkit.stages.running.run_folder import check_output
 

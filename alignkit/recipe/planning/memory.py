@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from alignkit.recipe.adapters import has_adapter, takes_from_base
 from alignkit.recipe.facts import HardwareFacts, ModelFacts
-from alignkit.recipe.stages.schema import PpoRecipe, Recipe
+from alignkit.recipe.stages.base import MemoryTerms, Recipe
 
 ROOM = 0.85
 """Share of the free memory that a plan may fill."""
@@ -36,9 +36,6 @@ _KERNELS = 500_000_000
 _BRANCHES = 1.2
 """Further activations where prompts are shared: each branch has its own copy of their keys and
 values. Fitted to runs of 2,800 and 4,000 tokens."""
-
-SAMPLING_TOKENS = 16384
-"""Tokens, prompts and room for responses together, that are sampled at once."""
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -111,7 +108,7 @@ def estimate_memory(
     activations += tokens * model.hidden * (wide + 4)
     # Holes between blocks: glibc's heap keeps more of them than CUDA's caching allocator.
     activations = round(activations * (1.35 if on_cpu else 1.1))
-    if recipe.stage not in ("sft", "ppo"):
+    if recipe.shares_prompts:
         activations = round(activations * _BRANCHES)
     # PEFT makes a changed copy of each stack and its gradient; copies stay for the backward pass.
     copies = 1 if checkpointing else model.layers
@@ -121,16 +118,10 @@ def estimate_memory(
     second = 0
     if reference == "frozen_copy":  # stored as the policy's own base weights are
         second = _base_bytes(recipe, model, wide) if adapted else model.parameters * 4
-    if isinstance(recipe, PpoRecipe):
-        second += reward_models * model.parameters * wide
-        own_value = recipe.value.kind != "head"
-        if adapted:
-            # The value adapter is trained too; a reward adapter over the same base is not.
-            second += model.trainable * 4
-            state += round(model.trainable * (4 + per_weight)) if own_value else 0
-        else:
-            second += model.parameters * 4  # the reference, stored as the policy is
-            state += round(weights + model.parameters * per_weight) if own_value else 0
+    further = recipe.further_memory(MemoryTerms(model, wide, weights, per_weight, reward_models))
+    second += further.models
+    state += further.training_state
+    workspace += further.workspace
     training = libraries + weights + second + state + activations + workspace
     return MemoryEstimate(
         libraries=libraries,
@@ -179,8 +170,6 @@ def _workspace_bytes(recipe: Recipe, model: ModelFacts, tokens: int, wide: int) 
     workspace += tokens * (4 * model.intermediate + 4 * model.hidden) * wide
     if recipe.model.quantization != "none":  # the largest layer, dense while it is multiplied
         workspace += model.hidden * model.intermediate * (4 + wide)
-    if isinstance(recipe, PpoRecipe):
-        workspace += SAMPLING_TOKENS * 2 * model.layers * model.key_value_width * wide
     return workspace
 
 

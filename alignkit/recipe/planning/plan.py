@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from alignkit.errors import AlignkitError
@@ -16,14 +16,9 @@ from alignkit.recipe.adapters import has_adapter
 from alignkit.recipe.facts import DataFacts, HardwareFacts, ModelFacts
 from alignkit.recipe.planning.advice import find_warnings
 from alignkit.recipe.planning.memory import ROOM, MemoryEstimate, estimate_memory
-from alignkit.recipe.stages.schema import Recipe, examples_per_step, needs_reference
+from alignkit.recipe.stages.base import Recipe
 
 _MICROBATCHES = (16384, 8192, 4096, 2048, 1024, 512)
-_PROCESSOR_TOP, _PROCESSOR_TOP_PPO = 4096, 8192
-"""Largest token budgets on a processor. Beyond 4096, DPO was no faster and took 3 GB more. PPO
-reads each token some twelve times, which fewer and larger passes made 8% faster; and where a step
-is one pass, the policy reads it once less."""
-
 _SCORE_ONCE = 1.5
 """Passes over the rows from which on a float32 reference is scored once and kept."""
 
@@ -52,6 +47,8 @@ class Plan:
         reference_reason: why.
         warnings: what a careful practitioner would ask about.
         roles: what plays each part of PPO, and what it costs; empty for other stages.
+        schedule: shape of every learning rate after warm-up.
+        peak_rates: name of each trained part -> its peak; `learning_rate` is the first.
     """
 
     stage: str
@@ -73,6 +70,8 @@ class Plan:
     reference_reason: str
     warnings: tuple[str, ...]
     roles: tuple[str, ...] = ()
+    schedule: str = "cosine"
+    peak_rates: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -104,11 +103,10 @@ def make_plan(
     Raises:
         AlignkitError: the recipe cannot be run as written.
     """
-    training, batch_size = recipe.training, examples_per_step(recipe)
+    training, batch_size = recipe.training, recipe.examples_per_step
     if batch_size < hardware.processes:
-        key = "rollout.prompts_per_step" if recipe.stage == "ppo" else "training.batch_size"
         raise AlignkitError(
-            f"{key} = {batch_size} is less than the {hardware.processes} processes",
+            f"{recipe.examples_key} = {batch_size} is less than the {hardware.processes} processes",
             hint="each process needs at least one example of every step",
         )
     room = model.context - model.prefix
@@ -128,8 +126,7 @@ def make_plan(
     )
     share = steps / steps_per_epoch
     step_tokens = data.tokens / steps_per_epoch
-    rate = training.learning_rate
-    assert rate is not None  # with_defaults
+    rates = recipe.peak_rates
     return Plan(
         stage=recipe.stage,
         steps=steps,
@@ -139,7 +136,8 @@ def make_plan(
         microbatch_tokens=budget,
         microbatches=max(hardware.processes, math.ceil(step_tokens / budget)),
         gradient_checkpointing=checkpointing,
-        learning_rate=rate,
+        learning_rate=next(iter(rates.values())),
+        peak_rates=rates,
         tokens=round(data.tokens * share),
         trained_tokens=round(data.trained_tokens * share),
         data=data,
@@ -150,13 +148,14 @@ def make_plan(
         reference_reason=reason,
         warnings=tuple(find_warnings(recipe, data, hardware, steps, memory)),
         roles=roles,
+        schedule=training.schedule,
     )
 
 
 def _choose_reference(recipe: Recipe, passes: float) -> tuple[str | None, str]:
     """Where reference log-probs come from, and why."""
     spec = getattr(recipe, "reference", None)
-    if not needs_reference(recipe) or spec is None:
+    if not recipe.needs_reference or spec is None:
         return None, ""
     adapted = has_adapter(recipe.adapter)
     if spec.kind == "adapter_off" and not adapted:
@@ -186,12 +185,12 @@ def _fit_memory(
     """Largest token budget that fits, without recomputation if possible."""
     training = recipe.training
     step_tokens = math.ceil(
-        min(data.rows, examples_per_step(recipe)) * data.tokens / data.rows / hardware.processes
+        min(data.rows, recipe.examples_per_step) * data.tokens / data.rows / hardware.processes
     )
     wanted = training.gradient_checkpointing
     choices = [False, True] if wanted == "auto" else [wanted]
     if training.microbatch_tokens == "auto":
-        top = _PROCESSOR_TOP_PPO if recipe.stage == "ppo" else _PROCESSOR_TOP
+        top = recipe.processor_tokens
         budgets = [n for n in _MICROBATCHES if n <= top or hardware.device != "cpu"]
     else:
         budgets = [training.microbatch_tokens]

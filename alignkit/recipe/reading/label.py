@@ -11,7 +11,8 @@ from pydantic import Field, ValidationError
 from alignkit.errors import AlignkitError, RecipeError
 from alignkit.recipe.assets import find_path
 from alignkit.recipe.reading.document import Document, KeyPath
-from alignkit.recipe.reading.load import no_file, place_path, without
+from alignkit.recipe.reading.files import no_file, place_path
+from alignkit.recipe.reading.load import without
 from alignkit.recipe.reading.problems import describe_problems, file_order
 from alignkit.recipe.rows import SourceSpec
 from alignkit.recipe.section import PositiveInt, Section

@@ -27,7 +27,7 @@ from alignkit.recipe.reading.document import (
 from alignkit.recipe.reading.label import LABEL, LabelSpec, resolve_label
 from alignkit.recipe.reading.load import find_recipe, resolve_recipe
 from alignkit.recipe.reading.references import STAGE_NAME, anchor_files, replace_references
-from alignkit.recipe.stages.schema import BaseRecipe
+from alignkit.recipe.stages.base import Recipe
 
 Reader = Callable[[Document, Collection[KeyPath]], Any]
 
@@ -207,7 +207,7 @@ class _Reading:
     def check_kinds(self) -> None:
         """A reward model writes no answers, nothing else gives rewards, a prefix has no merge."""
         trained = {
-            step.name: step.settings for step in self.steps if isinstance(step.settings, BaseRecipe)
+            step.name: step.settings for step in self.steps if isinstance(step.settings, Recipe)
         }
         for step in self.steps:
             for key, names in step.references.items():
@@ -215,14 +215,14 @@ class _Reading:
                 if made is None:
                     continue
                 own = ("model",) if isinstance(step.settings, LabelSpec) else ("model", "base")
-                if key == own and made.stage == "reward":
+                if key == own and made.scalar_head:
                     what = f"the reward model of stage {names[0]}"
                     rule = f"{show_path(key)} is {what}, which cannot write"
                     hint = "name the stage whose model it was trained from"
                 elif key == ("model", "base") and not is_mergeable(made.adapter):
                     rule = f"{show_path(key)} is stage {names[0]}, whose prefix no weight can hold"
                     hint = "train that stage with adapter.kind = lora"
-                elif _gives_reward(key) and made.stage != "reward":
+                elif _gives_reward(key) and not made.scalar_head:
                     rule = f"{show_path(key)} is stage {names[0]}, which trains no reward model"
                     hint = "name a stage with stage: reward"
                 else:

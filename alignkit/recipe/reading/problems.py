@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -13,6 +13,8 @@ from pydantic_core import ErrorDetails
 from alignkit.errors import AlignkitError
 from alignkit.recipe.reading.document import Document, KeyPath, show_path
 from alignkit.recipe.rewards import RULES, SOURCE_KEYS, SOURCE_TAGS
+from alignkit.recipe.stages.base import Recipe
+from alignkit.recipe.stages.registry import stages
 
 HINTS = {
     "training.learning_rate": "usual for SFT: 1e-4 to 5e-4 with LoRA, 5e-6 to 5e-5 for full "
@@ -26,45 +28,7 @@ HINTS = {
     "adapter.rank": "8 to 64 is usual",
     "model.quantization": "`nf4` keeps the frozen base in 4 bits, `int8` in 8; `none` in "
     "model.dtype",
-    "stage": "sft, reward, dpo, kto or ppo",
-    "objective.beta": "0.1 is the value of the DPO paper; smaller lets the policy move further "
-    "from the reference",
-    "objective.tau": "the margin that is aimed at is 1 / (2 tau) nats; 0.01 to 1 is usual",
-    "objective.label_smoothing": "the share of wrong labels; 0.1 is usual",
-    "reference": "remove the key, or choose an objective with a reference, such as dpo",
-    "objective.clip": "0.2 is the value of the PPO paper",
-    "objective.kl_coef": "0.01 to 0.1 is usual; larger holds the policy closer to the reference",
-    "objective.kl_target": "3 to 10 nats a response is usual; null keeps kl_coef fixed",
-    "objective.gae_lambda": "0.95 is usual; 1 takes the reward of the whole response",
-    "objective.minibatches": "1 to 4 is usual",
-    "reward": "as in {model: runs/reward}, {function: rewards.py:score} or {rule: exact}; "
-    "several are a list of these, each with a weight",
-    "reward.pattern": "a Python regular expression; a backslash before . ( ) [ ] { } + * ? takes "
-    "the character itself",
-    "reward.weight": "1 is usual; a negative one turns a reward into a penalty",
-    "reward.timeout": "seconds; 60 is usual",
-    "reward.tolerance": "relative to the right number: 0.01 accepts 1 % off",
-    "rollout": "as in {prompts_per_step: 32, max_new_tokens: 64}",
-    "rollout.prompts_per_step": "prompts of one step over all processes; 16 to 512 is usual",
-    "rollout.samples_per_prompt": "1 is usual",
-    "rollout.max_new_tokens": "tokens of a response; 32 to 1024 is usual",
-    "rollout.temperature": "1 samples from the policy as it is, and is usual",
-    "rollout.missing_eos_penalty": "1 is usual; null takes nothing from a response that was cut "
-    "off",
-    "value": "as in {kind: adapter, init: reward}",
-    "value.learning_rate": "unset, it is three times that of the policy",
-    "guard": "as in {max_kl: 20, action: stop}",
-    "guard.max_kl": "in nats of a whole response; null only reports",
 }
-
-_UNDER_PPO = {
-    "batch_size": "did you mean rollout.prompts_per_step?",
-    "training.batch_size": "did you mean rollout.prompts_per_step?",
-    "beta": "did you mean objective.kl_coef?",
-    "objective.beta": "did you mean objective.kl_coef?",
-    "reference": "the reference of ppo is the model that training starts from; remove the key",
-}
-"""Keys of other stages -> what ppo has in their place."""
 
 _LIMITS = {
     "greater_than": ("greater than", "gt"),
@@ -114,12 +78,12 @@ def describe_problems(
             rule = f"{name} is no key of a recipe"
             hint = _nearest_key(str(path[-1]), path[:-1], group[0]["loc"][:-1], model)
         elif group[0]["type"] == "missing":
-            rule, hint = f"{name} is required and missing", _hint(path)
+            rule, hint = f"{name} is required and missing", _hint(path, model)
         else:
             first, *others = dict.fromkeys(_rule(details) for details in group)
             rules = " or ".join([first, *(other.removeprefix("must be ") for other in others)])
             rule = f"{name} {rules}, got {_show(group[0]['input'])}".strip()
-            hint = _nearest_value(group) or _hint(path)
+            hint = _nearest_value(group) or _hint(path, model)
         found.append(AlignkitError(f"{where}: {rule}", hint=hint))
     return found
 
@@ -134,15 +98,14 @@ def file_order(message: str) -> tuple[str, int]:
 def _name_kind(details: ErrorDetails) -> ErrorDetails:
     """An unknown kind as an error of the key `kind` itself; an unknown stage names all of them."""
     if details["loc"] == ("stage",) and details["type"] == "literal_error":
-        return {**details, "ctx": {"expected": "'sft', 'reward', 'dpo', 'kto' or 'ppo'"}}
+        return {**details, "ctx": {"expected": _any_of(map(repr, stages()))}}
     if details["type"] == "reward_source" and _sources_in(details["input"]) == ["rule"]:
-        *others, last = map(repr, RULES)
         return {
             **details,
             "type": "literal_error",
             "loc": (*details["loc"], "rule"),
             "input": details["input"]["rule"],
-            "ctx": {"expected": f"{', '.join(others)} or {last}"},
+            "ctx": {"expected": _any_of(map(repr, RULES))},
         }
     if details["type"] != "union_tag_invalid":
         return details
@@ -157,14 +120,22 @@ def _name_kind(details: ErrorDetails) -> ErrorDetails:
     }
 
 
+def _any_of(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
+
+
 def _sources_in(value: Any) -> list[str]:
     return [key for key in SOURCE_KEYS if isinstance(value, dict) and key in value]
 
 
-def _hint(path: KeyPath) -> str:
+def _hint(path: KeyPath, model: type[BaseModel]) -> str:
     if path[:1] == ("reward",):  # written once or as a list
         path = tuple(part for part in path if isinstance(part, str))
-    return HINTS.get(show_path(path), "")
+    if path == ("stage",):
+        return _any_of(stages())
+    own = model.hints if issubclass(model, Recipe) else {}
+    return {**HINTS, **own}.get(show_path(path), "")
 
 
 def _user_path(details: ErrorDetails, values: Any) -> KeyPath:
@@ -238,8 +209,8 @@ def _nearest_key(
     key: str, parent: KeyPath, raw_parent: tuple[int | str, ...], model: type[BaseModel]
 ) -> str:
     siblings = list(_model_at(model, raw_parent).model_fields)
-    if "rollout" in model.model_fields and show_path((*parent, key)) in _UNDER_PPO:
-        return _UNDER_PPO[show_path((*parent, key))]
+    if issubclass(model, Recipe) and show_path((*parent, key)) in model.counterparts:
+        return model.counterparts[show_path((*parent, key))]
     near = difflib.get_close_matches(key, siblings, n=1)
     if near:
         return f"did you mean {show_path((*parent, near[0]))}?"

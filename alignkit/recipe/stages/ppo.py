@@ -1,49 +1,29 @@
-"""What PPO adds to a recipe: rollouts, the value model, the guard and the objective."""
+"""Proximal policy optimization, as recipes name it."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from alignkit.recipe.rewards import (
-    ExactReward,
-    FormatReward,
-    FunctionReward,
-    JsonReward,
-    LengthReward,
-    ModelReward,
-    NumericReward,
-    RegexReward,
-    RewardSource,
-    RewardSources,
-    RuleReward,
-    SentimentReward,
-    UrlReward,
-    reward_name,
-)
+from alignkit.recipe.adapters import AdapterSpec, LoraSpec, has_adapter
+from alignkit.recipe.facts import DataFacts
+from alignkit.recipe.model import ModelSpec
+from alignkit.recipe.rewards import RewardSource, RewardSources
+from alignkit.recipe.rollouts import ROLLOUT_HINTS, GuardSpec, RolloutSpec
 from alignkit.recipe.section import Positive, PositiveInt, Section
+from alignkit.recipe.stages.base import (
+    FurtherMemory,
+    MemoryTerms,
+    Rate,
+    Rates,
+    Recipe,
+    refuse_continuing,
+)
+from alignkit.recipe.training import LoopSpec
 
-__all__ = [
-    "ExactReward",
-    "FormatReward",
-    "FunctionReward",
-    "GuardSpec",
-    "JsonReward",
-    "LengthReward",
-    "ModelReward",
-    "NumericReward",
-    "PpoSpec",
-    "RegexReward",
-    "RewardSource",
-    "RewardSources",
-    "RolloutSpec",
-    "RuleReward",
-    "SentimentReward",
-    "UrlReward",
-    "ValueSpec",
-    "reward_name",
-]
+SAMPLING_TOKENS = 16384
+"""Tokens, prompts and room for responses together, that are sampled at once."""
 
 
 class PpoSpec(Section):
@@ -74,23 +54,6 @@ class PpoSpec(Section):
     """Optimizer steps of one pass."""
 
 
-class RolloutSpec(Section):
-    """How responses are sampled."""
-
-    prompts_per_step: PositiveInt = 32
-    """Prompts of one step, over all processes together."""
-    samples_per_prompt: PositiveInt = 1
-    """Responses to each of them."""
-    max_new_tokens: PositiveInt = 64
-    """Tokens of a response at most, its end-of-turn token included."""
-    temperature: Positive = 1.0
-    """Divides the logits, in sampling and in scoring alike."""
-    missing_eos_penalty: Annotated[float, Field(ge=0.0)] | None = 1.0
-    """Taken from the reward of a response that was cut off; null takes nothing."""
-    samples_every: PositiveInt = 10
-    """Steps between samples of responses with their rewards in samples.jsonl."""
-
-
 class ValueSpec(Section):
     """The value model, which predicts the reward still to come at each token."""
 
@@ -104,10 +67,144 @@ class ValueSpec(Section):
     """Peak learning rate. Unset: three times that of the policy."""
 
 
-class GuardSpec(Section):
-    """What happens when the policy moves too far from the reference."""
+class PpoRecipe(Recipe):
+    """Reinforcement learning from a reward: policy, reference, reward and value over one base."""
 
-    max_kl: Positive | None = None
-    """KL of a whole response, in nats, from which the guard acts; null only reports."""
-    action: Literal["stop", "raise_kl"] = "stop"
-    """`stop` saves a checkpoint and ends the run; `raise_kl` multiplies kl_coef by 1.5."""
+    stage: Literal["ppo"]
+    """The training stage."""
+    objective: PpoSpec = PpoSpec()
+    """The loss."""
+    reward: RewardSources
+    """What responses are worth: a reward model, a Python function, a server, a rule, or a list of
+    these whose weighted scores are added up."""
+    rollout: RolloutSpec = RolloutSpec()
+    """How responses are sampled."""
+    value: ValueSpec = ValueSpec()
+    """The value model."""
+    guard: GuardSpec = GuardSpec()
+    """What happens when the policy moves too far from the reference."""
+    training: LoopSpec = LoopSpec(save_every=10)
+    """The optimizer and the loop around it; a step is one batch of prompts."""
+
+    @field_validator("model")
+    @classmethod
+    def _no_float16(cls, value: ModelSpec) -> ModelSpec:
+        if value.add_tokens:
+            raise ValueError("has add_tokens, which ppo cannot train: add them in the sft before")
+        if value.dtype == "float16":
+            raise ValueError("has dtype = float16, whose loss scaling ppo has not: use bfloat16")
+        return value
+
+    @field_validator("rollout")
+    @classmethod
+    def _enough_prompts(cls, value: RolloutSpec, info: ValidationInfo) -> RolloutSpec:
+        objective = info.data.get("objective")
+        if objective is not None and objective.minibatches > value.prompts_per_step:
+            raise ValueError(
+                f"has prompts_per_step = {value.prompts_per_step}, fewer than "
+                f"objective.minibatches = {objective.minibatches}"
+            )
+        return value
+
+    @field_validator("adapter")
+    @classmethod
+    def _no_dropout(cls, value: AdapterSpec) -> AdapterSpec:
+        refuse_continuing(value)
+        if isinstance(value, LoraSpec) and value.init not in ("default", "eva"):
+            raise ValueError(f"has init = {value.init}, which ppo does not take: use default, eva")
+        if isinstance(value, LoraSpec) and value.modules_to_save:
+            raise ValueError("has modules_to_save, which ppo does not train: use full")
+        if isinstance(value, LoraSpec) and value.dropout > 0:
+            raise ValueError(
+                f"has dropout = {value.dropout:g}: the policy that samples and the policy that is "
+                "trained would differ; ppo needs 0"
+            )
+        return value
+
+    definition: ClassVar[str] = "alignkit.stages.ppo.stage:PPO"
+    row_kind = "prompts"
+    rates: ClassVar[Rates] = {
+        "lora": Rate(2.0e-5, 1e-6, 5e-4),
+        "full": Rate(1.0e-6, 5e-8, 1e-5),
+    }
+    examples_key = "rollout.prompts_per_step"
+    repeats_rows = True
+    held_out_shows = "the reward before and after"
+    processor_tokens = 8192
+    """Each token is read some twelve times, which fewer and larger passes made 8% faster; and where
+    a step is one pass, the policy reads it once less."""
+    counterparts: ClassVar[dict[str, str]] = {
+        "batch_size": "did you mean rollout.prompts_per_step?",
+        "training.batch_size": "did you mean rollout.prompts_per_step?",
+        "beta": "did you mean objective.kl_coef?",
+        "objective.beta": "did you mean objective.kl_coef?",
+        "reference": "the reference of ppo is the model that training starts from; remove the key",
+    }
+    hints: ClassVar[dict[str, str]] = {
+        **ROLLOUT_HINTS,
+        "objective.clip": "0.2 is the value of the PPO paper",
+        "objective.kl_coef": "0.01 to 0.1 is usual; larger holds the policy closer to the "
+        "reference",
+        "objective.kl_target": "3 to 10 nats a response is usual; null keeps kl_coef fixed",
+        "objective.gae_lambda": "0.95 is usual; 1 takes the reward of the whole response",
+        "objective.minibatches": "1 to 4 is usual",
+        "value": "as in {kind: adapter, init: reward}",
+        "value.learning_rate": "unset, it is three times that of the policy",
+    }
+
+    @property
+    def examples_per_step(self) -> int:
+        """Prompts of one step, over all processes together."""
+        return self.rollout.prompts_per_step
+
+    @property
+    def reward_sources(self) -> tuple[RewardSource, ...]:
+        """What responses are worth."""
+        return self.reward
+
+    @property
+    def peak_rates(self) -> dict[str, float]:
+        """Peak learning rates of policy and value model."""
+        assert self.value.learning_rate is not None  # with_defaults
+        return {"policy": super().peak_rates["model"], "value": self.value.learning_rate}
+
+    def with_defaults(self) -> Self:
+        """The recipe with its defaults; the value model learns three times as fast."""
+        filled = super().with_defaults()
+        if filled.value.learning_rate is not None:
+            return filled
+        assert filled.training.learning_rate is not None
+        rate = 3.0 * filled.training.learning_rate
+        return filled.model_copy(
+            update={"value": filled.value.model_copy(update={"learning_rate": rate})}
+        )
+
+    def further_memory(self, terms: MemoryTerms) -> FurtherMemory:
+        """Reference, value model, reward models, and keys and values while sampling."""
+        model, own_value = terms.model, self.value.kind != "head"
+        models = terms.reward_models * model.parameters * terms.wide
+        state = 0
+        if has_adapter(self.adapter):
+            # The value adapter is trained too; a reward adapter over the same base is not.
+            models += model.trainable * 4
+            state = round(model.trainable * (4 + terms.per_weight)) if own_value else 0
+        else:
+            models += model.parameters * 4  # the reference, stored as the policy is
+            state = round(terms.weights + model.parameters * terms.per_weight) if own_value else 0
+        sampling = SAMPLING_TOKENS * 2 * model.layers * model.key_value_width * terms.wide
+        return FurtherMemory(models, state, sampling)
+
+    def warnings(self, data: DataFacts) -> list[str]:
+        """Too many updates on one batch, and nothing that holds the policy."""
+        found, objective = [], self.objective
+        updates = objective.epochs * objective.minibatches
+        if updates > 16:
+            found.append(
+                f"{updates} updates on each batch of responses: beyond 16 the policy usually "
+                "leaves the clipping range"
+            )
+        if objective.kl_coef == 0 and objective.kl_target is not None:
+            found.append("objective.kl_target does nothing while kl_coef starts at 0")
+        elif objective.kl_coef == 0:
+            found.append("objective.kl_coef = 0: nothing keeps the policy near the reference")
+        return found

@@ -21,7 +21,7 @@ from alignkit.models.base.loading import BaseModel, find_base
 from alignkit.recipe.assets import find_path
 from alignkit.recipe.reading.label import LabelSpec
 from alignkit.recipe.rewards import FunctionReward, ModelReward, RewardSource
-from alignkit.recipe.stages.schema import Recipe, as_dict
+from alignkit.recipe.stages.base import Recipe
 
 _BLOCK = 1 << 20
 
@@ -40,7 +40,7 @@ def training_inputs(recipe: Recipe) -> dict[str, str]:
     Raises:
         ModelError: a model that it names does not exist.
     """
-    values = as_dict(recipe)
+    values = recipe.as_dict()
     del values["output"]
     inputs = {}
     for key, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):

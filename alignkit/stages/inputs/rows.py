@@ -23,7 +23,7 @@ from alignkit.data.prompts import (
     split_prompts,
 )
 from alignkit.data.templates import template_text
-from alignkit.data.tokenize import RowKind, TokenizeSettings
+from alignkit.data.tokenize import TokenizeSettings
 from alignkit.errors import AlignkitError
 from alignkit.models.adapters.continued import started_adapter
 from alignkit.models.adapters.sizes import measure_model
@@ -35,7 +35,8 @@ from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.facts import DataFacts
 from alignkit.recipe.planning.plan import Plan, make_plan
 from alignkit.recipe.rows import SftDataSpec
-from alignkit.recipe.stages.schema import KtoRecipe, PpoRecipe, Recipe
+from alignkit.recipe.stages.base import Recipe
+from alignkit.recipe.stages.ppo import PpoRecipe
 from alignkit.runtime.devices import describe_hardware
 from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.checking import check_rows
@@ -100,13 +101,10 @@ class PromptRows:
 
 AnyRows = Rows | PromptRows
 
-ROW_KINDS: dict[str, RowKind] = {
-    "sft": "answers",
-    "reward": "pairs",
-    "dpo": "pairs",
-    "kto": "labelled",
-}
-"""Stage -> what a row of its data is."""
+
+def read_rows(recipe: Recipe) -> AnyRows:
+    """The rows of any recipe."""
+    return load_prompt_rows(recipe) if isinstance(recipe, PpoRecipe) else load_rows(recipe)
 
 
 def load_rows(recipe: Recipe) -> Rows:
@@ -123,10 +121,10 @@ def load_rows(recipe: Recipe) -> Rows:
         held_out = load_dataset(data.eval, tokenizer, settings, recipe.seed, cache)
     elif data.eval_fraction is not None:
         train, held_out = split_dataset(train, data.eval_fraction, recipe.seed)
-    if recipe.stage == "dpo":
+    if not recipe.uses_margins:
         for row in np.flatnonzero(train.margins).tolist():
-            train.report.note("its margin is not used by dpo", train.places[row])
-    if isinstance(recipe, KtoRecipe):
+            train.report.note(f"its margin is not used by {recipe.stage}", train.places[row])
+    if recipe.row_kind == "labelled":
         train = with_mismatched(train, data.max_length, recipe.seed)
         if held_out is not None:
             held_out = with_mismatched(held_out, data.max_length, recipe.seed)
@@ -168,14 +166,14 @@ def load_prompt_rows(recipe: PpoRecipe) -> PromptRows:
 def row_settings(recipe: Recipe) -> TokenizeSettings:
     """How the recipe's rows become tokens."""
     data = recipe.data
-    if recipe.stage not in ROW_KINDS:
+    if recipe.row_kind == "prompts":
         raise AlignkitError(
             f"the rows of a {recipe.stage} run are prompts without answers",
             hint="name a file of answers or pairs with --data; what its answers earn on held-out "
             "prompts is in metrics.jsonl",
         )
     train_on = data.train_on if isinstance(data, SftDataSpec) else "completions"
-    return TokenizeSettings(data.max_length, data.too_long, train_on, ROW_KINDS[recipe.stage])
+    return TokenizeSettings(data.max_length, data.too_long, train_on, recipe.row_kind)
 
 
 def plan_run(recipe: Recipe, rows: Rows, processes: int) -> Plan:
@@ -187,13 +185,13 @@ def plan_run(recipe: Recipe, rows: Rows, processes: int) -> Plan:
         processes: training processes.
     """
     config = load_config(rows.base)
-    if recipe.stage == "reward" and (recipe.merge or isinstance(recipe.adapter, FullSpec)):
+    if recipe.scalar_head and (recipe.merge or isinstance(recipe.adapter, FullSpec)):
         require_classifier(config)
     model = measure_model(
         config,
         started_adapter(recipe.adapter, rows.base),
         trust_remote_code=recipe.model.trust_remote_code,
-        scalar_head=recipe.stage == "reward",
+        scalar_head=recipe.scalar_head,
         new_tokens=len(recipe.model.add_tokens),
     )
     return make_plan(recipe, model, data_facts(rows), describe_hardware(processes))

@@ -1,4 +1,4 @@
-"""What must hold before the first PPO step, on real prompts: said if it does, an error if not."""
+"""Sanity checks before the first PPO step, on real prompts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from alignkit.stages.ppo.update import Batch, Updater, group_rollouts
 from alignkit.stages.rollouts.sampling import Rollout
 
 PROMPTS = 4
-"""Prompts of the rehearsal."""
+"""Prompts of the dry run."""
 
 ANSWERS = 64
 """Answers of the data that are scored, at most."""
 
-REHEARSAL = 13
-"""First number of the rehearsal's seed."""
+DRY_RUN = 13
+"""First number of the dry run's seed."""
 
 DRIFT = {"float32": 1e-3, "bfloat16": 0.1}
 """Largest mean difference of log-probs between two correct passes, one with a cache, in nats."""
@@ -33,7 +33,7 @@ SAME = 1e-4
 """Largest log-ratio, in nats, of two passes that should be one."""
 
 
-def rehearse(run: PpoRun, first_step: int) -> None:
+def dry_run(run: PpoRun, first_step: int) -> None:
     """Check the run on a few prompts; nothing changes.
 
     Args:
@@ -47,7 +47,7 @@ def rehearse(run: PpoRun, first_step: int) -> None:
     """
     prompts = run.rows.train
     items = list(range(min(PROMPTS, len(prompts))))
-    rollouts = run.collect(prompts, items, (run.seed, REHEARSAL))
+    rollouts = run.collect(prompts, items, (run.seed, DRY_RUN))
     run.judge(rollouts)
     groups = group_rollouts(rollouts, items, run.plan.microbatch_tokens)
     scored = score_rollouts(run.roles, rollouts, groups)[0]

@@ -28,7 +28,7 @@ from alignkit.models.rewards.head import freeze_unused_head, new_head
 from alignkit.models.scoring.selfcheck import build_scorer, scorer_factory
 from alignkit.recipe.adapters import has_adapter
 from alignkit.recipe.planning.plan import Plan
-from alignkit.recipe.stages.schema import PpoRecipe
+from alignkit.recipe.stages.ppo import PpoRecipe
 from alignkit.stages.inputs.rows import PromptRows
 from alignkit.stages.rollouts.judging import ScoringModel
 from alignkit.stages.rollouts.reward_models import RewardModel

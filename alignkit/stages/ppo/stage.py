@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, ClassVar
 
-from alignkit.errors import ModelError
+from torch import nn
+
+from alignkit.data.dataset import TokenDataset
+from alignkit.errors import DataError, ModelError
 from alignkit.generation.rollout import RolloutSettings, TransformersEngine, stop_tokens
 from alignkit.models.adapters.files import save_adapter
 from alignkit.models.base.loading import DTYPES
 from alignkit.models.scoring.scorer import causal_model
 from alignkit.recipe.adapters import b_rate, has_adapter
-from alignkit.recipe.planning.memory import SAMPLING_TOKENS
 from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.rewards import ModelReward
-from alignkit.recipe.stages.schema import PpoRecipe
+from alignkit.recipe.stages.ppo import SAMPLING_TOKENS, PpoRecipe
 from alignkit.runtime.optim import Optimizers, build_optimizer
 from alignkit.runtime.processes import process_group
 from alignkit.stages.inputs.fingerprints import reward_inputs
 from alignkit.stages.inputs.rows import PromptRows, load_prompt_rows, plan_ppo
-from alignkit.stages.ppo.check import rehearse
+from alignkit.stages.ppo.check import dry_run
 from alignkit.stages.ppo.evaluate import evaluate_policy
 from alignkit.stages.ppo.roles import (
     VALUE,
@@ -28,15 +31,33 @@ from alignkit.stages.ppo.roles import (
     describe_roles,
     starts_from_reward,
 )
-from alignkit.stages.ppo.step import PpoRun, take_step
+from alignkit.stages.ppo.step import PpoRun, train_step
 from alignkit.stages.ppo.update import Updater
 from alignkit.stages.rollouts.health import Health
 from alignkit.stages.rollouts.judging import Judge, build_judge
 from alignkit.stages.rollouts.reward_models import RewardModel, find_reward_model
 from alignkit.stages.rollouts.samples import SamplesFile
 from alignkit.stages.running.finish import RunSummary, finish_run
-from alignkit.stages.running.loop import Loop, Parts, run_loop, save_state
+from alignkit.stages.running.loop import Loop, StageHooks, run_loop, save_state
 from alignkit.stages.running.session import RunOptions, Session
+
+METRICS = {
+    "reward": "mean reward of a response, without the penalty for a missing end",
+    "score": "the same with the penalty: what is learned from",
+    "reward_std": "its standard deviation over responses",
+    "kl/k1": "mean of log π - log π_ref, summed over a response, in nats",
+    "kl/k3": "the same divergence by an estimator that is never negative",
+    "kl_coef": "price of a nat of k1 at a token",
+    "policy_loss": "clipped policy loss, mean over tokens and passes",
+    "value_loss": "clipped squared error of the values, mean over tokens and passes",
+    "clip_fraction": "share of tokens whose ratio left the clipping range",
+    "approx_kl": "k3 between the policy that sampled and the one that is trained",
+    "explained_variance": "share of the returns' variance that the values predict",
+    "entropy": "mean entropy of a sampled token's distribution, in nats",
+    "response_length": "tokens of a response, its end included",
+    "eos_rate": "share of responses that ended by themselves",
+    "distinct_2": "share of different word pairs among all of the step's responses",
+}
 
 EPSILON = 1e-5
 """Adam's, as in https://arxiv.org/abs/2403.17031; 1e-8 moves the policy several times as far."""
@@ -85,39 +106,53 @@ def prepare_ppo(recipe: PpoRecipe, processes: int) -> Prepared:
     )
 
 
-def run_ppo(recipe: PpoRecipe, options: RunOptions) -> RunSummary | None:
-    """Run the stage from recipe to merged checkpoint; see `run_sft`.
+class PpoStage:
+    """The `StageDef` of PPO."""
 
-    Args:
-        recipe: with its defaults.
-        options: of the command line.
-    """
-    session = Session(recipe, options)
-    made = prepare_ppo(recipe, session.accelerator.num_processes)
-    rows, plan = made.rows, session.announce(made.plan, made.rows)
-    roles = build_roles(session, recipe, rows, plan, made.found)
-    judge = build_judge(
-        recipe.reward,
-        roles.rewards,
-        missing_eos_penalty=recipe.rollout.missing_eos_penalty,
-        budget=plan.microbatch_tokens,
-        processes=process_group(session.accelerator),
-    )
-    with session.running(rows, plan):
-        run, first_step = start_ppo(session, recipe, rows, plan, roles, judge)
-        del roles, judge  # the run alone holds the weights, so that merging can let them go
-        parts = Parts(
-            rehearse=partial(rehearse, run, first_step),
-            train=partial(take_step, run),
-            evaluate=partial(evaluate_policy, run),
-            save=partial(save_ppo, run),
-            halt=lambda: run.guard.verdict(run.kl),
+    metrics: ClassVar[dict[str, str]] = METRICS
+
+    def prepare(self, recipe: PpoRecipe, processes: int) -> tuple[PromptRows, Plan]:
+        """Prompts and plan, without weights."""
+        made = prepare_ppo(recipe, processes)
+        return made.rows, made.plan
+
+    def run(self, recipe: PpoRecipe, options: RunOptions) -> RunSummary | None:
+        """Train, from prompts to merged checkpoint; see `StageDef.run`."""
+        session = Session(recipe, options)
+        made = prepare_ppo(recipe, session.accelerator.num_processes)
+        rows, plan = made.rows, session.announce(made.plan, made.rows)
+        roles = build_roles(session, recipe, rows, plan, made.found)
+        judge = build_judge(
+            recipe.reward,
+            roles.rewards,
+            missing_eos_penalty=recipe.rollout.missing_eos_penalty,
+            budget=plan.microbatch_tokens,
+            processes=process_group(session.accelerator),
         )
-        run_loop(run, parts, first_step)
-        if run.last:
-            session.say(f"health: {run.health.summary(run.last)}")
-        save_value(session, run)
-        return finish_run(session, run.let_go(), rows)
+        with session.running(rows, plan):
+            run, first_step = start_ppo(session, recipe, rows, plan, roles, judge)
+            del roles, judge  # the run alone holds the weights, so that merging can let them go
+            hooks = StageHooks(
+                dry_run=partial(dry_run, run, first_step),
+                train=partial(train_step, run),
+                evaluate=partial(evaluate_policy, run),
+                save=partial(save_ppo, run),
+                halt=lambda: run.guard.verdict(run.kl),
+            )
+            run_loop(run, hooks, first_step)
+            if run.last:
+                session.say(f"health: {run.health.summary(run.last)}")
+            save_value(session, run)
+            return finish_run(session, run.release(), rows)
+
+    def evaluate(
+        self, recipe: PpoRecipe, scorer: nn.Module, rows: TokenDataset, reference: Any, budget: int
+    ) -> dict[str, float]:
+        """Nothing: the rows of a run are prompts without answers."""
+        raise DataError(f"the rows of a {recipe.stage} run are prompts without answers")
+
+
+PPO = PpoStage()
 
 
 def start_ppo(
@@ -133,21 +168,20 @@ def start_ppo(
     Returns:
         The run and the number of steps already done.
     """
-    training, value_rate = recipe.training, recipe.value.learning_rate
-    assert value_rate is not None  # with_defaults
+    training = recipe.training
     optimizers = Optimizers(
         {
             name: build_optimizer(
                 weights,
-                rate,
+                plan.peak_rates[name],
                 training.weight_decay,
                 kind=training.optimizer,
                 epsilon=EPSILON,
                 b_rate=b_rate(recipe.adapter),
             )
-            for name, weights, rate in (
-                ("policy", roles.policy_weights, plan.learning_rate),
-                ("value", roles.value_weights, value_rate),
+            for name, weights in (
+                ("policy", roles.policy_weights),
+                ("value", roles.value_weights),
             )
         }
     )
@@ -161,18 +195,25 @@ def start_ppo(
         stop_tokens(inner, rows.tokenizer),
     )
     engine = TransformersEngine(inner, DTYPES[recipe.model.dtype], settings, SAMPLING_TOKENS)
-    limit, budget = training.max_grad_norm, plan.microbatch_tokens
+    updater = Updater(
+        roles,
+        optimizers,
+        recipe.objective,
+        training.max_grad_norm,
+        plan.microbatch_tokens,
+        processes,
+    )
     samples = None
     if session.folder is not None:
         samples = SamplesFile(session.folder.path / "samples.jsonl", first_step or None)
     run = PpoRun(
-        **vars(loop),
+        **(vars(loop) | {"parts": updater.parts}),
         recipe=recipe,
         rows=rows,
         roles=roles,
         judge=judge,
         engine=engine,
-        updater=Updater(roles, optimizers, recipe.objective, limit, budget, processes),
+        updater=updater,
         processes=processes,
         samples=samples,
         health=Health(state.get("health")),

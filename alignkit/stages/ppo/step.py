@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from alignkit.data.packing import step_items
 from alignkit.data.prompts import PromptSet
 from alignkit.objectives.kl import adapt_kl_coef, k1, k3
 from alignkit.objectives.ppo import advantages, explained_variance, moments, token_rewards, whiten
-from alignkit.recipe.stages.schema import PpoRecipe
-from alignkit.runtime.devices import peak_memory
-from alignkit.runtime.optim import learning_rate_at, set_learning_rate
+from alignkit.recipe.stages.ppo import PpoRecipe
 from alignkit.runtime.processes import ProcessGroup
 from alignkit.stages.inputs.rows import PromptRows
 from alignkit.stages.ppo.scoring import Scored, score_rollouts
@@ -37,7 +33,7 @@ SHOWN = 8
 """Responses of a step that samples.jsonl keeps."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PpoRun(Loop):
     """Everything the loop of PPO works with.
 
@@ -83,7 +79,7 @@ class PpoRun(Loop):
         """A policy is a language model, even where it carries the value head."""
         return None
 
-    def let_go(self) -> PpoRun:
+    def release(self) -> PpoRun:
         """The run with nothing but the policy's scorer, so that merging can let that go too."""
         self.scorer = self.roles.policy.scorer
         self.roles = self.judge = self.engine = self.updater = None
@@ -110,7 +106,7 @@ class PpoRun(Loop):
             )
 
 
-def take_step(run: PpoRun, step: int) -> dict[str, float]:
+def train_step(run: PpoRun, step: int) -> dict[str, float]:
     """One step, from 0.
 
     Args:
@@ -126,7 +122,6 @@ def take_step(run: PpoRun, step: int) -> dict[str, float]:
     """
     started = time.monotonic()
     plan, spec, seed = run.plan, run.recipe.objective, run.seed
-    _seed_everything(seed * 1_000_003 + step)
     prompts = run.rows.train
     items = step_items(step, len(prompts), plan.batch_size, seed).tolist()
     mine = items[run.processes.rank :: run.processes.world]
@@ -153,50 +148,18 @@ def take_step(run: PpoRun, step: int) -> dict[str, float]:
     )
     totals = run.processes.reduce(moments(raw, scored.mask))
     batch = Batch(rollouts, scored, whiten(raw, scored.mask, totals), returns)
-    rates = _set_rates(run, step)
     sums: dict[str, float] = {}
     for groups in passes:
-        for name, value in run.updater.run(batch, groups, outputs).items():
+        for name, value in run.updater.run(batch, groups, outputs, step).items():
             sums[name] = sums.get(name, 0.0) + value
         outputs = None  # the weights have changed
     metrics = {
         **_update_metrics(sums, spec.epochs * spec.minibatches, spec.value_weight),
         **_rollout_metrics(run, rollouts, rewards, scored, kl, returns),
-        **rates,
-        "epoch": (step + 1) / plan.steps_per_epoch,
-    }
-    seconds = time.monotonic() - started
-    metrics |= {
         "sampling_seconds": sampled - started,
-        "step_seconds": seconds,
-        "tokens_per_second": metrics["tokens"] / seconds,
-        "memory_gb": peak_memory(run.accelerator.device.type) / 1e9,
     }
     _after(run, step, metrics, rollouts, rewards, kl.sum(1))
     return metrics
-
-
-def _seed_everything(seed: int) -> None:
-    """Reward functions may draw random numbers: the same ones after an interruption."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-def _set_rates(run: PpoRun, step: int) -> dict[str, float]:
-    """Learning rates of this step, for the policy and the value model."""
-    shape = {
-        "steps": run.plan.steps,
-        "warmup_steps": run.plan.warmup_steps,
-        "schedule": run.training.schedule,
-    }
-    peaks = {"policy": run.plan.learning_rate, "value": run.recipe.value.learning_rate}
-    rates = {}
-    for name, peak in peaks.items():
-        assert peak is not None  # with_defaults
-        rates[name] = learning_rate_at(step, peak=peak, **shape)  # type: ignore[arg-type]
-        set_learning_rate(run.updater.optimizers.parts[name], rates[name])
-    return {"learning_rate": rates["policy"], "value_learning_rate": rates["value"]}
 
 
 def _update_metrics(sums: dict[str, float], updates: int, value_weight: float) -> dict[str, float]:
@@ -206,8 +169,8 @@ def _update_metrics(sums: dict[str, float], updates: int, value_weight: float) -
         "loss": policy + value_weight * value,
         "policy_loss": policy,
         "value_loss": value,
-        "grad_norm": sums["policy_norm"] / updates,
-        "value_grad_norm": sums["value_norm"] / updates,
+        "grad_norm": sums["grad_norm"] / updates,
+        "value_grad_norm": sums["value_grad_norm"] / updates,
         "clip_fraction": sums["clip_fraction"] / tokens,
         "approx_kl": sums["approx_kl"] / tokens,
     }

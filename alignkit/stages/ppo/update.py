@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +11,15 @@ import torch
 from torch import nn
 
 from alignkit.data.packing import pack_documents, split_documents
-from alignkit.errors import TrainingError
 from alignkit.objectives.kl import k3
 from alignkit.objectives.ppo import clip_fraction, policy_losses, value_losses
 from alignkit.recipe.stages.ppo import PpoSpec
-from alignkit.runtime.optim import Optimizers
+from alignkit.runtime.optim import Optimizers, TrainedPart, step_parts
 from alignkit.runtime.processes import ProcessGroup
 from alignkit.stages.ppo.roles import Roles
 from alignkit.stages.ppo.scoring import Outputs, Scored, forward_policy
 from alignkit.stages.rollouts.sampling import Rollout, response_rows
-
-POLICY, VALUE = "policy", "value"
+from alignkit.stages.running.loop import require_finite
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ class Updater:
 
     Args:
         roles: policy and value model.
-        optimizers: `policy` and `value`.
+        optimizers: `policy` and `value`, stored as one.
         spec: of the objective.
         max_grad_norm: for each of the two; None never clips.
         budget: tokens of one pass.
@@ -102,8 +99,20 @@ class Updater:
     budget: int
     processes: ProcessGroup
 
+    @property
+    def parts(self) -> list[TrainedPart]:
+        """Policy and value model, each with its optimizer."""
+        return [
+            TrainedPart(name, [p for group in part.param_groups for p in group["params"]], part)
+            for name, part in self.optimizers.parts.items()
+        ]
+
     def run(
-        self, batch: Batch, groups: list[list[list[int]]], outputs: Outputs | None = None
+        self,
+        batch: Batch,
+        groups: list[list[list[int]]],
+        outputs: Outputs | None = None,
+        step: int = 0,
     ) -> dict[str, float]:
         """One pass over the responses.
 
@@ -111,6 +120,7 @@ class Updater:
             batch: what to learn from.
             groups: of each minibatch, the rollouts of each forward and backward pass.
             outputs: of the policy in the only one of these, if it has run already.
+            step: of the run, for messages.
 
         Returns:
             Sums over the tokens of all processes: `policy_loss`, `value_loss`, `clip_fraction`,
@@ -132,20 +142,19 @@ class Updater:
                 own = np.concatenate([rows[i] for i in group])
                 sums += self.backward(batch, group, own, tokens, outputs)
             found = self.processes.reduce(sums).tolist()
-            if not all(map(math.isfinite, found)):
-                raise TrainingError(
-                    f"a PPO loss is not finite: {found[0] / tokens:.3g} of the policy, "
-                    f"{found[1] / tokens:.3g} of the value model",
-                    hint="lower training.learning_rate or value.learning_rate",
-                )
-            norms = {name: self._clip(name) for name in self.optimizers.parts}
-            for part in self.optimizers.parts.values():
-                part.step()
-                part.zero_grad(set_to_none=True)
+            policy, value = found[0] / tokens, found[1] / tokens
+            require_finite(
+                policy + value,
+                f"a PPO loss is not finite: {policy:.3g} of the policy, {value:.3g} of the value "
+                "model",
+                "lower training.learning_rate or value.learning_rate",
+            )
+            for part in self.parts:
+                sum_gradients(part.weights, self.processes)
+            loss = policy + self.spec.value_weight * value
+            norms = step_parts(self.parts, step, loss, limit=self.max_grad_norm)
             names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "tokens")
-            values = dict(zip(names, [*found, count], strict=True)) | {
-                f"{name}_norm": norm for name, norm in norms.items()
-            }
+            values = dict(zip(names, [*found, count], strict=True)) | norms
             totals = {name: totals.get(name, 0.0) + value for name, value in values.items()}
         return totals
 
@@ -194,19 +203,6 @@ class Updater:
             clipped = clip_fraction(new, old, clip=spec.clip).sum()
             moved = k3(old, new).sum()
             return torch.stack([x.double().cpu() for x in (policy, value, clipped, moved)])
-
-    def _clip(self, name: str) -> float:
-        """Gradient norm of one optimizer's weights before clipping, over all processes."""
-        weights = [p for group in self.optimizers.parts[name].param_groups for p in group["params"]]
-        sum_gradients(weights, self.processes)
-        limit = self.max_grad_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(weights, limit))
-        if not math.isfinite(norm):
-            raise TrainingError(
-                f"the gradient of the {name} is not finite",
-                hint="lower training.learning_rate, or set training.max_grad_norm",
-            )
-        return norm
 
 
 def sum_gradients(weights: Sequence[nn.Parameter], processes: ProcessGroup) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alignkit.errors import TrainingError
-from alignkit.recipe.stages.ppo import GuardSpec
+from alignkit.recipe.rollouts import GuardSpec
 
 GUARD_FACTOR = 1.5
 """By which the guard raises the price of KL."""

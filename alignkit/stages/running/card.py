@@ -16,7 +16,7 @@ from alignkit.models.base.adapter_kinds import peft_kind
 from alignkit.models.base.licence import licence_of
 from alignkit.models.base.loading import BaseModel
 from alignkit.recipe.rows import SourceSpec
-from alignkit.recipe.stages.schema import Recipe, as_dict
+from alignkit.recipe.stages.base import Recipe
 
 _USE = (
     "An adapter that cannot be merged: no weight can hold it. PEFT loads it over {base}, the model "
@@ -79,7 +79,7 @@ def write_card(
     if recipe is not None:
         sources = [*recipe.data.train, *recipe.data.eval]
         parts += ["## Data", "\n".join(f"- {_source(source)}" for source in sources)]
-        values = as_dict(recipe)
+        values = recipe.as_dict()
         shown = {key: values[key] for key in SETTINGS if values.get(key) is not None}
         parts += ["## Settings", f"```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```"]
     if adapter:

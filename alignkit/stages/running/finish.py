@@ -112,7 +112,7 @@ def finish_run(
             before=summary.before,
             after=summary.after,
             report=merge,
-            classifier=session.recipe.stage == "reward",
+            classifier=session.recipe.scalar_head,
         )
     folder.finish("finished", summary=summary.to_json())
     return summary

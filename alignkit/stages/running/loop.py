@@ -6,11 +6,16 @@ Evaluate, step, log, save, stop on request. What a step is, the stage says.
 from __future__ import annotations
 
 import contextlib
+import math
+import random
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -18,12 +23,14 @@ from alignkit.errors import Interrupted, RewardError, TrainingError
 from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.training import LoopSpec
 from alignkit.runtime.checkpoint import save_checkpoint
+from alignkit.runtime.devices import peak_memory
 from alignkit.runtime.metrics import MetricsFile
+from alignkit.runtime.optim import TrainedPart, set_rates
 from alignkit.runtime.progress import StepProgress
 from alignkit.stages.running.run_folder import RunFolder
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Loop:
     """What every loop works with.
 
@@ -35,6 +42,7 @@ class Loop:
         folder: of the run; None on every process but the first.
         metrics: metrics.jsonl; None on every process but the first.
         progress: what the user sees.
+        parts: what is trained, each part with its optimizer.
     """
 
     plan: Plan
@@ -44,34 +52,36 @@ class Loop:
     folder: RunFolder | None
     metrics: MetricsFile | None
     progress: StepProgress
+    parts: Sequence[TrainedPart] = ()
 
 
 @dataclass(frozen=True)
-class Parts:
+class StageHooks:
     """What a stage does at each place of the loop.
 
     Args:
-        rehearse: before the first step of this process: whatever may fail, fails now.
-        train: one step, from 0; its metrics.
+        dry_run: before the first step of this process: whatever may fail, fails now.
+        train: one step, from 0, its random numbers seeded and its learning rates set: the metrics
+            `loss`, `tokens` and others.
         evaluate: held-out values after so many steps, and one line about them; None without
             held-out rows.
         save: a checkpoint after so many steps.
         halt: an error that ends the run after this step, or None.
     """
 
-    rehearse: Callable[[], None]
+    dry_run: Callable[[], None]
     train: Callable[[int], dict[str, float]]
     evaluate: Callable[[int], tuple[dict[str, float], str] | None]
     save: Callable[[int], None]
     halt: Callable[[], TrainingError | None] = lambda: None
 
 
-def run_loop(loop: Loop, parts: Parts, first_step: int) -> None:
+def run_loop(loop: Loop, hooks: StageHooks, first_step: int) -> None:
     """Train from `first_step` to the end of the plan.
 
     Args:
         loop: what to work with.
-        parts: of the stage.
+        hooks: of the stage.
         first_step: steps already done.
 
     Raises:
@@ -83,31 +93,31 @@ def run_loop(loop: Loop, parts: Parts, first_step: int) -> None:
     training, steps = loop.training, loop.plan.steps
     with _stop_on_signal() as stop:
         if first_step < steps:
-            parts.rehearse()
+            hooks.dry_run()
         if first_step == 0:
-            _evaluate(loop, parts, 0)
+            _evaluate(loop, hooks, 0)
         saved = first_step
         for step in range(first_step, steps):
             try:
-                metrics = _within_memory(parts.train, step)
+                metrics = _within_memory(partial(_train_step, loop, hooks), step)
             except RewardError:
                 if step > saved:
-                    parts.save(step)
+                    hooks.save(step)
                 raise
             done = step + 1
             if loop.metrics is not None:
                 loop.metrics.write(done, metrics)
             loop.accelerator.log(metrics, step=done)
             loop.progress.step(done, metrics)
-            stopped, halted = _any_process(loop.accelerator, stop), parts.halt()
+            stopped, halted = _any_process(loop.accelerator, stop), hooks.halt()
             if done == steps or (training.eval_every and done % training.eval_every == 0):
                 try:
-                    _evaluate(loop, parts, done)
+                    _evaluate(loop, hooks, done)
                 except RewardError:
-                    parts.save(done)
+                    hooks.save(done)
                     raise
             if done % training.save_every == 0 or done == steps or stopped or halted:
-                parts.save(done)
+                hooks.save(done)
                 saved = done
             if halted and done < steps:
                 raise halted
@@ -116,6 +126,56 @@ def run_loop(loop: Loop, parts: Parts, first_step: int) -> None:
                     f"stopped after step {done} of {steps}; a checkpoint was saved",
                     hint="continue with --resume",
                 )
+
+
+def _train_step(loop: Loop, hooks: StageHooks, step: int) -> dict[str, float]:
+    """One step of the stage, between what is the same in all stages."""
+    started = time.monotonic()
+    plan, accelerator = loop.plan, loop.accelerator
+    _seed_everything(
+        (loop.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index
+    )
+    rates = set_rates(
+        loop.parts,
+        step,
+        peaks=plan.peak_rates,
+        steps=plan.steps,
+        warmup_steps=plan.warmup_steps,
+        schedule=plan.schedule,
+    )
+    metrics = hooks.train(step)
+    seconds = time.monotonic() - started
+    return {
+        "loss": metrics.pop("loss"),
+        **rates,
+        **metrics,
+        "epoch": (step + 1) / plan.steps_per_epoch,
+        "step_seconds": seconds,
+        "tokens_per_second": metrics["tokens"] / seconds,
+        "memory_gb": peak_memory(accelerator.device.type) / 1e9,
+    }
+
+
+def _seed_everything(seed: int) -> None:
+    """Dropout, and functions of the user's, draw the same numbers after an interruption."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def require_finite(loss: float, sentence: str, hint: str) -> None:
+    """End the run where a loss is not a number.
+
+    Args:
+        loss: of a step.
+        sentence: which step, which rows.
+        hint: what to do.
+
+    Raises:
+        TrainingError: it is not finite.
+    """
+    if not math.isfinite(loss):
+        raise TrainingError(sentence, hint=hint)
 
 
 def _within_memory(train: Callable[[int], dict[str, float]], step: int) -> dict[str, float]:
@@ -131,8 +191,8 @@ def _within_memory(train: Callable[[int], dict[str, float]], step: int) -> dict[
         ) from error
 
 
-def _evaluate(loop: Loop, parts: Parts, step: int) -> None:
-    found = parts.evaluate(step)
+def _evaluate(loop: Loop, hooks: StageHooks, step: int) -> None:
+    found = hooks.evaluate(step)
     if found is None:
         return
     values, line = found

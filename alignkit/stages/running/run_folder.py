@@ -19,7 +19,7 @@ import alignkit
 from alignkit.errors import RunError
 from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.reading.load import render_recipe
-from alignkit.recipe.stages.schema import Recipe, as_dict
+from alignkit.recipe.stages.base import Recipe
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 
@@ -77,7 +77,7 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
     if not (folder / "recipe.yaml").is_file():
         return  # killed before it was written
     stored = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    changed = _differences(stored, as_dict(recipe), "")
+    changed = _differences(stored, recipe.as_dict(), "")
     if changed:
         raise RunError(
             f"{folder} was started with another recipe: {'; '.join(changed[:3])}",

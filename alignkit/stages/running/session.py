@@ -24,19 +24,19 @@ from alignkit.models.rewards.head import freeze_unused_head, new_head, read_head
 from alignkit.models.scoring.selfcheck import build_scorer
 from alignkit.recipe.adapters import FullSpec, b_rate
 from alignkit.recipe.planning.plan import Plan
-from alignkit.recipe.stages.schema import Recipe
+from alignkit.recipe.stages.base import Recipe
 from alignkit.runtime.checkpoint import find_checkpoint, load_checkpoint
 from alignkit.runtime.devices import build_accelerator, tune_processor
 from alignkit.runtime.metrics import MetricsFile
-from alignkit.runtime.optim import build_optimizer
+from alignkit.runtime.optim import TrainedPart, build_optimizer
 from alignkit.runtime.progress import StepProgress, print_line
 from alignkit.stages.inputs.fingerprints import adapter_identity
 from alignkit.stages.inputs.rows import AnyRows, PromptRows, Rows, keep_plan, plan_run
 from alignkit.stages.running.adapter_start import find_adapter_start
 from alignkit.stages.running.batches import Batches
+from alignkit.stages.running.hooks import RowHooks
 from alignkit.stages.running.loop import Loop
 from alignkit.stages.running.run_folder import RunFolder, check_output, read_about, read_plan
-from alignkit.stages.running.stage import Stage
 from alignkit.stages.running.steps import Run
 
 
@@ -126,15 +126,14 @@ class Session:
         full = isinstance(self.recipe.adapter, FullSpec)
         return torch.float32 if full else DTYPES[self.recipe.model.dtype]
 
-    def build_scorer(self, rows: Rows, plan: Plan, *, scalar_head: bool = False) -> nn.Module:
+    def build_scorer(self, rows: Rows, plan: Plan) -> nn.Module:
         """Weights, adapter and checked scorer, in training mode.
 
         Args:
             rows: say where the weights are; an adapter may start from what they hold.
             plan: whether activations are recomputed.
-            scalar_head: put a fresh head of a reward model on it.
         """
-        spec, base = self.recipe.model, rows.base
+        spec, base, scalar_head = self.recipe.model, rows.base, self.recipe.scalar_head
         device = self.accelerator.device
         model = load_model(base, self.weights_dtype, device, spec.quantization)
         added = token_rows(base)[0] if spec.add_tokens else []
@@ -181,7 +180,7 @@ class Session:
             if self.folder is not None:
                 self.folder.close()
 
-    def start(self, rows: Rows, plan: Plan, stage: Stage, scorer: nn.Module) -> tuple[Run, int]:
+    def start(self, rows: Rows, plan: Plan, hooks: RowHooks, scorer: nn.Module) -> tuple[Run, int]:
         """The loop's state, from scratch or from the newest whole checkpoint.
 
         Returns:
@@ -198,11 +197,12 @@ class Session:
         first_step, _ = self.restore(scorer, optimizer)
         loop = self.loop(plan, first_step)
         scorer, optimizer = self.accelerator.prepare(scorer, optimizer)
+        weights = [weight for weight in scorer.parameters() if weight.requires_grad]
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        batches = Batches(rows.train, stage.weights, plan, self.recipe.seed, rank, world)
+        batches = Batches(rows.train, hooks.weights, plan, self.recipe.seed, rank, world)
         run = Run(
-            **vars(loop),
-            stage=stage,
+            **(vars(loop) | {"parts": [TrainedPart("model", weights, optimizer)]}),
+            hooks=hooks,
             scorer=scorer,
             optimizer=optimizer,
             batches=batches,

@@ -1,4 +1,4 @@
-"""KTO: recipe -> labelled answers -> reference and baseline -> steps -> adapter and merged model.
+"""KTO: how answers that are labelled good or bad move a language model.
 
 The baseline is one number for a whole optimizer step, so it is measured before the step's losses:
 a pass without gradients scores the answers of other rows under each row's prompt. As a branch of
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignkit.data.dataset import TokenDataset
 from alignkit.data.documents import Document
 from alignkit.data.packing import pack_documents
 from alignkit.evaluation.columns import score_documents
@@ -22,45 +23,24 @@ from alignkit.evaluation.labelled import describe_labelled, say_labelled
 from alignkit.models.scoring.scorer import evaluating, sum_by_sequence
 from alignkit.objectives.kto import kl_baseline, kto_loss
 from alignkit.packed import PackedBatch, Role
-from alignkit.recipe.objectives import KtoSpec
-from alignkit.recipe.stages.schema import KtoRecipe
+from alignkit.recipe.stages.kto import KtoRecipe
 from alignkit.runtime.processes import ProcessGroup
-from alignkit.stages.inputs.rows import load_rows
-from alignkit.stages.running.finish import RunSummary, finish_run
-from alignkit.stages.running.session import RunOptions, Session
-from alignkit.stages.running.stage import LossSums, Measured, Stage
-from alignkit.stages.running.steps import run_steps
-from alignkit.stages.supervised.reference import Reference, build_reference
+from alignkit.stages.running.hooks import LossSums, RowHooks, StepSums
+from alignkit.stages.supervised.definition import SupervisedStage
+from alignkit.stages.supervised.preference import LOGP_METRICS
+from alignkit.stages.supervised.reference import Reference
 
 
-def run_kto(recipe: KtoRecipe, options: RunOptions) -> RunSummary | None:
-    """Run the stage from recipe to merged checkpoint; see `run_sft`.
+def kto_hooks(recipe: KtoRecipe, rows: TokenDataset, reference: Reference | None) -> RowHooks:
+    """Loss, baseline and evaluation of labelled answers.
 
     Args:
         recipe: with its defaults.
-        options: of the command line.
-    """
-    session = Session(recipe, options)
-    rows = load_rows(recipe)
-    plan = session.plan(rows)
-    scorer = session.build_scorer(rows, plan)
-    with session.running(rows, plan):
-        reference, rows = build_reference(session, scorer, rows, plan)
-        stage = kto_stage(recipe.objective, reference, len(rows.train))
-        run, first_step = session.start(rows, plan, stage, scorer)
-        del scorer  # the run alone holds the weights, so that merging can let them go
-        run_steps(run, first_step)
-        return finish_run(session, run, rows)
-
-
-def kto_stage(objective: KtoSpec, reference: Reference, num_items: int) -> Stage:
-    """The parts of the stage.
-
-    Args:
-        objective: its weights.
+        rows: to learn from.
         reference: log-probs to compare with.
-        num_items: training rows.
     """
+    assert reference is not None  # the recipe's needs_reference
+    objective = recipe.objective
     fields = objective.model_dump(exclude={"kind"})
     losses: Callable[..., torch.Tensor] = functools.partial(kto_loss, **fields)
 
@@ -72,7 +52,7 @@ def kto_stage(objective: KtoSpec, reference: Reference, num_items: int) -> Stage
             "desirable": torch.tensor(float(sum(map(_is_desirable, documents)))),
         }
 
-    def loss(scorer: nn.Module, documents: Sequence[Document], measured: Measured) -> LossSums:
+    def loss(scorer: nn.Module, documents: Sequence[Document], measured: StepSums) -> LossSums:
         logps, ratios = _answer_ratios(scorer, documents, reference)
         desirable = torch.tensor([_is_desirable(d) for d in documents], device=ratios.device)
         baseline = torch.tensor(kl_baseline(measured["ratios"], measured["rows"]))
@@ -90,10 +70,10 @@ def kto_stage(objective: KtoSpec, reference: Reference, num_items: int) -> Stage
         columns = score_documents(score, scorer, documents, budget, processes)
         return describe_labelled(columns, losses, objective.beta)
 
-    return Stage(loss, [1] * num_items, evaluate, say_labelled, measure, _finish)
+    return RowHooks(loss, [1] * len(rows), evaluate, say_labelled, measure, _finish)
 
 
-def _finish(means: dict[str, float], measured: Measured) -> dict[str, float]:
+def _finish(means: dict[str, float], measured: StepSums) -> dict[str, float]:
     """Means over all rows of the step -> means over the desirable and the undesirable ones.
 
     A side that the step has no row of is not logged.
@@ -147,3 +127,15 @@ def _mismatched_ratios(
 def _logprobs(scorer: nn.Module, batch: PackedBatch) -> torch.Tensor:
     scores: Any = scorer(batch)
     return sum_by_sequence(scores.logprobs, batch)
+
+
+KTO = SupervisedStage(
+    kto_hooks,
+    {
+        "kl": "baseline: mean log-ratio of answers to other prompts, at least 0, in nats",
+        "rewards/chosen": "mean implicit reward of the step's desirable answers",
+        "rewards/rejected": "mean implicit reward of the step's undesirable answers",
+        "rewards/margins": "their difference, in steps with both",
+        **LOGP_METRICS,
+    },
+)

@@ -12,21 +12,29 @@ from alignkit.evaluation.columns import score_documents
 from alignkit.evaluation.pairs import PairScores, describe_pairs, say_pairs
 from alignkit.packed import PackedBatch, Role
 from alignkit.runtime.processes import ProcessGroup
-from alignkit.stages.running.stage import LossSums, Measured, Stage
+from alignkit.stages.running.hooks import LossSums, RowHooks, StepSums
 
 ScorePairs = Callable[[nn.Module, Sequence[Document]], PairScores]
 """Forward pass and objective of a few pairs."""
 
+PAIR_METRICS = {
+    "rewards/chosen": "mean reward of chosen answers",
+    "rewards/rejected": "mean reward of rejected answers",
+    "rewards/margins": "their mean difference",
+    "rewards/accuracies": "share of pairs with the chosen answer ahead; ties count half",
+}
+"""What the metrics of pairs mean; with a language model the rewards are implicit."""
 
-def pair_stage(score: ScorePairs, num_items: int) -> Stage:
-    """A stage whose loss is the mean over the pairs of an optimizer step.
+
+def pair_hooks(score: ScorePairs, num_items: int) -> RowHooks:
+    """Hooks of a stage whose loss is the mean over the pairs of an optimizer step.
 
     Args:
         score: forward pass and objective.
         num_items: training pairs.
     """
 
-    def loss(scorer: nn.Module, documents: Sequence[Document], measured: Measured) -> LossSums:
+    def loss(scorer: nn.Module, documents: Sequence[Document], measured: StepSums) -> LossSums:
         scores = score(scorer, documents)
         return LossSums(scores.losses.sum(), scores.means())
 
@@ -38,7 +46,7 @@ def pair_stage(score: ScorePairs, num_items: int) -> Stage:
 
         return describe_pairs(score_documents(columns, scorer, documents, budget, processes))
 
-    return Stage(loss, [1] * num_items, evaluate, say_pairs)
+    return RowHooks(loss, [1] * num_items, evaluate, say_pairs)
 
 
 def split_roles(values: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,63 +1,75 @@
-"""DPO and its relatives: recipe -> pairs -> reference -> steps -> adapter and merged model."""
+"""DPO and its relatives: how pairs move a language model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from alignkit.data.dataset import TokenDataset
 from alignkit.data.documents import Document
 from alignkit.data.packing import pack_documents
 from alignkit.evaluation.pairs import PairScores
 from alignkit.models.scoring.scorer import sum_by_sequence
-from alignkit.objectives.preference import PREFERENCE_OBJECTIVES, PairLogprobs
-from alignkit.recipe.stages.schema import DpoRecipe, needs_reference
-from alignkit.stages.inputs.rows import load_rows
-from alignkit.stages.running.finish import RunSummary, finish_run
-from alignkit.stages.running.session import RunOptions, Session
-from alignkit.stages.running.steps import run_steps
-from alignkit.stages.supervised.pairs import ScorePairs, pair_stage, split_roles
-from alignkit.stages.supervised.reference import Reference, build_reference
+from alignkit.objectives.preference import (
+    PREFERENCE_OBJECTIVES,
+    Objective,
+    PairLogprobs,
+    ratio_rewards,
+    sum_rewards,
+)
+from alignkit.recipe.objectives import CustomPairSpec
+from alignkit.recipe.stages.dpo import DpoRecipe
+from alignkit.stages.running.hooks import RowHooks
+from alignkit.stages.supervised.custom import custom_loss, example_pairs
+from alignkit.stages.supervised.definition import SupervisedStage
+from alignkit.stages.supervised.pairs import PAIR_METRICS, ScorePairs, pair_hooks, split_roles
+from alignkit.stages.supervised.reference import Reference
 
 
-def run_preference(recipe: DpoRecipe, options: RunOptions) -> RunSummary | None:
-    """Run the stage from recipe to merged checkpoint; see `run_sft`.
+def preference_hooks(
+    recipe: DpoRecipe, rows: TokenDataset, reference: Reference | None
+) -> RowHooks:
+    """Loss and evaluation of pairs.
 
     Args:
         recipe: with its defaults.
-        options: of the command line.
+        rows: to learn from.
+        reference: log-probs to compare with; None for kinds without.
     """
-    session = Session(recipe, options)
-    rows = load_rows(recipe)
-    plan = session.plan(rows)
-    scorer = session.build_scorer(rows, plan)
-    with session.running(rows, plan):
-        reference = None
-        if needs_reference(recipe):
-            reference, rows = build_reference(session, scorer, rows, plan)
-        stage = pair_stage(preference_scores(recipe.objective, reference), len(rows.train))
-        run, first_step = session.start(rows, plan, stage, scorer)
-        del scorer  # the run alone holds the weights, so that merging can let them go
-        run_steps(run, first_step)
-        return finish_run(session, run, rows)
+    spec = recipe.objective
+    if isinstance(spec, CustomPairSpec):
+        objective = Objective(custom_loss(spec), ratio_rewards if spec.reference else sum_rewards)
+        loss = objective.loss
+    else:
+        objective = PREFERENCE_OBJECTIVES[spec.kind]
+        loss = partial(objective.loss, **spec.model_dump(exclude={"kind"}))
+
+    def rewards(pairs: PairLogprobs) -> tuple[torch.Tensor, torch.Tensor]:
+        return objective.rewards(pairs, spec.scale)
+
+    return pair_hooks(preference_scores(loss, rewards, reference), len(rows))
 
 
-def preference_scores(objective: Any, reference: Reference | None) -> ScorePairs:
+def preference_scores(
+    loss: Callable[[PairLogprobs], torch.Tensor],
+    rewards: Callable[[PairLogprobs], tuple[torch.Tensor, torch.Tensor]],
+    reference: Reference | None,
+) -> ScorePairs:
     """Forward pass and objective of pairs.
 
     Args:
-        objective: a kind of the family with its own fields.
-        reference: log-probs to compare with; None for kinds without.
+        loss: log-probs of `B` pairs -> `[B]` losses.
+        rewards: the same -> `[B]` implicit rewards of chosen and of rejected answers.
+        reference: log-probs to compare with; None for objectives without.
 
     Returns:
         A function from scorer and pairs to their losses, implicit rewards and `logps/chosen` and
         `logps/rejected`, the log-probs of whole answers.
     """
-    fields = objective.model_dump(exclude={"kind"})
-    scale = fields.get("beta", fields.get("tau"))
-    kind = PREFERENCE_OBJECTIVES[objective.kind]
 
     def score(scorer: nn.Module, documents: Sequence[Document]) -> PairScores:
         batch = pack_documents(documents)
@@ -68,8 +80,15 @@ def preference_scores(objective: Any, reference: Reference | None) -> ScorePairs
         pairs = PairLogprobs(
             chosen, rejected, *split_roles(sum_by_sequence(ones, batch), batch), *known
         )
-        rewards = kind.rewards(pairs, scale)
         metrics = {"logps/chosen": chosen, "logps/rejected": rejected}
-        return PairScores(kind.loss(pairs, **fields), *rewards, metrics)
+        return PairScores(loss(pairs), *rewards(pairs), metrics)
 
     return score
+
+
+LOGP_METRICS = {
+    "logps/chosen": "mean log-prob of a whole chosen answer, in nats",
+    "logps/rejected": "mean log-prob of a whole rejected answer, in nats",
+}
+
+DPO = SupervisedStage(preference_hooks, {**PAIR_METRICS, **LOGP_METRICS}, example_pairs)

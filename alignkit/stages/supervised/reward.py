@@ -1,55 +1,59 @@
-"""Reward models: recipe -> pairs -> scalar head -> steps -> adapter, head and classifier."""
+"""Reward models: a scalar head that puts the chosen answer of a pair ahead."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
+from alignkit.data.dataset import TokenDataset
 from alignkit.data.documents import Document
 from alignkit.data.packing import pack_documents
 from alignkit.evaluation.pairs import PairScores
 from alignkit.models.rewards.head import RewardStatistics
 from alignkit.objectives.bradley_terry import bradley_terry_loss
-from alignkit.recipe.stages.schema import RewardRecipe
+from alignkit.recipe.objectives import CustomSpec
+from alignkit.recipe.stages.reward import RewardRecipe
 from alignkit.runtime.processes import process_group
-from alignkit.stages.inputs.rows import Rows, load_rows
-from alignkit.stages.running.finish import RunSummary, finish_run
-from alignkit.stages.running.session import RunOptions, Session
-from alignkit.stages.running.steps import Run, run_steps
-from alignkit.stages.supervised.pairs import ScorePairs, pair_stage, split_roles
+from alignkit.stages.inputs.rows import Rows
+from alignkit.stages.running.hooks import RowHooks
+from alignkit.stages.running.steps import Run
+from alignkit.stages.supervised.custom import custom_loss, example_rewards
+from alignkit.stages.supervised.definition import SupervisedStage
+from alignkit.stages.supervised.pairs import PAIR_METRICS, ScorePairs, pair_hooks, split_roles
+from alignkit.stages.supervised.reference import Reference
 
 MEASURED_PAIRS = 256
 """Training pairs whose rewards are measured where none are held out."""
 
 
-def run_reward(recipe: RewardRecipe, options: RunOptions) -> RunSummary | None:
-    """Run the stage from recipe to reward model; see `run_sft`.
+def reward_hooks(recipe: RewardRecipe, rows: TokenDataset, reference: Reference | None) -> RowHooks:
+    """Loss and evaluation of pairs.
 
     Args:
         recipe: with its defaults.
-        options: of the command line.
+        rows: to learn from.
+        reference: none.
     """
-    session = Session(recipe, options)
-    rows = load_rows(recipe)
-    plan = session.plan(rows)
-    stage = pair_stage(reward_scores(recipe.objective.center), len(rows.train))
-    scorer = session.build_scorer(rows, plan, scalar_head=True)
-    with session.running(rows, plan):
-        run, first_step = session.start(rows, plan, stage, scorer)
-        del scorer  # the run alone holds the weights, so that merging can let them go
-        run_steps(run, first_step)
-        return finish_run(session, run, rows, _measure_statistics(run, rows))
+    objective = recipe.objective
+    if isinstance(objective, CustomSpec):
+        return pair_hooks(reward_scores(custom_loss(objective)), len(rows))
+    return pair_hooks(
+        reward_scores(partial(bradley_terry_loss, center=objective.center)), len(rows)
+    )
 
 
-def reward_scores(center: float) -> ScorePairs:
-    """Forward pass and Bradley-Terry loss of pairs.
+def reward_scores(
+    loss: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> ScorePairs:
+    """Forward pass and loss of pairs.
 
     Args:
-        center: weight of the centring.
+        loss: `[B]` rewards of chosen and of rejected answers, and margins -> `[B]` losses.
     """
 
     def score(scorer: nn.Module, documents: Sequence[Document]) -> PairScores:
@@ -57,8 +61,7 @@ def reward_scores(center: float) -> ScorePairs:
         rewards: torch.Tensor = scorer(batch)
         chosen, rejected = split_roles(rewards, batch)
         margins = torch.from_numpy(batch.margins).float().to(rewards.device)
-        losses = bradley_terry_loss(chosen, rejected, margins, center=center)
-        return PairScores(losses, chosen, rejected, {})
+        return PairScores(loss(chosen, rejected, margins), chosen, rejected, {})
 
     return score
 
@@ -87,7 +90,7 @@ def _measure_statistics(run: Run, rows: Rows) -> RewardStatistics:
     measured = rows.held_out
     if measured is None:
         measured = rows.train.subset(np.arange(min(MEASURED_PAIRS, len(rows.train))))
-    values = run.stage.evaluate(
+    values = run.hooks.evaluate(
         run.scorer, measured, run.plan.microbatch_tokens, process_group(run.accelerator)
     )
     return RewardStatistics(
@@ -99,3 +102,6 @@ def _measure_statistics(run: Run, rows: Rows) -> RewardStatistics:
         pairs=int(values["pairs"]),
         rows="train" if rows.held_out is None else "held_out",
     )
+
+
+REWARD = SupervisedStage(reward_hooks, PAIR_METRICS, example_rewards, _measure_statistics)

@@ -1,62 +1,61 @@
-"""Supervised fine-tuning: recipe -> plan -> rows -> model -> steps -> adapter and merged model."""
+"""Supervised fine-tuning: the negative log-likelihood of the trained tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
+from alignkit.data.dataset import TokenDataset
 from alignkit.data.documents import Document
 from alignkit.data.packing import pack_documents
 from alignkit.evaluation.heldout import evaluate_heldout, say_heldout
 from alignkit.objectives.cross_entropy import cross_entropy_loss
-from alignkit.recipe.stages.schema import SftRecipe
-from alignkit.stages.inputs.rows import load_rows
-from alignkit.stages.running.finish import RunSummary, finish_run
-from alignkit.stages.running.session import RunOptions, Session
-from alignkit.stages.running.stage import LossSums, Measured, Stage
-from alignkit.stages.running.steps import run_steps
+from alignkit.recipe.objectives import CustomSpec
+from alignkit.recipe.stages.sft import SftRecipe
+from alignkit.stages.running.hooks import LossSums, RowHooks, StepSums
+from alignkit.stages.supervised.custom import custom_loss, example_tokens
+from alignkit.stages.supervised.definition import SupervisedStage
+from alignkit.stages.supervised.reference import Reference
 
 
-def run_sft(recipe: SftRecipe, options: RunOptions) -> RunSummary | None:
-    """Run the stage from recipe to merged checkpoint.
+def sft_hooks(recipe: SftRecipe, rows: TokenDataset, reference: Reference | None) -> RowHooks:
+    """Loss and evaluation; the weight of a row is its number of trained tokens.
 
     Args:
         recipe: with its defaults.
-        options: of the command line.
-
-    Returns:
-        What a person wants to know at the end; None on every process but the first.
-
-    Raises:
-        AlignkitError: anything the user can mend. A merge that fails leaves the adapter, whole,
-            and no merged/.
+        rows: to learn from.
+        reference: none.
     """
-    session = Session(recipe, options)
-    rows = load_rows(recipe)
-    plan = session.plan(rows)
-    stage = Stage(sft_loss, rows.train.num_trained.tolist(), evaluate_heldout, say_heldout)
-    scorer = session.build_scorer(rows, plan)
-    with session.running(rows, plan):
-        run, first_step = session.start(rows, plan, stage, scorer)
-        del scorer  # the run alone holds the weights, so that merging can let them go
-        run_steps(run, first_step)
-        return finish_run(session, run, rows)
+    objective = recipe.objective
+    losses = custom_loss(objective) if isinstance(objective, CustomSpec) else cross_entropy_loss
+    return RowHooks(token_loss(losses), rows.num_trained.tolist(), evaluate_heldout, say_heldout)
 
 
-def sft_loss(scorer: nn.Module, documents: Sequence[Document], measured: Measured) -> LossSums:
-    """Summed negative log-likelihood of a micro-batch.
+def token_loss(
+    losses: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[nn.Module, Sequence[Document], StepSums], LossSums]:
+    """The loss of a micro-batch, from that of its trained tokens.
 
     Args:
-        scorer: maps a batch to log-probs.
-        documents: rows of one answer each, `N` trained tokens.
-        measured: nothing.
+        losses: `[N]` log-probs -> `[N]` losses.
 
     Returns:
-        The sum over the trained tokens, and `accuracy`: how many were the likeliest token. The
-        weight of an item is its number of trained tokens.
+        A function to the sum over the trained tokens, and `accuracy`: how many were the likeliest
+        token.
     """
-    scores: Any = scorer(pack_documents(documents))
-    losses = cross_entropy_loss(scores.logprobs)
-    return LossSums(losses.sum(), {"accuracy": scores.correct.sum()})
+
+    def loss(scorer: nn.Module, documents: Sequence[Document], measured: StepSums) -> LossSums:
+        scores: Any = scorer(pack_documents(documents))
+        return LossSums(losses(scores.logprobs).sum(), {"accuracy": scores.correct.sum()})
+
+    return loss
+
+
+SFT = SupervisedStage(
+    sft_hooks,
+    {"accuracy": "share of the trained tokens that were the likeliest one"},
+    example_tokens,
+)

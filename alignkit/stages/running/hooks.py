@@ -11,7 +11,7 @@ from torch import nn
 from alignkit.data.documents import Document
 from alignkit.runtime.processes import ProcessGroup
 
-Measured = dict[str, float]
+StepSums = dict[str, float]
 """Sums over a whole optimizer step that a loss needs before any of its micro-batches."""
 
 
@@ -29,8 +29,8 @@ class LossSums:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The parts of a stage.
+class RowHooks:
+    """What a stage that learns from rows brings to each step.
 
     Args:
         loss: forward pass and objective of one micro-batch, given what `measure` found.
@@ -44,9 +44,9 @@ class Stage:
             None logs the means.
     """
 
-    loss: Callable[[nn.Module, Sequence[Document], Measured], LossSums]
+    loss: Callable[[nn.Module, Sequence[Document], StepSums], LossSums]
     weights: Sequence[int]
     evaluate: Callable[[nn.Module, Sequence[Document], int, ProcessGroup], dict[str, float]]
     say: Callable[[dict[str, float]], str]
     measure: Callable[[nn.Module, Sequence[Document]], dict[str, torch.Tensor]] | None = None
-    finish: Callable[[dict[str, float], Measured], dict[str, float]] | None = None
+    finish: Callable[[dict[str, float], StepSums], dict[str, float]] | None = None

@@ -1,0 +1,98 @@
+"""The list of commands. One is imported when it is asked for, none to be listed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_group
+
+from alignkit.recipe.stages.built_in import BUILT_IN
+
+STAGES = {name: line for name, (_, line) in BUILT_IN.items()}
+"""Stage -> what its command says about itself; all of them are `alignkit.cli.train`."""
+
+COMMANDS = {
+    "run": (
+        "alignkit.cli.run:run",
+        "Run the stages of a pipeline; what is done and has not changed is skipped.",
+    ),
+    "plan": (
+        "alignkit.cli.plan:plan",
+        "Show steps, tokens, trained weights, memory and warnings of a recipe.",
+    ),
+    "inspect": (
+        "alignkit.cli.inspect:inspect",
+        "Show rows as the model will read them, and what happened to the others.",
+    ),
+    "merge-lora": (
+        "alignkit.cli.merge:merge_lora",
+        "Merge adapters into their base, and check the result against base + adapter.",
+    ),
+    "generate": ("alignkit.cli.generate:generate", "Answer prompts with a model."),
+    "chat": ("alignkit.cli.chat:chat", "Talk to a model."),
+    "eval": (
+        "alignkit.cli.evaluate:evaluate",
+        "Measure models on held-out answers or preferences; score answers with a reward model.",
+    ),
+    "fetch": (
+        "alignkit.cli.fetch:fetch",
+        "Download a known model, check its hash and convert it to safetensors.",
+    ),
+    "doctor": (
+        "alignkit.cli.doctor:doctor",
+        "Show versions, device, memory and disk, and name what would stop a run.",
+    ),
+    "export": ("alignkit.cli.export:export", "Write a model for other programs, and check it."),
+    "data": ("alignkit.cli.data:data", "Make preference pairs of a model's own answers."),
+    "recipes": ("alignkit.cli.recipes:recipes", "Shipped recipes and what their keys mean."),
+}
+"""Command -> where it stands, a function or a group of its own, and what it says about itself."""
+
+
+class CommandList(TyperGroup):
+    """All commands by name and help line; the one that is asked for is imported."""
+
+    def __init__(self, **settings: Any) -> None:
+        lines = STAGES | {name: line for name, (_, line) in COMMANDS.items()}
+        listed = {name: TyperCommand(name, help=line) for name, line in lines.items()}
+        super().__init__(**settings | {"commands": listed})
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The name, the command itself in place of its line in the list, and its arguments."""
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            self.commands.update(_stages_of_packages())
+        name, listed, rest = super().resolve_command(ctx, args)
+        return name, listed and load_command(str(name)), rest
+
+
+def load_command(name: str) -> Any:
+    """The command of this name, imported; typer has read its options."""
+    parent = typer.Typer()
+    if name not in COMMANDS:
+        from alignkit.cli.train import train_command
+
+        line = STAGES.get(name) or _stages_of_packages()[name].help
+        parent.command(name, help=line)(train_command(name))
+    else:
+        place, line = COMMANDS[name]
+        module, _, attribute = place.partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+        if isinstance(found, typer.Typer):
+            parent.add_typer(found, name=name, help=line)
+        else:
+            parent.command(name, help=line)(found)
+    return get_group(parent).commands[name]
+
+
+def _stages_of_packages() -> dict[str, TyperCommand]:
+    """Stages that other packages bring; looked for only where a name is not one of our own."""
+    from alignkit.recipe.stages.registry import stages
+
+    further = {name: recipe for name, recipe in stages().items() if name not in STAGES}
+    return {
+        name: TyperCommand(name, help=(recipe.__doc__ or "").partition("\n")[0])
+        for name, recipe in further.items()
+    }

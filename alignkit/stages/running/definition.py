@@ -1,0 +1,73 @@
+"""What a stage is to everything that runs stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint
+from typing import Any, Protocol
+
+from torch import nn
+
+from alignkit.data.dataset import TokenDataset
+from alignkit.errors import AlignkitError
+from alignkit.recipe.planning.plan import Plan
+from alignkit.recipe.stages.base import Recipe
+from alignkit.stages.inputs.rows import AnyRows
+from alignkit.stages.running.finish import RunSummary
+from alignkit.stages.running.session import RunOptions
+
+
+class StageDef(Protocol):
+    """A stage: a recipe class names an object like this, which is imported only to run it."""
+
+    @property
+    def metrics(self) -> Mapping[str, str]:
+        """Name of each metric that is the stage's own -> what it means."""
+
+    def prepare(self, recipe: Any, processes: int) -> tuple[AnyRows, Plan]:
+        """Rows and plan, without weights.
+
+        Args:
+            recipe: with its defaults.
+            processes: training processes.
+        """
+
+    def run(self, recipe: Any, options: RunOptions) -> RunSummary | None:
+        """Train, from rows to merged checkpoint.
+
+        Args:
+            recipe: with its defaults.
+            options: of the command line.
+
+        Returns:
+            What a person wants to know at the end; None on every process but the first.
+        """
+
+    def evaluate(
+        self, recipe: Any, scorer: nn.Module, rows: TokenDataset, reference: Any, budget: int
+    ) -> dict[str, float]:
+        """Values of held-out rows of the stage's own kind.
+
+        Args:
+            recipe: of the run.
+            scorer: of its model.
+            rows: to measure on.
+            reference: log-probs to compare with; None where the recipe needs none.
+            budget: tokens of one pass.
+        """
+
+
+def definition_of(recipe: Recipe) -> StageDef:
+    """The definition that a recipe's class names.
+
+    Raises:
+        AlignkitError: it cannot be imported.
+    """
+    try:
+        found: StageDef = EntryPoint(recipe.stage, recipe.definition, "").load()
+    except (ImportError, AttributeError) as error:
+        raise AlignkitError(
+            f"stage {recipe.stage} cannot be loaded: {error}",
+            hint=f"its definition is {recipe.definition}; reinstall the package it comes from",
+        ) from error
+    return found

@@ -1,0 +1,122 @@
+"""A loss of the user's: found, checked before anything is read, and called like our own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignkit.errors import TrainingError
+from alignkit.objectives.preference import PairLogprobs
+from alignkit.recipe.assets import show_file
+from alignkit.recipe.objectives import CustomPairSpec, CustomSpec
+from alignkit.recipe.section import Section
+from alignkit.runtime.user_code import line_of, load_function, said
+
+SHAPE = "def {name}(logprobs_or_pairs, **parameters) -> one loss an item"
+
+
+def custom_loss(spec: CustomSpec) -> Callable[..., torch.Tensor]:
+    """The user's function with its parameters.
+
+    Args:
+        spec: of the recipe.
+
+    Returns:
+        A function of the same tensors as our own losses of that stage. Each call raises
+        TrainingError where the user's raises anything, or gives anything but one number an item.
+
+    Raises:
+        TrainingError: the file cannot be run, or holds no such function.
+    """
+    path = Path(spec.file)
+    loss = load_function(path, spec.name, TrainingError, what="loss function", shape=SHAPE)
+
+    def call(*given: Any) -> torch.Tensor:
+        try:
+            losses = loss(*given, **spec.parameters)
+        except (Exception, SystemExit) as error:
+            where, line = line_of(error, path)
+            raise TrainingError(
+                f"{where}: {spec.name} raised {said(error)}",
+                hint=f"the line is `{line}`" if line else "the error arose outside the file",
+            ) from error
+        count = len(_tensors(given)[0])
+        if not isinstance(losses, torch.Tensor) or losses.shape != (count,):
+            shown = (
+                list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+            )
+            raise _fault(spec, f"must give one number for each of {count} items, got {shown}")
+        return losses
+
+    return call
+
+
+def check_custom(
+    objective: Section, example: Callable[[CustomSpec], tuple[Any, ...]] | None
+) -> None:
+    """Call a loss of the user's on a few made-up items before any row is read.
+
+    Args:
+        objective: of the recipe; one of our own is let pass.
+        example: makes what the function is called with, of a few items.
+
+    Raises:
+        TrainingError: it is not finite, not differentiable, gives other than one number an item,
+            or another number when it is called again.
+    """
+    if not isinstance(objective, CustomSpec):
+        return
+    if example is None:
+        raise _fault(objective, "is no objective of this stage")
+    loss, given = custom_loss(objective), example(objective)
+    losses = loss(*given)
+    if not torch.isfinite(losses).all():
+        raise _fault(objective, f"is not finite on usual log-probs: {losses.tolist()}")
+    if not losses.requires_grad:
+        raise _fault(objective, "is not differentiable: its result does not depend on what it got")
+    trained = [tensor for tensor in _tensors(given) if tensor.requires_grad]
+    slopes = torch.autograd.grad(losses.sum(), trained, allow_unused=True)
+    known = [slope for slope in slopes if slope is not None]
+    if not known or not all(torch.isfinite(slope).all() for slope in known):
+        raise _fault(objective, "has no finite gradient on usual log-probs")
+    if not torch.equal(loss(*given), losses):
+        raise _fault(objective, "gives another number when it is called again: it must be pure")
+
+
+def example_tokens(spec: CustomSpec) -> tuple[torch.Tensor]:
+    """`[4]` log-probs of trained tokens."""
+    return (torch.tensor([-0.1, -2.3, -0.7, -4.0]).requires_grad_(),)
+
+
+def example_pairs(spec: CustomSpec) -> tuple[PairLogprobs]:
+    """Three pairs of answers: a clear one, a close one and one the wrong way round."""
+    chosen = torch.tensor([-12.0, -30.5, -41.0], dtype=torch.float64).requires_grad_()
+    rejected = torch.tensor([-25.0, -31.0, -22.0], dtype=torch.float64).requires_grad_()
+    known = torch.tensor([[-13.0, -30.0, -40.0], [-24.0, -31.5, -23.0]], dtype=torch.float64)
+    tokens = torch.tensor([[8.0, 20.0, 31.0], [14.0, 22.0, 9.0]])
+    compares = isinstance(spec, CustomPairSpec) and spec.reference
+    return (PairLogprobs(chosen, rejected, *tokens, *(known if compares else ())),)
+
+
+def example_rewards(spec: CustomSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`[3]` rewards of chosen and of rejected answers, and margins."""
+    chosen = torch.tensor([1.5, 0.2, -0.5]).requires_grad_()
+    rejected = torch.tensor([-0.5, 0.1, 0.75]).requires_grad_()
+    return chosen, rejected, torch.zeros(3)
+
+
+def _tensors(given: tuple[Any, ...]) -> list[torch.Tensor]:
+    """What a loss got, the log-probs of pairs one by one."""
+    if isinstance(given[0], PairLogprobs):
+        return [value for value in vars(given[0]).values() if value is not None]
+    return list(given)
+
+
+def _fault(spec: CustomSpec, rule: str) -> TrainingError:
+    return TrainingError(
+        f"{show_file(Path(spec.file))}: {spec.name} {rule}",
+        hint="data_templates/objectives/ has an example for each stage",
+    )

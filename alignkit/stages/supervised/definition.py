@@ -1,0 +1,80 @@
+"""A stage that learns from rows: what its hooks leave open, in one body.
+
+recipe -> rows -> plan -> model -> (reference) -> steps -> adapter and merged model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from alignkit.data.dataset import TokenDataset
+from alignkit.recipe.objectives import CustomSpec
+from alignkit.recipe.planning.plan import Plan
+from alignkit.recipe.stages.base import Recipe
+from alignkit.runtime.processes import SINGLE
+from alignkit.stages.inputs.rows import Rows, load_rows, plan_run
+from alignkit.stages.running.finish import RunSummary, finish_run
+from alignkit.stages.running.hooks import RowHooks
+from alignkit.stages.running.session import RunOptions, Session
+from alignkit.stages.running.steps import Run, run_steps
+from alignkit.stages.supervised.custom import check_custom
+from alignkit.stages.supervised.reference import Reference, build_reference
+
+
+@dataclass(frozen=True)
+class SupervisedStage:
+    """A `StageDef` for rows.
+
+    Args:
+        hooks: recipe, rows and reference log-probs -> loss, weights and evaluation.
+        metrics: name of each metric of its own -> what it means.
+        example: what a loss of the user's is called with before any row is read.
+        finish: what else is kept with the model after the last step.
+    """
+
+    hooks: Callable[[Any, TokenDataset, Reference | None], RowHooks]
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    example: Callable[[CustomSpec], tuple[Any, ...]] | None = None
+    finish: Callable[[Run, Rows], Any] = lambda run, rows: None
+
+    def prepare(self, recipe: Recipe, processes: int) -> tuple[Rows, Plan]:
+        """Rows and plan, without weights."""
+        rows = load_rows(recipe)
+        return rows, plan_run(recipe, rows, processes)
+
+    def run(self, recipe: Recipe, options: RunOptions) -> RunSummary | None:
+        """Train, from rows to merged checkpoint; see `StageDef.run`.
+
+        Raises:
+            AlignkitError: anything the user can fix. A merge that fails leaves the adapter, whole,
+                and no merged/.
+        """
+        check_custom(recipe.objective, self.example)
+        session = Session(recipe, options)
+        rows = load_rows(recipe)
+        plan = session.plan(rows)
+        scorer = session.build_scorer(rows, plan)
+        with session.running(rows, plan):
+            reference = None
+            if recipe.needs_reference:
+                reference, rows = build_reference(session, scorer, rows, plan)
+            hooks = self.hooks(recipe, rows.train, reference)
+            run, first_step = session.start(rows, plan, hooks, scorer)
+            del scorer  # the run alone holds the weights, so that merging can release them
+            run_steps(run, first_step)
+            return finish_run(session, run, rows, self.finish(run, rows))
+
+    def evaluate(
+        self,
+        recipe: Recipe,
+        scorer: nn.Module,
+        rows: TokenDataset,
+        reference: Reference | None,
+        budget: int,
+    ) -> dict[str, float]:
+        """Values of held-out rows; see `StageDef.evaluate`."""
+        return self.hooks(recipe, rows, reference).evaluate(scorer, rows, budget, SINGLE)
