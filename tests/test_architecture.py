@@ -22,14 +22,15 @@ only way to replace a file or folder."""
 MODELS = {
     *("models/opening", "models/rewards", "models/merging", "models/adapters", "models/scoring"),
     *("models/attention", "models/export", "models/weights", "models/base", "models/kernels"),
-    *("models/quiet", "models/heap"),
+    *("models/quiet", "models/heap", "models/peft_parts", "models/transformers_parts"),
 }
 LOW = {"data", "objectives", "runtime", *MODELS}
 STAGES = {
     *("stages/registry", "stages/supervised", "stages/ppo", "stages/rollouts", "stages/running"),
     "stages/inputs",
 }
-ON_MODELS = PLAIN | {"models/quiet", "models/heap"}
+DOORS = {"models/peft_parts", "models/transformers_parts"}
+ON_MODELS = PLAIN | DOORS | {"models/quiet", "models/heap"}
 ON_BASE = ON_MODELS | {"models/base", "models/kernels"}
 ON_WEIGHTS = ON_BASE | {"models/weights"}
 ON_ADAPTERS = ON_WEIGHTS | {"models/adapters", "models/scoring", "models/attention"}
@@ -64,9 +65,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models/export": ON_WEIGHTS,
     "models/weights": ON_BASE,
     "models/base": ON_MODELS | {"models/kernels"},
-    "models/kernels": {"errors", "packed"},
+    "models/kernels": {"errors", "packed"} | DOORS,
     "models/quiet": set(),
     "models/heap": set(),
+    "models/peft_parts": set(),
+    "models/transformers_parts": set(),
     "packed": {"errors"},
     "recipe/planning": {"errors", "recipe", "recipe/stages"},
     "recipe/reading": {"errors", "recipe", "recipe/stages"},
@@ -93,6 +96,31 @@ OPTIONAL_BACKENDS = {
 }
 """File -> packages that it may import inside a function; only their users pay for them."""
 
+PRIVATE: dict[str, set[str]] = {
+    "_active_adapter": {"models/peft_parts.py"},
+    "_disable_adapters": {"models/peft_parts.py"},
+    "_caches": {"models/peft_parts.py"},
+    "_attn_implementation": {"models/transformers_parts.py"},
+    "_model_mapping": {"models/transformers_parts.py"},
+    "_parameters": {"models/weights/streaming.py", "models/merging/updates.py"},  # of torch
+    "_scaled_dot_product_flash_attention_for_cpu": {"models/attention/processor.py"},  # of torch
+    "_reset_state": {"pipelines/running.py"},  # of accelerate
+    "_fingerprint": {"data/sources.py"},  # of datasets
+}
+"""Private name of a library -> the files that may touch it. Those of PEFT and of transformers have
+one door each, which tests/models/test_library_contracts.py holds against the installed version."""
+
+DOCUMENTED = {
+    *("peft", "peft.tuners", "peft.tuners.lora", "peft.tuners.trainable_tokens", "peft.utils"),
+    *("peft.tuners.tuners_utils", "peft.utils.merge_utils"),
+    *("transformers", "transformers.cache_utils", "transformers.masking_utils"),
+    *("transformers.pytorch_utils", "transformers.utils"),
+}
+"""Modules of both whose names their documentation has; all others are read in the doors only."""
+
+LAYERS = "models/kernels/"
+"""Where the forward of a library's layer may be replaced."""
+
 NAMELESS = {"utils", "common", "helpers", "misc", "util"}
 MAX_FILE, MAX_FUNCTION, MAX_FOLDER = 320, 60, 20
 
@@ -105,6 +133,7 @@ def violations(package: Path) -> list[str]:
         text = path.read_text(encoding="utf-8")
         tree = ast.parse(text)
         found += [f"{name}: {fault}" for fault in import_faults(tree, name)]
+        found += [f"{name}: {fault}" for fault in private_faults(tree, name)]
         found += [f"{name}: {fault}" for fault in shape_faults(tree, text, path.stem)]
     for folder, files in folders(package).items():
         if files > MAX_FOLDER:
@@ -156,6 +185,38 @@ def import_faults(tree: ast.Module, name: str) -> Iterator[str]:
                 yield f"line {line}: objectives import torch only, not {top}"
             if node in inner and room != "cli" and top not in OPTIONAL_BACKENDS.get(name, ()):
                 yield f"line {line}: imports {module} inside a function"
+
+
+def private_faults(tree: ast.Module, name: str) -> Iterator[str]:
+    """Private parts of other objects, of PEFT and of transformers, outside their doors."""
+    doors = {f"{door}.py" for door in DOORS}
+    for node in ast.walk(tree):
+        for private in private_names(node):
+            if name not in PRIVATE.get(private, ()):
+                yield f"line {node.lineno}: {private} is private; PRIVATE names its door, or none"
+        for line, module in imported(node):
+            inner = module.startswith(("peft.", "transformers."))
+            if inner and module not in DOCUMENTED and name not in doors:
+                yield f"line {line}: {module} is undocumented: it belongs behind a door"
+        if isinstance(node, ast.Assign | ast.AnnAssign) and not name.startswith(LAYERS):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(t, ast.Attribute) and t.attr == "forward" for t in targets):
+                yield f"line {node.lineno}: replaces a layer's forward outside {LAYERS}"
+
+
+def private_names(node: ast.AST) -> list[str]:
+    """Private names of other objects or modules that an expression or import touches."""
+    names: list[str] = []
+    if isinstance(node, ast.Attribute):
+        own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+        names = [] if own else [node.attr]
+    elif isinstance(node, ast.ImportFrom):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        reads = node.func.id in ("getattr", "hasattr", "setattr", "delattr")
+        constants = [arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)]
+        names = [str(value) for value in constants] if reads else []
+    return [one for one in names if one.startswith("_") and not one.startswith("__")]
 
 
 def imported(node: ast.AST) -> list[tuple[int, str]]:
@@ -269,6 +330,31 @@ BAD = {
         "must not import stages/registry",
     ),
     "a file beside the rooms": ("models/a.py", "", "there is no room called models"),
+    "a private flag of PEFT": (
+        "models/adapters/a.py",
+        "def _f(layer):\n    layer._disable_adapters = True\n",
+        "_disable_adapters is private",
+    ),
+    "a private name of transformers in words": (
+        "models/base/a.py",
+        "def _f(config):\n    return getattr(config, '_commit_hash', None)\n",
+        "_commit_hash is private",
+    ),
+    "a private name of another room": (
+        "models/adapters/a.py",
+        "from alignkit.models.attention.prefix import _SLIDING\n",
+        "_SLIDING is private",
+    ),
+    "an undocumented module": (
+        "models/weights/a.py",
+        "from transformers.core_model_loading import revert_weight_conversion\n",
+        "transformers.core_model_loading is undocumented",
+    ),
+    "a patch outside the kernels": (
+        "models/scoring/a.py",
+        "def _f(layer):\n    layer.forward = None\n",
+        "replaces a layer's forward",
+    ),
     "long file": ("data/a.py", "x = 1\n" * 330, "more than 320"),
     "long function": ("data/a.py", "def _f():\n" + "    x = 1\n" * 61, "more than 60"),
     "no docstring": ("data/a.py", "def read():\n    return 1\n", "read has no docstring"),

@@ -19,7 +19,7 @@ from alignkit.models.adapters.files import save_adapter
 from alignkit.models.adapters.sizes import measure_model
 from alignkit.models.adapters.targets import adapted_layers
 from alignkit.models.merging.updates import AdapterPart, Blend
-from alignkit.models.weights.streaming import stored_name
+from alignkit.models.peft_parts import stored_name
 from alignkit.recipe.adapters import EvaSpec, FullSpec, Ia3Spec, LoraSpec, PrefixSpec
 
 FAMILIES = ["Mixtral", "Qwen3Moe", "Qwen2Moe", "GptOss"]

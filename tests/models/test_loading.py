@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,6 @@ from alignkit.errors import ModelError
 from alignkit.models.adapters.attach import attach_adapter
 from alignkit.models.adapters.files import save_adapter
 from alignkit.models.adapters.finding import base_of_adapter
-from alignkit.models.base import identity
 from alignkit.models.base.fitness import require_language_model
 from alignkit.models.base.identity import weights_fingerprint
 from alignkit.models.base.loading import (
@@ -173,12 +175,31 @@ def test_the_fingerprint_tells_weights_apart(tiny_base: Path, tmp_path: Path) ->
     assert weights_fingerprint(BaseModel(str(copy))) != changed
 
 
-def test_the_fingerprint_of_a_hub_model_names_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Config:
-        _commit_hash = "abc123"
+def test_the_fingerprint_of_a_hub_model_names_its_commit(tiny_base: Path, tmp_path: Path) -> None:
+    def fingerprint() -> str:
+        code = (
+            "from alignkit.models.base.identity import weights_fingerprint\n"
+            "from alignkit.models.base.loading import BaseModel\n"
+            "print(weights_fingerprint(BaseModel('owner/name')))"
+        )
+        places = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **places},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
 
-    monkeypatch.setattr(identity, "load_config", lambda base: Config())
-    assert weights_fingerprint(BaseModel("owner/name")) == "owner/name@abc123"
+    cache = tmp_path / "hub" / "models--owner--name"
+    for commit in ("a" * 40, "b" * 40):  # the hub's own layout: what a name means may move on
+        snapshot = cache / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        shutil.copy(tiny_base / "config.json", snapshot)
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / "main").write_text(commit, encoding="ascii")
+        assert fingerprint() == f"owner/name@{commit}"
 
 
 def test_opening_prefers_the_merged_model(run: Path, tiny_base: Path) -> None:

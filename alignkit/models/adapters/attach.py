@@ -30,10 +30,9 @@ from alignkit.models.adapters.targets import (
     saved_modules,
     vocabulary_ends,
 )
-from alignkit.models.attention.prefix import make_switchable
 from alignkit.models.kernels.lora import use_fast_lora
+from alignkit.models.peft_parts import adapter_layers, make_switchable, stored_name, switched
 from alignkit.models.quiet import quiet_transformers
-from alignkit.models.weights.streaming import stored_name
 from alignkit.recipe.adapters import AnyAdapter, AnySpec, FullSpec, Ia3Spec, LoraSpec, PrefixSpec
 
 
@@ -204,21 +203,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     layers = adapter_layers(model)
     if not layers:
         raise ModelError("there is no adapter to turn off", hint="set reference.kind to cached")
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for layer, was_off in zip(layers, before, strict=True):
-            layer._disable_adapters = was_off
-
-
-def adapter_layers(model: nn.Module) -> list[Any]:
-    """Everything that an adapter put into a model and that can be turned off."""
-    kinds = (BaseTunerLayer, ModulesToSaveWrapper, PrefixEncoder)
-    return [module for module in model.modules() if isinstance(module, kinds)]
+    with switched(layers, None), torch.no_grad():
+        yield
 
 
 def _widths(module: Any) -> tuple[int, int]:

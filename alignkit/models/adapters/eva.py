@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from peft import EvaConfig, LoraConfig
-from peft.tuners.lora.eva import get_eva_state_dict
 from torch import nn
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters.stacks import Adaptable
 from alignkit.models.adapters.targets import adapted_layers, layer_ranks, patterned
+from alignkit.models.peft_parts import get_eva_state_dict
 from alignkit.models.scoring.scorer import Scorer
 from alignkit.packed import PackedBatch
 from alignkit.recipe.adapters import LoraSpec, eva_of, moves_ranks

@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters.prefix import require_fitting_prefix
-from alignkit.models.attention.prefix import make_switchable
 from alignkit.models.base.adapter_kinds import KINDS, stored_config
 from alignkit.models.base.changes import BaseChanges
 from alignkit.models.base.identity import weights_fingerprint
 from alignkit.models.base.loading import BaseModel
 from alignkit.models.kernels.lora import use_fast_lora
+from alignkit.models.peft_parts import make_switchable
 from alignkit.models.quiet import quiet_transformers
 from alignkit.recipe.rope import RopeSpec
 

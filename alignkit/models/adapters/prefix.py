@@ -20,11 +20,11 @@ from peft.tuners import PrefixEncoder
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from alignkit.errors import ModelError
-from alignkit.models.attention.prefix import _SLIDING
+from alignkit.models.attention.prefix import SLIDING
 from alignkit.models.base.loading import BaseModel, load_tokenizer
 from alignkit.recipe.adapters import AnySpec, PrefixSpec, continues
 
-_PLAIN = {"full_attention", _SLIDING}
+_PLAIN = {"full_attention", SLIDING}
 """Kinds of layers whose attention reads keys that stand before a row's own."""
 
 
@@ -215,7 +215,7 @@ def start_prefix(model: Any, given: Callable[[str], torch.Tensor]) -> None:
         model: a PEFT model with a prefix, without a network.
         given: gives its values by their name in PEFT's file.
     """
-    model.prompt_encoder[model.active_adapter].embedding.weight.copy_(given(STATES))
+    model.prompt_encoder[model.active_adapter].load_prompt_embeddings(given(STATES))
 
 
 def count_weights(config: PrefixTuningConfig) -> int:

@@ -11,11 +11,11 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from peft import LoraConfig
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from alignkit.errors import ModelError
+from alignkit.models.peft_parts import convert_peft_config_for_transformers
 from alignkit.recipe.adapters import LoraSpec
 
 ROUTING = ("gate", "router", "shared_expert_gate")

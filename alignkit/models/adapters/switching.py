@@ -9,7 +9,6 @@ the backward pass are recomputed under the adapter that ran forward.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from alignkit.models.adapters.attach import adapter_layers
 from alignkit.models.adapters.files import fitting, put_weights, read_adapter_config
 from alignkit.models.kernels.lora import use_fast_lora
+from alignkit.models.peft_parts import active_adapter, adapter_layers, switched
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.scoring.scorer import Scores
 from alignkit.packed import PackedBatch
@@ -30,25 +29,14 @@ POLICY = "default"
 """Adapter that is trained as the policy; the name PEFT gives to the first one."""
 
 
-@contextlib.contextmanager
-def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+def use_adapter(model: nn.Module, name: str | None) -> contextlib.AbstractContextManager[None]:
     """One adapter is active for the length of the block.
 
     Args:
         model: carries adapters, or none: then nothing happens.
         name: of the adapter; None is the base alone.
     """
-    layers = adapter_layers(model)
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = name is None
-        if name is not None:
-            layer._active_adapter = [name]
-    try:
-        yield
-    finally:
-        for layer, (active, disabled) in zip(layers, before, strict=True):
-            layer._active_adapter, layer._disable_adapters = active, disabled
+    return switched(adapter_layers(model), name)
 
 
 @dataclass(frozen=True)
@@ -86,9 +74,7 @@ def recompute_as_run(model: nn.Module) -> Any:
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
     def contexts() -> tuple[Any, Any]:
-        first = layers[0]
-        name = None if first._disable_adapters else first.active_adapters[0]
-        return contextlib.nullcontext(), use_adapter(model, name)
+        return contextlib.nullcontext(), use_adapter(model, active_adapter(layers[0]))
 
     return contexts
 

@@ -7,12 +7,6 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, TypeVar
 
-from peft.utils.constants import (
-    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as IA3_FEEDFORWARD,
-)
-from peft.utils.constants import (
-    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_TARGETS,
-)
 from torch import nn
 
 from alignkit.errors import ModelError
@@ -25,6 +19,7 @@ from alignkit.models.adapters.stacks import (
     stack_names,
     stacked_weights,
 )
+from alignkit.models.peft_parts import IA3_FEEDFORWARD, IA3_TARGETS
 from alignkit.recipe.adapters import FullSpec, Ia3Spec, LoraSpec
 
 T = TypeVar("T", int, float)

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from alignkit.models.quiet import quiet_transformers
+from alignkit.models.transformers_parts import attention_of
 
 CACHED = "alignkit_cached"
 
@@ -208,7 +209,7 @@ def cached_forward(inner: PreTrainedModel) -> Iterator[None]:
         inner: transformers model; its attention is put back afterwards.
     """
     config = inner.config.get_text_config()
-    before = config._attn_implementation
+    before = attention_of(config)
     with quiet_transformers():
         inner.set_attn_implementation(CACHED)
     try:

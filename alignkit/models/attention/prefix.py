@@ -5,28 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners import PrefixEncoder
-from torch import nn
 from transformers import PreTrainedConfig
 
 from alignkit.errors import ModelError
+from alignkit.models.peft_parts import active_prefix
 
-_SLIDING = "sliding_attention"
-
-
-def make_switchable(model: nn.Module) -> None:
-    """Let a prefix be turned off as other adapters are; nothing is done to a model without one."""
-    for encoder in _encoders(model):
-        encoder._disable_adapters, encoder._active_adapter = False, ["default"]
-
-
-def _encoders(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, PrefixEncoder)]
+SLIDING = "sliding_attention"
+"""transformers' name of layers that see only so many keys back."""
 
 
 def prefix_length(model: Any) -> int:
     """Tokens of context that a prefix takes, `P`; 0 where there is none, or it is turned off."""
-    encoder = _active(model)
+    encoder = active_prefix(model)
     return 0 if encoder is None else int(encoder.embedding.num_embeddings)
 
 
@@ -40,7 +30,7 @@ def prefix_states(model: Any) -> torch.Tensor | None:
         `[L, 2, K, P, D]` float32, keys before values; None where there is no prefix, or it is
         turned off.
     """
-    encoder = _active(model)
+    encoder = active_prefix(model)
     if encoder is None:
         return None
     config = model.active_peft_config
@@ -49,15 +39,6 @@ def prefix_states(model: Any) -> torch.Tensor | None:
     flat: torch.Tensor = encoder(tokens)
     states: torch.Tensor = flat.unflatten(1, (config.num_layers, 2, heads, -1))
     return states.permute(1, 2, 3, 0, 4)
-
-
-def _active(model: Any) -> Any:
-    """The part of a PEFT model that gives its prefix."""
-    encoders = getattr(model, "prompt_encoder", None)
-    if encoders is None:
-        return None
-    encoder = encoders[model.active_adapter]
-    return None if encoder._disable_adapters else encoder
 
 
 def has_window(config: PreTrainedConfig) -> bool:
@@ -70,8 +51,8 @@ def has_window(config: PreTrainedConfig) -> bool:
         config: of a transformers model.
     """
     text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or [_SLIDING]
-    return bool(getattr(text, "sliding_window", None)) and _SLIDING in kinds
+    kinds = getattr(text, "layer_types", None) or [SLIDING]
+    return bool(getattr(text, "sliding_window", None)) and SLIDING in kinds
 
 
 def with_cached_prefix(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +68,7 @@ def with_cached_prefix(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ModelError: activations are recomputed, for which transformers drops caches.
     """
-    if _active(model) is None:
+    if active_prefix(model) is None:
         return inputs
     if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         raise ModelError(

@@ -6,6 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+
 from alignkit.models.base.changes import BaseChanges
 from alignkit.models.base.loading import BaseModel, load_config
 
@@ -22,8 +24,10 @@ def weights_fingerprint(base: BaseModel) -> str:
     folder = Path(base.location)
     digest = hashlib.sha256()
     if not folder.is_dir():
-        config = load_config(base)
-        return f"{base.location}@{getattr(config, '_commit_hash', None) or 'unknown'}"
+        load_config(base)  # its file is in the cache then
+        file = try_to_load_from_cache(base.location, "config.json")
+        commit = Path(file).parent.name if isinstance(file, str) else "unknown"
+        return f"{base.location}@{commit}"
     names = [base.gguf] if base.gguf else sorted(p.name for p in folder.glob("*.safetensors"))
     for name in names:
         path = folder / str(name)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from alignkit.errors import ModelError
 from alignkit.models.export.gguf_names import Family, family_of
+from alignkit.models.transformers_parts import ROPE_INIT_FUNCTIONS
 
 SWA_PERIOD = {"gemma2": 2, "gemma3": 6}
 """Every so many layers one attends to everything, unless the file says otherwise."""

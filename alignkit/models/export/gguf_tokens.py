@@ -14,9 +14,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import generate_merges
 
 from alignkit.errors import ModelError
+from alignkit.models.transformers_parts import generate_merges
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Types of tokens in the format."""

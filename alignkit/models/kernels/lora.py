@@ -24,7 +24,6 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from alignkit.models.kernels.products import add_product, product
 from alignkit.models.kernels.quantized import dense_weight, is_quantized, weight_dtype
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -97,7 +96,7 @@ class _LoraProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = torch.mm(grad_low, narrow_a)
             for grad, layer in zip(grads, ctx.layers, strict=True):
-                add_product(grad_x, grad, dense_weight(layer.base))
+                grad_x.addmm_(grad, dense_weight(layer.base))
         return grad_x, None, None, *itertools.chain(*zip(grad_a, grad_b, strict=True))
 
 
@@ -110,7 +109,7 @@ def _products(
     for layer, part, b in zip(layers, parts, narrow.b, strict=True):
         # The small term first, so that the sum is rounded once. Added to an xWᵀ that is already
         # rounded to bfloat16, an update below half a unit in its last place would vanish.
-        y = add_product(torch.mm(part, b.T), x, dense_weight(layer.base).T)
+        y = torch.mm(part, b.T).addmm_(x, dense_weight(layer.base).T)
         if layer.base.bias is not None:
             y += layer.base.bias
         outputs.append(y)
@@ -262,7 +261,7 @@ def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
     flat = x.to(weight_dtype(base)).reshape(-1, x.shape[-1])
     if module.disable_adapters:
         # In the same steps as below: a fresh adapter must change no bit.
-        plain = product(flat, dense_weight(base).T)
+        plain = torch.mm(flat, dense_weight(base).T)
         plain = plain if base.bias is None else plain + base.bias
         return plain.view(*x.shape[:-1], -1)
     name = names[0]

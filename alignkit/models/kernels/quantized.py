@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignkit.models.kernels.products import product
-
 try:
     import bitsandbytes
 except ImportError:  # an extra: only quantized bases need it
@@ -80,11 +78,11 @@ class _DenseProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: Any) -> torch.Tensor:
         ctx.layer = layer
-        return product(x, dense_weight(layer).T)
+        return torch.mm(x, dense_weight(layer).T)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return product(grads[0], dense_weight(ctx.layer)), None
+        return torch.mm(grads[0], dense_weight(ctx.layer)), None
 
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.base import get_keys_to_not_convert
 
 from alignkit.errors import ModelError
 from alignkit.models.kernels.quantized import dense_weight
+from alignkit.models.transformers_parts import get_keys_to_not_convert
 
 try:
     import bitsandbytes

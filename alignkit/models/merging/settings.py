@@ -15,7 +15,7 @@ from alignkit.files import replace_folder
 from alignkit.models.adapters.files import fitting, read_adapter_config
 from alignkit.models.adapters.sizes import build_skeleton
 from alignkit.models.base.loading import BaseModel, load_config, stored_dtype
-from alignkit.models.weights.streaming import stored_name
+from alignkit.models.peft_parts import stored_name
 from alignkit.models.weights.writing import write_settings
 
 

@@ -20,8 +20,9 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.merge_utils import dare_linear, dare_ties, task_arithmetic, ties
 
 from alignkit.errors import ModelError
+from alignkit.models.peft_parts import forget_merge, stored_name
 from alignkit.models.quiet import quiet_transformers
-from alignkit.models.weights.streaming import given_weights, holding, stored_name
+from alignkit.models.weights.streaming import given_weights, holding
 
 Method = Literal["linear", "ties", "dare_linear", "dare_ties"]
 
@@ -210,7 +211,5 @@ def _merged(
             ) from error
         after = {key: w.detach() for key, w in layer._parameters.items() if w is not None}
     for module in modules:
-        module.merged_adapters = []
-        if hasattr(module, "_caches"):
-            module._caches.clear()
+        forget_merge(module)
     return before, after

@@ -32,6 +32,7 @@ from alignkit.models.quiet import quiet_transformers
 from alignkit.models.rewards.chat import choose_padding, end_at_turn, missing_end
 from alignkit.models.rewards.head import read_head, read_statistics
 from alignkit.models.scoring.scorer import causal_model
+from alignkit.models.transformers_parts import has_classifier
 from alignkit.models.weights.streaming import build_without_weights
 from alignkit.models.weights.writing import (
     replace_model,
@@ -201,7 +202,7 @@ def require_classifier(config: PreTrainedConfig) -> None:
     Raises:
         ModelError: there is none, so that no merged reward model could be loaded.
     """
-    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+    if not has_classifier(config):
         raise ModelError(
             f"transformers has no sequence classifier for {config.model_type!r}, so there is no "
             "merged/ that it could load",

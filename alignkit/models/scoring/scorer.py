@@ -21,7 +21,6 @@ from alignkit.models.attention.packed import PACKED
 from alignkit.models.attention.prefix import prefix_states
 from alignkit.models.kernels.norms import use_cpu_norms
 from alignkit.models.kernels.precision import compute_context, widen_layer_norms
-from alignkit.models.kernels.rotary import use_cpu_rotation
 from alignkit.models.kernels.vocab_head import TokenScores, logit_transform, score_targets
 from alignkit.models.quiet import quiet_transformers
 from alignkit.packed import PackedBatch, Segment
@@ -130,7 +129,6 @@ class TokenScorer(Scorer):
         with quiet_transformers():
             inner.set_attn_implementation(PACKED)
         use_cpu_norms(inner)
-        use_cpu_rotation(inner)
         transform = logit_transform(inner.config.get_text_config())
         self.transform = dataclasses.replace(transform, temperature=temperature)
 

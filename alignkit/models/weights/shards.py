@@ -13,13 +13,13 @@ from huggingface_hub import snapshot_download, split_torch_state_dict_into_shard
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from alignkit.errors import ModelError
 from alignkit.models.base.changes import BaseChanges
 from alignkit.models.base.loading import BaseModel, load_model, stored_dtype
 from alignkit.models.heap import release_memory
 from alignkit.models.quiet import quiet_transformers
+from alignkit.models.transformers_parts import revert_weight_conversion
 from alignkit.models.weights.writing import require_written, same_bits
 
 INDEX = "model.safetensors.index.json"

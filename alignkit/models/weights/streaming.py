@@ -12,10 +12,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from alignkit.models.heap import release_memory
+from alignkit.models.peft_parts import is_of_adapter, stored_name
 from alignkit.models.quiet import quiet_transformers
-
-_WRAPPERS = (".base_layer", ".original_module", ".token_adapter")
-"""What PEFT puts into the names of the weights it wraps."""
 
 
 def build_without_weights(kind: Any, config: PreTrainedConfig, **options: Any) -> Any:
@@ -71,7 +69,7 @@ def given_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     found = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleDict | nn.ParameterDict) or _inside_adapter(path):
+        if isinstance(module, nn.ModuleDict | nn.ParameterDict) or is_of_adapter(path):
             continue
         for key, weight in list(module._parameters.items()):
             if weight is None or is_stand_in(weight):
@@ -81,19 +79,6 @@ def given_weights(model: nn.Module) -> dict[str, torch.Tensor]:
             else:
                 found[stored_name(f"{path}.{key}")] = weight.detach()
     return found
-
-
-def _inside_adapter(path: str) -> bool:
-    """Whether a module belongs to an adapter: PEFT ends its path with the adapter's name."""
-    return path.endswith(".default") or ".default." in path
-
-
-def stored_name(name: str) -> str:
-    """Name of a weight or module in the base's files, whatever PEFT wrapped around it."""
-    name = name.removeprefix("base_model.model.")
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 @contextlib.contextmanager

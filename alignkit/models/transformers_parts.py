@@ -1,0 +1,30 @@
+"""What alignkit touches of transformers beside its documented names: one door, held by contract
+tests."""
+
+from __future__ import annotations
+
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.tokenization_utils_base import generate_merges
+
+__all__ = [
+    "ROPE_INIT_FUNCTIONS",
+    "attention_of",
+    "generate_merges",
+    "get_keys_to_not_convert",
+    "has_classifier",
+    "revert_weight_conversion",
+]
+
+
+def attention_of(config: PreTrainedConfig) -> str:
+    """Name of the attention that a model computes with, which `set_attn_implementation` takes."""
+    name: str = config._attn_implementation
+    return name
+
+
+def has_classifier(config: PreTrainedConfig) -> bool:
+    """Whether transformers has a sequence classifier of an architecture."""
+    return type(config) in AutoModelForSequenceClassification._model_mapping
