@@ -28,11 +28,11 @@ from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.reading.load import load_recipe
 from alignkit.recipe.rows import SourceSpec
 from alignkit.recipe.stages.ppo import PpoRecipe
+from alignkit.report.run_files import read_about
 from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.checking import CHECK_SETTINGS, check_rows, file_rows
 from alignkit.stages.inputs.rows import load_prompt_rows, load_rows, row_settings
 from alignkit.stages.running.card import write_card
-from alignkit.stages.running.run_folder import read_about
 
 
 @dataclass(frozen=True)

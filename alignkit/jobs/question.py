@@ -12,8 +12,8 @@ from alignkit.models.base.loading import DTYPES
 from alignkit.recipe.model import ModelSpec
 from alignkit.recipe.reading.load import stored_recipe
 from alignkit.recipe.stages.base import Recipe
+from alignkit.report.run_files import read_about
 from alignkit.stages.inputs.base import start_model
-from alignkit.stages.running.run_folder import read_about
 
 
 @dataclass(frozen=True)

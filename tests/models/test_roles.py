@@ -341,7 +341,11 @@ def test_a_folder_without_an_adapter(tmp_path: Path) -> None:
 # What is trained
 
 
-@pytest.mark.parametrize("names", [{POLICY}, {"value"}, {POLICY, "reward0"}, set()], ids=str)
+@pytest.mark.parametrize(
+    "names",
+    [{POLICY}, {"value"}, {POLICY, "reward0"}, set()],
+    ids=lambda names: "+".join(sorted(names)) or "none",
+)
 def test_train_only_trains_the_named(names: set[str]) -> None:
     model = three_adapters()
     train_only(model, names)

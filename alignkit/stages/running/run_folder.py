@@ -206,28 +206,6 @@ class RunFolder:
         self.lock.close()
 
 
-def read_about(folder: Path) -> dict[str, Any]:
-    """run.json of a run folder.
-
-    Raises:
-        RunError: there is none, or it cannot be read.
-    """
-    try:
-        about: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise RunError(
-            f"{folder} is no run folder: run.json cannot be read ({error})",
-            hint="start anew with --overwrite, or choose another output",
-        ) from None
-    return about
-
-
-def read_plan(folder: Path) -> dict[str, Any]:
-    """plan.json of a run folder as plain values."""
-    plan: dict[str, Any] = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    return plan
-
-
 def provenance() -> dict[str, Any]:
     """Versions and commit that made a run."""
     versions = {"python": platform.python_version(), "alignkit": alignkit.__version__}

@@ -25,6 +25,7 @@ from alignkit.models.scoring.selfcheck import build_scorer
 from alignkit.recipe.adapters import FullSpec, b_rate
 from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.stages.base import Recipe
+from alignkit.report.run_files import read_about, read_plan
 from alignkit.runtime.checkpoint import find_checkpoint, load_checkpoint
 from alignkit.runtime.devices import build_accelerator, tune_processor
 from alignkit.runtime.metrics import MetricsFile
@@ -37,13 +38,7 @@ from alignkit.stages.running.adapter_start import find_adapter_start
 from alignkit.stages.running.batches import Batches
 from alignkit.stages.running.hooks import RowHooks
 from alignkit.stages.running.loop import Loop
-from alignkit.stages.running.run_folder import (
-    RunFolder,
-    check_output,
-    check_same_inputs,
-    read_about,
-    read_plan,
-)
+from alignkit.stages.running.run_folder import RunFolder, check_output, check_same_inputs
 from alignkit.stages.running.steps import Run
 
 
