@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -275,6 +276,65 @@ def test_no_arrow_of_the_table_comes_back() -> None:
         for others in reached.values():
             others |= {far for other in others for far in reached[other]}
     assert [room for room, others in reached.items() if room in others] == []
+
+
+ARCHITECTURE = Path(__file__).parent.parent / "docs" / "architecture.md"
+
+
+def drawn_rooms(text: str) -> list[str]:
+    """The rooms of the picture from top to bottom; one with rooms inside stands below them."""
+    picture = text.split("```")[1].strip().splitlines()[1:]
+    found: list[str] = []
+    outer = ""
+    for line in picture:
+        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        if indent == 2:
+            found += [outer] if outer else []
+            outer = name.rstrip("/").removesuffix(".py")
+        else:
+            found.append(f"{outer}/{name.rstrip('/').removesuffix('.py')}")
+    return [*found, outer]
+
+
+def test_the_picture_shows_the_rooms_and_every_arrow_goes_down_in_it() -> None:
+    places = drawn_rooms(ARCHITECTURE.read_text(encoding="utf-8"))
+    assert len(places) == len(set(places))
+    real = {room_of(path.relative_to(PACKAGE).with_suffix("").parts) for path in sources(PACKAGE)}
+    assert set(places) - {"models", "stages"} == real - {"__init__"}
+    floor = {room: number for number, room in enumerate(places)}
+    arrows = {
+        (room, room_of(module.split(".")[1:]))
+        for path in sources(PACKAGE)
+        for room in [room_of(path.relative_to(PACKAGE).with_suffix("").parts)]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for _, module in imported(node)
+        if module.startswith("alignkit.") and module.count(".") > 1
+    }
+    rising = {
+        (a, b) for a, b in arrows if a != b and "__init__" not in (a, b) and floor[a] > floor[b]
+    }
+    assert rising == set()
+
+
+def test_the_paths_that_architecture_names_exist() -> None:
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    before, _, after = text.partition("## Old paths")
+    named = re.findall(r"`((?:\w+/)*\w+\.py)[`:]", before)
+    named += re.findall(
+        r"`((?:\w+/)+\w+\.py)`",
+        "".join(line.split("|")[2] for line in after.splitlines() if line.count("|") == 3),
+    )
+    roots = (PACKAGE, PACKAGE.parent)
+    short = {path.name for path in sources(PACKAGE)}
+    missing = [
+        name
+        for name in named
+        if "NAME" not in name
+        and not any((root / name).is_file() for root in roots)
+        and name not in short
+    ]
+    assert missing == []
+    assert len(named) > 100
 
 
 GOOD = '''"""A module."""

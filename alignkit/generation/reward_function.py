@@ -10,7 +10,7 @@ from typing import Any
 from alignkit.errors import RewardError
 from alignkit.generation.responses import Response, shared_columns
 from alignkit.recipe.assets import show_file
-from alignkit.runtime.user_code import line_of, load_function, said
+from alignkit.runtime.user_code import load_function, raised
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _SHAPE = "def {name}(prompts, completions, **columns)"
@@ -51,11 +51,8 @@ def function_score(place: str) -> Callable[[Sequence[Response]], Any]:
                 **given,
             )
         except (Exception, SystemExit) as error:
-            where, line = line_of(error, path)
-            raise RewardError(
-                f"{where}: {name} raised {said(error)}, given {len(responses)} completions",
-                hint=f"the line is `{line}`" if line else "the error arose outside the file",
-            ) from error
+            given_to = f", given {len(responses)} completions"
+            raise raised(error, path, name, RewardError, given_to) from error
 
     return run
 

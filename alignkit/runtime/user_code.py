@@ -56,11 +56,11 @@ def _module(path: Path, fault: type[AlignkitError], what: str) -> ModuleType:
         exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        where, line = line_of(error, path)
+        where, line = _line_of(error, path)
         advice = f"the line is `{line}`" if line else f"`python {shown}` shows the whole error"
         if isinstance(error, ModuleNotFoundError) and error.name:
             advice = f"install {error.name}, or put it into {show_file(path.parent)}"
-        raise fault(f"{where}: cannot be imported: {said(error)}", hint=advice) from error
+        raise fault(f"{where}: cannot be imported: {_said(error)}", hint=advice) from error
     finally:
         with contextlib.suppress(ValueError):  # the file may have removed it itself
             sys.path.remove(str(path.parent))
@@ -98,7 +98,26 @@ def _find(
     return function  # type: ignore[no-any-return]
 
 
-def line_of(error: BaseException, path: Path) -> tuple[str, str]:
+def raised(
+    error: BaseException, path: Path, name: str, kind: type[AlignkitError], more: str = ""
+) -> AlignkitError:
+    """What to raise where the user's function raised something itself.
+
+    Args:
+        error: of the function.
+        path: its file.
+        name: of the function.
+        kind: of what to raise.
+        more: what the function was called with.
+    """
+    where, line = _line_of(error, path)
+    return kind(
+        f"{where}: {name} raised {_said(error)}{more}",
+        hint=f"the line is `{line}`" if line else "the error arose outside the file",
+    )
+
+
+def _line_of(error: BaseException, path: Path) -> tuple[str, str]:
     """`file:line` of the last line of the user's file that led to an error, and that line."""
     file = str(path.resolve())
     lines = [
@@ -114,7 +133,7 @@ def line_of(error: BaseException, path: Path) -> tuple[str, str]:
     return f"{show_file(path)}:{lines[-1]}", linecache.getline(file, lines[-1]).strip()
 
 
-def said(error: BaseException) -> str:
+def _said(error: BaseException) -> str:
     """Type and message of an error, on one line."""
     text = " ".join(str(error).split())
     shown = text if len(text) <= 300 else text[:297] + "..."

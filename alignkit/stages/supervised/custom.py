@@ -13,7 +13,7 @@ from alignkit.objectives.preference import PairLogprobs
 from alignkit.recipe.assets import show_file
 from alignkit.recipe.objectives import CustomPairSpec, CustomSpec
 from alignkit.recipe.section import Section
-from alignkit.runtime.user_code import line_of, load_function, said
+from alignkit.runtime.user_code import load_function, raised
 
 SHAPE = "def {name}(logprobs_or_pairs, **parameters) -> one loss an item"
 
@@ -38,11 +38,7 @@ def custom_loss(spec: CustomSpec) -> Callable[..., torch.Tensor]:
         try:
             losses = loss(*given, **spec.parameters)
         except (Exception, SystemExit) as error:
-            where, line = line_of(error, path)
-            raise TrainingError(
-                f"{where}: {spec.name} raised {said(error)}",
-                hint=f"the line is `{line}`" if line else "the error arose outside the file",
-            ) from error
+            raise raised(error, path, spec.name, TrainingError) from error
         count = len(_tensors(given)[0])
         if not isinstance(losses, torch.Tensor) or losses.shape != (count,):
             shown = (
