@@ -122,6 +122,26 @@ def test_a_template_without_system_turns() -> None:
 
 
 @pytest.mark.parametrize(
+    ("version", "asked", "answered"),
+    [
+        ("7B v0.3", "[INST] {}[/INST]", " {}</s>"),
+        ("7B v0.1", "[INST] {} [/INST]", "{}</s> "),
+        ("7B v0.2", "[INST] {} [/INST]", " {}</s>"),
+        ("Nemo", "[INST]{}[/INST]", "{}</s>"),
+    ],
+)
+def test_of_mistral_the_spaces_of_one_version(version: str, asked: str, answered: str) -> None:
+    text = "{{ m['content'] }}"
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}"
+        f"{{% elif m['role'] == 'user' %}}{asked.replace('{}', text)}"
+        f"{{% else %}}{answered.replace('{}', text)}{{% endif %}}{{% endfor %}}"
+    )
+    found = recognise(tiny_tokenizer(template=template))
+    assert (found is not None) == (version == "7B v0.3")
+
+
+@pytest.mark.parametrize(
     "template",
     [
         None,

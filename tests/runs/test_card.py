@@ -8,19 +8,22 @@ from typing import Any
 import pytest
 import yaml
 from commandline import CommandLine
+from huggingface_hub.repocard import metadata_load
 from peft import LoraConfig, get_peft_model
 from running import make_preference_recipe, make_recipe, train
 from tiny import save_tiny, tiny_model
 
 from alignkit.models.base.known import model_folder
-from alignkit.models.base.licence import front_matter, licence_of
+from alignkit.models.base.licence import licence_of
 from alignkit.models.base.loading import BaseModel
 from alignkit.stages.running.card import write_card
 
 
 def card_of(folder: Path) -> tuple[dict[str, object], str]:
     text = (folder / "README.md").read_text(encoding="utf-8")
-    return front_matter(folder / "README.md"), text
+    about = metadata_load(folder / "README.md")
+    assert about is not None
+    return about, text
 
 
 def test_the_card_of_a_run(tmp_path: Path) -> None:
@@ -99,11 +102,15 @@ def test_licences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched.mkdir(parents=True)
     assert licence_of(BaseModel(str(fetched))) == "apache-2.0"
     assert licence_of(BaseModel("some/hub-model")) is None
-    for text in ("", "no front matter", "---\nlicense: [", "---\nlicense: mit", "---\n- a\n---\n"):
+    damaged = ("---\nlicense: [", "---\nlicense: mit", "---\nlicense: mit\nd: 2024-13-45\n---\n")
+    for text in ("", "no front matter", "---\n- a\n---\n", *damaged):
         (tmp_path / "README.md").write_text(text, encoding="utf-8")
         assert licence_of(BaseModel(str(tmp_path))) is None
-    (tmp_path / "README.md").write_text("---\nlicense: llama3.1\n---\n", encoding="utf-8")
-    assert licence_of(BaseModel(str(tmp_path))) == "llama3.1"
+    (tmp_path / "README.md").write_bytes("---\nlicense: größer\n---\n".encode("latin-1"))
+    assert licence_of(BaseModel(str(tmp_path))) is None
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "README.md").write_text("---\nlicense: llama3.1\n---\n", encoding=encoding)
+        assert licence_of(BaseModel(str(tmp_path))) == "llama3.1"
 
 
 def test_what_was_no_finite_number_stays_empty(tiny_base: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import yaml
+from huggingface_hub.repocard import metadata_load
 
 from alignkit.models.base.known import KNOWN_MODELS, model_folder
 from alignkit.models.base.loading import BaseModel
@@ -17,29 +18,13 @@ def licence_of(base: BaseModel) -> str | None:
         base: its model card is read, or the table of models that alignkit fetches.
     """
     folder = Path(base.location)
-    stated = front_matter(folder / "README.md").get("license")
+    try:
+        stated = (metadata_load(folder / "README.md") or {}).get("license")
+    except (OSError, ValueError, yaml.YAMLError):  # no card, or none that can be read
+        stated = None
     if isinstance(stated, str) and stated:
         return stated
     for name, known in KNOWN_MODELS.items():
         if folder.is_dir() and folder.resolve() == model_folder(name).resolve():
             return known.licence.lower()
     return None
-
-
-def front_matter(card: Path) -> dict[str, object]:
-    """The YAML between the first two lines of `---` of a model card; empty if there is none."""
-    try:
-        text = card.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return {}
-    lines = text.splitlines()
-    if not lines or lines[0].strip() != "---":
-        return {}
-    end = next((n for n, line in enumerate(lines[1:], 1) if line.strip() == "---"), None)
-    if end is None:
-        return {}
-    try:
-        found = yaml.safe_load("\n".join(lines[1:end]))
-    except yaml.YAMLError:
-        return {}
-    return found if isinstance(found, dict) else {}

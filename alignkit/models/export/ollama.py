@@ -24,13 +24,13 @@ class ChatFormat:
         name: for people.
         render: turns -> text up to where the next answer starts, without BOS.
         template: the same in Ollama's language.
-        stop: text that ends an answer; None is EOS.
+        stop: text that ends an answer.
     """
 
     name: str
     render: Callable[[Sequence[Turn]], str]
     template: str
-    stop: str | None = None
+    stop: str
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,6 @@ def _asked_template(question: tuple[str, str], answer: tuple[str, str], last: st
     )
 
 
-def _mistral(before: str, after: str, answer: str, tail: str) -> ChatFormat:
-    parts = (f"[INST]{before}", f"{after}[/INST]"), (answer, f"</s>{tail}")
-    return ChatFormat("Mistral", _asked(*parts), _asked_template(*parts), "</s>")
-
-
 _CHATML = ("<|im_start|>", "\n", "<|im_end|>\n")
 _LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>")
 _GEMMA = (
@@ -102,20 +97,15 @@ _GEMMA = (
     ("<start_of_turn>model\n", "<end_of_turn>\n"),
     "<start_of_turn>model\n",
 )
+_MISTRAL = ("[INST] ", "[/INST]"), (" ", "</s>")
 
 FORMATS = (
     ChatFormat("ChatML", _turns(*_CHATML), _turns_template(*_CHATML), "<|im_end|>"),
     ChatFormat("Llama 3", _turns(*_LLAMA3), _turns_template(*_LLAMA3), "<|eot_id|>"),
     ChatFormat("Gemma", _asked(*_GEMMA), _asked_template(*_GEMMA), "<end_of_turn>"),
-    *(
-        _mistral(before, after, answer, tail)
-        for before in (" ", "")
-        for after in ("", " ")
-        for answer in (" ", "")
-        for tail in ("", " ")
-    ),
+    ChatFormat("Mistral", _asked(*_MISTRAL), _asked_template(*_MISTRAL), "</s>"),
 )
-"""What is recognised; Mistral's versions differ in spaces."""
+"""What is recognised; of Mistral's versions, which differ in spaces, that of 7B v0.3."""
 
 _SYSTEM = {"role": "system", "content": "Zebra rules."}
 _QUESTION = {"role": "user", "content": "What is 2 + 2?"}
@@ -202,8 +192,7 @@ def write_modelfile(gguf_name: str, found: Recognised | None, stops: Sequence[st
         lines.append(f'TEMPLATE """{found.bos}{found.format.template}"""')
         if found.system:
             lines.append(f'SYSTEM """{found.system}"""')
-        if found.format.stop:
-            every.append(found.format.stop)
+        every.append(found.format.stop)
     quoted = (text.replace("\\", "\\\\").replace('"', '\\"') for text in dict.fromkeys(every))
     lines += [f'PARAMETER stop "{text}"' for text in quoted]
     return "\n".join(lines) + "\n"
