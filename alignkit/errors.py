@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class AlignkitError(Exception):
-    """Something the user can mend.
+    """Something the user can fix.
 
     Args:
         message: where, which rule, what value: one sentence.

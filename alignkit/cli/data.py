@@ -1,4 +1,4 @@
-"""`alignkit data`: what makes and mends data sets."""
+"""`alignkit data`: what makes and fixes data sets."""
 
 from __future__ import annotations
 

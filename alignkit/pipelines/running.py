@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from alignkit.errors import AlignkitError, Interrupted, RecipeError, RunError
 from alignkit.models.heap import release_memory
 from alignkit.pipelines.state import PipelineState, Record
-from alignkit.pipelines.steps import RUNNERS, Found
+from alignkit.pipelines.steps import RUNNERS, StageOutput
 from alignkit.recipe.reading.pipeline import Pipeline, Step
 from alignkit.runtime.progress import print_line
 from alignkit.stages.inputs.fingerprints import describe_changes
@@ -149,7 +149,7 @@ class PipelineRun:
         result.numbers = numbers
 
     def _decide(
-        self, step: Step, record: Record | None, found: Found | None, inputs: dict[str, str]
+        self, step: Step, record: Record | None, found: StageOutput | None, inputs: dict[str, str]
     ) -> tuple[str, str]:
         """`run`, `replace`, `resume` or `skip`, and why."""
         if found is None:

@@ -28,7 +28,7 @@ from alignkit.stages.running.session import RunOptions
 
 
 @dataclass(frozen=True)
-class Found:
+class StageOutput:
     """What stands in the output of a stage.
 
     Args:
@@ -57,7 +57,7 @@ class Runner:
 
     check: Callable[[Step], None]
     inputs: Callable[[Any], dict[str, str]]
-    look: Callable[[Any], Found | None]
+    look: Callable[[Any], StageOutput | None]
     run: Callable[[Any, RunOptions], dict[str, Any]]
 
 
@@ -73,7 +73,7 @@ def _check_training(step: Step) -> None:
             raise ModelError(f"{where}: model.base: {error.message}", hint=error.hint) from None
 
 
-def _look_at_run(recipe: Recipe) -> Found | None:
+def _look_at_run(recipe: Recipe) -> StageOutput | None:
     folder = Path(recipe.output)
     try:
         content = (folder / "run.json").read_bytes()
@@ -94,7 +94,7 @@ def _look_at_run(recipe: Recipe) -> Found | None:
     except RunError:  # its rows or its base have been moved: --resume would refuse them
         resumable = False
     numbers = _numbers(about.get("summary") or {})
-    return Found(hashlib.sha256(content).hexdigest(), status, resumable, numbers)
+    return StageOutput(hashlib.sha256(content).hexdigest(), status, resumable, numbers)
 
 
 def _train(recipe: Recipe, options: RunOptions) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _check_label(step: Step) -> None:
             raise ModelError(f"{where}: {key}: {error.message}", hint=error.hint) from None
 
 
-def _look_at_pairs(spec: LabelSpec) -> Found | None:
+def _look_at_pairs(spec: LabelSpec) -> StageOutput | None:
     digest, found, about = hashlib.sha256(), [], b""
     for name in (PAIRS, ABOUT):
         path = Path(spec.output) / name
@@ -142,12 +142,12 @@ def _look_at_pairs(spec: LabelSpec) -> Found | None:
     if not found:
         return None
     if found != [PAIRS, ABOUT]:
-        return Found(digest.hexdigest(), "incomplete", False, {})
+        return StageOutput(digest.hexdigest(), "incomplete", False, {})
     try:
         numbers = _label_numbers(json.loads(about)["summary"])
     except (ValueError, KeyError, TypeError):  # a power cut: it is labelled anew
-        return Found(digest.hexdigest(), "unreadable", False, {})
-    return Found(digest.hexdigest(), "finished", False, numbers)
+        return StageOutput(digest.hexdigest(), "unreadable", False, {})
+    return StageOutput(digest.hexdigest(), "finished", False, numbers)
 
 
 def _label(spec: LabelSpec, options: RunOptions) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def check(breaks: list[dict[str, str]], tree: Path) -> None:
 def try_break(
     one: dict[str, str], copy: Path, recording: Recording, excluded: set[str], limit: float
 ) -> Outcome:
-    """Make a break in a copy, run the tests that reach it, and mend it."""
+    """Make a break in a copy, run the tests that reach it, and fix it."""
     file, lines = find_break(one, package_files(copy))
     outcome = Outcome(one["name"], one["room"], one["breaks"], f"{file}:{min(lines)}")
     names = recording.reaching(file, lines)

@@ -78,7 +78,7 @@ def test_what_cannot_be_merged_together(alignkit: CommandLine, runs: Path) -> No
         (
             ("merge-lora", "one/run", *out, "--onto", "dequantized"),
             "was not trained over one quantized base",
-            "leave --onto away",
+            "remove --onto",
         ),
         (("merge-lora", "one/run", "rm/run", *out), "rm/run/adapter is a reward model", "merge it"),
         (("merge-lora", "one/run", "stranger", *out), "stranger belongs to", "adapters are combin"),

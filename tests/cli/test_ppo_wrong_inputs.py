@@ -208,10 +208,10 @@ def test_reward_functions(case: str, alignkit: CommandLine, tiny_base: Path, fol
     run = folder / "run"
     assert not (run / "checkpoints").exists()
     assert not (run / "adapter").exists()
-    # Nothing stands in the way of the mended function.
+    # Nothing stands in the way of the fixed function.
     if case == "raises":
-        mended = "def score(prompts, completions):\n    return [1.0 for _ in completions]\n"
-        (folder / "score.py").write_text(mended, encoding="utf-8")
+        fixed = "def score(prompts, completions):\n    return [1.0 for _ in completions]\n"
+        (folder / "score.py").write_text(fixed, encoding="utf-8")
         again = ["--resume"] if run.exists() else []
         done = alignkit("ppo", recipe, "training.max_steps=4", *again, cwd=folder)
         assert done.code == 0, done.stderr

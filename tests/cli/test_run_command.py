@@ -79,8 +79,8 @@ def test_a_failing_stage(alignkit: CommandLine, tiny_base: Path, tmp_path: Path)
     assert done.code == 2
     assert "bad.jsonl:1: messages[0].role is 'robot'" in done.stderr
     assert [s["status"] for s in json.loads(done.stdout)["stages"]] == ["done", "failed"]
-    mended = alignkit("run", "p.yaml", "--json", cwd=tmp_path)
-    assert [s["status"] for s in json.loads(mended.stdout)["stages"]] == ["skipped", "done"]
+    fixed = alignkit("run", "p.yaml", "--json", cwd=tmp_path)
+    assert [s["status"] for s in json.loads(fixed.stdout)["stages"]] == ["skipped", "done"]
 
 
 WRONG = {

@@ -294,7 +294,7 @@ def test_a_file_that_failed_is_run_again_once_it_is_mended() -> None:
     before = list(sys.path)
     fault(lambda: build_score(spec))
     assert sys.path == before
-    function("def score(prompts, completions):\n    return [1, 1]  # mended\n")
+    function("def score(prompts, completions):\n    return [1, 1]  # fixed\n")
     assert build_score(spec)(RESPONSES) == [1.0, 1.0]
 
 

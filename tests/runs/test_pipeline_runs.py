@@ -16,7 +16,7 @@ from running import KILL_AFTER, make_pairs, make_recipe, make_rows, train, write
 from alignkit.errors import AlignkitError, RecipeError, RunError
 from alignkit.pipelines import steps as pipeline_steps
 from alignkit.pipelines.running import PipelineRun, Result
-from alignkit.pipelines.steps import RUNNERS, Found, Runner
+from alignkit.pipelines.steps import RUNNERS, Runner, StageOutput
 from alignkit.recipe.reading.pipeline import READERS, load_pipeline
 from alignkit.recipe.stages.ppo import PpoRecipe
 from alignkit.stages.inputs.fingerprints import describe_changes, training_inputs
@@ -190,10 +190,10 @@ def test_another_kind_of_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         calls.append(Path(settings["output"]).write_text(settings["text"], encoding="utf-8"))
         return {"rows": 3}
 
-    def look(settings: dict[str, Any]) -> Found | None:
+    def look(settings: dict[str, Any]) -> StageOutput | None:
         path = Path(settings["output"])
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        return Found(text, "finished", False, {}) if text else None
+        return StageOutput(text, "finished", False, {}) if text else None
 
     monkeypatch.setitem(READERS, "label", lambda document, pending: dict(document.values))
     inputs = lambda settings: {"text": settings["text"]}  # noqa: E731

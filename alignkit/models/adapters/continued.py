@@ -1,4 +1,4 @@
-"""Training an existing adapter on: where it is, and of what shape."""
+"""Continue training an adapter: where it is, and of what shape."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def started_adapter(spec: AnySpec, base: BaseModel) -> AnySpec:
         if own not in (found[key], _plain(key, default)):
             raise ModelError(
                 f"adapter.{key} = {own}, and the adapter in {folder} has {found[key]}",
-                hint=f"leave adapter.{key} away: it comes with the adapter",
+                hint=f"remove adapter.{key}: it comes with the adapter",
             )
     return spec.model_copy(update=found)
 

@@ -116,7 +116,7 @@ def require_fitting_prefix(config: PreTrainedConfig, model: PreTrainedModel, fol
     """Refuse a stored prefix for other layers than the base has: PEFT leaves the rest without.
 
     Args:
-        config: of the stored adapter; one of another kind is let pass.
+        config: of the stored adapter; one of another kind passes.
         model: the base.
         folder: of the adapter, for the message.
 

@@ -133,5 +133,5 @@ def require_plain(layers: Mapping[str, Adaptable], spec: LoraSpec) -> None:
         raise ModelError(
             f"adapter.{odd[0]} goes with linear layers only, and {names[0]} is none: PEFT changes "
             "experts and routers as plain weights",
-            hint=f"leave adapter.{odd[0].split()[0]} away, or leave them out: {without}",
+            hint=f"remove adapter.{odd[0].split()[0]}, or leave them out: {without}",
         )

@@ -71,7 +71,7 @@ def start_factors(
             if given is None:
                 raise ModelError(
                     "adapter.init = eva is found from the rows of a run, and there are none here",
-                    hint="leave adapter.init away",
+                    hint="remove adapter.init",
                 )
             a.copy_(given(stored))  # B stays 0
             continue
@@ -82,7 +82,7 @@ def start_factors(
                 raise ModelError(
                     "adapter.init = loftq makes up for what quantization loses, and the base is "
                     "not quantized",
-                    hint="set model.quantization=nf4, or leave adapter.init away",
+                    hint="set model.quantization=nf4, or remove adapter.init",
                 )
             lost = given(stored).to(weight.device).float() - weight
             first, second = _largest(lost, rank, scale, "pissa", seed)

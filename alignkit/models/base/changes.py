@@ -48,14 +48,14 @@ def scale_positions(config: PreTrainedConfig, rope: RopeSpec) -> None:
     if not stored:
         raise ModelError(
             f"model.rope_scaling has no use: a {text.model_type!r} model has no rotary positions",
-            hint="leave model.rope_scaling away",
+            hint="remove model.rope_scaling",
         )
     per_kind = "rope_theta" not in stored
     own = dict(stored["full_attention"] if per_kind else stored)
     if own.get("rope_type", "default") != "default":
         raise ModelError(
             f"the base's positions are scaled already: {own['rope_type']}",
-            hint="leave model.rope_scaling away, or take a base without it",
+            hint="remove model.rope_scaling, or take a base without it",
         )
     original = rope.original_context or int(text.max_position_embeddings)
     own |= {"rope_type": rope.kind, "factor": rope.factor}
@@ -91,7 +91,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> lis
         if len(ids) == 1 and tokenizer.decode(ids) == text:
             raise ModelError(
                 f"model.add_tokens names {text!r}, which is a token already: {ids[0]}",
-                hint="leave it away",
+                hint="remove it",
             )
         pieces.append(ids)
     # Not special: they are part of answers, and special ones are left out when text is decoded.

@@ -1,4 +1,4 @@
-"""What a base is fit for, by its configuration."""
+"""Refuse bases that a stage cannot use, by their configuration."""
 
 from __future__ import annotations
 

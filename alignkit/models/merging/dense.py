@@ -118,7 +118,7 @@ class MergedWeights:
                 raise ModelError(
                     "the adapter was not trained over one quantized base: there is nothing to "
                     "dequantize",
-                    hint="leave --onto away",
+                    hint="remove --onto",
                 )
             return self.exact(read, self.original), None
         trained, original = (self.exact(read, w) for w in (self.trained, self.original))
@@ -134,7 +134,7 @@ class MergedWeights:
             raise ModelError(
                 "the adapter started with what quantization lost (loftq): over the original "
                 "weights that would count twice",
-                hint="merge with --onto dequantized, or leave --onto away",
+                hint="merge with --onto dequantized, or remove --onto",
             )
         if onto == "dequantized" or drift.exceeds or self.corrects:
             self._put_onto(self.trained)

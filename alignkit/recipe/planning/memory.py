@@ -189,6 +189,6 @@ def _layer_bytes(model: ModelFacts, wide: int) -> int:
     norms = 2 * 4 * h  # each norm's input, as wide as transformers keeps it
     attention = (2 * a + 2 * k) * wide  # queries, keys, values, output
     feed_forward = 3 * i * wide  # gate, activated gate, up
-    # Each kept once, whatever number of layers reads it; by none where these are frozen throughout.
+    # Each kept once, whatever number of layers reads it; frozen layers save no inputs.
     inputs = 0 if model.prefix else (2 * h + a + i) * wide
     return norms + attention + feed_forward + inputs

@@ -103,7 +103,7 @@ def check_same_inputs(now: dict[str, Any], before: dict[str, Any]) -> None:
         for name in now["data"]
     ]
     stored = before.get("rewards", {})
-    # A function may be mended after it has failed; a model must stay what it was.
+    # A function may be fixed after it has failed; a model must stay what it was.
     models = {name: new for name, new in now["rewards"].items() if "model" in name}
     pairs += [
         (name, {"fingerprint": new}, {"fingerprint": stored[name]} if name in stored else None)

@@ -56,7 +56,7 @@ def check_custom(
     """Call a loss of the user's on a few made-up items before any row is read.
 
     Args:
-        objective: of the recipe; one of our own is let pass.
+        objective: of the recipe; one of our own passes.
         example: makes what the function is called with, of a few items.
 
     Raises:
