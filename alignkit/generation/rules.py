@@ -154,7 +154,7 @@ def valid_json(completion: str, keys: Sequence[str] = ()) -> float:
 
 
 def _refuse(word: str) -> None:
-    raise ValueError(f"{word} is no JSON, though Python reads it")
+    raise ValueError(f"{word} is not JSON, though Python reads it")
 
 
 def _lexicon() -> Callable[[str], float]:

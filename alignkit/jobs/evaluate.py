@@ -129,7 +129,7 @@ def score_answers(
         `(answer, reward)` in order.
 
     Raises:
-        ModelError: the model is no reward model, or an option has no use.
+        ModelError: the model is not a reward model, or an option has no use.
     """
     question.check()
     if question.reference is not None:
@@ -243,7 +243,7 @@ def _evaluate_preference(
         say_if_changed(name, reference, question)
     if kind == "labelled" and (recipe is None or recipe.row_kind != kind):
         raise ModelError(
-            f"{name} is no kto run, and the rows are labelled answers",
+            f"{name} is not a kto run, and the rows are labelled answers",
             hint="name a run of the kto stage or a reward model, or rows of another format",
         )
     compare = None if reference is None else _reference(reference, opened.tokenizer, question)

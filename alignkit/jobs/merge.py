@@ -195,7 +195,7 @@ def _check_output(output: Path, adapter: Path, overwrite: bool) -> None:
     require_free(output, overwrite=overwrite)
     if output.exists() and not is_plain_model(output):
         raise ModelError(
-            f"{output} is no merged model, so it is not overwritten",
+            f"{output} is not a merged model, so it is not overwritten",
             hint="name another --output",
         )
     if adapter.resolve().is_relative_to(output.resolve()):

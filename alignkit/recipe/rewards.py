@@ -33,7 +33,7 @@ def _url(value: str) -> str:
     try:
         parts = urlsplit(value)
         known = bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:  # a port that is no number, a bracket that is not closed
+    except ValueError:  # a port that is not a number, a bracket that is not closed
         known = False
     if not known or not re.match(_URL, value) or re.search(r"\s", value):
         raise ValueError("must be an address, as in http://localhost:8000/score")

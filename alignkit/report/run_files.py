@@ -19,7 +19,7 @@ def read_about(folder: Path) -> dict[str, Any]:
         about: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise RunError(
-            f"{folder} is no run folder: run.json cannot be read ({error})",
+            f"{folder} is not a run folder: run.json cannot be read ({error})",
             hint="start anew with --overwrite, or choose another output",
         ) from None
     return about

@@ -109,7 +109,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "no reward model": (
         ["--best-of", "2", "--reward", "sft/run"],
-        "sft/run is no reward model: it has no scalar head\n"
+        "sft/run is not a reward model: it has no scalar head\n"
         "hint: name a run of the reward stage, its adapter/ or its merged/\n",
     ),
     "nothing there": (

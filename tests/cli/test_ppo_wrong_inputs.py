@@ -100,7 +100,7 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a language model as reward": (
         ["reward={model: BASE}"],
-        ["is no reward model: it has no scalar head", "hint: name a run of the reward stage"],
+        ["is not a reward model: it has no scalar head", "hint: name a run of the reward stage"],
     ),
     "a reward model over another base": (
         ["reward={model: REWARD}", "model.base=OTHER"],

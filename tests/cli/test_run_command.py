@@ -104,11 +104,11 @@ WRONG = {
     ),
     "missing model": (
         ["p.yaml", "two.model.base=nowhere"],
-        ["error: command line: model.base: 'nowhere' is no model"],
+        ["error: command line: model.base: 'nowhere' is not a model"],
     ),
     "an output that is something else": (
         ["p.yaml", "two.output=things"],
-        ["error: things is not empty and is no run folder"],
+        ["error: things is not empty and is not a run folder"],
     ),
 }
 

@@ -144,7 +144,7 @@ PREFERENCES: dict[str, tuple[tuple[str, ...], list[dict[str, Any]], list[str], s
         ("dpo",),
         make_pairs(6),
         [f"objective={IPO}"],
-        "error: command line: objective.beta is no key of a recipe\n"
+        "error: command line: objective.beta is not a key of a recipe\n"
         "hint: it belongs to another kind; keys here: kind, tau, per_token\n",
     ),
     "a reference without use": (
@@ -221,13 +221,13 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
     "misspelt key": (
         ["training.learnin_rate=1e-4"],
         [
-            "error: command line: training.learnin_rate is no key of a recipe",
+            "error: command line: training.learnin_rate is not a key of a recipe",
             "hint: did you mean training.learning_rate?",
         ],
     ),
     "misspelt section": (
         ["trainin.epochs=2"],
-        ["error: command line: trainin is no key of a recipe", "hint: did you mean training?"],
+        ["error: command line: trainin is not a key of a recipe", "hint: did you mean training?"],
     ),
     "wrong type": (
         ["training.batch_size=many"],
@@ -267,7 +267,7 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "no model": (
         ["model.base=nothing-here"],
-        ["'nothing-here' is no model", "hint: name a folder"],
+        ["'nothing-here' is not a model", "hint: name a folder"],
     ),
     "known but not fetched": (
         ["model.base=smollm2-135m-instruct"],
@@ -342,7 +342,7 @@ def test_every_problem_of_a_recipe_at_once_with_its_line(
     done = alignkit("sft", "bad.yaml", cwd=folder)
     said(
         done,
-        "error: bad.yaml:6: data.max_lenght is no key of a recipe",
+        "error: bad.yaml:6: data.max_lenght is not a key of a recipe",
         "hint: did you mean data.max_length?",
         "error: bad.yaml:8: training.batch_size must be at least 1, got 0",
         "error: bad.yaml:9: training.epochs must be a number, got 'fast'",
@@ -375,12 +375,12 @@ def test_models_that_are_none(alignkit: CommandLine, tiny_base: Path, folder: Pa
     recipe = make_recipe(folder, tiny_base)
     (folder / "empty").mkdir()
     done = alignkit("sft", recipe, "model.base=empty", cwd=folder)
-    said(done, "empty is no model folder: it has no config.json", "hint: name the folder with")
+    said(done, "empty is not a model folder: it has no config.json", "hint: name the folder with")
     save_adapter(attach_adapter(tiny_model(), LoraSpec(rank=2), 0), folder / "lora", "b")
     done = alignkit("sft", recipe, "model.base=lora", cwd=folder)
     said(
         done,
-        "lora is an adapter whose base is missing: 'b' is no model",
+        "lora is an adapter whose base is missing: 'b' is not a model",
         "hint: merge it with `alignkit merge-lora",
     )
     (folder / "bert").mkdir()
@@ -398,7 +398,9 @@ def test_an_output_that_holds_something_else(
     (folder / "run" / "thesis.tex").write_text("mine", encoding="utf-8")
     for flags in ([], ["--overwrite"], ["--resume"]):
         done = alignkit("sft", recipe, *flags, cwd=folder)
-        said(done, "run is not empty and is no run folder", "hint: choose another folder: output=")
+        said(
+            done, "run is not empty and is not a run folder", "hint: choose another folder: output="
+        )
         assert [path.name for path in (folder / "run").iterdir()] == ["thesis.tex"]
     (folder / "file").write_text("mine", encoding="utf-8")
     said(alignkit("sft", recipe, "output=file", cwd=folder), "file is a file", "hint: choose")
@@ -436,7 +438,10 @@ def test_more_processes_than_examples(alignkit: CommandLine, tiny_base: Path, fo
 OTHER_COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "generate without a prompt": (["generate", "BASE"], ["there is no prompt", "hint: as in"]),
     "generate from no file": (["generate", "BASE", "-f", "no.txt"], ["no.txt: no such file"]),
-    "generate from no model": (["generate", "nothing", "Hi"], ["'nothing' is no model", "hint:"]),
+    "generate from no model": (
+        ["generate", "nothing", "Hi"],
+        ["'nothing' is not a model", "hint:"],
+    ),
     "generate in no dtype": (
         ["generate", "BASE", "Hi", "--dtype", "int4"],
         ["--dtype cannot be 'int4'", "hint: one of bfloat16, float16, float32"],
@@ -458,7 +463,10 @@ OTHER_COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "eval on no file": (["eval", "BASE", "--data", "no.jsonl"], ["no.jsonl: no such file"]),
     "fetch nothing known": (
         ["fetch", "smollm2-135m"],
-        ["'smollm2-135m' is no model that alignkit fetches", "hint: did you mean smollm2-135m-ins"],
+        [
+            "'smollm2-135m' is not a model that alignkit fetches",
+            "hint: did you mean smollm2-135m-ins",
+        ],
     ),
     "explain no key": (
         ["recipes", "explain", "training.warmupp"],

@@ -465,7 +465,7 @@ def test_an_architecture_without_a_classifier(
 
 def test_an_adapter_without_a_head_is_no_reward_model(tiny_base: Path, tmp_path: Path) -> None:
     save_adapter(trained_model("llama", "lora"), tmp_path / "adapter", "the/base")
-    with pytest.raises(ModelError, match="is no reward model: it holds no scalar head"):
+    with pytest.raises(ModelError, match="is not a reward model: it holds no scalar head"):
         merge(tiny_base, tmp_path / "adapter", tmp_path / "merged", "llama")
     assert folder_names(tmp_path) == ["adapter"]
 

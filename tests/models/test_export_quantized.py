@@ -137,7 +137,7 @@ def test_an_existing_output_is_kept(tiny_base: Path, tmp_path: Path) -> None:
     (output / "mine.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ModelError, match="already exists"):
         export(tiny_base, output)
-    with pytest.raises(ModelError, match="is no model folder, so it is not overwritten"):
+    with pytest.raises(ModelError, match="is not a model folder, so it is not overwritten"):
         export(tiny_base, output, overwrite=True)
     assert names_in(output) == ["mine.txt"]
     export(tiny_base, tmp_path / "model")

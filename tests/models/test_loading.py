@@ -66,13 +66,21 @@ def test_kinds_of_names(
     ("name", "sentence", "hint"),
     [
         ("smollm2-135m-instruct", "smollm2-135m-instruct is not here yet", "alignkit fetch smol"),
-        ("smollm2-135m", "'smollm2-135m' is no model: no such folder", "did you mean smollm2-135m"),
-        ("nothing-like-it", "'nothing-like-it' is no model", "name a folder, a .gguf file or a"),
-        ("/no/such/folder", "'/no/such/folder' is no model", "name a folder"),
-        ("./here", "'./here' is no model", "name a folder"),
-        ("a/b/c", "'a/b/c' is no model", "name a folder"),
-        ("text.txt", "'text.txt' is no model", "name a folder"),
-        ("empty", "empty is no model folder: it has no config.json", "config.json and *.safetens"),
+        (
+            "smollm2-135m",
+            "'smollm2-135m' is not a model: no such folder",
+            "did you mean smollm2-135m",
+        ),
+        ("nothing-like-it", "'nothing-like-it' is not a model", "name a folder, a .gguf file or a"),
+        ("/no/such/folder", "'/no/such/folder' is not a model", "name a folder"),
+        ("./here", "'./here' is not a model", "name a folder"),
+        ("a/b/c", "'a/b/c' is not a model", "name a folder"),
+        ("text.txt", "'text.txt' is not a model", "name a folder"),
+        (
+            "empty",
+            "empty is not a model folder: it has no config.json",
+            "config.json and *.safetens",
+        ),
         ("adapted", "adapted holds an adapter, not a whole model", "alignkit merge-lora adapted"),
         ("unmerged", "unmerged holds an adapter, not a whole", "alignkit merge-lora unmerged"),
     ],
@@ -223,7 +231,7 @@ def test_an_adapter_whose_base_has_gone(run: Path) -> None:
     config_file = run / "adapter" / "adapter_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     for recorded, sentence, hint in (
-        ("/gone/base", "'/gone/base' is no model", "records '/gone/base'; name the base with"),
+        ("/gone/base", "'/gone/base' is not a model", "records '/gone/base'; name the base with"),
         (None, "does not say which base it belongs to", "add --base"),
     ):
         config["base_model_name_or_path"] = recorded

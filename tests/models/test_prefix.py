@@ -197,7 +197,7 @@ def test_a_prefix_without_a_task_is_read_all_the_same(tmp_path: Path) -> None:
 def test_a_stored_prefix_of_another_kind(fields: dict[str, Any], tmp_path: Path) -> None:
     save_adapter(prefixed(), tmp_path, "somewhere")
     change_config(tmp_path, **fields)
-    with pytest.raises(ModelError, match="is no prefix of a causal model"):
+    with pytest.raises(ModelError, match="is not a prefix of a causal model"):
         load_adapter(tiny_model(), tmp_path)
 
 

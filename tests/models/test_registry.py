@@ -78,7 +78,7 @@ def test_fetch(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_name(home: Path) -> None:
-    with pytest.raises(ModelError, match="'smollm2-135m' is no model that alignkit") as raised:
+    with pytest.raises(ModelError, match="'smollm2-135m' is not a model that alignkit") as raised:
         fetch_model("smollm2-135m", convert, print)
     assert raised.value.hint == f"did you mean {NAME}?"
     with pytest.raises(ModelError) as raised:

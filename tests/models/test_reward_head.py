@@ -131,7 +131,7 @@ def test_folders_without_a_head(tmp_path: Path) -> None:
         with pytest.raises(ModelError) as raised:
             read_head(tmp_path / name)
         assert raised.value.message == (
-            f"{tmp_path / name} is no reward model: it holds no scalar head"
+            f"{tmp_path / name} is not a reward model: it holds no scalar head"
         )
         assert "adapter/ or its merged/" in raised.value.hint
 

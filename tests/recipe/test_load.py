@@ -95,48 +95,48 @@ def test_a_default_learning_rate_is_filled_in() -> None:
         (
             "rank: 8",
             "rnak: 8",
-            "r.yaml:5: adapter.rnak is no key of a recipe\nhint: did you mean adapter.rank?",
+            "r.yaml:5: adapter.rnak is not a key of a recipe\nhint: did you mean adapter.rank?",
         ),
         (
             "  learning_rate",
             "  learnin_rate",
-            "r.yaml:10: training.learnin_rate is no key of a recipe\n"
+            "r.yaml:10: training.learnin_rate is not a key of a recipe\n"
             "hint: did you mean training.learning_rate?",
         ),
         (
             "output: runs/x",
             "output: runs/x\nlearning_rate: 1e-4",
-            "r.yaml:3: learning_rate is no key of a recipe\n"
+            "r.yaml:3: learning_rate is not a key of a recipe\n"
             "hint: did you mean training.learning_rate?",
         ),
         (
             "output: runs/x",
             "output: runs/x\nlearning_rat: 1e-4",
-            "r.yaml:3: learning_rat is no key of a recipe\n"
+            "r.yaml:3: learning_rat is not a key of a recipe\n"
             "hint: did you mean training.learning_rate?",
         ),
         (
             "base: some/model",
             "base: some/model\n  path: here",
-            "r.yaml:5: model.path is no key of a recipe\n"
+            "r.yaml:5: model.path is not a key of a recipe\n"
             "hint: did you mean data.train.path or data.eval.path?",
         ),
         (
             "path: rows.jsonl",
             "path: rows.jsonl, weigth: 2",
-            "r.yaml:7: data.train[0].weigth is no key of a recipe\n"
+            "r.yaml:7: data.train[0].weigth is not a key of a recipe\n"
             "hint: did you mean data.train[0].weight?",
         ),
         (
             "output: runs/x",
             "output: runs/x\nzzz: 1",
-            f"r.yaml:3: zzz is no key of a recipe{RECIPE_KEYS}",
+            f"r.yaml:3: zzz is not a key of a recipe{RECIPE_KEYS}",
         ),
-        ("learning_rate", "lr", f"r.yaml:10: training.lr is no key of a recipe{TRAINING_KEYS}"),
+        ("learning_rate", "lr", f"r.yaml:10: training.lr is not a key of a recipe{TRAINING_KEYS}"),
         (
             "kind: lora",
             "kind: full",
-            "r.yaml:5: adapter.rank is no key of a recipe\n"
+            "r.yaml:5: adapter.rank is not a key of a recipe\n"
             "hint: it belongs to another kind; keys here: kind, freeze",
         ),
         # wrong types
@@ -320,7 +320,7 @@ def test_a_default_learning_rate_is_filled_in() -> None:
         (
             "output: runs/x",
             "output: runs/x\nobjective: {kind: cross_entropy, beta: 1}",
-            "r.yaml:3: objective.beta is no key of a recipe\nhint: keys here: kind",
+            "r.yaml:3: objective.beta is not a key of a recipe\nhint: keys here: kind",
         ),
         # files
         (
@@ -379,12 +379,12 @@ def test_every_error_comes_at_once_in_file_order() -> None:
     assert [problem.message for problem in caught.value.problems] == [
         "command line: training.batch_size must be at least 1, got 0",
         "r.yaml:1: output must be text, got 7",
-        "r.yaml:2: zebra is no key of a recipe",
+        "r.yaml:2: zebra is not a key of a recipe",
         "r.yaml:4: seed must be at least 0, got -1",
         "r.yaml:5: model.dtype must be 'bfloat16', 'float16' or 'float32', got 'bf16'",
         "r.yaml:7: data.max_length must be at least 8, got 2",
         "r.yaml:9: data.train[0].path names no file: 'gone.jsonl'",
-        "r.yaml:11: data.train[1].tke is no key of a recipe",
+        "r.yaml:11: data.train[1].tke is not a key of a recipe",
         "r.yaml:12: training.learning_rate must be less than 1, got 7",
     ]
 
@@ -404,7 +404,7 @@ def test_errors_of_a_parent_name_the_parent() -> None:
     [
         (
             "adapter.rnak=4",
-            "command line: adapter.rnak is no key of a recipe\nhint: did you mean adapter.rank?",
+            "command line: adapter.rnak is not a key of a recipe\nhint: did you mean adapter.rank?",
         ),
         (
             "data.train.0.path=row.jsonl",

@@ -141,7 +141,7 @@ def test_an_override_names_a_field_or_a_kind() -> None:
 
 def other_kind(key: str, keys: str) -> str:
     return (
-        f"r.yaml:7: objective.{key} is no key of a recipe\n"
+        f"r.yaml:7: objective.{key} is not a key of a recipe\n"
         f"hint: it belongs to another kind; keys here: {keys}"
     )
 
@@ -163,12 +163,13 @@ def other_kind(key: str, keys: str) -> str:
         (
             "dpo",
             "betta",
-            "r.yaml:7: objective.betta is no key of a recipe\nhint: did you mean objective.beta?",
+            "r.yaml:7: objective.betta is not a key of a recipe\n"
+            "hint: did you mean objective.beta?",
         ),
         (
             "dpo",
             "zzz",
-            "r.yaml:7: objective.zzz is no key of a recipe\nhint: keys here: kind, beta",
+            "r.yaml:7: objective.zzz is not a key of a recipe\nhint: keys here: kind, beta",
         ),
     ],
 )
@@ -182,7 +183,7 @@ def test_no_kind_takes_a_field_that_is_not_its_own(kind: str) -> None:
     foreign = sorted(every - set(FAMILY[kind].model_fields))
     text = failure("dpo", f"objective: {{kind: {kind}, {', '.join(f'{n}: 0.1' for n in foreign)}}}")
     lines = [line for line in text.splitlines() if line.startswith("r.yaml")]
-    assert lines == [f"r.yaml:5: objective.{name} is no key of a recipe" for name in foreign]
+    assert lines == [f"r.yaml:5: objective.{name} is not a key of a recipe" for name in foreign]
 
 
 @pytest.mark.parametrize(
@@ -208,12 +209,12 @@ def test_no_kind_takes_a_field_that_is_not_its_own(kind: str) -> None:
         (
             "reward",
             "{beta: 0.1}",
-            "objective.beta is no key of a recipe\nhint: keys here: kind, center",
+            "objective.beta is not a key of a recipe\nhint: keys here: kind, center",
         ),
         (
             "kto",
             "{tau: 0.1}",
-            "objective.tau is no key of a recipe\n"
+            "objective.tau is not a key of a recipe\n"
             "hint: keys here: kind, beta, desirable_weight, undesirable_weight",
         ),
         ("dpo", "{beta: 0}", f"objective.beta must be greater than 0, got 0{BETA_HINT}"),
@@ -286,7 +287,7 @@ def test_a_reference_is_named(stage: str, kind: str) -> None:
 def test_other_stages_have_no_reference(stage: str) -> None:
     assert not load(stage).recipe.needs_reference
     assert failure(stage, "reference: {kind: cached}") == (
-        "r.yaml:5: reference is no key of a recipe\n"
+        "r.yaml:5: reference is not a key of a recipe\n"
         "hint: keys here: stage, output, seed, model, adapter, data, objective, training, merge"
     )
 
@@ -301,7 +302,7 @@ def test_other_stages_have_no_reference(stage: str) -> None:
         ),
         (
             "{model: x}",
-            "reference.model is no key of a recipe\nhint: did you mean model?",
+            "reference.model is not a key of a recipe\nhint: did you mean model?",
         ),
     ],
 )
@@ -373,7 +374,7 @@ def test_only_sft_says_what_is_trained_on(stage: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load(stage, overrides=("data.train_on=everything",))
     assert str(caught.value) == (
-        "command line: data.train_on is no key of a recipe\nhint: did you mean data.train?"
+        "command line: data.train_on is not a key of a recipe\nhint: did you mean data.train?"
     )
 
 

@@ -197,7 +197,7 @@ def test_files_of_earlier_stages_are_found_once_they_are_there(tmp_path: Path) -
             "output: runs/p",
             "outptu: runs/p",
             "p.yaml: output is required and missing\nhint: as in output: runs/my-pipeline\n"
-            "p.yaml:1: outptu is no key of a pipeline\nhint: did you mean output?",
+            "p.yaml:1: outptu is not a key of a pipeline\nhint: did you mean output?",
         ),
         (
             "recipe: sft.yaml",
@@ -272,7 +272,7 @@ def test_all_problems_of_all_stages_at_once_each_with_its_place() -> None:
         "p.yaml:3: data is required and missing",
         "p.yaml:5: model.dtype must be 'bfloat16', 'float16' or 'float32', got 'int3'",
         "p.yaml:10: adapter.rank must be at least 1, got 0",
-        "sft.yaml:6: training.max_stepz is no key of a recipe",
+        "sft.yaml:6: training.max_stepz is not a key of a recipe",
         "p.yaml:14: model.base refers to no stage: ${x}",
     ]
 
@@ -284,7 +284,7 @@ def test_all_problems_of_all_stages_at_once_each_with_its_place() -> None:
         ("seed=1", "command line: there is no stage 'seed'\nhint: stages: sft, rm, dpo"),
         (
             "sft.sed=1",
-            "command line: sft: sed is no key of a recipe\nhint: did you mean seed?",
+            "command line: sft: sed is not a key of a recipe\nhint: did you mean seed?",
         ),
         (
             "sft",

@@ -211,16 +211,16 @@ REWARDS = {
     "[{rule: model}]": f"[0].rule must be {RULE_NAMES}, got 'model'",
     # keys
     "{model: runs/r, normalise: true}": (
-        ".normalise is no key of a recipe\nhint: did you mean reward.normalize?"
+        ".normalise is not a key of a recipe\nhint: did you mean reward.normalize?"
     ),
     "[{rule: exact}, {rule: numeric, colum: a}]": (
-        "[1].colum is no key of a recipe\nhint: did you mean reward[1].column?"
+        "[1].colum is not a key of a recipe\nhint: did you mean reward[1].column?"
     ),
     "{rule: exact, pattern: a}": (
-        ".pattern is no key of a recipe\n"
+        ".pattern is not a key of a recipe\n"
         "hint: it belongs to another reward; keys here: rule, column, ignore_case, weight"
     ),
-    "{rule: json, zzz: a}": ".zzz is no key of a recipe\nhint: keys here: rule, keys, weight",
+    "{rule: json, zzz: a}": ".zzz is not a key of a recipe\nhint: keys here: rule, keys, weight",
     "{rule: regex}": f".pattern is required and missing{PATTERN_HINT}",
     "[{rule: length}]": "[0].max is required and missing",
     # values
@@ -304,33 +304,33 @@ def test_no_reward() -> None:
     [
         (
             "training: {batch_size: 8}",
-            "training.batch_size is no key of a recipe\n"
+            "training.batch_size is not a key of a recipe\n"
             "hint: did you mean rollout.prompts_per_step?",
         ),
         (
             "batch_size: 8",
-            "batch_size is no key of a recipe\nhint: did you mean rollout.prompts_per_step?",
+            "batch_size is not a key of a recipe\nhint: did you mean rollout.prompts_per_step?",
         ),
         (
             "objective: {beta: 0.1}",
-            "objective.beta is no key of a recipe\nhint: did you mean objective.kl_coef?",
+            "objective.beta is not a key of a recipe\nhint: did you mean objective.kl_coef?",
         ),
         (
             "objective: {kl_coeff: 0.1}",
-            "objective.kl_coeff is no key of a recipe\nhint: did you mean objective.kl_coef?",
+            "objective.kl_coeff is not a key of a recipe\nhint: did you mean objective.kl_coef?",
         ),
         (
             "reference: {kind: auto}",
-            "reference is no key of a recipe\nhint: the reference of ppo is the model that "
+            "reference is not a key of a recipe\nhint: the reference of ppo is the model that "
             "training starts from; remove the key",
         ),
         (
             "temperature: 0.7",
-            "temperature is no key of a recipe\nhint: did you mean rollout.temperature?",
+            "temperature is not a key of a recipe\nhint: did you mean rollout.temperature?",
         ),
         (
             "column: gold",  # of two rules, and named once
-            "column is no key of a recipe\nhint: did you mean reward.column?",
+            "column is not a key of a recipe\nhint: did you mean reward.column?",
         ),
         (
             "adapter: {dropout: 0.1}",
@@ -389,7 +389,7 @@ def test_a_reward_in_another_stage() -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(write(text))
     assert str(caught.value) == (
-        "r.yaml:5: reward is no key of a recipe\n"
+        "r.yaml:5: reward is not a key of a recipe\n"
         "hint: keys here: stage, output, seed, model, adapter, data, objective, training, merge"
     )
 

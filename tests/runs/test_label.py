@@ -301,7 +301,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no reward model": (
         {"reward": "sft/run"},
-        "sft/run is no reward model: it has no scalar head\n"
+        "sft/run is not a reward model: it has no scalar head\n"
         "hint: name a run of the reward stage, its adapter/ or its merged/\n",
     ),
     "long answers": (
@@ -410,7 +410,7 @@ def test_what_can_be_wrong_in_a_pipeline(
     path = make_pipeline(tmp_path / "p", models)
     monkeypatch.chdir(path.parent)
     assert failure(path, "marks.label.sample=3") == (
-        "command line: marks: sample is no key of label\nhint: did you mean samples?"
+        "command line: marks: sample is not a key of label\nhint: did you mean samples?"
     )
     assert failure(path, "marks.label.reward={model: x}") == (
         "command line: marks: reward must be text, got {model}\n"
@@ -421,7 +421,7 @@ def test_what_can_be_wrong_in_a_pipeline(
         "hint: a list of sources, as in [{path: prompts.jsonl}]"
     )
     assert failure(path, f"marks.label.reward={models / 'sft/run'}") == (
-        f"command line: reward: {models / 'sft/run'} is no reward model: it has no scalar head\n"
+        f"command line: reward: {models / 'sft/run'} is not a reward model: it has no scalar head\n"
         "hint: name a run of the reward stage, its adapter/ or its merged/"
     )
     values = json.loads(path.read_text(encoding="utf-8"))

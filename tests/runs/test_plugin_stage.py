@@ -189,7 +189,7 @@ def test_its_keys_are_explained_and_checked(package: Path, tiny_base: Path, tmp_
     ("entry", "sentence"),
     [
         ("broken = balanced.nowhere:Recipe", "stage broken of balanced cannot be loaded"),
-        ("broken = balanced.recipe:BalancedSpec", "stage broken of balanced is no recipe"),
+        ("broken = balanced.recipe:BalancedSpec", "stage broken of balanced is not a recipe"),
         ("sft = balanced.recipe:BalancedRecipe", "stage sft of balanced has the name of another"),
     ],
 )

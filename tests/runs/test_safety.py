@@ -45,7 +45,7 @@ def test_merging_overwrites_nothing_but_a_model_folder(tmp_path: Path, target: s
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "file").write_text("mine", encoding="utf-8")
-    with pytest.raises(ModelError, match="is no merged model, so it is not overwritten"):
+    with pytest.raises(ModelError, match="is not a merged model, so it is not overwritten"):
         merge_run([str(adapter)], MergeOptions(output=tmp_path / target, overwrite=True))
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
     assert (adapter / "adapter_config.json").is_file()

@@ -121,7 +121,7 @@ def require_fitting_prefix(config: PreTrainedConfig, model: PreTrainedModel, fol
         folder: of the adapter, for the message.
 
     Raises:
-        ModelError: it is no prefix of tokens, or number of layers, of key heads or their width
+        ModelError: it is not a prefix of tokens, or number of layers, of key heads or their width
             differ.
     """
     if not isinstance(config, PrefixTuningConfig):
@@ -129,7 +129,7 @@ def require_fitting_prefix(config: PreTrainedConfig, model: PreTrainedModel, fol
     tokens, modules = config.num_virtual_tokens, config.num_transformer_submodules
     if not isinstance(tokens, int) or tokens < 1 or modules not in (1, None):
         raise ModelError(
-            f"the adapter in {folder} is no prefix of a causal model: num_virtual_tokens is "
+            f"the adapter in {folder} is not a prefix of a causal model: num_virtual_tokens is "
             f"{tokens!r}, num_transformer_submodules {modules!r}",
             hint="look at its adapter_config.json",
         )
@@ -170,7 +170,7 @@ def start_words(spec: AnySpec, base: BaseModel, say: Callable[[str], None]) -> l
         say: told in one sentence when the recipe's text is longer than the prefix.
 
     Returns:
-        `P` token ids; none for what is no prefix or starts otherwise.
+        `P` token ids; none for what is not a prefix or starts otherwise.
 
     Raises:
         ModelError: the tokenizer makes no token of the text.

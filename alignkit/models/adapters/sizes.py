@@ -46,7 +46,7 @@ def build_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False)
     except (ValueError, KeyError, ImportError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ModelError(
-            f"{config.model_type!r} is no causal language model: {first_line}",
+            f"{config.model_type!r} is not a causal language model: {first_line}",
             hint="alignkit trains decoder models that AutoModelForCausalLM loads",
         ) from error
     return model

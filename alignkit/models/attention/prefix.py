@@ -72,7 +72,7 @@ def with_cached_prefix(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs
     if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         raise ModelError(
-            "a prefix over padded rows is a cache, which goes with no gradient checkpointing",
+            "a prefix over padded rows is a cache, which does not work with gradient checkpointing",
             hint="set training.gradient_checkpointing=false, or model.attention=auto",
         )
     mask = inputs["attention_mask"]

@@ -90,7 +90,7 @@ def fetch_model(
         near = difflib.get_close_matches(name, KNOWN_MODELS, n=1)
         names = ", ".join(KNOWN_MODELS)
         hint = f"did you mean {near[0]}?" if near else f"known models: {names}"
-        raise ModelError(f"{name!r} is no model that alignkit fetches", hint=hint)
+        raise ModelError(f"{name!r} is not a model that alignkit fetches", hint=hint)
     folder = model_folder(name)
     if (folder / "config.json").is_file() and not again:
         announce(f"{name} is already in {folder}")

@@ -59,12 +59,12 @@ class Place:
         if self.kind == "nothing":
             near = difflib.get_close_matches(self.name, KNOWN_MODELS, n=1)
             hint = f"did you mean {near[0]}?" if near else "name a folder, a .gguf file or a hub id"
-            what = "is no model: no such folder, file or known name"
+            what = "is not a model: no such folder, file or known name"
             raise ModelError(f"{self.name!r} {what}", hint=hint)
         folder = Path(self.name).expanduser()
         if self.kind == "folder":
             raise ModelError(
-                f"{folder} is no model folder: it has no config.json",
+                f"{folder} is not a model folder: it has no config.json",
                 hint="name the folder with config.json and *.safetensors",
             )
         for adapter in (folder, folder / "adapter"):

@@ -147,7 +147,8 @@ def _require_fit(base: BaseModel, output: Path, bits: int, overwrite: bool) -> N
     require_free(output, overwrite=overwrite)
     if output.exists() and not is_plain_model(output):
         raise ModelError(
-            f"{output} is no model folder, so it is not overwritten", hint="name another --output"
+            f"{output} is not a model folder, so it is not overwritten",
+            hint="name another --output",
         )
     source = Path(base.location)
     if source.is_dir() and source.resolve().is_relative_to(output.resolve()):

@@ -104,7 +104,7 @@ def read_head(folder: Path) -> nn.Linear:
                 if key in file.keys():  # noqa: SIM118  it is no dictionary
                     return _linear(file.get_tensor(key), folder)
     raise ModelError(
-        f"{folder} is no reward model: it holds no scalar head",
+        f"{folder} is not a reward model: it holds no scalar head",
         hint="name a run of the reward stage, its adapter/ or its merged/",
     )
 

@@ -85,7 +85,7 @@ def read_document(path: Path) -> Document:
         mappings of another `kind` are replaced whole.
 
     Raises:
-        RecipeError: the file is no YAML mapping, repeats a key, or extends itself.
+        RecipeError: the file is not a YAML mapping, repeats a key, or extends itself.
     """
     return _read(path.resolve(), ())
 
@@ -241,7 +241,7 @@ def apply_overrides(document: Document, overrides: list[str]) -> None:
         overrides: each `path=value`; the value is read as YAML, list items are named by number.
 
     Raises:
-        RecipeError: an override has no `=`, is no YAML, or names nothing.
+        RecipeError: an override has no `=`, is not YAML, or names nothing.
     """
     problems: list[AlignkitError] = []
     for text in overrides:

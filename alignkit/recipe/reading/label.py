@@ -103,7 +103,7 @@ def _missing_prompts(document: Document) -> list[AlignkitError]:
 
 def _with_own_hint(problem: AlignkitError) -> AlignkitError:
     """The problem with the hint of this stage where a recipe's would mislead."""
-    if " is no key of a recipe" in problem.message:
+    if " is not a key of a recipe" in problem.message:
         message = problem.message.replace("of a recipe", f"of {LABEL}")
         return AlignkitError(message, hint=problem.hint)
     key = problem.message.partition(": ")[2].partition(" ")[0]

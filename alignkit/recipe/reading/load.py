@@ -183,7 +183,7 @@ def stored_recipe(path: Path) -> Recipe:
         return stages()[values["stage"]].model_validate_json(json.dumps(values))
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
         reason = str(error).split("\n")[0]
-        problem = AlignkitError(f"{path}: is no recipe of a run: {reason}")
+        problem = AlignkitError(f"{path}: is not a recipe of a run: {reason}")
         raise RecipeError([problem]) from None
 
 

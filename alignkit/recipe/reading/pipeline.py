@@ -187,7 +187,7 @@ class _Reading:
             if key not in ("output", "stages"):
                 near = difflib.get_close_matches(key, ["output", "stages"], n=1)
                 hint = f"did you mean {near[0]}?" if near else "keys here: output, stages"
-                self._problem((key,), f"{key} is no key of a pipeline", hint)
+                self._problem((key,), f"{key} is not a key of a pipeline", hint)
 
     def add(self, name: str, overrides: list[str]) -> None:
         """Read one stage; what is wrong with it is kept as problems."""

@@ -75,7 +75,7 @@ def describe_problems(
             continue  # a list with a broken item also counts as too short, or as no text
         where, name = document.place(path), show_path(path)
         if group[0]["type"] == "extra_forbidden":
-            rule = f"{name} is no key of a recipe"
+            rule = f"{name} is not a key of a recipe"
             hint = _nearest_key(str(path[-1]), path[:-1], group[0]["loc"][:-1], model)
         elif group[0]["type"] == "missing":
             rule, hint = f"{name} is required and missing", _hint(path, model)

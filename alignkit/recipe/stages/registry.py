@@ -19,8 +19,8 @@ def stages() -> dict[str, type[Recipe]]:
     """Name -> recipe class of every stage, those of installed packages last.
 
     Raises:
-        AlignkitError: a package's stage cannot be loaded, is no recipe, or takes a name that there
-            is already.
+        AlignkitError: a package's stage cannot be loaded, is not a recipe, or takes a name that is
+            taken already.
     """
     own = [EntryPoint(name, value, GROUP) for name, (value, _) in BUILT_IN.items()]
     found: dict[str, type[Recipe]] = {}
@@ -40,7 +40,7 @@ def stages() -> dict[str, type[Recipe]]:
             ) from error
         if not (isinstance(recipe, type) and issubclass(recipe, Recipe)):
             raise AlignkitError(
-                f"stage {entry.name}{where} is no recipe: {entry.value}",
+                f"stage {entry.name}{where} is not a recipe: {entry.value}",
                 hint="name a class that extends alignkit.recipe.stages.base.Recipe",
             )
         found[entry.name] = recipe

@@ -65,7 +65,7 @@ def find_reward_model(
         can_share: the policy is an adapter, so that another may stand beside it.
 
     Raises:
-        ModelError: it is no reward model, was trained over another base, reads other tokens, or
+        ModelError: it is not a reward model, was trained over another base, reads other tokens, or
             lacks the statistics that `normalize` needs.
     """
     name = spec.model
@@ -82,7 +82,7 @@ def find_reward_model(
     whole = place.whole()
     if not is_classifier(whole):
         raise ModelError(
-            f"reward.model {name} is no reward model: it has no scalar head",
+            f"reward.model {name} is not a reward model: it has no scalar head",
             hint="name a run of the reward stage, its adapter/ or its merged/",
         )
     check_tokens(name, load_tokenizer(whole), tokenizer)
@@ -108,7 +108,7 @@ def require_reward_model(name: str) -> BaseModel:
     adapter, base = place.adapter, base_of(place)
     if not is_classifier(base) and not (adapter is not None and has_head(adapter)):
         raise ModelError(
-            f"{name} is no reward model: it has no scalar head",
+            f"{name} is not a reward model: it has no scalar head",
             hint="name a run of the reward stage, its adapter/ or its merged/",
         )
     return base if adapter is None else tokenizer_of(adapter, base)

@@ -41,13 +41,13 @@ BUDGET = 2048
 SHOWN = 4
 """Layers that a line names."""
 
-Given = Callable[[str], torch.Tensor]
+InitialValues = Callable[[str], torch.Tensor]
 """Name of a weight -> what it, or the factors beside it, start from."""
 
 
 def find_adapter_start(
     session: Any, model: Any, rows: AnyRows, plan: Plan
-) -> tuple[AnySpec, Given | None]:
+) -> tuple[AnySpec, InitialValues | None]:
     """What is trained, as it can be attached to the model.
 
     Args:

@@ -50,7 +50,7 @@ def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
     is_run = (folder / "run.json").is_file()
     if used and not is_run:
         raise RunError(
-            f"{folder} is not empty and is no run folder",
+            f"{folder} is not empty and is not a run folder",
             hint="choose another folder: output=runs/another-name",
         )
     if resume and is_run:

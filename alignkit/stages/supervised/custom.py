@@ -66,7 +66,7 @@ def check_custom(
     if not isinstance(objective, CustomSpec):
         return
     if example is None:
-        raise _fault(objective, "is no objective of this stage")
+        raise _fault(objective, "is not an objective of this stage")
     loss, given = custom_loss(objective), example(objective)
     losses = loss(*given)
     if not torch.isfinite(losses).all():
