@@ -504,7 +504,7 @@ def test_a_bug_exits_with_1_and_its_traceback(
 ) -> None:
     recipe = make_recipe(folder, tiny_base)
     spoil = """
-import alignkit.stages.registry as run
+import alignkit.stages.supervised.definition as run
 def broken(recipe, base):
     raise AssertionError("never so")
 run.load_rows = broken

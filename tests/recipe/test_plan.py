@@ -316,3 +316,21 @@ def test_activations_of_a_prefix() -> None:
     assert estimate_memory(spec, model, HARDWARE, 4096, False, documents=30).activations == expected
     lora = estimate_memory(recipe("sft"), MODEL, HARDWARE, 4096, False, documents=30).activations
     assert lora > expected
+
+
+def test_a_plan_fills_no_more_than_its_share_of_the_memory() -> None:
+    wide = plan("sft")
+    # Nine tenths of the memory would do, and a plan leaves 15% of it free.
+    tight = dataclasses.replace(HARDWARE, memory=round(wide.memory.peak / 0.9))
+    narrow = make_plan(recipe("sft"), MODEL, DATA, tight)
+    assert narrow.memory.peak <= 0.85 * tight.memory < wide.memory.peak
+    assert (narrow.microbatch_tokens, narrow.gradient_checkpointing) != (
+        wide.microbatch_tokens,
+        wide.gradient_checkpointing,
+    )
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(100, 4), (3, 3), (0.4, 2), (0, 0)])
+def test_warm_up_ends_before_the_last_step(warmup: float, steps: int) -> None:
+    made = plan("sft", training={"warmup": warmup, "max_steps": 5})
+    assert made.warmup_steps == steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def test_run_json_knows_the_file_and_resume_wants_the_same(tiny_base: Path, tmp_
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     assert about["objective"]["fingerprint"] == hashlib.sha256(file.read_bytes()).hexdigest()
     straight = losses(tmp_path / "run")
-    break_off(tmp_path / "run", 3)
+    shutil.rmtree(break_off(tmp_path / "run", 3))
     train(recipe, resume=True)
     assert losses(tmp_path / "run") == straight
     break_off(tmp_path / "run", 3)

@@ -783,3 +783,20 @@ def test_a_reward_function_that_fails_loses_no_step(
         assert ("resuming after step 2" in done.stderr) == (name == "failed")
         runs.append(folder / "run")
     assert_same(runs[1], runs[0])
+
+
+def test_the_value_loss_of_a_shared_model_has_its_weight(tiny_base: Path, tmp_path: Path) -> None:
+    # The head is zero at first: its loss reaches the shared weights in the second step.
+    runs = []
+    for weight in (0.1, 10.0):
+        recipe = make_ppo_recipe(
+            tmp_path / str(weight),
+            tiny_base,
+            value={"kind": "head"},
+            objective={"value_weight": weight, "epochs": 1},
+            training__max_steps=2,
+            training__max_grad_norm=None,
+        )
+        train(recipe)
+        runs.append(adapter_of(tmp_path / str(weight) / "run"))
+    assert furthest(*runs) > 1e-6

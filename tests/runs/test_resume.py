@@ -261,13 +261,11 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(
     recipe = recipe_for("lora", tmp_path, tiny_base)
     explode = """
 import alignkit.stages.supervised.sft as sft
-from alignkit.stages.running.stage import LossSums
-right, count = sft.sft_loss, []
-def wrong(scorer, documents, measured):
+right, count = sft.cross_entropy_loss, []
+def wrong(logprobs):
     count.append(1)
-    found = right(scorer, documents, measured)
-    return LossSums(found.loss * float("nan"), found.metrics) if len(count) > 20 else found
-sft.sft_loss = wrong
+    return right(logprobs) * (float("nan") if len(count) > 20 else 1.0)
+sft.cross_entropy_loss = wrong
 """
     done = alignkit("sft", recipe, cwd=tmp_path, before=explode)
     assert done.code == 2
