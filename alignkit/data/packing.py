@@ -43,12 +43,12 @@ def step_items(step: int, num_items: int, batch_size: int, seed: int) -> IntArra
     return permutation[position * batch_size : (position + 1) * batch_size].astype(np.int64)
 
 
-def split_documents(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def split_documents(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Documents of each micro-batch: first-fit decreasing under a token budget.
 
     Args:
         lengths: tokens of each document.
-        budget: tokens of one micro-batch; a longer document stands alone.
+        max_tokens: tokens of one micro-batch; a longer document stands alone.
 
     Returns:
         Groups of indices; every index in exactly one of them. Within a group the longest first.
@@ -63,7 +63,7 @@ def split_documents(lengths: Sequence[int], budget: int) -> list[list[int]]:
                 break
         else:
             groups.append([index])
-            room.append(budget - lengths[index])
+            room.append(max_tokens - lengths[index])
     return groups
 
 

@@ -14,6 +14,10 @@ from alignkit.data.packing import split_documents
 from alignkit.models.scoring.scorer import evaluating
 from alignkit.runtime.processes import SINGLE, ProcessGroup
 
+MAX_TOKENS = 2048
+"""Tokens of one pass without gradients, where no plan says it. Fixed, so that stored numbers do not
+depend on a run's micro-batches."""
+
 _BLOCK = 512
 """Documents that are packed together."""
 
@@ -24,7 +28,7 @@ def score_documents(
     score: Callable[[nn.Module, Sequence[Document]], dict[str, torch.Tensor]],
     scorer: nn.Module,
     documents: Sequence[Document],
-    budget: int,
+    max_tokens: int,
     processes: ProcessGroup = SINGLE,
 ) -> Columns:
     """Score every document without gradients.
@@ -33,7 +37,7 @@ def score_documents(
         score: forward pass of a few documents -> name -> one value for each of them.
         scorer: its training mode is put back afterwards.
         documents: `n` rows, at least one.
-        budget: tokens of one forward pass.
+        max_tokens: tokens of one forward pass.
         processes: this one and how sums go over all.
 
     Returns:
@@ -43,7 +47,7 @@ def score_documents(
     scored = mine or [0]  # a process without documents must still take part in every sum
     found: dict[str, torch.Tensor] = {}
     with evaluating(scorer):
-        for items in _groups(scored, documents, budget):
+        for items in _groups(scored, documents, max_tokens):
             for name, values in score(scorer, [documents[item] for item in items]).items():
                 column = found.setdefault(name, torch.zeros(len(documents), dtype=torch.float64))
                 if mine:
@@ -52,11 +56,11 @@ def score_documents(
 
 
 def _groups(
-    items: Sequence[int], documents: Sequence[Document], budget: int
+    items: Sequence[int], documents: Sequence[Document], max_tokens: int
 ) -> Iterator[list[int]]:
     """Items of each forward pass; searched block by block, so that many rows stay cheap."""
     for start in range(0, len(items), _BLOCK):
         block = items[start : start + _BLOCK]
         lengths = [documents[item].num_tokens for item in block]
-        for group in split_documents(lengths, budget):
+        for group in split_documents(lengths, max_tokens):
             yield [block[position] for position in group]

@@ -18,21 +18,24 @@ from alignkit.runtime.processes import SINGLE, ProcessGroup
 
 
 def evaluate_heldout(
-    scorer: nn.Module, documents: Sequence[Document], budget: int, processes: ProcessGroup = SINGLE
+    scorer: nn.Module,
+    documents: Sequence[Document],
+    max_tokens: int,
+    processes: ProcessGroup = SINGLE,
 ) -> dict[str, float]:
     """Mean loss over all trained tokens of the documents.
 
     Args:
         scorer: scores packed batches; its training mode is put back afterwards.
         documents: held-out rows of one answer each.
-        budget: tokens of one forward pass.
+        max_tokens: tokens of one forward pass.
         processes: this one and how sums go over all.
 
     Returns:
         `loss` in nats per token, `perplexity` = exp(loss), `accuracy` = share of tokens that are
         the likeliest, `tokens` counted.
     """
-    columns = score_documents(_score, scorer, documents, budget, processes)
+    columns = score_documents(_score, scorer, documents, max_tokens, processes)
     tokens = float(columns["tokens"].sum())
     loss = float(columns["loss"].sum()) / tokens
     return {

@@ -14,6 +14,7 @@ import numpy as np
 from alignkit.data.prompts import Prompt, PromptSet
 from alignkit.data.report import DataReport
 from alignkit.errors import ModelError, RewardError
+from alignkit.evaluation.columns import MAX_TOKENS
 from alignkit.generation.answers import Turns, render_prompt
 from alignkit.generation.rollout import RolloutSettings, TransformersEngine, stop_tokens
 from alignkit.models.adapters.switching import POLICY, Role
@@ -29,8 +30,8 @@ from alignkit.stages.rollouts.judging import Judge, RewardPart, ScoringModel
 from alignkit.stages.rollouts.reward_models import check_tokens, require_reward_model
 from alignkit.stages.rollouts.sampling import Rollout, sample
 
-_PROMPTS, _BUDGET = 64, 2048
-"""Prompts that are answered between two lines of progress; tokens of one pass of the judge."""
+_PROMPTS = 64
+"""Prompts that are answered between two lines of progress."""
 
 Say = Callable[[str], None]
 
@@ -173,7 +174,7 @@ def judge_answers(
     opened = open_model(reward, dtype=DTYPES[dtype], device=find_device())
     scorer: Any = build_scorer(opened.model, DTYPES[dtype], "auto", say, opened.head).eval()
     part = RewardPart("model", 1.0, ScoringModel(Role(scorer, POLICY), 0.0, 1.0))
-    judge = Judge((part,), None, _BUDGET, SINGLE)
+    judge = Judge((part,), None, MAX_TOKENS, SINGLE)
     found = []
     for items in _blocks(len(rollouts), _PROMPTS):
         block = [rollouts[item] for item in items]

@@ -18,7 +18,7 @@ from alignkit.data.report import describe_rows
 from alignkit.data.sources import Row, load_source
 from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
 from alignkit.errors import ModelError
-from alignkit.evaluation.columns import score_documents
+from alignkit.evaluation.columns import MAX_TOKENS, score_documents
 from alignkit.evaluation.heldout import evaluate_heldout
 from alignkit.jobs.question import (
     Question,
@@ -48,8 +48,6 @@ from alignkit.stages.supervised.pairs import pair_hooks
 from alignkit.stages.supervised.preference import preference_scores
 from alignkit.stages.supervised.reference import Reference
 from alignkit.stages.supervised.reward import answer_rewards, reward_scores
-
-_BUDGET = 2048
 
 _MAX_LENGTH = 1024
 """Longest row where nothing else is said."""
@@ -105,7 +103,7 @@ def evaluate_models(names: list[str], question: Question) -> dict[str, Evaluatio
         if opened.head is not None:
             found[name] = _evaluate_reward(name, scorer, kind, rows)
         elif kind == "answers":
-            found[name] = Evaluation(evaluate_heldout(scorer, rows, _BUDGET), [])
+            found[name] = Evaluation(evaluate_heldout(scorer, rows, MAX_TOKENS), [])
         else:
             found[name] = _evaluate_preference(opened, scorer, kind, rows, question)
     if len(used) > 1:
@@ -154,7 +152,7 @@ def score_answers(
     examples = parse_rows(rows, "prompt_completion", "answers")
     settings = TokenizeSettings(10**9, "error")
     documents, _ = tokenize_examples(examples, opened.tokenizer, settings)
-    columns = score_documents(answer_rewards, _scorer(opened, question), documents, _BUDGET)
+    columns = score_documents(answer_rewards, _scorer(opened, question), documents, MAX_TOKENS)
     return list(zip(answers, columns["reward"].tolist(), strict=True))
 
 
@@ -216,8 +214,8 @@ def _evaluate_reward(name: str, scorer: nn.Module, kind: RowKind, rows: TokenDat
         if recipe is not None and recipe.scalar_head:
             return Evaluation(_as_trained(recipe, scorer, rows, None), [])
         hooks = pair_hooks(reward_scores(partial(bradley_terry_loss, center=0.0)), len(rows))
-        return Evaluation(hooks.evaluate(scorer, rows, _BUDGET, SINGLE), [])
-    rewards = score_documents(answer_rewards, scorer, rows, _BUDGET)["reward"]
+        return Evaluation(hooks.evaluate(scorer, rows, MAX_TOKENS, SINGLE), [])
+    rewards = score_documents(answer_rewards, scorer, rows, MAX_TOKENS)["reward"]
     places = [rows.places[int(row)] for row in rows.order]
     values = {
         "rewards/mean": float(rewards.mean()),
@@ -257,7 +255,7 @@ def _evaluate_preference(
         beta: float = getattr(recipe and recipe.objective, "scale", 0.1)
         loss, rewards = partial(dpo_loss, beta=beta), partial(ratio_rewards, scale=beta)
     hooks = pair_hooks(preference_scores(loss, rewards, compare), len(rows))
-    return Evaluation(hooks.evaluate(scorer, rows, _BUDGET, SINGLE), [])
+    return Evaluation(hooks.evaluate(scorer, rows, MAX_TOKENS, SINGLE), [])
 
 
 def _compares_with_nothing(recipe: Recipe) -> bool:
@@ -267,7 +265,7 @@ def _compares_with_nothing(recipe: Recipe) -> bool:
 def _as_trained(
     recipe: Recipe, scorer: nn.Module, rows: TokenDataset, reference: Reference | None
 ) -> dict[str, float]:
-    return definition_of(recipe).evaluate(recipe, scorer, rows, reference, _BUDGET)
+    return definition_of(recipe).evaluate(recipe, scorer, rows, reference, MAX_TOKENS)
 
 
 def _reference(name: str, tokenizer: PreTrainedTokenizerBase, question: Question) -> Reference:

@@ -167,7 +167,7 @@ def test_each_pass_has_enough_states(
     how = EvaSpec(use_label_mask=targets)
     plan: Any = SimpleNamespace(steps=9, steps_per_epoch=9, batch_size=4)
     assert [len(one.rows) for one in passes_of(rows, plan, 0, how, 10 * states)] == [33]
-    monkeypatch.setattr("alignkit.stages.running.adapter_start.BUDGET", 50)
+    monkeypatch.setattr("alignkit.stages.running.adapter_start.MAX_TOKENS", 50)
     passes = passes_of(rows, plan, 0, how, 10 * states)
     # Ten rows have enough; what is left over, three, goes with the last.
     assert [len(one.rows) for one in passes] == [10, 10, 13]

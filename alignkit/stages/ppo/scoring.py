@@ -91,17 +91,17 @@ def score_rollouts(
     return scored, outputs if keep else None
 
 
-def mean_kl(roles: Roles, rollouts: Sequence[Rollout], budget: int) -> torch.Tensor:
+def mean_kl(roles: Roles, rollouts: Sequence[Rollout], max_tokens: int) -> torch.Tensor:
     """`[B]` k1 of whole responses, in nats.
 
     Args:
         roles: policy and reference.
         rollouts: at least one.
-        budget: tokens of one pass.
+        max_tokens: tokens of one pass.
     """
     lengths = [rollout.document.num_tokens for rollout in rollouts]
     rows, found = response_rows(rollouts), torch.zeros(sum(len(r.texts) for r in rollouts))
-    for group in split_documents(lengths, budget):
+    for group in split_documents(lengths, max_tokens):
         batch = pack_documents([rollouts[i].document for i in group])
         with torch.no_grad():
             policy, _ = forward_policy(roles, batch)

@@ -131,7 +131,7 @@ class PpoStage:
                 recipe.reward,
                 roles.rewards,
                 missing_eos_penalty=recipe.rollout.missing_eos_penalty,
-                budget=plan.microbatch_tokens,
+                max_tokens=plan.microbatch_tokens,
                 processes=process_group(session.accelerator),
             )
             session.begin(rows, plan)
@@ -151,7 +151,12 @@ class PpoStage:
             return finish_run(session, run.release(), rows)
 
     def evaluate(
-        self, recipe: PpoRecipe, scorer: nn.Module, rows: TokenDataset, reference: Any, budget: int
+        self,
+        recipe: PpoRecipe,
+        scorer: nn.Module,
+        rows: TokenDataset,
+        reference: Any,
+        max_tokens: int,
     ) -> dict[str, float]:
         """Nothing: the rows of a run are prompts without answers."""
         raise DataError(f"the rows of a {recipe.stage} run are prompts without answers")

@@ -66,17 +66,17 @@ def split_minibatches(
 
 
 def group_rollouts(
-    rollouts: Sequence[Rollout], chosen: Sequence[int], budget: int
+    rollouts: Sequence[Rollout], chosen: Sequence[int], max_tokens: int
 ) -> list[list[int]]:
     """Rollouts of each forward and backward pass.
 
     Args:
         rollouts: of this process.
         chosen: those of the minibatch.
-        budget: tokens of a pass.
+        max_tokens: tokens of a pass.
     """
     lengths = [rollouts[i].document.num_tokens for i in chosen]
-    return [[chosen[i] for i in group] for group in split_documents(lengths, budget)]
+    return [[chosen[i] for i in group] for group in split_documents(lengths, max_tokens)]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Updater:
         optimizers: `policy` and `value`, stored as one.
         spec: of the objective.
         max_grad_norm: for each of the two; None never clips.
-        budget: tokens of one pass.
+        max_tokens: tokens of one pass.
         processes: this one and how sums go over all.
     """
 
@@ -96,7 +96,7 @@ class Updater:
     optimizers: Optimizers
     spec: PpoSpec
     max_grad_norm: float | None
-    budget: int
+    max_tokens: int
     processes: ProcessGroup
 
     @property

@@ -73,13 +73,13 @@ class Judge:
     Args:
         parts: in the recipe's order.
         missing_eos_penalty: taken from responses that were cut off; None takes nothing.
-        budget: tokens of one pass of a reward model.
+        max_tokens: tokens of one pass of a reward model.
         processes: this one and how sums go over all; an error of one process ends all.
     """
 
     parts: tuple[RewardPart, ...]
     missing_eos_penalty: float | None
-    budget: int
+    max_tokens: int
     processes: ProcessGroup
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Rewards:
@@ -112,7 +112,7 @@ class Judge:
             responses = [response for rollout in rollouts for response in rollout.responses()]
             return torch.tensor(part.source(responses), dtype=torch.float32)
         documents = [rollout.document for rollout in rollouts]
-        groups = split_documents([document.num_tokens for document in documents], self.budget)
+        groups = split_documents([document.num_tokens for document in documents], self.max_tokens)
         owners = np.repeat(np.arange(len(documents)), [len(d.branches) for d in documents])
         scores = torch.zeros(len(owners))
         for group in groups:
@@ -133,7 +133,7 @@ def build_judge(
     models: Sequence[ScoringModel],
     *,
     missing_eos_penalty: float | None,
-    budget: int,
+    max_tokens: int,
     processes: ProcessGroup,
 ) -> Judge:
     """All sources of a recipe, ready to score.
@@ -142,7 +142,7 @@ def build_judge(
         sources: of the recipe.
         models: the reward models among them, in the same order.
         missing_eos_penalty: taken from responses that were cut off; None takes nothing.
-        budget: tokens of one pass of a reward model.
+        max_tokens: tokens of one pass of a reward model.
         processes: this one and how sums go over all.
 
     Raises:
@@ -160,4 +160,4 @@ def build_judge(
             parts.append(RewardPart(name, source.weight, next(remaining)))
         else:
             parts.append(RewardPart(name, source.weight, build_score(source)))
-    return Judge(tuple(parts), missing_eos_penalty, budget, processes)
+    return Judge(tuple(parts), missing_eos_penalty, max_tokens, processes)

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from alignkit.data.documents import Branch, Document
 from alignkit.data.packing import pack_documents, step_items
 from alignkit.errors import ModelError
+from alignkit.evaluation.columns import MAX_TOKENS
 from alignkit.models.adapters.continued import started_adapter
 from alignkit.models.adapters.eva import (
     WIDER,
@@ -34,9 +35,6 @@ from alignkit.recipe.adapters import AnySpec, EvaSpec, LoraSpec, PrefixSpec, eva
 from alignkit.recipe.planning.plan import Plan
 from alignkit.runtime.checkpoint import find_checkpoint, stored_shapes
 from alignkit.stages.inputs.rows import AnyRows
-
-BUDGET = 2048
-"""Tokens of one pass. Fixed, so that the start does not depend on a run's micro-batches."""
 
 SHOWN = 4
 """Layers that a line names."""
@@ -147,7 +145,7 @@ def passes_of(dataset: Any, plan: Plan, seed: int, how: EvaSpec, wanted: int) ->
         if taken >= how.max_tokens:
             break
         document = _readable(dataset[int(item)])
-        if tokens + document.num_tokens > BUDGET and states >= wanted:
+        if tokens + document.num_tokens > MAX_TOKENS and states >= wanted:
             passes.append([])
             tokens = states = 0
         passes[-1].append(document)

@@ -46,7 +46,7 @@ class StageDef(Protocol):
         """
 
     def evaluate(
-        self, recipe: Any, scorer: nn.Module, rows: TokenDataset, reference: Any, budget: int
+        self, recipe: Any, scorer: nn.Module, rows: TokenDataset, reference: Any, max_tokens: int
     ) -> dict[str, float]:
         """Values of held-out rows of the stage's own kind.
 
@@ -55,7 +55,7 @@ class StageDef(Protocol):
             scorer: of its model.
             rows: to measure on.
             reference: log-probs to compare with; None where the recipe needs none.
-            budget: tokens of one pass.
+            max_tokens: tokens of one pass.
         """
 
 

@@ -76,7 +76,7 @@ class SupervisedStage:
         scorer: nn.Module,
         rows: TokenDataset,
         reference: Reference | None,
-        budget: int,
+        max_tokens: int,
     ) -> dict[str, float]:
         """Values of held-out rows; see `StageDef.evaluate`."""
-        return self.hooks(recipe, rows, reference).evaluate(scorer, rows, budget, SINGLE)
+        return self.hooks(recipe, rows, reference).evaluate(scorer, rows, max_tokens, SINGLE)

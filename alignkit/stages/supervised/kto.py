@@ -64,10 +64,10 @@ def kto_hooks(recipe: KtoRecipe, rows: TokenDataset, reference: Reference | None
         return LossSums(found.sum(), metrics)
 
     def evaluate(
-        scorer: nn.Module, documents: Sequence[Document], budget: int, processes: ProcessGroup
+        scorer: nn.Module, documents: Sequence[Document], max_tokens: int, processes: ProcessGroup
     ) -> dict[str, float]:
         score = functools.partial(_columns, reference=reference)
-        columns = score_documents(score, scorer, documents, budget, processes)
+        columns = score_documents(score, scorer, documents, max_tokens, processes)
         return describe_labelled(columns, losses, objective.beta)
 
     return RowHooks(loss, [1] * len(rows), evaluate, say_labelled, measure, _finish)

@@ -39,12 +39,12 @@ def pair_hooks(score: ScorePairs, num_items: int) -> RowHooks:
         return LossSums(scores.losses.sum(), scores.means())
 
     def evaluate(
-        scorer: nn.Module, documents: Sequence[Document], budget: int, processes: ProcessGroup
+        scorer: nn.Module, documents: Sequence[Document], max_tokens: int, processes: ProcessGroup
     ) -> dict[str, float]:
         def columns(scorer: nn.Module, documents: Sequence[Document]) -> dict[str, torch.Tensor]:
             return score(scorer, documents).columns()
 
-        return describe_pairs(score_documents(columns, scorer, documents, budget, processes))
+        return describe_pairs(score_documents(columns, scorer, documents, max_tokens, processes))
 
     return RowHooks(loss, [1] * num_items, evaluate, say_pairs)
 

@@ -26,7 +26,7 @@ from torch import nn
 from alignkit.data.dataset import TokenDataset
 from alignkit.data.documents import Document
 from alignkit.data.packing import pack_documents, step_items
-from alignkit.evaluation.columns import score_documents
+from alignkit.evaluation.columns import MAX_TOKENS, score_documents
 from alignkit.files import replace_file
 from alignkit.models.adapters.attach import adapters_off
 from alignkit.models.base.identity import weights_version
@@ -46,9 +46,6 @@ Reference = Callable[[nn.Module, PackedBatch], torch.Tensor]
 
 FORMAT = 1
 """Raised whenever the same question would be answered differently."""
-
-BUDGET = 2048
-"""Tokens of one pass. Fixed, so that the stored values do not depend on a run's micro-batches."""
 
 
 def adapter_off(scorer: nn.Module, batch: PackedBatch) -> torch.Tensor:
@@ -164,7 +161,7 @@ def score_sequences(
         sums = sum_by_sequence(scores.logprobs, batch).view(len(documents), -1)
         return {str(branch): sums[:, branch] for branch in branches}
 
-    columns = score_documents(score, scorer, documents, BUDGET, processes)
+    columns = score_documents(score, scorer, documents, MAX_TOKENS, processes)
     return np.stack([columns[str(branch)] for branch in branches], axis=1)
 
 
