@@ -83,6 +83,7 @@ class PpoRun(Loop):
         """The run with nothing but the policy's scorer, so that merging can let that go too."""
         self.scorer = self.roles.policy.scorer
         self.roles = self.judge = self.engine = self.updater = None
+        self.parts = ()
         return self
 
     def say(self, values: dict[str, float]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from alignkit.models.weights.writing import replace_model
 from alignkit.recipe.adapters import FullSpec, is_mergeable
 from alignkit.recipe.planning.plan import Plan
 from alignkit.runtime.metrics import MetricsFile, read_metrics
+from alignkit.runtime.optim import TrainedPart
 from alignkit.runtime.progress import StepProgress
 from alignkit.stages.inputs.rows import AnyRows
 from alignkit.stages.running.card import write_card
@@ -37,6 +39,7 @@ class FinishedRun(Protocol):
     progress: StepProgress
     scorer: Any
     optimizer: Any
+    parts: Sequence[TrainedPart]
 
     @property
     def written_head(self) -> Any:
@@ -96,7 +99,7 @@ def finish_run(
         merge = _write_models(session, run, rows, statistics)
     # The wrapper of several processes goes before their group: as its last owner it would wait,
     # holding the interpreter, for a thread of the group that waits for the interpreter.
-    run.scorer = run.optimizer = None
+    _release(run)
     accelerator.free_memory()
     accelerator.wait_for_everyone()
     if folder is None:
@@ -117,6 +120,12 @@ def finish_run(
         )
     folder.finish("finished", summary=summary.to_json())
     return summary
+
+
+def _release(run: FinishedRun) -> None:
+    """Let the run hold no weights, so that a merge has their memory."""
+    run.scorer = run.optimizer = None
+    run.parts = ()
 
 
 def _write_models(
@@ -149,7 +158,7 @@ def _write_models(
         if statistics is not None:
             statistics.save(written)
     del scorer, model
-    run.scorer = run.optimizer = None
+    _release(run)
     session.accelerator.free_memory()
     release_memory()
     if not is_mergeable(recipe.adapter):
