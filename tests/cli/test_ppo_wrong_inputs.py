@@ -53,12 +53,12 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "batch size": (
         ["training.batch_size=8"],
-        ["training.batch_size is no key", "hint: did you mean rollout.prompts_per_step?"],
+        ["training.batch_size is not a key", "hint: did you mean rollout.prompts_per_step?"],
     ),
     "float16": (["model.dtype=float16"], ["model has dtype = float16", "use bfloat16"]),
     "reference": (
         ["reference={kind: cached}"],
-        ["reference is no key", "the reference of ppo is the model that training starts from"],
+        ["reference is not a key", "the reference of ppo is the model that training starts from"],
     ),
     "a step of no length": (["training.learning_rate=0"], ["must be greater than 0, got 0"]),
     "beyond the context": (

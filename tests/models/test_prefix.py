@@ -418,5 +418,5 @@ def test_checkpointing_is_exact_packed_and_refused_padded() -> None:
     again = torch.autograd.grad(TokenScorer(model, torch.float32)(batch).logprobs.sum(), weights)
     for mine, theirs in zip(again, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
-    with pytest.raises(ModelError, match="goes with no gradient checkpointing"):
+    with pytest.raises(ModelError, match="does not work with gradient checkpointing"):
         PaddedScorer(model, torch.float32)(batch)

@@ -338,7 +338,7 @@ def test_stages_that_train_no_prefix(stage: str, tiny_base: Path, tmp_path: Path
         ({"adapter": {**RAW, "tokens": 0}}, r"adapter.tokens must be at least 1, got 0"),
         ({"adapter": {**RAW, "tokens": 5000}}, "adapter.tokens must be at most 4096, got 5000"),
         ({"adapter": {**RAW, "rank": 4}}, "adapter.rank is not a key of a recipe"),
-        ({"adapter": {**RAW, "modules_to_save": ["norm"]}}, "adapter.modules_to_save is no key"),
+        ({"adapter": {**RAW, "modules_to_save": ["norm"]}}, "adapter.modules_to_save is not a key"),
         ({"adapter": {**PROJECTED, "text": "the cat"}}, "has text, where its projection or from"),
         ({"adapter": {**RAW, "projection_width": 8}}, "has projection_width, which does nothing"),
         (
@@ -374,7 +374,7 @@ def test_the_resolved_recipe_says_that_nothing_is_merged(tiny_base: Path, tmp_pa
 
 
 def test_padded_rows_with_checkpointing_are_refused(tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="goes with no gradient checkpointing"):
+    with pytest.raises(ModelError, match="does not work with gradient checkpointing"):
         run_of(
             tmp_path,
             tiny_base,
