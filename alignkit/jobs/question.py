@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignkit.errors import ModelError
-from alignkit.models.base.identity import weights_fingerprint
+from alignkit.models.base.identity import same_weights, weights_fingerprint
 from alignkit.models.base.loading import DTYPES
 from alignkit.recipe.model import ModelSpec
 from alignkit.recipe.reading.load import stored_recipe
@@ -100,7 +100,7 @@ def say_if_changed(name: str, base: str, question: Question) -> None:
         return
     recorded = read_about(run).get("base", {}).get("fingerprint")
     found = weights_fingerprint(start_model(ModelSpec(base=base)))
-    if recorded is not None and recorded != found:
+    if recorded is not None and not same_weights(recorded, found):
         question.say(
             f"warning: {base} has changed since {name} was trained from it: its implicit rewards "
             "are relative to another model"

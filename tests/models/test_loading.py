@@ -21,7 +21,7 @@ from alignkit.models.adapters.attach import attach_adapter
 from alignkit.models.adapters.files import save_adapter
 from alignkit.models.adapters.finding import base_of_adapter
 from alignkit.models.base.fitness import require_language_model
-from alignkit.models.base.identity import weights_fingerprint
+from alignkit.models.base.identity import same_weights, weights_fingerprint
 from alignkit.models.base.loading import (
     BaseModel,
     load_config,
@@ -256,3 +256,23 @@ def test_a_reward_model_is_no_language_model(family: str, tmp_path: Path) -> Non
         f"{tmp_path / 'reward'} is a reward model, not a language model"
     )
     assert raised.value.hint.startswith("name the model it was trained from")
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "same"),
+    [
+        ("a/b@1f", "a/b@1f", True),
+        ("a/b@1f", "a/b@2e", False),
+        # recorded while the commit was not kept
+        ("a/b@unknown", "a/b@2e", True),
+        ("a/b@unknown", "a/c@2e", False),
+        ("0f3a", "0f3a", True),
+        ("0f3a", "77bc", False),
+        ("a/b@unknown", "0f3a", False),
+        (None, None, True),
+        (None, "0f3a", False),
+    ],
+)
+def test_fingerprints_of_the_same_weights(one: str | None, two: str | None, same: bool) -> None:
+    assert same_weights(one, two) is same
+    assert same_weights(two, one) is same

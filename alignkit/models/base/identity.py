@@ -45,6 +45,18 @@ def weights_fingerprint(base: BaseModel) -> str:
     return digest.hexdigest()
 
 
+def same_weights(one: str | None, two: str | None) -> bool:
+    """Whether two fingerprints may be of the same weights.
+
+    While transformers kept no commit, a hub model was recorded without one: `id@unknown` is any
+    commit of that model.
+    """
+    if one == two or one is None or two is None:
+        return one == two
+    (name, _, commit), (other, _, version) = one.rpartition("@"), two.rpartition("@")
+    return bool(name) and name == other and "unknown" in (commit, version)
+
+
 def weights_version(base: BaseModel) -> str:
     """A stricter hash for what is cached: the fingerprint, and when each file was last written.
 

@@ -19,6 +19,7 @@ import yaml
 import alignkit
 from alignkit.errors import RunError
 from alignkit.files import list_folder, write_text
+from alignkit.models.base.identity import same_weights
 from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.reading.load import render_recipe
 from alignkit.recipe.stages.base import Recipe
@@ -112,7 +113,7 @@ def check_same_inputs(now: dict[str, Any], before: dict[str, Any]) -> None:
     pairs.append(("adapter.from", now["adapter"], before.get("adapter")))
     pairs.append(("objective.file", now["objective"], before.get("objective")))
     for name, new, old in pairs:
-        if old is not None and new["fingerprint"] != old["fingerprint"]:
+        if old is not None and not same_weights(new["fingerprint"], old["fingerprint"]):
             raise RunError(
                 f"{name} has changed since the run was started",
                 hint="put it back to resume, or start anew with --overwrite",
