@@ -38,6 +38,8 @@ from alignkit.recipe.reading.load import load_recipe
 from alignkit.stages.registry import plan_stage
 from alignkit.stages.running.adapter_start import passes_of
 
+pytestmark = pytest.mark.slow  # whole runs
+
 MOVING = {"rho": 2.0}
 EVA: dict[str, Any] = {"kind": "lora", "rank": 4, "alpha": 8, "init": "eva", "eva": MOVING}
 FIELDS: dict[str, Any] = {"training__max_steps": 3, "merge": True}

@@ -11,6 +11,8 @@ from mixtures import save_mixture
 from running import make_preference_recipe, make_recipe, train
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow  # whole runs
+
 STACKS = {"kind": "lora", "rank": 2, "targets": ["q_proj", "experts.down_proj"]}
 
 

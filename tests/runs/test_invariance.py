@@ -30,6 +30,8 @@ from running import (
 from tiny import MODELS, save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.slow  # whole runs
+
 GOLDEN = Path(__file__).parent.parent / "golden" / "sft_losses.json"
 
 

@@ -34,6 +34,8 @@ from alignkit.recipe.reading.label import LabelSpec
 from alignkit.recipe.reading.pipeline import load_pipeline
 from alignkit.stages.running.session import RunOptions
 
+pytestmark = pytest.mark.slow  # whole runs
+
 TOOL = {"type": "function", "function": {"name": "count", "parameters": {}}}
 
 

@@ -39,6 +39,8 @@ from alignkit.models.adapters.files import HEAD_KEY
 from alignkit.runtime.metrics import read_metrics
 from alignkit.stages.ppo import step as ppo_step
 
+pytestmark = pytest.mark.slow  # whole runs
+
 ADAPTER = "adapter/adapter_model.safetensors"
 VALUE = "value/adapter_model.safetensors"
 DENSE = "merged/model.safetensors"

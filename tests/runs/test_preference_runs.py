@@ -40,6 +40,8 @@ from alignkit.runtime.metrics import read_metrics
 from alignkit.stages.running import finish as outputs
 from alignkit.stages.running.session import Session
 
+pytestmark = pytest.mark.slow  # whole runs
+
 ADAPTER = "adapter/adapter_model.safetensors"
 DENSE = "merged/model.safetensors"
 FULL: dict[str, Any] = {"adapter": {"kind": "full"}, "training__learning_rate": 3e-4}

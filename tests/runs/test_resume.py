@@ -15,6 +15,8 @@ from running import KILL_AFTER, assert_same, break_off, make_recipe
 
 from alignkit.runtime.metrics import read_metrics
 
+pytestmark = pytest.mark.slow  # whole runs
+
 STEPS = 12
 
 KINDS: dict[str, dict[str, Any]] = {
