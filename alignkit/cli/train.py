@@ -63,7 +63,7 @@ def train_command(stage: str) -> Callable[..., None]:
         if summary.merge is not None:
             for text in summary.merge.lines():
                 say(text)
-        verb = "eval" if stage == "reward" else "chat"
+        verb = "eval" if loaded.recipe.scalar_head else "chat"
         say(f"next: alignkit {verb} {summary.output}")
 
     return command
