@@ -89,10 +89,8 @@ def load_command(name: str) -> Any:
 
 def _stages_of_packages() -> dict[str, TyperCommand]:
     """Stages that other packages bring; looked for only where a name is not one of our own."""
-    from alignkit.recipe.stages.registry import stages
+    from alignkit.recipe.stages.registry import broken_stages, stages
 
-    further = {name: recipe for name, recipe in stages().items() if name not in STAGES}
-    return {
-        name: TyperCommand(name, help=(recipe.__doc__ or "").partition("\n")[0])
-        for name, recipe in further.items()
-    }
+    lines = {name: (recipe.__doc__ or "").partition("\n")[0] for name, recipe in stages().items()}
+    lines |= {name: str(error) for name, error in broken_stages().items()}
+    return {n: TyperCommand(n, help=line) for n, line in lines.items() if n not in STAGES}

@@ -30,7 +30,7 @@ def doctor(
 ) -> None:
     """Show versions, device, memory and disk, and name what would stop a run."""
     facts, problems = _examine()
-    warnings = outside_versions()
+    warnings = outside_versions() + _broken_stages()
     if as_json:
         print_json({**facts, "problems": problems, "warnings": warnings})
     else:
@@ -52,6 +52,12 @@ def _verdict(problems: int, warnings: int) -> str:
     if warnings:
         return f"ready, with {warnings} warning{'s' * (warnings > 1)}"
     return "ready: no problems found"
+
+
+def _broken_stages() -> list[str]:
+    from alignkit.recipe.stages.registry import broken_stages
+
+    return [f"{error.message}; {error.hint}" for error in broken_stages().values()]
 
 
 def _examine() -> tuple[dict[str, dict[str, Any]], list[str]]:

@@ -62,7 +62,7 @@ def parse_rows(rows: list[Row], row_format: str, kind: RowKind) -> list[Example]
         One example a row, in order; of labelled answers two for each pair.
 
     Raises:
-        DataError: a row does not fit the format, lacks an answer, or its label is no boolean.
+        DataError: a row does not fit the format, lacks an answer, or its label is not a boolean.
     """
     if kind == "pairs":
         return _parse_pairs(rows, row_format)

@@ -40,7 +40,7 @@ def parse_json(value: str, row: Row, key: str) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise DataError(f"{row.place}: `{key}` is no valid JSON: {error.msg}") from None
+        raise DataError(f"{row.place}: `{key}` is not valid JSON: {error.msg}") from None
 
 
 def plain_text(value: Any, row: Row, key: str) -> str:

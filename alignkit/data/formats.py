@@ -206,7 +206,7 @@ def alpaca_prompt(row: Row) -> list[Message]:
     """The turns that `history`, `instruction` and `input` make up.
 
     Raises:
-        DataError: no instruction, or a history that is no list of pairs.
+        DataError: no instruction, or a history that is not a list of pairs.
     """
     instruction = plain_text(need(row, "instruction", str), row, "instruction")
     extra = row.values.get("input") or ""
@@ -258,7 +258,7 @@ def read_messages(row: Row, turns: list[Any]) -> list[Message]:
     """Messages of a list of `{"role", "content"}`.
 
     Raises:
-        DataError: a turn without role, an unknown role, or content that is no text.
+        DataError: a turn without role, an unknown role, or content that is not text.
     """
     messages = []
     for number, turn in enumerate(turns):

@@ -27,12 +27,12 @@ def detect_pairs(row: Row) -> str:
     """Name of the format of a pair, found from its keys.
 
     Raises:
-        DataError: the row is no pair, or lacks one of its answers.
+        DataError: the row is not a pair, or lacks one of its answers.
     """
     values = row.values
     if "chosen" not in values and "rejected" not in values:
         raise DataError(
-            f"{row.place}: the row is no preference pair: its keys are "
+            f"{row.place}: the row is not a preference pair: its keys are "
             f"{', '.join(map(str, values))}",
             hint="pairs are prompt, chosen, rejected | conversations, chosen, rejected | chosen, "
             "rejected; rename with columns, as in columns: {chosen: better, rejected: worse}",
@@ -134,7 +134,7 @@ def _hh_turns(row: Row, key: str) -> list[Message]:
     before, *parts = _HH_TURN.split(text)
     if before.strip() or not parts:
         raise DataError(
-            f"{row.place}: `{key}` is no dialogue of Human: and Assistant: turns",
+            f"{row.place}: `{key}` is not a dialogue of Human: and Assistant: turns",
             hint=r"as in \n\nHuman: question\n\nAssistant: answer",
         )
     messages: list[Message] = []

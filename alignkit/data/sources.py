@@ -148,7 +148,7 @@ def _decode(content: bytes, name: str, shown: str) -> str:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(
-                f"{shown}: is no intact gzip file ({error})", hint="download it again"
+                f"{shown}: is not an intact gzip file ({error})", hint="download it again"
             ) from None
     try:
         return content.decode("utf-8-sig")
@@ -246,7 +246,7 @@ def _read_parquet(path: Path, shown: str, take: int | None) -> list[Row]:
         table = pyarrow.parquet.read_table(path)
     except Exception as error:
         first_line = str(error).split("\n")[0]
-        raise DataError(f"{shown}: is no readable parquet file: {first_line}") from None
+        raise DataError(f"{shown}: is not a readable parquet file: {first_line}") from None
     rows = table.slice(0, take).to_pylist()
     return [Row(values, f"{shown} row {n + 1}") for n, values in enumerate(rows)]
 

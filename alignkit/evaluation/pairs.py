@@ -36,7 +36,7 @@ class PairScores:
         }
         return {**own, **self.metrics}
 
-    def means(self) -> dict[str, torch.Tensor]:
+    def sums(self) -> dict[str, torch.Tensor]:
         """Name -> scalar sums over the pairs, the names those of TRL.
 
         `rewards/accuracies` counts 1 where the chosen answer is ahead and 0.5 where both are equal.

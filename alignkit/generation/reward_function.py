@@ -52,7 +52,7 @@ def function_score(place: str) -> Callable[[Sequence[Response]], Any]:
             )
         except (Exception, SystemExit) as error:
             given_to = f", given {len(responses)} completions"
-            raise raised(error, path, name, RewardError, given_to) from error
+            raise raised(error, path, name, RewardError, shape=_SHAPE, more=given_to) from error
 
     return run
 

@@ -27,11 +27,10 @@ from alignkit.packed import IntArray
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.reading.load import load_recipe
 from alignkit.recipe.rows import SourceSpec
-from alignkit.recipe.stages.ppo import PpoRecipe
 from alignkit.report.run_files import read_about
 from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.checking import CHECK_SETTINGS, check_rows, file_rows
-from alignkit.stages.inputs.rows import load_prompt_rows, load_rows, row_settings
+from alignkit.stages.inputs.rows import read_rows, row_settings
 from alignkit.stages.running.card import write_card
 
 
@@ -210,17 +209,15 @@ def _rows(
         # The run says template and stop tokens, whatever base and rows are named instead.
         override = [f"model.base={json.dumps(model.name)}"]
         recipe = load_recipe(str(run / "recipe.yaml"), override).recipe
-        base = start_model(recipe.model)
-        if isinstance(recipe, PpoRecipe):
-            prompts = load_prompt_rows(recipe, base)
-            checks = file_rows(data, prompts.tokenizer) if data else prompts.checks
-            return checks, prompts.tokenizer, prompts.stop_tokens
-        found = load_rows(recipe, base)
-        dataset = found.held_out or found.train
-        if data is not None:
+        rows = read_rows(recipe, start_model(recipe.model))
+        checks = rows.checks
+        if data is not None and recipe.row_kind == "prompts":
+            checks = file_rows(data, rows.tokenizer)
+        elif data is not None:
             wanted = dataclasses.replace(CHECK_SETTINGS, rows=row_settings(recipe).rows)
             cache = alignkit_home() / "cache" / "tokens"
-            dataset = load_dataset([SourceSpec(path=data)], found.tokenizer, wanted, 0, cache)
-        return check_rows(dataset), found.tokenizer, found.train.report.stop_tokens
+            named = load_dataset([SourceSpec(path=data)], rows.tokenizer, wanted, 0, cache)
+            checks = check_rows(named)
+        return checks, rows.tokenizer, rows.stop_tokens
     tokenizer = load_tokenizer(model)
     return file_rows(data, tokenizer), tokenizer, []

@@ -15,14 +15,14 @@ class CrossEntropySpec(Section):
     """Negative log-likelihood, averaged over all trained tokens of the optimizer step."""
 
     kind: Literal["cross_entropy"] = "cross_entropy"
-    """`cross_entropy` is the only objective of supervised fine-tuning."""
+    """`cross_entropy`: the objective of supervised fine-tuning."""
 
 
 class BradleyTerrySpec(Section):
     """-log σ(r_chosen - r_rejected - margin), plus centring."""
 
     kind: Literal["bradley_terry"] = "bradley_terry"
-    """`bradley_terry` is the only objective of reward models."""
+    """`bradley_terry`: the objective of reward models."""
     center: Annotated[float, Field(ge=0.0)] = 0.01
     """Weight of (r_chosen + r_rejected)², which keeps the mean reward near zero; 0 turns it off."""
 
@@ -31,7 +31,7 @@ class CustomSpec(Section):
     """A loss of your own: a pure function in a Python file that the recipe names."""
 
     kind: Literal["custom"]
-    """`custom`: the function is checked on a few rows before step 1."""
+    """`custom`: the function is checked on a few made-up items before any row is read."""
     file: Annotated[str, Field(min_length=1)]
     """A Python file. It runs because the recipe names it; its hash is kept in run.json."""
     name: str = "loss"

@@ -152,7 +152,7 @@ def learning_rate_at(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of every parameter group, as a multiple of which it may have its own."""
+    """Set the rate of every parameter group, times a factor that the group may have."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get(RATE_FACTOR, 1.0)
 
@@ -237,7 +237,8 @@ def step_parts(
             where = f"the {part.name} in " if len(parts) > 1 else ""
             raise TrainingError(
                 f"the gradient of {where}step {step + 1} is not finite; its loss is {loss:.4g}",
-                hint="lower training.learning_rate, or set training.max_grad_norm",
+                hint="lower training.learning_rate"
+                + (", or set training.max_grad_norm" if limit is None else ""),
             )
         norms[_metric(part, number, "grad_norm")] = norm
     for part in parts:

@@ -40,12 +40,18 @@ def load_function(
 def _module(path: Path, fault: type[AlignkitError], what: str) -> ModuleType:
     """The file as a module, run at its first use; its folder is importable meanwhile."""
     path = path.resolve()
-    name = f"alignkit_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
     shown = show_file(path)
     if not path.is_file():
-        raise fault(f"{shown}: the file of the {what} does not exist")
+        raise fault(
+            f"{shown}: the file of the {what} does not exist",
+            hint="put it back, or name another in the recipe",
+        )
+    content = path.read_bytes()
+    # A file that has changed is another module: its hash goes into run.json.
+    digest = hashlib.sha256(str(path).encode() + content).hexdigest()
+    name = f"alignkit_user_{path.stem}_{digest[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None  # the recipe accepts names in .py only
     module = importlib.util.module_from_spec(spec)
@@ -53,7 +59,7 @@ def _module(path: Path, fault: type[AlignkitError], what: str) -> ModuleType:
     sys.path.insert(0, str(path.parent))
     try:
         # not through the loader, which leaves a __pycache__ beside the user's file
-        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
+        exec(compile(content, str(path), "exec"), vars(module))
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         where, line = _line_of(error, path)
@@ -99,7 +105,13 @@ def _find(
 
 
 def raised(
-    error: BaseException, path: Path, name: str, kind: type[AlignkitError], more: str = ""
+    error: BaseException,
+    path: Path,
+    name: str,
+    kind: type[AlignkitError],
+    *,
+    shape: str,
+    more: str = "",
 ) -> AlignkitError:
     """What to raise where the user's function raised something itself.
 
@@ -108,12 +120,13 @@ def raised(
         path: its file.
         name: of the function.
         kind: of what to raise.
+        shape: how such a function is written, with `{name}` in it.
         more: what the function was called with.
     """
     where, line = _line_of(error, path)
     return kind(
         f"{where}: {name} raised {_said(error)}{more}",
-        hint=f"the line is `{line}`" if line else "the error arose outside the file",
+        hint=f"the line is `{line}`" if line else f"it is called as {shape.format(name=name)}",
     )
 
 

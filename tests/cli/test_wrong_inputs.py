@@ -166,13 +166,13 @@ PREFERENCES: dict[str, tuple[tuple[str, ...], list[dict[str, Any]], list[str], s
         ("reward", "dpo"),
         make_rows(6),
         [],
-        f"error: ROWS:1: the row is no preference pair: its keys are messages\n{PAIRS_ARE}",
+        f"error: ROWS:1: the row is not a preference pair: its keys are messages\n{PAIRS_ARE}",
     ),
     "labelled rows where pairs are wanted": (
         ("reward", "dpo"),
         make_labelled(6),
         [],
-        "error: ROWS:1: the row is no preference pair: its keys are prompt, completion, label\n"
+        "error: ROWS:1: the row is not a preference pair: its keys are prompt, completion, label\n"
         + PAIRS_ARE,
     ),
     "rows without a label": (
@@ -260,7 +260,10 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
             "hint: did you mean dpo?",
         ],
     ),
-    "no override": (["epochs"], ["command line: 'epochs' is no override", "hint: write overrides"]),
+    "no override": (
+        ["epochs"],
+        ["command line: 'epochs' is not an override", "hint: write overrides"],
+    ),
     "eval twice": (
         ["data.eval=[{path: rows.jsonl}]", "data.eval_fraction=0.5"],
         ["holds out rows by `eval` or by `eval_fraction`, not both"],
@@ -504,7 +507,7 @@ def test_a_bug_exits_with_1_and_its_traceback(
 ) -> None:
     recipe = make_recipe(folder, tiny_base)
     spoil = """
-import alignkit.stages.supervised.definition as run
+import alignkit.stages.supervised.stage as run
 def broken(recipe, base):
     raise AssertionError("never so")
 run.load_rows = broken

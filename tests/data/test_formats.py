@@ -298,7 +298,7 @@ NO_ANSWER = (
         (
             "messages",
             {"messages": "[{"},
-            "r.jsonl:5: `messages` is no valid JSON: Expecting property name enclosed in double "
+            "r.jsonl:5: `messages` is not valid JSON: Expecting property name enclosed in double "
             "quotes",
         ),
         ("messages", {"messages": []}, NO_ANSWER),
@@ -348,13 +348,13 @@ NO_ANSWER = (
         (
             "messages",
             {"messages": [ASK, say("assistant", "", tool_calls=[CALL | {"arguments": "{"}])]},
-            "r.jsonl:5: `arguments of look` is no valid JSON: Expecting property name enclosed in "
+            "r.jsonl:5: `arguments of look` is not valid JSON: Expecting property name enclosed in "
             "double quotes",
         ),
         (
             "messages",
             {"messages": [ASK, ANSWER], "tools": "[{"},
-            "r.jsonl:5: `tools` is no valid JSON: Expecting property name enclosed in double "
+            "r.jsonl:5: `tools` is not valid JSON: Expecting property name enclosed in double "
             "quotes",
         ),
         (

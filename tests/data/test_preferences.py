@@ -500,7 +500,7 @@ def test_the_format_of_pairs_is_that_of_the_first_row() -> None:
     with pytest.raises(DataError) as caught:
         parse_pairs(rows, "auto")
     assert str(caught.value) == (
-        "r:2: `chosen` is no dialogue of Human: and Assistant: turns\n"
+        "r:2: `chosen` is not a dialogue of Human: and Assistant: turns\n"
         r"hint: as in \n\nHuman: question\n\nAssistant: answer"
     )
 
@@ -614,12 +614,12 @@ NO_PAIR = (
         (
             "auto",
             {"prompt": "a", "completion": "b"},
-            f"{PLACE}: the row is no preference pair: its keys are prompt, completion{NO_PAIR}",
+            f"{PLACE}: the row is not a preference pair: its keys are prompt, completion{NO_PAIR}",
         ),
         (
             "auto",
             {"messages": [ASK, GOOD], "label": True},
-            f"{PLACE}: the row is no preference pair: its keys are messages, label{NO_PAIR}",
+            f"{PLACE}: the row is not a preference pair: its keys are messages, label{NO_PAIR}",
         ),
         (
             "auto",
@@ -678,13 +678,13 @@ NO_PAIR = (
         (
             "hh",
             {"chosen": "Why?", "rejected": HH.format("a")},
-            f"{PLACE}: `chosen` is no dialogue of Human: and Assistant: turns\n"
+            f"{PLACE}: `chosen` is not a dialogue of Human: and Assistant: turns\n"
             r"hint: as in \n\nHuman: question\n\nAssistant: answer",
         ),
         (
             "auto",
             {"chosen": HH.format("a"), "rejected": "Oh. " + HH.format("a")},
-            f"{PLACE}: `rejected` is no dialogue of Human: and Assistant: turns\n"
+            f"{PLACE}: `rejected` is not a dialogue of Human: and Assistant: turns\n"
             r"hint: as in \n\nHuman: question\n\nAssistant: answer",
         ),
         (

@@ -212,20 +212,20 @@ def test_lines_of_rows_in_a_json_list() -> None:
         (
             "r.jsonl.gz",
             b'{"a": 1}\n',
-            "r.jsonl.gz: is no intact gzip file (Not a gzipped file (b'{\"'))\n"
+            "r.jsonl.gz: is not an intact gzip file (Not a gzipped file (b'{\"'))\n"
             "hint: download it again",
         ),
         (
             "r.jsonl.gz",
             gzip.compress(b'{"a": 1}\n' * 100, mtime=0)[:-20],
-            "r.jsonl.gz: is no intact gzip file (Compressed file ended before the end-of-stream "
-            "marker was reached)\nhint: download it again",
+            "r.jsonl.gz: is not an intact gzip file (Compressed file ended before the end-of-"
+            "stream marker was reached)\nhint: download it again",
         ),
         (
             "r.jsonl.gz",
             gzip.compress(b'{"a": 1}\n', mtime=0)[:10] + b"\xff" * 30,
-            "r.jsonl.gz: is no intact gzip file (Error -3 while decompressing data: invalid block "
-            "type)\nhint: download it again",
+            "r.jsonl.gz: is not an intact gzip file (Error -3 while decompressing data: invalid "
+            "block type)\nhint: download it again",
         ),
         (
             "r.txt",
@@ -271,7 +271,7 @@ def test_broken_files(name: str, content: str | bytes, message: str) -> None:
 
 def test_a_broken_parquet_file() -> None:
     assert failure("r.parquet", b"PAR1 and nothing else").startswith(
-        "r.parquet: is no readable parquet file: "
+        "r.parquet: is not a readable parquet file: "
     )
 
 

@@ -23,7 +23,7 @@ def scores() -> PairScores:
 
 
 def test_sums_of_a_micro_batch_count_ties_half() -> None:
-    found = scores().means()
+    found = scores().sums()
     assert {name: value.item() for name, value in found.items()} == {
         "rewards/chosen": 2.0,
         "rewards/rejected": 0.0,
@@ -73,10 +73,10 @@ def test_micro_batches_add_up_to_the_description() -> None:
     chosen, rejected = torch.from_numpy(rng.integers(0, 4, (2, 30)).astype(np.float64))
     whole = PairScores(torch.zeros(30), chosen, rejected, {})
     described = describe_pairs({name: value.numpy() for name, value in whole.columns().items()})
-    sums = dict.fromkeys(whole.means(), 0.0)
+    sums = dict.fromkeys(whole.sums(), 0.0)
     for part in (slice(0, 7), slice(7, 30)):
         piece = PairScores(torch.zeros(30)[part], chosen[part], rejected[part], {})
-        for name, value in piece.means().items():
+        for name, value in piece.sums().items():
             sums[name] += float(value)
     for name, value in sums.items():
         assert value / 30 == pytest.approx(described[name], rel=1e-6), name

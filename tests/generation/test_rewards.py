@@ -225,7 +225,7 @@ FAULTS = {
     "parameters that have no name to call them by": (
         "def score(prompts, completions, /, **columns):\n    return [1, 2]\n",
         "mine.py: score raised TypeError: {any}, given 2 completions\n"
-        "hint: the error arose outside the file",
+        "hint: it is called as def score(prompts, completions, **columns)",
     ),
     "no result": (
         "def score(prompts, completions):\n    [1.0, 2.0]\n",
@@ -285,7 +285,8 @@ def test_results_that_are_no_scores(result: str) -> None:
 def test_a_file_that_has_gone() -> None:
     spec = FunctionReward(function=f"{Path('gone.py').resolve()}:score")
     assert fault(lambda: build_score(spec)) == (
-        "gone.py: the file of the reward function does not exist"
+        "gone.py: the file of the reward function does not exist\n"
+        "hint: put it back, or name another in the recipe"
     )
 
 

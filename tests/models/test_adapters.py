@@ -122,7 +122,7 @@ def test_the_skeleton_has_no_storage() -> None:
         (("input_layernorm",), "no linear layer: 'input_layernorm'", "this model has"),
         (r".*\.query", r"matches no linear layer: '.*\\.query'", "this model has"),
         ("q_proj", "matches no linear layer: 'q_proj'", "this model has"),  # must match it whole
-        ("(", "adapter.targets is no regular expression: '('", "use a list of module names"),
+        ("(", "adapter.targets is not a regular expression: '('", "use a list of module names"),
     ],
 )
 def test_targets_that_match_nothing(

@@ -81,7 +81,7 @@ def test_scales() -> None:
         ),
         (
             LoraSpec(rank_pattern={"(": 4}),
-            "adapter.rank_pattern is no regular expression: ",
+            "adapter.rank_pattern is not a regular expression: ",
             "use module names",
         ),
         (

@@ -260,12 +260,12 @@ def test_an_override_wins_over_the_parent() -> None:
     [
         (
             "a",
-            "command line: 'a' is no override\n"
+            "command line: 'a' is not an override\n"
             "hint: write overrides as key.sub=value, for example training.learning_rate=1e-4",
         ),
         (
             "=3",
-            "command line: '=3' is no override\n"
+            "command line: '=3' is not an override\n"
             "hint: write overrides as key.sub=value, for example training.learning_rate=1e-4",
         ),
         (
@@ -301,7 +301,7 @@ def test_every_broken_override_is_named() -> None:
     with pytest.raises(RecipeError) as caught:
         apply_overrides(read("a: 1\n"), ["x", "a=2", "a=[", "a.b=1"])
     assert [problem.message for problem in caught.value.problems] == [
-        "command line: 'x' is no override",
+        "command line: 'x' is not an override",
         "command line: the value of a is not YAML: '['",
         "command line: a.b names nothing that can be set",
     ]

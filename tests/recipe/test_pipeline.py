@@ -225,7 +225,7 @@ def test_files_of_earlier_stages_are_found_once_they_are_there(tmp_path: Path) -
         (
             "  dpo:\n",
             "  d.po:\n",
-            "p.yaml:12: stages.d.po is no name of a stage\n"
+            "p.yaml:12: stages.d.po is not the name of a stage\n"
             "hint: letters, digits, - and _, as in sft-2",
         ),
         (
@@ -288,7 +288,7 @@ def test_all_problems_of_all_stages_at_once_each_with_its_place() -> None:
         ),
         (
             "sft",
-            "command line: 'sft' is no override\n"
+            "command line: 'sft' is not an override\n"
             "hint: write overrides as key.sub=value, for example training.learning_rate=1e-4",
         ),
         (

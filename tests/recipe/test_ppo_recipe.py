@@ -225,15 +225,16 @@ REWARDS = {
     "[{rule: length}]": "[0].max is required and missing",
     # values
     "{rule: regex, pattern: '(a'}": (
-        ".pattern is no regular expression (missing ), unterminated subpattern at position 0), got "
+        ".pattern is not a regular expression (missing ), unterminated subpattern at "
+        "position 0), got "
         f"'(a'{PATTERN_HINT}"
     ),
     "[{rule: format, pattern: '*'}]": (
-        "[0].pattern is no regular expression (nothing to repeat at position 0), got "
+        "[0].pattern is not a regular expression (nothing to repeat at position 0), got "
         f"'*'{PATTERN_HINT}"
     ),
     "{rule: regex, pattern: 'a{99999999999}'}": (
-        ".pattern is no regular expression (the repetition number is too large), got "
+        ".pattern is not a regular expression (the repetition number is too large), got "
         f"'a{{99999999999}}'{PATTERN_HINT}"
     ),
     "{rule: regex, pattern: ''}": f".pattern must not be empty text, got ''{PATTERN_HINT}",

@@ -109,6 +109,10 @@ FAULTS = {
         "import torch; return pairs.chosen * torch.rand(len(pairs.chosen))",
         "gives another number when it is called again",
     ),
+    "a parameter that is missing": (
+        "pass\n\ndef loss(pairs, beta):\n    return beta * pairs.chosen",
+        "called as def loss(pairs, **parameters)",
+    ),
     "an error of its own": ("return pairs.chosen / pairs.nothing", "raised AttributeError"),
 }
 
@@ -171,6 +175,17 @@ def test_run_json_knows_the_file_and_resume_wants_the_same(tiny_base: Path, tmp_
     file.write_text(file.read_text().replace("** gamma", "** (2 * gamma)"))
     with pytest.raises(RunError, match=r"objective\.file has changed since the run was started"):
         train(recipe, resume=True)
+
+
+def test_a_file_that_has_changed_is_read_again(tiny_base: Path, tmp_path: Path) -> None:
+    # A pipeline runs its stages in one process, and run.json names the file as it is.
+    file = tmp_path / "mine.py"
+    objective = {"kind": "custom", "file": str(file)}
+    made = []
+    for scale in (1.0, 2.0):
+        file.write_text(f"def loss(logprobs):\n    return -{scale} * logprobs\n")
+        made.append(losses(run_of(tmp_path / str(scale), tiny_base, "sft", objective))[0])
+    assert made[1] == pytest.approx(2 * made[0], rel=1e-6)
 
 
 def test_micro_batches_do_not_matter(tiny_base: Path, tmp_path: Path) -> None:

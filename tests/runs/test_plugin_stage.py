@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import make_recipe, make_rows, steps_of, write_rows
+from running import make_recipe, steps_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -61,7 +61,7 @@ from alignkit.data.packing import pack_documents
 from alignkit.evaluation.heldout import evaluate_heldout, say_heldout
 from alignkit.models.scoring.scorer import sum_by_sequence
 from alignkit.stages.running.hooks import LossSums, RowHooks
-from alignkit.stages.supervised.definition import SupervisedStage
+from alignkit.stages.supervised.stage import SupervisedStage
 
 
 def hooks(recipe, rows, reference):
@@ -188,23 +188,34 @@ def test_its_keys_are_explained_and_checked(package: Path, tiny_base: Path, tmp_
 @pytest.mark.parametrize(
     ("entry", "sentence"),
     [
-        ("broken = balanced.nowhere:Recipe", "stage broken of balanced cannot be loaded"),
-        ("broken = balanced.recipe:BalancedSpec", "stage broken of balanced is not a recipe"),
+        (
+            "broken = balanced.nowhere:Recipe",
+            "stage broken of balanced cannot be loaded: ModuleNot",
+        ),
+        ("broken = balanced.recipe:BalancedSpec", "is not a class that extends Recipe"),
+        ("broken = alignkit.recipe.stages.base:Recipe", "names no definition as `module:name`"),
+        ("broken = balanced.wrong:Recipe", "cannot be loaded: SyntaxError"),
         ("sft = balanced.recipe:BalancedRecipe", "stage sft of balanced has the name of another"),
     ],
 )
-def test_a_broken_package_is_named(
-    entry: str, sentence: str, package: Path, tmp_path: Path
+def test_a_broken_package_is_named_and_stops_no_other_stage(
+    entry: str, sentence: str, package: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
+    site = tmp_path / "site"
     for name in ("balanced", "balanced-1.0.dist-info"):
-        (tmp_path / "site" / name).mkdir(parents=True)
-        for file in (package / name).glob("*"):
-            if file.is_file():
-                (tmp_path / "site" / name / file.name).write_bytes(file.read_bytes())
-    points = tmp_path / "site" / "balanced-1.0.dist-info" / "entry_points.txt"
+        (site / name).mkdir(parents=True)
+        for file in filter(Path.is_file, (package / name).iterdir()):
+            (site / name / file.name).write_bytes(file.read_bytes())
+    (site / "balanced" / "wrong.py").write_text("def")
+    points = site / "balanced-1.0.dist-info" / "entry_points.txt"
     points.write_text(f"[alignkit.stages]\n{entry}\n")
-    write_rows(tmp_path / "rows.jsonl", make_rows())
-    done = run(tmp_path / "site", "recipes", "explain", "seed", cwd=tmp_path)
-    assert done.returncode == 2
-    assert sentence in done.stderr
-    assert "Traceback" not in done.stderr
+    recipe = make_recipe(tmp_path, tiny_base).name
+    passed(run(site, "plan", recipe, "--json", cwd=tmp_path))
+    done = run(site, "doctor", "--json", cwd=tmp_path)
+    assert any(sentence in warning for warning in json.loads(done.stdout)["warnings"])
+    if entry.startswith("broken"):
+        done = run(site, "broken", recipe, "stage=broken", cwd=tmp_path)
+        assert done.returncode == 2
+        assert sentence in done.stderr
+        assert "hint: " in done.stderr
+        assert "Traceback" not in done.stderr

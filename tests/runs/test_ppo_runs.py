@@ -751,8 +751,16 @@ def score(prompts, completions, **columns):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("calls", "done_steps", "given"),
+    [
+        # The dry run is the first call, the evaluation before step 1 the second, step 3 the fifth.
+        pytest.param(5, 2, 1, id="a step"),
+        pytest.param(7, 4, 3, id="the last evaluation"),
+    ],
+)
 def test_a_reward_function_that_fails_loses_no_step(
-    alignkit: CommandLine, tiny_base: Path, tmp_path: Path
+    calls: int, done_steps: int, given: int, alignkit: CommandLine, tiny_base: Path, tmp_path: Path
 ) -> None:
     runs = []
     for name in ("whole", "failed"):
@@ -763,28 +771,33 @@ def test_a_reward_function_that_fails_loses_no_step(
             folder,
             tiny_base,
             reward={"function": str(folder / "score.py:score")},
+            data__eval_fraction=0.25,
             training__save_every=100,
             merge=True,
         )
-        if name == "failed":  # the rehearsal is the first call, step 3 the fourth
-            broken = 'assert len(calls) < 4, "out of luck"'
+        if name == "failed":
+            broken = f'assert len(calls) < {calls}, "out of luck"'
             (folder / "score.py").write_text(SCORE.replace("# CHECK", broken), encoding="utf-8")
             done = alignkit("ppo", recipe, cwd=folder)
             assert done.code == 2, done.stderr
             assert "Traceback" not in done.stderr
             text = " ".join(done.stderr.split())
-            assert "score.py:6: score raised AssertionError: out of luck, given 4 comple" in text
+            assert f"score raised AssertionError: out of luck, given {given} completions" in text
+            assert "score.py:6: " in text
             assert f"hint: the line is `{broken}`" in text
             run = folder / "run"
-            assert [step["step"] for step in steps_of(run)] == [1, 2]
-            assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
+            assert [step["step"] for step in steps_of(run)] == list(range(1, done_steps + 1))
+            names = [path.name for path in (run / "checkpoints").iterdir()]
+            assert names == [f"step-00000{done_steps}"]
             assert about(run)["status"] == "failed"
             (folder / "score.py").write_text(SCORE, encoding="utf-8")
         done = alignkit("ppo", recipe, *["--resume"] * (name == "failed"), cwd=folder)
         assert done.code == 0, done.stderr
-        assert ("resuming after step 2" in done.stderr) == (name == "failed")
+        assert (f"resuming after step {done_steps}" in done.stderr) == (name == "failed")
         runs.append(folder / "run")
     assert_same(runs[1], runs[0])
+    whole, failed = (about(run)["summary"] for run in runs)
+    assert failed["after"] == whole["after"] != whole["before"]
 
 
 def test_the_value_loss_of_a_shared_model_has_its_weight(tiny_base: Path, tmp_path: Path) -> None:

@@ -10,18 +10,26 @@ import pytest
 import torch
 from peft import PeftModel
 from running import make_ppo_recipe, make_preference_recipe, make_recipe, train
+from transformers import PreTrainedModel
 
 from alignkit.stages.running import finish
 
-HELD = (PeftModel, torch.optim.Optimizer)
+HELD = (PeftModel, PreTrainedModel, torch.optim.Optimizer)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [("sft", {}), ("dpo", {"reference": {"kind": "frozen_copy"}}), ("kto", {}), ("ppo", {})],
+)
 def test_neither_model_nor_optimizer_is_left(
-    stage: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str,
+    more: dict[str, Any],
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fields: dict[str, Any] = {"merge": True, "training__max_steps": 1}
-    if stage == "dpo":
+    fields: dict[str, Any] = {"merge": True, "training__max_steps": 1, **more}
+    if stage in ("dpo", "kto"):
         recipe = make_preference_recipe(tmp_path, tiny_base, stage, **fields)
     else:
         make: Any = make_recipe if stage == "sft" else make_ppo_recipe

@@ -187,7 +187,7 @@ def ia3_names(model: nn.Module, spec: Ia3Spec) -> tuple[list[str], list[str]]:
 
     Raises:
         ModelError: `auto`, and PEFT does not know the architecture; or a feed-forward module that
-            is no target.
+            is not a target.
     """
     kind = str(getattr(getattr(model, "config", None), "model_type", ""))
     names = []
@@ -262,7 +262,7 @@ def _fits(pattern: str, name: str, key: str) -> bool:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
         raise ModelError(
-            f"adapter.{key} is no regular expression: {pattern!r} ({error})",
+            f"adapter.{key} is not a regular expression: {pattern!r} ({error})",
             hint="use a list of module names, or all-linear"
             if key == "targets"
             else "use module names",

@@ -248,7 +248,7 @@ def apply_overrides(document: Document, overrides: list[str]) -> None:
         key, found, raw = text.partition("=")
         if not found or not key:
             hint = "write overrides as key.sub=value, for example training.learning_rate=1e-4"
-            problems.append(AlignkitError(f"command line: {text!r} is no override", hint=hint))
+            problems.append(AlignkitError(f"command line: {text!r} is not an override", hint=hint))
             continue
         path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
         given = Document({}, {}, "command line", ())

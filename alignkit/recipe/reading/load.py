@@ -24,7 +24,7 @@ from alignkit.recipe.reading.document import (
 from alignkit.recipe.reading.files import missing_files, with_paths
 from alignkit.recipe.reading.problems import describe_problems, file_order
 from alignkit.recipe.stages.base import Recipe
-from alignkit.recipe.stages.registry import stages
+from alignkit.recipe.stages.registry import find_stage
 
 
 @dataclass(frozen=True)
@@ -140,12 +140,16 @@ def resolve_recipe(
         RecipeError: holds every broken rule of the document, in file order.
     """
     named = str(document.values.get("stage") or stage or "sft")
-    near = difflib.get_close_matches(named, stages(), n=1)  # its schema finds the other errors
-    model = stages()[near[0] if near else stage or "sft"]
+    try:
+        model = find_stage(named)  # its schema finds the other errors
+    except KeyError:
+        model = find_stage(stage or "sft")
     for key in ("adapter", "objective"):
         section = document.values.get(key)
         if isinstance(section, dict):
-            section.setdefault("kind", model.model_fields[key].default.kind)
+            default = model.model_fields[key].default
+            if hasattr(default, "kind"):
+                section.setdefault("kind", default.kind)
     problems = missing_files(without(document, pending))
     try:
         recipe = model.model_validate_json(json.dumps(document.values, allow_nan=True))
@@ -176,11 +180,11 @@ def stored_recipe(path: Path) -> Recipe:
         path: its recipe.yaml, written by `render_recipe`.
 
     Raises:
-        RecipeError: the file is no resolved recipe.
+        RecipeError: the file is not a resolved recipe.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return stages()[values["stage"]].model_validate_json(json.dumps(values))
+        return find_stage(values["stage"]).model_validate_json(json.dumps(values))
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
         reason = str(error).split("\n")[0]
         problem = AlignkitError(f"{path}: is not a recipe of a run: {reason}")

@@ -260,7 +260,7 @@ class _Reading:
             _fail(f"{where}: stages.{name} must be a mapping of keys to values, got {values!r}")
         if not STAGE_NAME.fullmatch(name):
             hint = "letters, digits, - and _, as in sft-2"
-            _fail(f"{where}: stages.{name} is no name of a stage", hint)
+            _fail(f"{where}: stages.{name} is not the name of a stage", hint)
         document = part_of(self.document, path)
         document.places[()] = where
         if "recipe" in values:

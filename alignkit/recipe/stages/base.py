@@ -74,7 +74,7 @@ class FurtherMemory:
 
 @dataclass(frozen=True)
 class MemoryTerms:
-    """What a further model would take.
+    """What the bytes of further models follow from.
 
     Args:
         model: widths.
@@ -171,8 +171,7 @@ class Recipe(Section):
     def with_defaults(self) -> Self:
         """The recipe with every default that depends on another key filled in.
 
-        `training.learning_rate` is set, `reference` where there is one, and `merge` is off where
-        there is nothing to merge.
+        `training.learning_rate` is set, and `merge` is off where there is nothing to merge.
         """
         changes: dict[str, Any] = {"adapter": spelled_out(self.adapter)}
         if self.training.learning_rate is None:
@@ -204,9 +203,8 @@ class Recipe(Section):
         adds_tokens = model is not None and bool(model.add_tokens)
         if rate_key(value) not in cls.rates:
             stage = info.data.get("stage", "")
-            raise ValueError(
-                f"has kind = {value.kind}, which {stage} does not train: use lora, or full"
-            )
+            kinds = ", or ".join(kind for kind in ("lora", "full") if kind in cls.rates)
+            raise ValueError(f"has kind = {value.kind}, which {stage} does not train: use {kinds}")
         check_adapter(value, quantization, adds_tokens=adds_tokens)
         return value
 

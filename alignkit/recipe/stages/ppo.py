@@ -9,18 +9,16 @@ from pydantic import Field, ValidationInfo, field_validator
 from alignkit.recipe.adapters import AdapterSpec, LoraSpec, has_adapter
 from alignkit.recipe.facts import DataFacts
 from alignkit.recipe.model import ModelSpec
-from alignkit.recipe.rewards import RewardSource, RewardSources
-from alignkit.recipe.rollouts import ROLLOUT_HINTS, GuardSpec, RolloutSpec
+from alignkit.recipe.rollouts import GuardSpec, RolloutSpec
 from alignkit.recipe.section import Positive, PositiveInt, Section
 from alignkit.recipe.stages.base import (
     FurtherMemory,
     MemoryTerms,
     Rate,
     Rates,
-    Recipe,
     refuse_continuing,
 )
-from alignkit.recipe.training import LoopSpec
+from alignkit.recipe.stages.rollouts import RolloutRecipe
 
 SAMPLING_TOKENS = 16384
 """Tokens, prompts and room for responses together, that are sampled at once."""
@@ -67,24 +65,17 @@ class ValueSpec(Section):
     """Peak learning rate. Unset: three times that of the policy."""
 
 
-class PpoRecipe(Recipe):
+class PpoRecipe(RolloutRecipe):
     """Reinforcement learning from a reward: policy, reference, reward and value over one base."""
 
     stage: Literal["ppo"]
     """The training stage."""
     objective: PpoSpec = PpoSpec()
     """The loss."""
-    reward: RewardSources
-    """What responses are worth: a reward model, a Python function, a server, a rule, or a list of
-    these whose weighted scores are added up."""
-    rollout: RolloutSpec = RolloutSpec()
-    """How responses are sampled."""
     value: ValueSpec = ValueSpec()
     """The value model."""
     guard: GuardSpec = GuardSpec()
     """What happens when the policy moves too far from the reference."""
-    training: LoopSpec = LoopSpec(save_every=10)
-    """The optimizer and the loop around it; a step is one batch of prompts."""
 
     @field_validator("model")
     @classmethod
@@ -122,26 +113,15 @@ class PpoRecipe(Recipe):
         return value
 
     definition: ClassVar[str] = "alignkit.stages.ppo.stage:PPO"
-    row_kind = "prompts"
     rates: ClassVar[Rates] = {
         "lora": Rate(2.0e-5, 1e-6, 5e-4),
         "full": Rate(1.0e-6, 5e-8, 1e-5),
     }
-    examples_key = "rollout.prompts_per_step"
-    repeats_rows = True
-    held_out_shows = "the reward before and after"
     processor_tokens = 8192
     """Each token is read some twelve times, which fewer and larger passes made 8% faster; and where
     a step is one pass, the policy reads it once less."""
-    counterparts: ClassVar[dict[str, str]] = {
-        "batch_size": "did you mean rollout.prompts_per_step?",
-        "training.batch_size": "did you mean rollout.prompts_per_step?",
-        "beta": "did you mean objective.kl_coef?",
-        "objective.beta": "did you mean objective.kl_coef?",
-        "reference": "the reference of ppo is the model that training starts from; remove the key",
-    }
     hints: ClassVar[dict[str, str]] = {
-        **ROLLOUT_HINTS,
+        **RolloutRecipe.hints,
         "objective.clip": "0.2 is the value of the PPO paper",
         "objective.kl_coef": "0.01 to 0.1 is usual; larger holds the policy closer to the "
         "reference",
@@ -151,16 +131,6 @@ class PpoRecipe(Recipe):
         "value": "as in {kind: adapter, init: reward}",
         "value.learning_rate": "unset, it is three times that of the policy",
     }
-
-    @property
-    def examples_per_step(self) -> int:
-        """Prompts of one step, over all processes together."""
-        return self.rollout.prompts_per_step
-
-    @property
-    def reward_sources(self) -> tuple[RewardSource, ...]:
-        """What responses are worth."""
-        return self.reward
 
     @property
     def peak_rates(self) -> dict[str, float]:

@@ -6,42 +6,76 @@ without torch; that names its definition as a string.
 
 from __future__ import annotations
 
+import difflib
 import functools
+import re
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from alignkit.errors import AlignkitError
 from alignkit.recipe.stages.base import Recipe
 from alignkit.recipe.stages.built_in import BUILT_IN, GROUP
 
 
-@functools.cache
 def stages() -> dict[str, type[Recipe]]:
-    """Name -> recipe class of every stage, those of installed packages last.
+    """Name -> recipe class of every stage that can be used, those of installed packages last."""
+    return _find()[0]
+
+
+def broken_stages() -> dict[str, AlignkitError]:
+    """Name -> what is wrong with it, of stages that a package brings and nobody can use."""
+    return _find()[1]
+
+
+def find_stage(name: str) -> type[Recipe]:
+    """The recipe class of a stage; names near to one are taken for it.
 
     Raises:
-        AlignkitError: a package's stage cannot be loaded, is not a recipe, or takes a name that is
-            taken already.
+        AlignkitError: its package is broken.
+        KeyError: there is nothing near.
     """
+    known, broken = _find()
+    near = difflib.get_close_matches(name, [*known, *broken], n=1)
+    if near and near[0] in broken:
+        raise broken[near[0]]
+    return known[near[0] if near else name]
+
+
+@functools.cache
+def _find() -> tuple[dict[str, type[Recipe]], dict[str, AlignkitError]]:
     own = [EntryPoint(name, value, GROUP) for name, (value, _) in BUILT_IN.items()]
-    found: dict[str, type[Recipe]] = {}
-    for entry in (*own, *entry_points(group=GROUP)):
-        where = "" if entry.dist is None else f" of {entry.dist.name}"
-        if entry.name in found:
-            raise AlignkitError(
-                f"stage {entry.name}{where} has the name of another stage",
+    known: dict[str, type[Recipe]] = {entry.name: entry.load() for entry in own}
+    broken: dict[str, AlignkitError] = {}
+    for entry in entry_points(group=GROUP):
+        package = "a package" if entry.dist is None else entry.dist.name
+        where = f"stage {entry.name} of {package}"
+        if entry.name in known:
+            broken[f"{entry.name} of {package}"] = AlignkitError(
+                f"{where} has the name of another stage",
                 hint=f"rename its entry point in the group {GROUP}",
             )
+            continue
         try:
             recipe = entry.load()
-        except (ImportError, AttributeError) as error:
-            raise AlignkitError(
-                f"stage {entry.name}{where} cannot be loaded: {error}",
+        except Exception as error:  # a package may raise anything while it is imported
+            broken[entry.name] = AlignkitError(
+                f"{where} cannot be loaded: {type(error).__name__}: {error}",
                 hint=f"its entry point is {entry.value}; reinstall or remove the package",
-            ) from error
-        if not (isinstance(recipe, type) and issubclass(recipe, Recipe)):
-            raise AlignkitError(
-                f"stage {entry.name}{where} is not a recipe: {entry.value}",
-                hint="name a class that extends alignkit.recipe.stages.base.Recipe",
             )
-        found[entry.name] = recipe
-    return found
+            continue
+        fault = _fault(recipe)
+        if fault:
+            hint = "see docs/architecture.md, A new stage"
+            broken[entry.name] = AlignkitError(f"{where} {fault}: {entry.value}", hint=hint)
+        else:
+            known[entry.name] = recipe
+    return known, broken
+
+
+def _fault(recipe: Any) -> str:
+    """What a class lacks to be the recipe of a stage; empty if nothing."""
+    if not (isinstance(recipe, type) and issubclass(recipe, Recipe)):
+        return "is not a class that extends Recipe"
+    if not re.fullmatch(r"[\w.]+:\w+", getattr(recipe, "definition", "")):
+        return "names no definition as `module:name`"
+    return "" if getattr(recipe, "rates", None) else "names no learning rates"

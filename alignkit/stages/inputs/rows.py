@@ -32,7 +32,7 @@ from alignkit.recipe.facts import DataFacts
 from alignkit.recipe.planning.plan import Plan, make_plan
 from alignkit.recipe.rows import SftDataSpec
 from alignkit.recipe.stages.base import Recipe
-from alignkit.recipe.stages.ppo import PpoRecipe
+from alignkit.recipe.stages.rollouts import RolloutRecipe
 from alignkit.runtime.devices import describe_hardware
 from alignkit.stages.inputs.checking import check_rows
 
@@ -104,7 +104,7 @@ def read_rows(recipe: Recipe, base: BaseModel) -> AnyRows:
         recipe: with its defaults.
         base: the model that it starts from.
     """
-    if isinstance(recipe, PpoRecipe):
+    if isinstance(recipe, RolloutRecipe):
         return load_prompt_rows(recipe, base)
     return load_rows(recipe, base)
 
@@ -137,7 +137,7 @@ def load_rows(recipe: Recipe, base: BaseModel) -> Rows:
     return Rows(base, tokenizer, train, held_out)
 
 
-def load_prompt_rows(recipe: PpoRecipe, base: BaseModel) -> PromptRows:
+def load_prompt_rows(recipe: RolloutRecipe, base: BaseModel) -> PromptRows:
     """Tokenize the recipe's prompts; `data.max_length` holds a prompt and its response.
 
     Args:
@@ -206,17 +206,17 @@ def plan_run(recipe: Recipe, rows: Rows, processes: int) -> Plan:
     return make_plan(recipe, model, data_facts(rows), describe_hardware(processes))
 
 
-def plan_ppo(
-    recipe: PpoRecipe, rows: PromptRows, processes: int, *, reward_models: int, roles: list[str]
+def plan_rollouts(
+    recipe: RolloutRecipe, rows: PromptRows, processes: int, *, reward_models: int, roles: list[str]
 ) -> Plan:
-    """The plan of a PPO run on this machine.
+    """The plan of a run that samples responses, on this machine.
 
     Args:
         recipe: with its defaults.
         rows: its prompts.
         processes: training processes.
         reward_models: those that are loaded beside the policy's base.
-        roles: what plays each part, one sentence each.
+        roles: which model plays which part, one sentence each.
     """
     config = load_config(rows.base)
     trust = recipe.model.trust_remote_code

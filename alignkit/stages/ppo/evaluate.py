@@ -63,7 +63,7 @@ def evaluate_policy(run: PpoRun, step: int) -> tuple[dict[str, float], str] | No
 def _gain(run: PpoRun, step: int) -> dict[str, float]:
     """Difference to the first evaluation, prompt by prompt.
 
-    None where several processes divide the prompts: the file holds those of the first alone.
+    Nothing where several processes divide the prompts: the file holds those of the first alone.
     """
     if step == 0 or run.samples is None or run.processes.world > 1:
         return {}

@@ -22,7 +22,7 @@ from alignkit.recipe.stages.ppo import SAMPLING_TOKENS, PpoRecipe
 from alignkit.runtime.optim import Optimizers, build_optimizer
 from alignkit.runtime.processes import process_group
 from alignkit.stages.inputs.fingerprints import reward_inputs
-from alignkit.stages.inputs.rows import PromptRows, load_prompt_rows, plan_ppo
+from alignkit.stages.inputs.rows import PromptRows, load_prompt_rows, plan_rollouts
 from alignkit.stages.ppo.check import dry_run
 from alignkit.stages.ppo.evaluate import evaluate_policy
 from alignkit.stages.ppo.roles import (
@@ -49,6 +49,11 @@ METRICS = {
     "kl/k1": "mean of log π - log π_ref, summed over a response, in nats",
     "kl/k3": "the same divergence by an estimator that is never negative",
     "kl_coef": "price of a nat of k1 at a token",
+    "value_learning_rate": "of the value model in this step",
+    "value_grad_norm": "norm of the value model's gradient before clipping",
+    "sampling_seconds": "time that sampling took of the step",
+    "responses": "responses of the step, over all processes",
+    "reward/<name>": "mean score of one source, before its weight",
     "policy_loss": "clipped policy loss, mean over tokens and passes",
     "value_loss": "clipped squared error of the values, mean over tokens and passes",
     "clip_fraction": "share of tokens whose ratio left the clipping range",
@@ -57,7 +62,7 @@ METRICS = {
     "entropy": "mean entropy of a sampled token's distribution, in nats",
     "response_length": "tokens of a response, its end included",
     "eos_rate": "share of responses that ended by themselves",
-    "distinct_2": "share of different word pairs among all of the step's responses",
+    "distinct_2": "share of different word pairs among the first process's responses",
 }
 
 EPSILON = 1e-5
@@ -104,7 +109,7 @@ def prepare_ppo(recipe: PpoRecipe, base: BaseModel, processes: int) -> Prepared:
     roles = describe_roles(recipe, found)
     rows = replace(rows, rewards=reward_inputs(recipe.reward))
     return Prepared(
-        rows, found, plan_ppo(recipe, rows, processes, reward_models=alone, roles=roles)
+        rows, found, plan_rollouts(recipe, rows, processes, reward_models=alone, roles=roles)
     )
 
 
@@ -148,7 +153,7 @@ class PpoStage:
             if run.last:
                 session.say(f"health: {run.health.summary(run.last)}")
             save_value(session, run)
-            return finish_run(session, run.release(), rows)
+            return finish_run(session, run.keep_policy(), rows)
 
     def evaluate(
         self,
@@ -159,7 +164,10 @@ class PpoStage:
         max_tokens: int,
     ) -> dict[str, float]:
         """Nothing: the rows of a run are prompts without answers."""
-        raise DataError(f"the rows of a {recipe.stage} run are prompts without answers")
+        raise DataError(
+            f"the rows of a {recipe.stage} run are prompts without answers",
+            hint="what they earn is in the run's metrics.jsonl",
+        )
 
 
 PPO = PpoStage()
@@ -178,51 +186,22 @@ def start_ppo(
     Returns:
         The run and the number of steps already done.
     """
-    training = recipe.training
-    optimizers = Optimizers(
-        {
-            name: build_optimizer(
-                weights,
-                plan.peak_rates[name],
-                training.weight_decay,
-                kind=training.optimizer,
-                epsilon=EPSILON,
-                b_rate=b_rate(recipe.adapter),
-            )
-            for name, weights in (
-                ("policy", roles.policy_weights),
-                ("value", roles.value_weights),
-            )
-        }
-    )
+    optimizers = _optimizers(recipe, plan, roles)
     first_step, state = session.restore(roles.trained, optimizers)
-    loop: Loop = session.loop(plan, first_step, describe_step)
     processes = process_group(session.accelerator)
-    inner = causal_model(roles.policy.scorer.model)
-    settings = RolloutSettings(
-        recipe.rollout.max_new_tokens,
-        recipe.rollout.temperature,
-        stop_tokens(inner, rows.tokenizer),
-    )
-    engine = TransformersEngine(inner, DTYPES[recipe.model.dtype], settings, SAMPLING_TOKENS)
-    updater = Updater(
-        roles,
-        optimizers,
-        recipe.objective,
-        training.max_grad_norm,
-        plan.microbatch_tokens,
-        processes,
-    )
+    limit, max_tokens = recipe.training.max_grad_norm, plan.microbatch_tokens
+    updater = Updater(roles, optimizers, recipe.objective, limit, max_tokens, processes)
+    loop: Loop = session.loop(plan, first_step, updater.parts, describe_step)
     samples = None
     if session.folder is not None:
         samples = SamplesFile(session.folder.path / "samples.jsonl", first_step or None)
     run = PpoRun(
-        **(vars(loop) | {"parts": updater.parts}),
+        **vars(loop),
         recipe=recipe,
         rows=rows,
         roles=roles,
         judge=judge,
-        engine=engine,
+        engine=_engine(recipe, rows, roles),
         updater=updater,
         processes=processes,
         samples=samples,
@@ -230,6 +209,34 @@ def start_ppo(
         kl_coef=float(state.get("kl_coef", recipe.objective.kl_coef)),
     )
     return run, first_step
+
+
+def _optimizers(recipe: PpoRecipe, plan: Plan, roles: Roles) -> Optimizers:
+    training = recipe.training
+    weights = {"policy": roles.policy_weights, "value": roles.value_weights}
+    return Optimizers(
+        {
+            name: build_optimizer(
+                weights[name],
+                peak,
+                training.weight_decay,
+                kind=training.optimizer,
+                epsilon=EPSILON,
+                b_rate=b_rate(recipe.adapter),
+            )
+            for name, peak in plan.peak_rates.items()
+        }
+    )
+
+
+def _engine(recipe: PpoRecipe, rows: PromptRows, roles: Roles) -> TransformersEngine:
+    inner = causal_model(roles.policy.scorer.model)
+    settings = RolloutSettings(
+        recipe.rollout.max_new_tokens,
+        recipe.rollout.temperature,
+        stop_tokens(inner, rows.tokenizer),
+    )
+    return TransformersEngine(inner, DTYPES[recipe.model.dtype], settings, SAMPLING_TOKENS)
 
 
 def describe_step(metrics: dict[str, float]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +51,6 @@ class PpoRun(Loop):
         kl: KL of a response in the last step; empty before the first.
         last: metrics of the last step.
         scorer: of the policy, for writing the model.
-        optimizer: what holds the optimizers' memory.
     """
 
     recipe: PpoRecipe
@@ -67,7 +66,6 @@ class PpoRun(Loop):
     kl: list[float] = field(default_factory=list)
     last: dict[str, float] = field(default_factory=dict)
     scorer: Any = None
-    optimizer: Any = None
 
     @property
     def guard(self) -> Guard:
@@ -79,16 +77,21 @@ class PpoRun(Loop):
         """A policy is a language model, even where it carries the value head."""
         return None
 
-    def release(self) -> PpoRun:
-        """The run with nothing but the policy's scorer, so that merging can let that go too."""
+    @property
+    def say(self) -> Callable[[dict[str, float]], str]:
+        """Held-out values in one line."""
+        return say_rewards
+
+    def keep_policy(self) -> PpoRun:
+        """The run with nothing but the policy's scorer, which `finish_run` writes."""
         self.scorer = self.roles.policy.scorer
         self.roles = self.judge = self.engine = self.updater = None
         self.parts = ()
         return self
 
-    def say(self, values: dict[str, float]) -> str:
-        """Held-out values in one line."""
-        return say_rewards(values)
+    def release(self) -> None:
+        """Let go of the policy too."""
+        self.scorer = None
 
     def collect(
         self, prompts: PromptSet, items: Sequence[int], seed: tuple[int, ...]
@@ -155,7 +158,7 @@ def train_step(run: PpoRun, step: int) -> dict[str, float]:
             sums[name] = sums.get(name, 0.0) + value
         outputs = None  # the weights have changed
     metrics = {
-        **_update_metrics(sums, spec.epochs * spec.minibatches, spec.value_weight),
+        **_update_metrics(sums, spec.value_weight),
         **_rollout_metrics(run, rollouts, rewards, scored, kl, returns),
         "sampling_seconds": sampled - started,
     }
@@ -163,8 +166,8 @@ def train_step(run: PpoRun, step: int) -> dict[str, float]:
     return metrics
 
 
-def _update_metrics(sums: dict[str, float], updates: int, value_weight: float) -> dict[str, float]:
-    tokens = max(sums["tokens"], 1.0)
+def _update_metrics(sums: dict[str, float], value_weight: float) -> dict[str, float]:
+    tokens, updates = max(sums["tokens"], 1.0), sums["updates"]
     policy, value = sums["policy_loss"] / tokens, sums["value_loss"] / tokens
     return {
         "loss": policy + value_weight * value,

@@ -124,7 +124,8 @@ class Updater:
 
         Returns:
             Sums over the tokens of all processes: `policy_loss`, `value_loss`, `clip_fraction`,
-            `approx_kl`; their number `tokens`; and gradient norms.
+            `approx_kl`; their number `tokens`; the `updates` that were made, and their gradient
+            norms.
 
         Raises:
             TrainingError: a loss or a gradient is not finite.
@@ -136,25 +137,27 @@ class Updater:
             count = self.processes.reduce(torch.tensor([float(mine)], dtype=torch.float64)).item()
             if count == 0:  # a short step has fewer prompts than minibatches
                 continue
-            tokens = count
             sums = torch.zeros(4, dtype=torch.float64)
             for group in minibatch:
                 own = np.concatenate([rows[i] for i in group])
-                sums += self.backward(batch, group, own, tokens, outputs)
+                sums += self.backward(batch, group, own, count, outputs)
             found = self.processes.reduce(sums).tolist()
-            policy, value = found[0] / tokens, found[1] / tokens
+            policy, value = found[0] / count, found[1] / count
             require_finite(
                 policy + value,
                 f"a PPO loss is not finite: {policy:.3g} of the policy, {value:.3g} of the value "
                 "model",
                 "lower training.learning_rate or value.learning_rate",
             )
-            for part in self.parts:
+            parts = self.parts
+            for part in parts:
                 sum_gradients(part.weights, self.processes)
             loss = policy + self.spec.value_weight * value
-            norms = step_parts(self.parts, step, loss, limit=self.max_grad_norm)
-            names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "tokens")
-            values = dict(zip(names, [*found, count], strict=True)) | norms
+            norms = step_parts(parts, step, loss, limit=self.max_grad_norm)
+            names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
+            values = (
+                dict(zip(names, found, strict=True)) | norms | {"tokens": count, "updates": 1.0}
+            )
             totals = {name: totals.get(name, 0.0) + value for name, value in values.items()}
         return totals
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,6 @@ from alignkit.models.weights.writing import replace_model
 from alignkit.recipe.adapters import FullSpec, is_mergeable
 from alignkit.recipe.planning.plan import Plan
 from alignkit.runtime.metrics import MetricsFile, read_metrics
-from alignkit.runtime.optim import TrainedPart
 from alignkit.runtime.progress import StepProgress
 from alignkit.stages.inputs.rows import AnyRows
 from alignkit.stages.running.card import write_card
@@ -38,15 +37,17 @@ class FinishedRun(Protocol):
     metrics: MetricsFile | None
     progress: StepProgress
     scorer: Any
-    optimizer: Any
-    parts: Sequence[TrainedPart]
 
     @property
     def written_head(self) -> Any:
         """The scalar head that belongs into the written model, or None."""
 
-    def say(self, values: dict[str, float]) -> str:
+    @property
+    def say(self) -> Callable[[dict[str, float]], str]:
         """Held-out values in one line."""
+
+    def release(self) -> None:
+        """Let go of all weights, so that a merge has their memory."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def finish_run(
 
     Args:
         session: of the run.
-        run: after its last step; its weights are let go here.
+        run: after its last step; its weights are released here.
         rows: the tokenizer, and real rows for the check.
         statistics: of a reward model, stored with it.
 
@@ -97,9 +98,10 @@ def finish_run(
     merge = None
     if folder is not None:
         merge = _write_models(session, run, rows, statistics)
+    else:
+        run.release()
     # The wrapper of several processes goes before their group: as its last owner it would wait,
     # holding the interpreter, for a thread of the group that waits for the interpreter.
-    _release(run)
     accelerator.free_memory()
     accelerator.wait_for_everyone()
     if folder is None:
@@ -122,12 +124,6 @@ def finish_run(
     return summary
 
 
-def _release(run: FinishedRun) -> None:
-    """Let the run hold no weights, so that a merge has their memory."""
-    run.scorer = run.optimizer = None
-    run.parts = ()
-
-
 def _write_models(
     session: Session, run: FinishedRun, rows: AnyRows, statistics: RewardStatistics | None
 ) -> MergeReport | ClassifierReport | None:
@@ -141,7 +137,9 @@ def _write_models(
     }
     if isinstance(recipe.adapter, FullSpec):
         session.say(f"writing all weights to {output / 'merged'}")
-        return _write_full(model, head, rows, output / "merged", settings, statistics)
+        written = _write_full(model, head, rows, output / "merged", settings, statistics)
+        run.release()
+        return written
     spec, name = recipe.model, rows.base.name
     over = TrainedOver(
         name,
@@ -152,13 +150,13 @@ def _write_models(
         spec.add_tokens,
         getattr(recipe.adapter, "init", "default"),
     )
-    with replace_model(output / "adapter") as written:
-        save_adapter(model, written, name, head, trained_over=over)
-        rows.tokenizer.save_pretrained(written)
+    with replace_model(output / "adapter") as adapter:
+        save_adapter(model, adapter, name, head, trained_over=over)
+        rows.tokenizer.save_pretrained(adapter)
         if statistics is not None:
-            statistics.save(written)
+            statistics.save(adapter)
     del scorer, model
-    _release(run)
+    run.release()
     session.accelerator.free_memory()
     release_memory()
     if not is_mergeable(recipe.adapter):

@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,10 +23,22 @@ from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.training import LoopSpec
 from alignkit.runtime.checkpoint import save_checkpoint
 from alignkit.runtime.devices import peak_memory
-from alignkit.runtime.metrics import MetricsFile
+from alignkit.runtime.metrics import MetricsFile, read_metrics
 from alignkit.runtime.optim import TrainedPart, set_rates
 from alignkit.runtime.progress import StepProgress
 from alignkit.stages.running.run_folder import RunFolder
+
+METRICS = {
+    "loss": "what the step lowers, a mean over all its items",
+    "learning_rate": "of this step",
+    "grad_norm": "norm of the gradient before clipping",
+    "epoch": "passes over the rows so far",
+    "tokens": "tokens that were read in this step, without padding",
+    "step_seconds": "time of the step",
+    "tokens_per_second": "of this step",
+    "memory_gb": "largest memory that a process has held so far",
+}
+"""Name of each metric that every stage logs -> what it means."""
 
 
 @dataclass(kw_only=True)
@@ -52,7 +63,7 @@ class Loop:
     folder: RunFolder | None
     metrics: MetricsFile | None
     progress: StepProgress
-    parts: Sequence[TrainedPart] = ()
+    parts: Sequence[TrainedPart]
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ class StageHooks:
     """What a stage does at each place of the loop.
 
     Args:
-        dry_run: before the first step of this process: whatever may fail, fails now.
+        dry_run: before the first step of this process: finds what would fail later.
         train: one step, from 0, its random numbers seeded and its learning rates set: the metrics
             `loss`, `tokens` and others.
         evaluate: held-out values after so many steps, and one line about them; None without
@@ -86,7 +97,7 @@ def run_loop(loop: Loop, hooks: StageHooks, first_step: int) -> None:
 
     Raises:
         Interrupted: the user pressed Ctrl-C; a checkpoint was saved.
-        RewardError: responses could not be scored; a checkpoint was saved.
+        RewardError: responses could not be scored; the steps done until then were saved.
         TrainingError: the loss is not finite, memory ran out, a checkpoint could not be written,
             or the stage halted the run.
     """
@@ -94,12 +105,13 @@ def run_loop(loop: Loop, hooks: StageHooks, first_step: int) -> None:
     with _stop_on_signal() as stop:
         if first_step < steps:
             hooks.dry_run()
-        if first_step == 0:
-            _evaluate(loop, hooks, 0)
+        if first_step == 0 or (first_step == steps and _any_process(loop, _lacks_evaluation(loop))):
+            _evaluate(loop, hooks, first_step)
         saved = first_step
         for step in range(first_step, steps):
             try:
-                metrics = _within_memory(partial(_train_step, loop, hooks), step)
+                with within_memory(f"step {step + 1}"):
+                    metrics = _train_step(loop, hooks, step)
             except RewardError:
                 if step > saved:
                     hooks.save(step)
@@ -109,7 +121,7 @@ def run_loop(loop: Loop, hooks: StageHooks, first_step: int) -> None:
                 loop.metrics.write(done, metrics)
             loop.accelerator.log(metrics, step=done)
             loop.progress.step(done, metrics)
-            stopped, halted = _any_process(loop.accelerator, stop), hooks.halt()
+            stopped, halted = _any_process(loop, bool(stop)), hooks.halt()
             if done == steps or (training.eval_every and done % training.eval_every == 0):
                 try:
                     _evaluate(loop, hooks, done)
@@ -178,17 +190,35 @@ def require_finite(loss: float, sentence: str, hint: str) -> None:
         raise TrainingError(sentence, hint=hint)
 
 
-def _within_memory(train: Callable[[int], dict[str, float]], step: int) -> dict[str, float]:
+@contextlib.contextmanager
+def within_memory(what: str) -> Iterator[None]:
+    """What runs out of memory ends with a sentence.
+
+    Args:
+        what: does not fit, as in `step 3`.
+
+    Raises:
+        TrainingError: memory ran out.
+    """
     try:
-        return train(step)
+        yield
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error).lower():
+        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
             raise
         raise TrainingError(
-            f"step {step + 1} does not fit the memory",
+            f"{what} does not fit the memory",
             hint="lower training.microbatch_tokens or data.max_length, or set "
             "training.gradient_checkpointing=true",
         ) from error
+
+
+def _lacks_evaluation(loop: Loop) -> bool:
+    """Whether the last step was saved, and its evaluation failed."""
+    if loop.folder is None:
+        return False
+    lines = read_metrics(loop.folder.path / "metrics.jsonl")
+    last = [line for line in lines if line["step"] == loop.plan.steps]
+    return not any(key.startswith("eval/") for line in last for key in line)
 
 
 def _evaluate(loop: Loop, hooks: StageHooks, step: int) -> None:
@@ -248,8 +278,8 @@ def _stop_on_signal() -> Iterator[list[bool]]:
             signal.signal(number, handler)
 
 
-def _any_process(accelerator: Accelerator, stop: list[bool]) -> bool:
-    if accelerator.num_processes == 1:
-        return bool(stop)
-    flag = torch.tensor(float(bool(stop)), device=accelerator.device)
-    return bool(accelerator.reduce(flag, "sum") > 0)
+def _any_process(loop: Loop, flag: bool) -> bool:
+    if loop.accelerator.num_processes == 1:
+        return flag
+    number = torch.tensor(float(flag), device=loop.accelerator.device)
+    return bool(loop.accelerator.reduce(number, "sum") > 0)

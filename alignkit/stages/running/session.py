@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from alignkit.data.report import describe_rows
-from alignkit.errors import Interrupted
+from alignkit.errors import Interrupted, RunError
 from alignkit.models.adapters.attach import attach_adapter, trainable_report
 from alignkit.models.adapters.continued import adapter_folder
 from alignkit.models.adapters.files import has_head, put_weights
@@ -30,6 +30,7 @@ from alignkit.runtime.checkpoint import find_checkpoint, load_checkpoint
 from alignkit.runtime.devices import build_accelerator, tune_processor
 from alignkit.runtime.metrics import MetricsFile
 from alignkit.runtime.optim import TrainedPart, build_optimizer
+from alignkit.runtime.processes import process_group
 from alignkit.runtime.progress import StepProgress, print_line
 from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.fingerprints import adapter_identity, objective_fingerprint
@@ -167,9 +168,8 @@ class Session:
         Raises:
             RunError: another process owns the folder.
         """
-        if self.leads:
-            self.folder = RunFolder(self.output)
         try:
+            self._own_folder()
             yield start_model(self.recipe.model)
         except BaseException as error:
             if self.folder is not None:
@@ -181,6 +181,19 @@ class Session:
             self.accelerator.end_training()
             if self.folder is not None:
                 self.folder.close()
+
+    def _own_folder(self) -> None:
+        """The first process takes the folder; where it cannot, no process goes on."""
+        refused: RunError | None = None
+        try:
+            self.folder = RunFolder(self.output) if self.leads else None
+        except RunError as error:
+            refused = error
+        verdict = torch.tensor([float(refused is not None)])
+        if process_group(self.accelerator).reduce(verdict).item():
+            raise refused or RunError(
+                f"{self.output} is refused to the first process", hint="see what that one says"
+            )
 
     def begin(self, rows: AnyRows, plan: Plan) -> None:
         """Make the folder that of this run, now that its weights could be loaded.
@@ -216,18 +229,19 @@ class Session:
             b_rate=b_rate(self.recipe.adapter),
         )
         first_step, _ = self.restore(scorer, optimizer)
-        loop = self.loop(plan, first_step)
         scorer, optimizer = self.accelerator.prepare(scorer, optimizer)
         weights = [weight for weight in scorer.parameters() if weight.requires_grad]
+        loop = self.loop(plan, first_step, [TrainedPart("model", weights, optimizer)])
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         batches = Batches(rows.train, hooks.weights, plan, self.recipe.seed, rank, world)
         run = Run(
-            **(vars(loop) | {"parts": [TrainedPart("model", weights, optimizer)]}),
+            **vars(loop),
             hooks=hooks,
             scorer=scorer,
             optimizer=optimizer,
             batches=batches,
             held_out=rows.held_out,
+            say=hooks.say,
         )
         return run, first_step
 
@@ -259,6 +273,7 @@ class Session:
         self,
         plan: Plan,
         first_step: int,
+        parts: Sequence[TrainedPart],
         describe: Callable[[dict[str, float]], str] | None = None,
     ) -> Loop:
         """What every loop works with.
@@ -266,6 +281,7 @@ class Session:
         Args:
             plan: the decisions.
             first_step: steps already done; what an interrupted run logged later is dropped.
+            parts: what is trained, each part with its optimizer.
             describe: what a step's metrics say on the progress line; None tells the loss.
         """
         training = self.recipe.training
@@ -283,6 +299,7 @@ class Session:
             folder=self.folder,
             metrics=metrics,
             progress=progress,
+            parts=parts,
         )
 
 

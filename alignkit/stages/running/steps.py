@@ -8,7 +8,7 @@ no communication.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,12 +16,18 @@ from typing import Any
 import torch
 
 from alignkit.data.dataset import TokenDataset
-from alignkit.errors import TrainingError
 from alignkit.runtime.optim import step_parts
 from alignkit.runtime.processes import process_group
 from alignkit.stages.running.batches import Batches, MicroBatch, StepBatches
 from alignkit.stages.running.hooks import RowHooks, StepSums
-from alignkit.stages.running.loop import Loop, StageHooks, require_finite, run_loop, save_state
+from alignkit.stages.running.loop import (
+    Loop,
+    StageHooks,
+    require_finite,
+    run_loop,
+    save_state,
+    within_memory,
+)
 
 
 @dataclass(kw_only=True)
@@ -29,11 +35,12 @@ class Run(Loop):
     """Everything the loop of a supervised stage works with.
 
     Args:
-        hooks: loss and weights.
+        hooks: of the stage.
         scorer: prepared by accelerate.
         optimizer: prepared by accelerate.
         batches: what each step reads.
         held_out: rows to evaluate on, or None.
+        say: held-out values in one line.
     """
 
     hooks: RowHooks
@@ -41,15 +48,18 @@ class Run(Loop):
     optimizer: Any
     batches: Batches
     held_out: TokenDataset | None
+    say: Callable[[dict[str, float]], str]
 
     @property
     def written_head(self) -> Any:
         """The scalar head that belongs into the written model, or None."""
         return self.accelerator.unwrap_model(self.scorer).head
 
-    def say(self, values: dict[str, float]) -> str:
-        """Held-out values in one line."""
-        return self.hooks.say(values)
+    def release(self) -> None:
+        """Let go of all weights, so that a merge has their memory."""
+        self.scorer = self.optimizer = None
+        self.parts = ()
+        del self.hooks  # they may hold a reference model
 
 
 def run_steps(run: Run, first_step: int) -> None:
@@ -75,18 +85,10 @@ def _dry_run(run: Run) -> None:
     later batch.
     """
     batch = run.batches.largest()
-    try:
+    with within_memory(f"a micro-batch of {batch.num_tokens} tokens"):
         measured = _measure(run, [MicroBatch(batch.documents, 1.0)])
         result = run.hooks.loss(run.scorer, batch.documents, measured)
         run.accelerator.backward(result.loss * 0.0)
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error).lower():
-            raise
-        raise TrainingError(
-            f"a micro-batch of {batch.num_tokens} tokens does not fit the memory",
-            hint="lower training.microbatch_tokens or data.max_length, or set "
-            "training.gradient_checkpointing=true",
-        ) from error
     run.optimizer.zero_grad(set_to_none=True)
 
 
@@ -165,7 +167,7 @@ def _evaluate(run: Run, step: int) -> tuple[dict[str, float], str] | None:
     found = run.hooks.evaluate(
         run.scorer, run.held_out, run.plan.microbatch_tokens, process_group(run.accelerator)
     )
-    return found, run.hooks.say(found)
+    return found, run.say(found)
 
 
 def _save(run: Run, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,13 @@ from alignkit.recipe.objectives import CustomPairSpec, CustomSpec
 from alignkit.recipe.section import Section
 from alignkit.runtime.user_code import load_function, raised
 
-SHAPE = "def {name}(logprobs_or_pairs, **parameters) -> one loss an item"
 
-
-def custom_loss(spec: CustomSpec) -> Callable[..., torch.Tensor]:
+def custom_loss(spec: CustomSpec, shape: CustomShape) -> Callable[..., torch.Tensor]:
     """The user's function with its parameters.
 
     Args:
         spec: of the recipe.
+        shape: of the stage.
 
     Returns:
         A function of the same tensors as our own losses of that stage. Each call raises
@@ -32,13 +32,13 @@ def custom_loss(spec: CustomSpec) -> Callable[..., torch.Tensor]:
         TrainingError: the file cannot be run, or holds no such function.
     """
     path = Path(spec.file)
-    loss = load_function(path, spec.name, TrainingError, what="loss function", shape=SHAPE)
+    loss = load_function(path, spec.name, TrainingError, what="loss function", shape=shape.written)
 
     def call(*given: Any) -> torch.Tensor:
         try:
             losses = loss(*given, **spec.parameters)
         except (Exception, SystemExit) as error:
-            raise raised(error, path, spec.name, TrainingError) from error
+            raise raised(error, path, spec.name, TrainingError, shape=shape.written) from error
         count = len(_tensors(given)[0])
         if not isinstance(losses, torch.Tensor) or losses.shape != (count,):
             shown = (
@@ -50,14 +50,25 @@ def custom_loss(spec: CustomSpec) -> Callable[..., torch.Tensor]:
     return call
 
 
-def check_custom(
-    objective: Section, example: Callable[[CustomSpec], tuple[Any, ...]] | None
-) -> None:
+@dataclass(frozen=True)
+class CustomShape:
+    """What a loss of the user's looks like in one stage.
+
+    Args:
+        written: its first line, with `{name}` in it.
+        example: the arguments of a call, of a few items.
+    """
+
+    written: str
+    example: Callable[[CustomSpec], tuple[Any, ...]]
+
+
+def check_custom(objective: Section, shape: CustomShape | None) -> None:
     """Call a loss of the user's on a few made-up items before any row is read.
 
     Args:
-        objective: of the recipe; one of our own passes.
-        example: makes what the function is called with, of a few items.
+        objective: of the recipe; nothing is done to one of our own.
+        shape: of the stage; None where it takes none.
 
     Raises:
         TrainingError: it is not finite, not differentiable, gives other than one number an item,
@@ -65,9 +76,9 @@ def check_custom(
     """
     if not isinstance(objective, CustomSpec):
         return
-    if example is None:
+    if shape is None:
         raise _fault(objective, "is not an objective of this stage")
-    loss, given = custom_loss(objective), example(objective)
+    loss, given = custom_loss(objective, shape), shape.example(objective)
     losses = loss(*given)
     if not torch.isfinite(losses).all():
         raise _fault(objective, f"is not finite on usual log-probs: {losses.tolist()}")
@@ -82,12 +93,12 @@ def check_custom(
         raise _fault(objective, "gives another number when it is called again: it must be pure")
 
 
-def example_tokens(spec: CustomSpec) -> tuple[torch.Tensor]:
+def _example_tokens(spec: CustomSpec) -> tuple[torch.Tensor]:
     """`[4]` log-probs of trained tokens."""
     return (torch.tensor([-0.1, -2.3, -0.7, -4.0]).requires_grad_(),)
 
 
-def example_pairs(spec: CustomSpec) -> tuple[PairLogprobs]:
+def _example_pairs(spec: CustomSpec) -> tuple[PairLogprobs]:
     """Three pairs of answers: a clear one, a close one and one the wrong way round."""
     chosen = torch.tensor([-12.0, -30.5, -41.0], dtype=torch.float64).requires_grad_()
     rejected = torch.tensor([-25.0, -31.0, -22.0], dtype=torch.float64).requires_grad_()
@@ -97,11 +108,16 @@ def example_pairs(spec: CustomSpec) -> tuple[PairLogprobs]:
     return (PairLogprobs(chosen, rejected, *tokens, *(known if compares else ())),)
 
 
-def example_rewards(spec: CustomSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _example_rewards(spec: CustomSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`[3]` rewards of chosen and of rejected answers, and margins."""
     chosen = torch.tensor([1.5, 0.2, -0.5]).requires_grad_()
     rejected = torch.tensor([-0.5, 0.1, 0.75]).requires_grad_()
     return chosen, rejected, torch.zeros(3)
+
+
+TOKENS = CustomShape("def {name}(logprobs, **parameters)", _example_tokens)
+PAIRS = CustomShape("def {name}(pairs, **parameters)", _example_pairs)
+REWARDS = CustomShape("def {name}(chosen, rejected, margins, **parameters)", _example_rewards)
 
 
 def _tensors(given: tuple[Any, ...]) -> list[torch.Tensor]:

@@ -26,9 +26,9 @@ from alignkit.packed import PackedBatch, Role
 from alignkit.recipe.stages.kto import KtoRecipe
 from alignkit.runtime.processes import ProcessGroup
 from alignkit.stages.running.hooks import LossSums, RowHooks, StepSums
-from alignkit.stages.supervised.definition import SupervisedStage
 from alignkit.stages.supervised.preference import LOGP_METRICS
 from alignkit.stages.supervised.reference import Reference
+from alignkit.stages.supervised.stage import SupervisedStage
 
 
 def kto_hooks(recipe: KtoRecipe, rows: TokenDataset, reference: Reference | None) -> RowHooks:

@@ -36,7 +36,7 @@ def pair_hooks(score: ScorePairs, num_items: int) -> RowHooks:
 
     def loss(scorer: nn.Module, documents: Sequence[Document], measured: StepSums) -> LossSums:
         scores = score(scorer, documents)
-        return LossSums(scores.losses.sum(), scores.means())
+        return LossSums(scores.losses.sum(), scores.sums())
 
     def evaluate(
         scorer: nn.Module, documents: Sequence[Document], max_tokens: int, processes: ProcessGroup

@@ -24,10 +24,10 @@ from alignkit.objectives.preference import (
 from alignkit.recipe.objectives import CustomPairSpec
 from alignkit.recipe.stages.dpo import DpoRecipe
 from alignkit.stages.running.hooks import RowHooks
-from alignkit.stages.supervised.custom import custom_loss, example_pairs
-from alignkit.stages.supervised.definition import SupervisedStage
+from alignkit.stages.supervised.custom import PAIRS, custom_loss
 from alignkit.stages.supervised.pairs import PAIR_METRICS, ScorePairs, pair_hooks, split_roles
 from alignkit.stages.supervised.reference import Reference
+from alignkit.stages.supervised.stage import SupervisedStage
 
 
 def preference_hooks(
@@ -42,7 +42,9 @@ def preference_hooks(
     """
     spec = recipe.objective
     if isinstance(spec, CustomPairSpec):
-        objective = Objective(custom_loss(spec), ratio_rewards if spec.reference else sum_rewards)
+        objective = Objective(
+            custom_loss(spec, PAIRS), ratio_rewards if spec.reference else sum_rewards
+        )
         loss = objective.loss
     else:
         objective = PREFERENCE_OBJECTIVES[spec.kind]
@@ -91,4 +93,4 @@ LOGP_METRICS = {
     "logps/rejected": "mean log-prob of a whole rejected answer, in nats",
 }
 
-DPO = SupervisedStage(preference_hooks, {**PAIR_METRICS, **LOGP_METRICS}, example_pairs)
+DPO = SupervisedStage(preference_hooks, {**PAIR_METRICS, **LOGP_METRICS}, PAIRS)

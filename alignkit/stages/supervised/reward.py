@@ -22,10 +22,10 @@ from alignkit.runtime.processes import process_group
 from alignkit.stages.inputs.rows import Rows
 from alignkit.stages.running.hooks import RowHooks
 from alignkit.stages.running.steps import Run
-from alignkit.stages.supervised.custom import custom_loss, example_rewards
-from alignkit.stages.supervised.definition import SupervisedStage
+from alignkit.stages.supervised.custom import REWARDS, custom_loss
 from alignkit.stages.supervised.pairs import PAIR_METRICS, ScorePairs, pair_hooks, split_roles
 from alignkit.stages.supervised.reference import Reference
+from alignkit.stages.supervised.stage import SupervisedStage
 
 MEASURED_PAIRS = 256
 """Training pairs whose rewards are measured where none are held out."""
@@ -41,7 +41,7 @@ def reward_hooks(recipe: RewardRecipe, rows: TokenDataset, reference: Reference 
     """
     objective = recipe.objective
     if isinstance(objective, CustomSpec):
-        return pair_hooks(reward_scores(custom_loss(objective)), len(rows))
+        return pair_hooks(reward_scores(custom_loss(objective, REWARDS)), len(rows))
     return pair_hooks(
         reward_scores(partial(bradley_terry_loss, center=objective.center)), len(rows)
     )
@@ -104,4 +104,4 @@ def _measure_statistics(run: Run, rows: Rows) -> RewardStatistics:
     )
 
 
-REWARD = SupervisedStage(reward_hooks, PAIR_METRICS, example_rewards, _measure_statistics)
+REWARD = SupervisedStage(reward_hooks, PAIR_METRICS, REWARDS, _measure_statistics)

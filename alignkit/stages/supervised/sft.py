@@ -16,9 +16,9 @@ from alignkit.objectives.cross_entropy import cross_entropy_loss
 from alignkit.recipe.objectives import CustomSpec
 from alignkit.recipe.stages.sft import SftRecipe
 from alignkit.stages.running.hooks import LossSums, RowHooks, StepSums
-from alignkit.stages.supervised.custom import custom_loss, example_tokens
-from alignkit.stages.supervised.definition import SupervisedStage
+from alignkit.stages.supervised.custom import TOKENS, custom_loss
 from alignkit.stages.supervised.reference import Reference
+from alignkit.stages.supervised.stage import SupervisedStage
 
 
 def sft_hooks(recipe: SftRecipe, rows: TokenDataset, reference: Reference | None) -> RowHooks:
@@ -30,7 +30,9 @@ def sft_hooks(recipe: SftRecipe, rows: TokenDataset, reference: Reference | None
         reference: none.
     """
     objective = recipe.objective
-    losses = custom_loss(objective) if isinstance(objective, CustomSpec) else cross_entropy_loss
+    losses = (
+        custom_loss(objective, TOKENS) if isinstance(objective, CustomSpec) else cross_entropy_loss
+    )
     return RowHooks(token_loss(losses), rows.num_trained.tolist(), evaluate_heldout, say_heldout)
 
 
@@ -57,5 +59,5 @@ def token_loss(
 SFT = SupervisedStage(
     sft_hooks,
     {"accuracy": "share of the trained tokens that were the likeliest one"},
-    example_tokens,
+    TOKENS,
 )

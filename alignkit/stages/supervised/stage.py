@@ -1,4 +1,4 @@
-"""A stage that learns from rows: what its hooks leave open, in one body.
+"""A stage that learns from rows: the one body of all of them, around their hooks.
 
 recipe -> rows -> plan -> model -> (reference) -> steps -> adapter and merged model
 """
@@ -13,7 +13,6 @@ from torch import nn
 
 from alignkit.data.dataset import TokenDataset
 from alignkit.models.base.loading import BaseModel
-from alignkit.recipe.objectives import CustomSpec
 from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.stages.base import Recipe
 from alignkit.runtime.processes import SINGLE
@@ -22,7 +21,7 @@ from alignkit.stages.running.finish import RunSummary, finish_run
 from alignkit.stages.running.hooks import RowHooks
 from alignkit.stages.running.session import RunOptions, Session
 from alignkit.stages.running.steps import Run, run_steps
-from alignkit.stages.supervised.custom import check_custom
+from alignkit.stages.supervised.custom import CustomShape, check_custom
 from alignkit.stages.supervised.reference import Reference, build_reference
 
 
@@ -33,13 +32,13 @@ class SupervisedStage:
     Args:
         hooks: recipe, rows and reference log-probs -> loss, weights and evaluation.
         metrics: name of each metric of its own -> what it means.
-        example: what a loss of the user's is called with before any row is read.
+        custom: what a loss of the user's looks like; None where the stage takes none.
         finish: what else is kept with the model after the last step.
     """
 
     hooks: Callable[[Any, TokenDataset, Reference | None], RowHooks]
     metrics: Mapping[str, str] = field(default_factory=dict)
-    example: Callable[[CustomSpec], tuple[Any, ...]] | None = None
+    custom: CustomShape | None = None
     finish: Callable[[Run, Rows], Any] = lambda run, rows: None
 
     def prepare(self, recipe: Recipe, base: BaseModel, processes: int) -> tuple[Rows, Plan]:
@@ -54,7 +53,7 @@ class SupervisedStage:
             AlignkitError: anything the user can fix. A merge that fails leaves the adapter, whole,
                 and no merged/.
         """
-        check_custom(recipe.objective, self.example)
+        check_custom(recipe.objective, self.custom)
         session = Session(recipe, options)
         with session.running() as base:
             rows = load_rows(recipe, base)
@@ -68,7 +67,9 @@ class SupervisedStage:
             run, first_step = session.start(rows, plan, hooks, scorer)
             del scorer  # the run alone holds the weights, so that merging can release them
             run_steps(run, first_step)
-            return finish_run(session, run, rows, self.finish(run, rows))
+            statistics = self.finish(run, rows)
+            del hooks, reference  # a reference may be a second model
+            return finish_run(session, run, rows, statistics)
 
     def evaluate(
         self,

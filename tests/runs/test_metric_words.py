@@ -1,0 +1,34 @@
+"""Every metric that a stage logs has a sentence, and every sentence is about one that is logged."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import make_ppo_recipe, make_preference_recipe, make_recipe, steps_of, train
+
+from alignkit.recipe.reading.load import load_recipe
+from alignkit.recipe.stages.built_in import BUILT_IN
+from alignkit.stages.running.definition import definition_of
+from alignkit.stages.running.loop import METRICS
+
+
+@pytest.mark.parametrize("stage", BUILT_IN)
+def test_what_is_logged_is_explained(stage: str, tiny_base: Path, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"training__max_steps": 2, "merge": False}
+    if stage in ("sft", "ppo"):
+        make: Any = make_recipe if stage == "sft" else make_ppo_recipe
+        recipe = make(tmp_path, tiny_base, **fields)
+    else:
+        recipe = make_preference_recipe(tmp_path, tiny_base, stage, **fields)
+    train(recipe)
+    logged = {
+        re.sub("^reward/.*", "reward/<name>", key)
+        for step in steps_of(tmp_path / "run")
+        for key in step
+    }
+    own = definition_of(load_recipe(str(recipe)).recipe).metrics
+    assert logged - {"step"} == {*METRICS, *own}
+    assert not set(METRICS) & set(own)
