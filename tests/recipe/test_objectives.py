@@ -20,6 +20,7 @@ from alignkit.recipe.reading.problems import sections_of
 from alignkit.recipe.stages.base import ReferenceSpec
 from alignkit.recipe.stages.dpo import DpoRecipe
 from alignkit.recipe.stages.registry import stages
+from alignkit.recipe.training import LoopSpec
 
 FAMILY = {
     typing.get_args(spec.model_fields["kind"].annotation)[0]: spec
@@ -342,6 +343,14 @@ def test_default_learning_rates(stage: str, rates: dict[str, float]) -> None:
         assert rate.low < rate.default < rate.high
     given = load(stage, "training: {learning_rate: 3e-4}").recipe
     assert given.training.learning_rate == 3e-4
+
+
+def test_what_explain_says_of_learning_rates_is_true() -> None:
+    text = LoopSpec.model_fields["learning_rate"].description or ""
+    for stage, recipe in stages().items():
+        for rate in recipe.rates.values():
+            shown = f"{rate.default:.0e}".replace("e-0", "e-")
+            assert shown in text, (stage, shown)
 
 
 FIELDS = ("stage", "output", "seed", "model", "adapter", "data", "objective", "training", "merge")
