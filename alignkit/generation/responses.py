@@ -13,17 +13,17 @@ from alignkit.errors import RewardError
 
 @dataclass(frozen=True)
 class Response:
-    """One answer of the policy.
+    """One sampled response, as text.
 
     Args:
         prompt: as the row says it: text, or turns with `role` and `content`.
-        completion: the answer, decoded, without special tokens.
+        text: decoded, without special tokens.
         columns: every value of the row.
         place: `file:line` of the row.
     """
 
     prompt: str | list[dict[str, str]]
-    completion: str
+    text: str
     columns: dict[str, Any]
     place: str
 

@@ -47,7 +47,7 @@ def function_score(place: str) -> Callable[[Sequence[Response]], Any]:
         try:
             return function(
                 prompts=[response.prompt for response in responses],
-                completions=[response.completion for response in responses],
+                completions=[response.text for response in responses],
                 **given,
             )
         except (Exception, SystemExit) as error:

@@ -56,7 +56,7 @@ def url_score(spec: UrlReward) -> Callable[[Sequence[Response]], Any]:
     def run(responses: Sequence[Response]) -> Any:
         body = {
             "prompts": [response.prompt for response in responses],
-            "completions": [response.completion for response in responses],
+            "completions": [response.text for response in responses],
             "columns": shared_columns(responses),
         }
         answer = _post(spec, json.dumps(body, default=str).encode())

@@ -54,7 +54,7 @@ class RolloutSettings:
 
 
 @dataclass(frozen=True)
-class Continuation:
+class SampledResponse:
     """One response.
 
     Args:
@@ -75,7 +75,7 @@ class RolloutEngine(Protocol):
 
     def generate(
         self, prompts: Sequence[npt.NDArray[np.integer[Any]]], seeds: Sequence[Sequence[int]]
-    ) -> list[Continuation]:
+    ) -> list[SampledResponse]:
         """One response to each prompt.
 
         Args:
@@ -111,10 +111,10 @@ class TransformersEngine:
 
     def generate(
         self, prompts: Sequence[npt.NDArray[np.integer[Any]]], seeds: Sequence[Sequence[int]]
-    ) -> list[Continuation]:
+    ) -> list[SampledResponse]:
         """See `RolloutEngine.generate`. Prompts of like length share a batch."""
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-        found: dict[int, Continuation] = {}
+        found: dict[int, SampledResponse] = {}
         was_training = self.inner.training
         self.inner.eval()
         try:
@@ -141,7 +141,7 @@ class TransformersEngine:
 
     def _sample(
         self, prompts: Sequence[npt.NDArray[np.integer[Any]]], seeds: Sequence[Sequence[int]]
-    ) -> list[Continuation]:
+    ) -> list[SampledResponse]:
         settings, device = self.settings, next(self.inner.parameters()).device
         draws = np.stack(
             [np.random.default_rng(list(s)).random(settings.max_new_tokens) for s in seeds]
@@ -183,7 +183,7 @@ class TransformersEngine:
                 live, chosen, mask, positions = (x[keep] for x in (live, chosen, mask, positions))
                 keep_rows(cache, keep)
             step_ids, start = chosen[:, None], end
-        return batch.continuations()
+        return batch.sampled()
 
     def _forward(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any
@@ -229,10 +229,10 @@ class _Batch:
         self.entropy[rows, step] = entropy.cpu().numpy()[running]
         self.lengths[rows] = step + 1
 
-    def continuations(self) -> list[Continuation]:
+    def sampled(self) -> list[SampledResponse]:
         """The responses of all rows."""
         return [
-            Continuation(
+            SampledResponse(
                 self.ids[row, :length].copy(),
                 self.logprobs[row, :length].copy(),
                 "stop" if self.stopped[row] else "length",

@@ -53,16 +53,16 @@ def _judge(spec: RuleReward) -> Callable[[Response], float]:
         return lambda response: numeric(response, spec)
     if isinstance(spec, RegexReward):
         anywhere = re.compile(spec.pattern, re.DOTALL)
-        return lambda response: float(anywhere.search(response.completion) is not None)
+        return lambda response: float(anywhere.search(response.text) is not None)
     if isinstance(spec, FormatReward):
         whole = re.compile(spec.pattern, re.DOTALL)
-        return lambda response: float(whole.fullmatch(response.completion.strip()) is not None)
+        return lambda response: float(whole.fullmatch(response.text.strip()) is not None)
     if isinstance(spec, LengthReward):
-        return lambda response: length(response.completion, spec)
+        return lambda response: length(response.text, spec)
     if isinstance(spec, JsonReward):
-        return lambda response: valid_json(response.completion, spec.keys)
+        return lambda response: valid_json(response.text, spec.keys)
     compound = _lexicon()
-    return lambda response: compound(response.completion)
+    return lambda response: compound(response.text)
 
 
 def exact(response: Response, spec: ExactReward) -> float:
@@ -72,7 +72,7 @@ def exact(response: Response, spec: ExactReward) -> float:
         response: with the column in its row; a number there counts as its digits.
         spec: the column, and whether case, outer spaces and a full stop at the end count.
     """
-    right, answer = str(_column(response, spec.column, spec.rule)), response.completion
+    right, answer = str(_column(response, spec.column, spec.rule)), response.text
     if spec.ignore_case:
         right, answer = _bare(right), _bare(answer)
     return float(answer == right)
@@ -101,7 +101,7 @@ def numeric(response: Response, spec: NumericReward) -> float:
             f"{spec.column!r}: {_short(told)}",
             hint="name another column with reward.column, or remove the row",
         )
-    answer = last_number(response.completion)
+    answer = last_number(response.text)
     if answer is None:
         return 0.0
     return float(abs(answer - right) <= Decimal(str(spec.tolerance)) * abs(right))

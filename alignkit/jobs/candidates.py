@@ -184,7 +184,7 @@ def judge_answers(
             hint = f"its weights or those of the answering model have diverged; look at {reward}"
             raise RewardError(error.message, hint=hint) from None
         for rollout in block:
-            pairs = zip(rollout.texts, rollout.continuations, strict=True)
+            pairs = zip(rollout.texts, rollout.sampled, strict=True)
             found.append(tuple(Answer(t, next(rewards), len(c.ids), c.finish) for t, c in pairs))
     return found
 

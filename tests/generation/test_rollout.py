@@ -18,8 +18,8 @@ from tiny import tiny_model, trained_model
 from alignkit.data.documents import Branch, Document
 from alignkit.data.packing import pack_documents
 from alignkit.generation.rollout import (
-    Continuation,
     RolloutSettings,
+    SampledResponse,
     TransformersEngine,
     draw_tokens,
 )
@@ -58,7 +58,7 @@ def engine(
 
 @torch.no_grad()
 def scored(
-    model: Any, asked: Sequence[np.ndarray], found: Sequence[Continuation], temperature: float
+    model: Any, asked: Sequence[np.ndarray], found: Sequence[SampledResponse], temperature: float
 ) -> list[np.ndarray]:
     """Log-probs of the responses under the packed scorer."""
     documents = [
@@ -75,14 +75,14 @@ def scored(
 
 
 def assert_scored(
-    model: Any, asked: Sequence[np.ndarray], found: Sequence[Continuation], temperature: float
+    model: Any, asked: Sequence[np.ndarray], found: Sequence[SampledResponse], temperature: float
 ) -> None:
-    for continuation, expected in zip(found, scored(model, asked, found, temperature), strict=True):
-        assert continuation.logprobs.dtype == np.float32
-        np.testing.assert_allclose(continuation.logprobs, expected, **CLOSE)
+    for response, expected in zip(found, scored(model, asked, found, temperature), strict=True):
+        assert response.logprobs.dtype == np.float32
+        np.testing.assert_allclose(response.logprobs, expected, **CLOSE)
 
 
-def same_ids(one: Sequence[Continuation], other: Sequence[Continuation]) -> bool:
+def same_ids(one: Sequence[SampledResponse], other: Sequence[SampledResponse]) -> bool:
     return all(a.ids.tolist() == b.ids.tolist() for a, b in zip(one, other, strict=True))
 
 
@@ -124,11 +124,11 @@ def test_entropies_are_those_of_the_distributions_sampled_from() -> None:
     asked = prompts()
     found = engine(model, HALF, temperature=0.7).generate(asked, seeds())
     model.set_attn_implementation("eager")
-    for prompt, continuation in zip(asked, found, strict=True):
-        ids = torch.from_numpy(np.concatenate([prompt, continuation.ids]))[None]
+    for prompt, response in zip(asked, found, strict=True):
+        ids = torch.from_numpy(np.concatenate([prompt, response.ids]))[None]
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double() / 0.7
         exact = torch.distributions.Categorical(logits=logits).entropy().mean()
-        assert continuation.entropy == pytest.approx(exact.item(), rel=1e-4)
+        assert response.entropy == pytest.approx(exact.item(), rel=1e-4)
 
 
 def test_bfloat16_samples_what_it_scores_about() -> None:

@@ -86,7 +86,7 @@ def test_each_answer_has_the_reward_it_has_alone(models: Path) -> None:
         alone = score_answers(
             str(models / "rm/run"), prompt, list(rollout.texts), Question(dtype="float32")
         )
-        for answer, (_, reward), sampled in zip(answers, alone, rollout.continuations, strict=True):
+        for answer, (_, reward), sampled in zip(answers, alone, rollout.sampled, strict=True):
             ids = [*opened.tokenizer(answer.text, add_special_tokens=False)["input_ids"], stop]
             if sampled.ids.tolist() == ids:  # the text alone may be read as other tokens
                 compared += 1

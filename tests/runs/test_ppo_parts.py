@@ -16,7 +16,7 @@ from alignkit.data.packing import pack_documents
 from alignkit.data.prompts import Prompt
 from alignkit.errors import TrainingError
 from alignkit.evaluation.intervals import mean_interval
-from alignkit.generation.rollout import Continuation
+from alignkit.generation.rollout import SampledResponse
 from alignkit.recipe.stages.ppo import GuardSpec
 from alignkit.runtime.processes import SINGLE, ProcessGroup
 from alignkit.stages.ppo.scoring import Scored
@@ -30,7 +30,7 @@ def rollout(prompt: int, *lengths: int, row: int = 0) -> Rollout:
     """A prompt of some tokens with responses of some tokens."""
     ids = np.arange(prompt, dtype=np.int32)
     own = tuple(
-        Continuation(np.arange(n) + 100 * (i + 1), np.zeros(n, np.float32), "stop", 1.0)
+        SampledResponse(np.arange(n) + 100 * (i + 1), np.zeros(n, np.float32), "stop", 1.0)
         for i, n in enumerate(lengths)
     )
     branches = tuple(Branch(c.ids.astype(np.int32), np.ones(len(c.ids), bool)) for c in own)
@@ -96,7 +96,7 @@ def test_flat_values_stand_in_the_order_of_the_packed_targets() -> None:
     # The matrix holds at each response token its own id: picked for a group of rollouts they must
     # be the ids that the packed batch of this group predicts.
     rollouts = [rollout(3, 2, 4), rollout(2, 1), rollout(5, 3, 2)]
-    own = [c.ids for r in rollouts for c in r.continuations]
+    own = [c.ids for r in rollouts for c in r.sampled]
     mask = torch.arange(4) < torch.tensor([len(ids) for ids in own])[:, None]
     matrix = torch.full(mask.shape, -1.0)
     for row, ids in enumerate(own):
@@ -115,10 +115,10 @@ def test_sampling_asks_for_each_response_with_its_own_seed() -> None:
     asked: list[Any] = []
 
     class Engine:
-        def generate(self, prompts: Any, seeds: Any) -> list[Continuation]:
+        def generate(self, prompts: Any, seeds: Any) -> list[SampledResponse]:
             asked.extend(zip([p.tolist() for p in prompts], seeds, strict=True))
             places = range(len(prompts))
-            return [Continuation(np.array([i, 9]), np.zeros(2), "stop", 0.0) for i in places]
+            return [SampledResponse(np.array([i, 9]), np.zeros(2), "stop", 0.0) for i in places]
 
     class Tokenizer:
         def decode(self, ids: Any, skip_special_tokens: bool) -> str:

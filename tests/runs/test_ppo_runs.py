@@ -335,7 +335,7 @@ class Naive:
 
     def batch(self, rollouts: Sequence[Any]) -> None:
         """Padded ids of prompts with their responses, and where each response begins and ends."""
-        pairs = [(r.prompt.ids.tolist(), c.ids.tolist()) for r in rollouts for c in r.continuations]
+        pairs = [(r.prompt.ids.tolist(), c.ids.tolist()) for r in rollouts for c in r.sampled]
         self.starts = [len(prompt) for prompt, _ in pairs]
         self.lengths = [len(response) for _, response in pairs]
         width = max(map(sum, zip(self.starts, self.lengths, strict=True)))
@@ -345,7 +345,7 @@ class Naive:
             ids = prompt + response
             self.ids[row, : len(ids)] = torch.tensor(ids)
             self.there[row, : len(ids)] = 1
-        self.cut = torch.tensor([c.finish == "length" for r in rollouts for c in r.continuations])
+        self.cut = torch.tensor([c.finish == "length" for r in rollouts for c in r.sampled])
         self.mask = torch.arange(max(self.lengths)) < torch.tensor(self.lengths)[:, None]
 
     def responses(self, whole: torch.Tensor) -> torch.Tensor:
@@ -452,7 +452,7 @@ def test_four_plain_models_and_a_naive_loop_agree(
         for name, value in found.items():
             assert mine[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
         # What was sampled is what is scored.
-        for row, said in enumerate(c for r in rollouts for c in r.continuations):
+        for row, said in enumerate(c for r in rollouts for c in r.sampled):
             sampled = torch.from_numpy(said.logprobs)
             assert (scored.policy[row, : len(sampled)] - sampled).abs().max() < 1e-4
     assert_moved(run)

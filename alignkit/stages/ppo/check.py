@@ -10,7 +10,7 @@ import torch
 from alignkit.data.documents import Branch, Document
 from alignkit.errors import TrainingError
 from alignkit.evaluation.intervals import mean_interval
-from alignkit.generation.rollout import Continuation
+from alignkit.generation.rollout import SampledResponse
 from alignkit.objectives.ppo import log_ratio
 from alignkit.stages.ppo.scoring import Scored, score_rollouts
 from alignkit.stages.ppo.step import PpoRun
@@ -98,9 +98,9 @@ def _check_drift(mean: float, dtype: str) -> None:
 def _sampled_logprobs(rollouts: Sequence[Rollout], scored: Scored) -> torch.Tensor:
     """Log-probs as the engine gave them, in the place of the scored ones."""
     found = scored.policy.clone()
-    rows = [c for rollout in rollouts for c in rollout.continuations]
-    for row, continuation in enumerate(rows):
-        found[row, : len(continuation.logprobs)] = torch.from_numpy(continuation.logprobs)
+    rows = [c for rollout in rollouts for c in rollout.sampled]
+    for row, response in enumerate(rows):
+        found[row, : len(response.logprobs)] = torch.from_numpy(response.logprobs)
     return found
 
 
@@ -158,7 +158,7 @@ def _say_reference_rewards(run: PpoRun) -> None:
         ids = [*run.rows.tokenizer(prompt.answer, add_special_tokens=False)["input_ids"], end]
         tokens = np.asarray(ids, np.int64)
         branch = Branch(tokens.astype(np.int32), np.ones(len(tokens), np.bool_))
-        made = Continuation(tokens, np.zeros(len(tokens), np.float32), "stop", 0.0)
+        made = SampledResponse(tokens, np.zeros(len(tokens), np.float32), "stop", 0.0)
         document = Document(prompt.ids, (branch,), 0)
         answered.append(Rollout(prompt, document, (made,), (prompt.answer,)))
     mean, low, high = mean_interval(run.judge(answered).plain.double().numpy())

@@ -37,7 +37,7 @@ def evaluate_policy(run: PpoRun, step: int) -> tuple[dict[str, float], str] | No
     columns = torch.zeros(len(held_out), 5, dtype=torch.float64)
     for number, (item, rollout) in enumerate(zip(items, rollouts, strict=True)):
         own = slice(number * samples, (number + 1) * samples)
-        found = rollout.continuations
+        found = rollout.sampled
         columns[item] = torch.tensor(
             [
                 rewards.plain[own].mean(),

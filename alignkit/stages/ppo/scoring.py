@@ -69,7 +69,7 @@ def score_rollouts(
     if not rollouts:
         nothing = torch.zeros(0, 1)
         return Scored(nothing, nothing, nothing, nothing.bool()), None
-    lengths = [[len(c.ids) for c in rollout.continuations] for rollout in rollouts]
+    lengths = [[len(c.ids) for c in rollout.sampled] for rollout in rollouts]
     rows: dict[int, list[torch.Tensor]] = {}
     for group in groups:
         batch = pack_documents([rollouts[i].document for i in group])

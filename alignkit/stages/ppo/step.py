@@ -189,7 +189,7 @@ def _rollout_metrics(
     returns: torch.Tensor,
 ) -> dict[str, float]:
     """Means over all responses of all processes."""
-    mask, found = scored.mask, [c for r in rollouts for c in r.continuations]
+    mask, found = scored.mask, [c for r in rollouts for c in r.sampled]
     reads = sum(r.document.num_tokens for r in rollouts)
     per_response = {
         "reward": rewards.plain,

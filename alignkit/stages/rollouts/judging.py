@@ -103,7 +103,7 @@ class Judge:
         plain = torch.stack([p.weight * parts[p.name] for p in self.parts]).sum(0)
         total = plain
         if self.missing_eos_penalty:
-            cut = [c.finish == "length" for r in rollouts for c in r.continuations]
+            cut = [c.finish == "length" for r in rollouts for c in r.sampled]
             total = plain - self.missing_eos_penalty * torch.tensor(cut, dtype=torch.float32)
         return Rewards(total, parts, plain)
 

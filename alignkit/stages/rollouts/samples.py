@@ -48,7 +48,7 @@ class SamplesFile:
         lines = []
         number = 0
         for rollout in rollouts:
-            for text, continuation in zip(rollout.texts, rollout.continuations, strict=True):
+            for text, response in zip(rollout.texts, rollout.sampled, strict=True):
                 parts = {name: round(float(v[number]), 6) for name, v in rewards.parts.items()}
                 lines.append(
                     {
@@ -57,7 +57,7 @@ class SamplesFile:
                         "place": rollout.prompt.place,
                         "prompt": rollout.prompt.shown,
                         "response": text,
-                        "finish": continuation.finish,
+                        "finish": response.finish,
                         "reward": round(float(rewards.plain[number]), 6),
                         "rewards": parts,
                         "kl": round(float(kl[number]), 4),

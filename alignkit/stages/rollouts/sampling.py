@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.documents import Branch, Document
 from alignkit.data.prompts import Prompt, PromptSet
 from alignkit.generation.responses import Response
-from alignkit.generation.rollout import Continuation, RolloutEngine
+from alignkit.generation.rollout import RolloutEngine, SampledResponse
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class Rollout:
     Args:
         prompt: with its row.
         document: prompt and responses as tokens; a branch for each response.
-        continuations: as they were sampled.
+        sampled: the responses, as they were sampled.
         texts: the responses without special tokens.
     """
 
     prompt: Prompt
     document: Document
-    continuations: tuple[Continuation, ...]
+    sampled: tuple[SampledResponse, ...]
     texts: tuple[str, ...]
 
     def responses(self) -> list[Response]:
@@ -75,5 +75,5 @@ def sample(
 
 def response_rows(rollouts: Sequence[Rollout]) -> list[np.ndarray]:
     """Of each rollout, the rows of its responses among all responses."""
-    counts = [len(rollout.continuations) for rollout in rollouts]
+    counts = [len(rollout.sampled) for rollout in rollouts]
     return np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])
