@@ -1,4 +1,7 @@
-"""A Python function of the user's as a reward: found, called, and its faults named by line."""
+"""A Python function of the user's as a reward: found, called, and its faults named by line.
+
+It runs in a process of its own, where `load_here` and `score_here` are called.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,82 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import RewardError
-from alignkit.generation.responses import Response, shared_columns
+from alignkit.generation.responses import Response, Score, checked, shared_columns
 from alignkit.recipe.assets import show_file
+from alignkit.recipe.rewards import FunctionReward
 from alignkit.runtime.user_code import load_function, raised
+from alignkit.runtime.worker import Worker, WorkerLost
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _SHAPE = "def {name}(prompts, completions, **columns)"
 
+_WORKER = Worker()
+"""One for all functions: those of one file share its variables."""
 
-def function_score(place: str) -> Callable[[Sequence[Response]], Any]:
+
+def function_score(spec: FunctionReward) -> Score:
+    """The scores of the user's function, which runs in a process of its own.
+
+    Args:
+        spec: names the file and the function, and the seconds that a call may take.
+
+    Returns:
+        A function from responses to one finite number for each. It raises RewardError where the
+        user's raises anything, gives anything else, takes too long or ends its process.
+
+    Raises:
+        RewardError: the file cannot be run, or holds no such function.
+    """
+
+    def call(target: str, *arguments: Any) -> Any:
+        try:
+            return _WORKER.call(
+                f"{__name__}:{target}",
+                spec.function,
+                *arguments,
+                timeout=spec.timeout,
+                fault=RewardError,
+            )
+        except WorkerLost as lost:
+            raise RewardError(
+                f"{function_name(spec.function)}: {lost}",
+                hint="what it printed stands above; reward.timeout is the limit for one call",
+            ) from None
+
+    def run(responses: Sequence[Response]) -> list[float]:
+        return list(call(score_here.__name__, list(responses))) if responses else []
+
+    call(load_here.__name__)
+    return run
+
+
+_LOADED: dict[str, Score] = {}
+
+
+def load_here(place: str) -> None:
+    """Run the user's file in this process.
+
+    Args:
+        place: `file.py:name`.
+
+    Raises:
+        RewardError: the file cannot be run, or holds no such function.
+    """
+    _LOADED[place] = checked(function_name(place), local_score(place))
+
+
+def score_here(place: str, responses: Sequence[Response]) -> list[float]:
+    """The function's scores, called in this process.
+
+    Raises:
+        RewardError: it raises anything, or gives no usable scores.
+    """
+    if place not in _LOADED:  # a worker before this one loaded it
+        load_here(place)
+    return _LOADED[place](responses)
+
+
+def local_score(place: str) -> Callable[[Sequence[Response]], Any]:
     """The user's function, called with lists.
 
     Args:
@@ -50,7 +120,7 @@ def function_score(place: str) -> Callable[[Sequence[Response]], Any]:
                 completions=[response.text for response in responses],
                 **given,
             )
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # nothing of the user's may end the worker
             given_to = f", given {len(responses)} completions"
             raise raised(error, path, name, RewardError, shape=_SHAPE, more=given_to) from error
 

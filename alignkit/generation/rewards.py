@@ -12,7 +12,7 @@ from typing import Any
 
 from alignkit.errors import RewardError
 from alignkit.generation.responses import Response, Score, checked, shared_columns
-from alignkit.generation.reward_function import function_name, function_score
+from alignkit.generation.reward_function import function_score
 from alignkit.generation.rules import rule_score
 from alignkit.recipe.rewards import FunctionReward, RuleReward, UrlReward
 
@@ -36,7 +36,7 @@ def build_score(spec: FunctionReward | UrlReward | RuleReward) -> Score:
         RewardError: the file of a function cannot be run or lacks it; a rule needs a package.
     """
     if isinstance(spec, FunctionReward):
-        return checked(function_name(spec.function), function_score(spec.function))
+        return function_score(spec)
     if isinstance(spec, UrlReward):
         return checked(_shown(spec.url), url_score(spec))
     return checked(f"reward rule `{spec.rule}`", rule_score(spec))

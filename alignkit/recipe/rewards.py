@@ -53,6 +53,7 @@ def _pattern(value: str) -> str:
 Pattern = Annotated[str, Field(min_length=1), AfterValidator(_pattern)]
 Column = Annotated[str, Field(min_length=1)]
 Weight = Annotated[float, Field(allow_inf_nan=False)]
+Timeout = Annotated[float, Field(gt=0.0, le=86400.0)]
 
 
 class ModelReward(Section):
@@ -78,6 +79,8 @@ class FunctionReward(Section):
     """`file.py:name`, called as name(prompts, completions, **columns) -> list of numbers."""
     weight: Weight = 1.0
     """Factor in the sum of all rewards."""
+    timeout: Timeout = 600.0
+    """Seconds that one call may take; it runs in a process of its own."""
 
 
 class UrlReward(Section):
@@ -87,8 +90,8 @@ class UrlReward(Section):
     """Gets {"prompts", "completions", "columns"} as JSON and answers {"scores": [...]}."""
     weight: Weight = 1.0
     """Factor in the sum of all rewards."""
-    timeout: Annotated[float, Field(gt=0.0, le=86400.0)] = 60.0
-    """Seconds to wait for an answer."""
+    timeout: Timeout = 60.0
+    """Seconds that one call may take."""
 
 
 class ExactReward(Section):

@@ -60,8 +60,10 @@ def _module(path: Path, fault: type[AlignkitError], what: str) -> ModuleType:
     try:
         # not through the loader, which leaves a __pycache__ beside the user's file
         exec(compile(content, str(path), "exec"), vars(module))
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, KeyboardInterrupt):
+            raise
         where, line = _line_of(error, path)
         advice = f"the line is `{line}`" if line else f"`python {shown}` shows the whole error"
         if isinstance(error, ModuleNotFoundError) and error.name:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from alignkit.errors import RewardError
-from alignkit.generation import rewards
+from alignkit.generation import reward_function, rewards
 from alignkit.generation.rewards import Response, build_score, checked
 from alignkit.recipe.assets import assets_root
 from alignkit.recipe.rewards import FunctionReward, UrlReward
+from alignkit.runtime.worker import Worker
 
 TURNS = [{"role": "user", "content": "Two?"}]
 RESPONSES = [
@@ -56,17 +59,16 @@ def fault(act: Callable[[], Any]) -> str:
 
 
 def test_a_function_gets_lists_by_name() -> None:
-    code = "def score(completions, prompts, **columns):\n    seen.append((prompts, completions, "
-    code += "columns))\n    return [0.5, 1]\nseen = []\n"
-    spec = function(code)
-    values = build_score(spec)(RESPONSES)
+    code = "import json, pathlib\ndef score(completions, prompts, **columns):\n"
+    code += "    seen = json.dumps([prompts, completions, columns])\n"
+    code += "    pathlib.Path('seen.json').write_text(seen)\n    return [0.5, 1]\n"
+    values = scored(code)
     assert values == [0.5, 1.0]
     assert all(type(value) is float for value in values)
-    module = next(
-        m for m in sys.modules.values() if getattr(m, "__file__", "") == spec.function[:-6]
-    )
     # columns that both rows have, in the order of the first
-    assert module.seen == [(["One?", TURNS], ["1", "22"], {"answer": ["1", "2"], "level": [3, 4]})]
+    prompts, completions, columns = json.loads(Path("seen.json").read_text(encoding="utf-8"))
+    assert (prompts, completions) == (["One?", TURNS], ["1", "22"])
+    assert list(columns.items()) == [("answer", ["1", "2"]), ("level", [3, 4])]
 
 
 def test_a_function_gets_only_the_columns_that_it_names() -> None:
@@ -143,6 +145,92 @@ def test_the_shipped_example() -> None:
     rows = [Response("p", answer, {"topic": "a"}, "rows.jsonl:1") for answer in answers]
     # 1 from 20 to 60 words; a distance of d words costs d / 20; an apology costs 1
     assert score(rows) == pytest.approx([1, 1, 0.75, 0.5, 0, 0], abs=1e-12)
+
+
+# what a function does beside ------------------------------------------------------------------
+
+SCORES = "def score(prompts, completions):\n    {}\n    return [1, 2]\n"
+
+
+def test_a_function_reaches_neither_the_folder_nor_the_output_of_the_run(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(reward_function, "_WORKER", Worker())
+    code = "import os, torch\ntorch.set_grad_enabled(False)\nos.chdir('/')\n"
+    code += SCORES.format("print('NOISE'); torch.set_default_dtype(torch.float64); os.chdir('/')")
+    score = build_score(function(code))
+    assert [score(RESPONSES), score(RESPONSES)] == [[1.0, 2.0]] * 2
+    assert Path.cwd() == tmp_path
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() is torch.float32
+    printed = capfd.readouterr()
+    assert "NOISE" not in printed.out
+    assert "NOISE" in printed.err
+
+
+def test_each_call_starts_in_the_folder_of_the_run() -> None:
+    code = "import os\ndef score(prompts, completions):\n"
+    code += "    here = os.getcwd()\n    os.chdir('/')\n    return [len(here)] * 2\n"
+    score = build_score(function(code))
+    assert score(RESPONSES) == score(RESPONSES) == [float(len(str(Path.cwd())))] * 2
+
+
+@pytest.mark.parametrize(
+    ("act", "said"),
+    {
+        "os._exit(3)": "ended its process with exit code 3",
+        "os.kill(os.getpid(), 11)": "was ended by SIGSEGV",
+        "os.kill(os.getpid(), 9)": "was ended by SIGKILL",
+        "os.closerange(3, 100)": "ended its process with exit code 1",
+        "time.sleep(60)": "gave no result within 0.5 seconds",
+        "[None for _ in iter(int, 1)]": "gave no result within 0.5 seconds",
+    }.items(),
+)
+def test_a_function_that_ends_or_hangs(act: str, said: str) -> None:
+    # the file is loaded within seconds, the call is given half of one
+    spec = function("import os, time\n" + SCORES.format(act))
+    score = build_score(spec)
+    assert build_score(function(SCORES.format("pass"), file="other.py"))(RESPONSES) == [1.0, 2.0]
+    object.__setattr__(spec, "timeout", 0.5)
+    message = fault(lambda: score(RESPONSES))
+    assert message.startswith(f"mine.py:score: {said}\nhint: ")
+    # another process takes over, and knows what the run has loaded
+    object.__setattr__(spec, "timeout", 60.0)
+    function("import os, time\n" + SCORES.format("pass"))
+    assert score(RESPONSES) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("kind", ["GeneratorExit", "KeyboardInterrupt", "BaseException"])
+def test_whatever_a_function_raises_has_its_line(kind: str) -> None:
+    assert fault(lambda: scored(SCORES.format(f"raise {kind}('no')"))) == (
+        f"mine.py:2: score raised {kind}: no, given 2 completions\n"
+        f"hint: the line is `raise {kind}('no')`"
+    )
+
+
+def test_a_function_ends_with_the_run(tmp_path: Path) -> None:
+    code = "import os, pathlib, time\ndef score(prompts, completions):\n"
+    code += "    pathlib.Path('pid').write_text(str(os.getpid()))\n    time.sleep(60)\n"
+    spec = function(code)
+    run = (
+        "from alignkit.generation.rewards import build_score, Response\n"
+        "from alignkit.recipe.rewards import FunctionReward\n"
+        f"build_score(FunctionReward(function={spec.function!r}))([Response('a', 'b', {{}}, 'c')])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", run])
+    until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text() != "")
+    process.kill()
+    process.wait()
+    worker = Path("/proc") / (tmp_path / "pid").read_text()
+    until(lambda: not worker.exists() or " Z " in (worker / "stat").read_text())
+
+
+def until(done: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if done():
+            return
+        time.sleep(0.05)
+    raise AssertionError("not within 30 seconds")
 
 
 # faults of a function -------------------------------------------------------------------------

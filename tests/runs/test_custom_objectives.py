@@ -61,6 +61,26 @@ def test_dpo_from_a_file_trains_to_the_same_bytes(tiny_base: Path, tmp_path: Pat
         assert [s[key] for s in steps_of(made)] == [s[key] for s in steps_of(built_in)]
 
 
+def test_what_a_loss_changes_for_the_process_is_put_back(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disturb = (
+        "import os, torch\n{0}\n"
+        "def loss(logprobs):\n    losses = -logprobs\n    {0}\n    return losses\n"
+    ).format(
+        "os.chdir('/'); print('NOISE'); torch.set_grad_enabled(False); "
+        "torch.set_default_dtype(torch.float64)"
+    )
+    (tmp_path / "mine.py").write_text(disturb, encoding="utf-8")
+    here = Path.cwd()
+    custom = {"kind": "custom", "file": str(tmp_path / "mine.py")}
+    made = run_of(tmp_path / "mine", tiny_base, "sft", custom)
+    assert (Path.cwd(), torch.get_default_dtype()) == (here, torch.float32)
+    assert torch.is_grad_enabled()
+    assert "NOISE" not in capsys.readouterr().out
+    assert same_bytes(made, run_of(tmp_path / "own", tiny_base, "sft", {}))
+
+
 def test_the_examples_of_other_stages_hold_our_own_losses(tiny_base: Path, tmp_path: Path) -> None:
     # (1 - p)^0 = 1: the focal loss is the negative log-likelihood.
     focal = {"kind": "custom", "file": str(SHIPPED / "sft.py"), "parameters": {"gamma": 0.0}}

@@ -129,6 +129,7 @@ def test_a_signal_saves_and_exits_130(
     run = tmp_path / "run"
     assert read_metrics(run / "metrics.jsonl")[-1]["step"] == 2
     text = done.stderr.replace("\n", " ")
+    assert "stopping after this step" in text.partition("stopped after")[0]
     assert f"stopped after step 2 of {STEPS}; a checkpoint was saved" in text
     assert "hint: continue with --resume" in text
     assert (run / "checkpoints" / "step-000002" / "manifest.json").is_file()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import random
 import signal
 import time
@@ -257,6 +258,11 @@ def save_state(loop: Loop, step: int, model: Any, optimizer: Any, state: dict[st
     )
 
 
+_STOPPING = (
+    b"\nstopping after this step, with a checkpoint; press Ctrl-C once more to stop at once\n"
+)
+
+
 @contextlib.contextmanager
 def _stop_on_signal() -> Iterator[list[bool]]:
     """A list that becomes non-empty at the first Ctrl-C; the second one interrupts at once."""
@@ -267,6 +273,7 @@ def _stop_on_signal() -> Iterator[list[bool]]:
         if stop:
             raise KeyboardInterrupt
         stop.append(True)
+        os.write(2, _STOPPING)  # not through a stream that this signal may have interrupted
 
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(ValueError):  # not in the main thread

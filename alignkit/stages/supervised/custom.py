@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +35,15 @@ def custom_loss(spec: CustomSpec, shape: CustomShape) -> Callable[..., torch.Ten
         TrainingError: the file cannot be run, or holds no such function.
     """
     path = Path(spec.file)
-    loss = load_function(path, spec.name, TrainingError, what="loss function", shape=shape.written)
+    with _kept():
+        loss = load_function(
+            path, spec.name, TrainingError, what="loss function", shape=shape.written
+        )
 
     def call(*given: Any) -> torch.Tensor:
         try:
-            losses = loss(*given, **spec.parameters)
+            with _kept():
+                losses = loss(*given, **spec.parameters)
         except (Exception, SystemExit) as error:
             raise raised(error, path, spec.name, TrainingError, shape=shape.written) from error
         count = len(_tensors(given)[0])
@@ -48,6 +55,21 @@ def custom_loss(spec: CustomSpec, shape: CustomShape) -> Callable[..., torch.Ten
         return losses
 
     return call
+
+
+@contextlib.contextmanager
+def _kept() -> Iterator[None]:
+    """What the user's code changes for the whole process is put back.
+
+    A loss stays in this process, because gradients flow through it.
+    """
+    folder, dtype = os.getcwd(), torch.get_default_dtype()
+    with contextlib.redirect_stdout(sys.stderr), torch.set_grad_enabled(torch.is_grad_enabled()):
+        try:
+            yield
+        finally:
+            os.chdir(folder)
+            torch.set_default_dtype(dtype)
 
 
 @dataclass(frozen=True)
