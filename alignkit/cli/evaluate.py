@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from alignkit.cli.generate import BaseOption, DtypeOption
+from alignkit.cli.generate import BaseOption, DtypeOption, TrustOption
 from alignkit.cli.output import print_json, say, stdout
 from alignkit.cli.versions import warn_of_versions
 from alignkit.errors import AlignkitError
@@ -35,6 +35,13 @@ def evaluate(
     ] = None,
     dtype: DtypeOption = "bfloat16",
     base: BaseOption = None,
+    trust_recipe: Annotated[
+        bool,
+        typer.Option(
+            "--trust-recipe", help="Follow the recipe of a run that was not made on this machine."
+        ),
+    ] = False,
+    trust_remote_code: TrustOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the values as JSON.")] = False,
 ) -> None:
     """Measure models on held-out answers or preferences; score answers with a reward model."""
@@ -42,7 +49,9 @@ def evaluate(
     from alignkit.jobs.evaluate import evaluate_models, score_answers
     from alignkit.jobs.question import Question
 
-    question = Question(data, max_length, take, dtype, base, reference, say)
+    question = Question(
+        data, max_length, take, dtype, base, reference, trust_recipe, trust_remote_code, say
+    )
     if (prompt is None) != (not answer):
         raise AlignkitError("--prompt and --answer go together", hint="give both, or --data")
     if prompt is not None:

@@ -23,6 +23,9 @@ ModelArgument = Annotated[
     ),
 ]
 DtypeOption = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base.")
+]
 BaseOption = Annotated[str | None, typer.Option(help="Base of an adapter, if it names another.")]
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from alignkit.cli.generate import TrustOption
 from alignkit.cli.output import print_json, say
 from alignkit.cli.versions import warn_of_versions
 from alignkit.errors import AlignkitError
@@ -47,7 +48,7 @@ def merge_lora(
         str | None, typer.Option(help="bfloat16, float16 or float32; default is the base's.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Rows for the check; default is the run's own.")
+        str | None, typer.Option(help="Rows for the check; default is shipped ones.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output.")
@@ -60,6 +61,7 @@ def merge_lora(
     weights: WeightsOption = None,
     method: MethodOption = "linear",
     density: DensityOption = 0.5,
+    trust_remote_code: TrustOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Merge adapters into their base, and check the result against base + adapter."""
@@ -77,6 +79,7 @@ def merge_lora(
         weights=_numbers(weights) if weights else None,
         method=method,  # type: ignore[arg-type]
         density=density,
+        trust_remote_code=trust_remote_code,
     )
     report = merge_run(sources, options)
     if as_json:

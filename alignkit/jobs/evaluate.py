@@ -15,13 +15,14 @@ from alignkit.data.dataset import TokenDataset, load_dataset
 from alignkit.data.examples import RowKind, parse_rows
 from alignkit.data.mismatch import with_mismatched
 from alignkit.data.report import describe_rows
-from alignkit.data.sources import Row, load_source
+from alignkit.data.sources import Row
 from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
 from alignkit.errors import ModelError
 from alignkit.evaluation.columns import MAX_TOKENS, score_documents
 from alignkit.evaluation.heldout import evaluate_heldout
 from alignkit.jobs.question import (
     Question,
+    followed_recipe,
     recipe_of,
     run_with_recipe,
     say_if_changed,
@@ -36,12 +37,12 @@ from alignkit.objectives.bradley_terry import bradley_terry_loss
 from alignkit.objectives.preference import cpo_loss, dpo_loss, ratio_rewards, sum_rewards
 from alignkit.packed import PackedBatch
 from alignkit.recipe.assets import alignkit_home
-from alignkit.recipe.reading.load import load_recipe
 from alignkit.recipe.rows import SourceSpec
 from alignkit.recipe.stages.base import Recipe
 from alignkit.runtime.devices import find_device, tune_processor
 from alignkit.runtime.processes import SINGLE
 from alignkit.stages.inputs.base import start_model
+from alignkit.stages.inputs.checking import kind_of_rows
 from alignkit.stages.inputs.rows import load_rows, row_settings
 from alignkit.stages.running.definition import definition_of
 from alignkit.stages.supervised.pairs import pair_hooks
@@ -101,7 +102,7 @@ def evaluate_models(names: list[str], question: Question) -> dict[str, Evaluatio
             )
         scorer = _scorer(opened, question)
         if opened.head is not None:
-            found[name] = _evaluate_reward(name, scorer, kind, rows)
+            found[name] = _evaluate_reward(name, scorer, kind, rows, question)
         elif kind == "answers":
             found[name] = Evaluation(evaluate_heldout(scorer, rows, MAX_TOKENS), [])
         else:
@@ -159,7 +160,7 @@ def score_answers(
 def _rows(opened: OpenModel, question: Question, run: Path | None) -> tuple[RowKind, TokenDataset]:
     """The rows as this model's tokenizer reads them."""
     if run is not None:
-        recipe = load_recipe(str(run / "recipe.yaml")).recipe
+        recipe = followed_recipe(run, question)
         rows = load_rows(recipe, start_model(recipe.model))
         if rows.held_out is None:
             raise ModelError(
@@ -183,7 +184,9 @@ def _rows(opened: OpenModel, question: Question, run: Path | None) -> tuple[RowK
     if limit > room:
         question.say(f"{opened.name} has room for {room:,} tokens: longer rows are left out")
         limit = room
-    kind = _kind_of_rows(source, opened)
+    kind = kind_of_rows(source)
+    if kind == "labelled" and opened.head is not None:
+        kind = "answers"  # a reward model scores each answer, whatever its label
     settings = TokenizeSettings(limit, "drop", "completions", kind)
     cache = alignkit_home() / "cache" / "tokens"
     dataset = load_dataset([source], opened.tokenizer, settings, 0, cache)
@@ -196,21 +199,16 @@ def _room(opened: OpenModel) -> int:
     return int(context) - prefix_length(opened.model) if context else sys.maxsize
 
 
-def _kind_of_rows(source: SourceSpec, opened: OpenModel) -> RowKind:
-    first = load_source(source.model_copy(update={"take": 1})).rows[0].values
-    if "chosen" in first or "rejected" in first:
-        return "pairs"
-    return "labelled" if "label" in first and opened.head is None else "answers"
-
-
 def _scorer(opened: OpenModel, question: Question) -> nn.Module:
     dtype = DTYPES[question.dtype]
     return build_scorer(opened.model, dtype, "auto", question.say, opened.head).eval()
 
 
-def _evaluate_reward(name: str, scorer: nn.Module, kind: RowKind, rows: TokenDataset) -> Evaluation:
+def _evaluate_reward(
+    name: str, scorer: nn.Module, kind: RowKind, rows: TokenDataset, question: Question
+) -> Evaluation:
     if kind == "pairs":
-        recipe = recipe_of(name)
+        recipe = recipe_of(name, question)
         if recipe is not None and recipe.scalar_head:
             return Evaluation(_as_trained(recipe, scorer, rows, None), [])
         hooks = pair_hooks(reward_scores(partial(bradley_terry_loss, center=0.0)), len(rows))
@@ -232,7 +230,7 @@ def _evaluate_preference(
 ) -> Evaluation:
     """Implicit rewards of a language model against a reference, or its log-probs alone."""
     name = opened.name
-    recipe = recipe_of(name)
+    recipe = recipe_of(name, question)
     reference = question.reference
     if recipe is not None and reference is not None and _compares_with_nothing(recipe):
         raise useless_reference(f"`{getattr(recipe.objective, 'kind', recipe.stage)}` runs")

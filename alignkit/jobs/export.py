@@ -78,7 +78,7 @@ def gguf_of(source: str, *, output: Path | None, kind: str, overwrite: bool) -> 
     modelfile = output.with_suffix(".Modelfile")
     require_free(modelfile, overwrite=overwrite)
     tokenizer = load_tokenizer(base)
-    rows = file_rows(None, tokenizer)
+    rows, _ = file_rows(None, tokenizer)
     report = export_gguf(base, output, kind=kind, rows=rows, title=name, overwrite=overwrite)
     found = recognise(tokenizer)
     stops = [tokenizer.convert_ids_to_tokens(number) for number in stop_ids(base, tokenizer)]
@@ -120,7 +120,7 @@ def quantized_of(source: str, *, output: Path | None, bits: int, overwrite: bool
     require_language_model(base)
     name = short_name(base)
     output = (output or Path(f"{name}-{KINDS[bits]}")).expanduser()
-    rows = file_rows(None, load_tokenizer(base))
+    rows, _ = file_rows(None, load_tokenizer(base))
     report = export_quantized(
         base, output, bits=bits, rows=rows, device=find_device(), overwrite=overwrite
     )

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.data.dataset import load_dataset
 from alignkit.errors import ModelError
 from alignkit.models.adapters.files import has_head
-from alignkit.models.adapters.finding import base_of_adapter
+from alignkit.models.adapters.finding import base_of_adapter, tokenizer_of
 from alignkit.models.base.adapter_kinds import require_mergeable
 from alignkit.models.base.identity import weights_fingerprint
 from alignkit.models.base.loading import DTYPES, BaseModel, load_tokenizer, stored_dtype
@@ -23,14 +21,9 @@ from alignkit.models.merging.report import MergeReport
 from alignkit.models.merging.updates import METHODS, AdapterPart, Blend, Method
 from alignkit.models.rewards.classifier import ClassifierReport, merge_reward
 from alignkit.models.weights.writing import is_plain_model, require_free
-from alignkit.packed import IntArray
-from alignkit.recipe.assets import alignkit_home
-from alignkit.recipe.reading.load import load_recipe
-from alignkit.recipe.rows import SourceSpec
+from alignkit.recipe.reading.stored import NAME, stored_recipe
 from alignkit.report.run_files import read_about
-from alignkit.stages.inputs.base import start_model
-from alignkit.stages.inputs.checking import CHECK_SETTINGS, check_rows, file_rows
-from alignkit.stages.inputs.rows import read_rows, row_settings
+from alignkit.stages.inputs.checking import file_rows
 from alignkit.stages.running.card import write_card
 
 
@@ -42,13 +35,14 @@ class MergeOptions:
         base: the base to merge into; None takes what the adapter records.
         output: folder to write; None is `merged/` beside the adapter.
         dtype: of the written weights; None keeps the base's.
-        data: rows to compare on; None takes the run's own, else shipped ones.
+        data: rows to compare on; None takes shipped ones.
         overwrite: replace an existing output.
         any_base: accept other weights than those that the adapter was trained over.
         onto: for a base that was quantized in training; see `merge_adapter`.
         weights: one for each of several adapters; None is 1 for each.
         method: how several adapters become one change.
         density: share of each adapter's change that TIES and DARE keep.
+        trust_remote_code: run code that comes with the base.
     """
 
     base: str | None = None
@@ -61,6 +55,7 @@ class MergeOptions:
     weights: Sequence[float] | None = None
     method: Method = "linear"
     density: float = 0.5
+    trust_remote_code: bool = False
 
 
 def merge_run(
@@ -87,13 +82,14 @@ def merge_run(
         value = getattr(options, key)
         if value is not None and value not in allowed:
             raise ModelError(f"--{key} cannot be {value!r}", hint=f"one of {', '.join(allowed)}")
-    made = all((first.parent / name).is_file() for name in ("recipe.yaml", "run.json"))
+    made = all((first.parent / name).is_file() for name in (NAME, "run.json"))
     run = first.parent if made else None
     output = _output(run or first, adapters, options)
     model = _base(adapters, options)
     if Path(model.location).resolve().is_relative_to(output.resolve()):
         raise ModelError(f"{output} holds the base itself", hint="name another --output")
-    rows, tokenizer, stops = _rows(run, options.data, model)
+    tokenizer = load_tokenizer(tokenizer_of(first, model))
+    rows, stops = file_rows(options.data, tokenizer)
     shared: dict[str, Any] = {
         "rows": rows,
         "dtype": DTYPES[options.dtype] if options.dtype else stored_dtype(model),
@@ -164,7 +160,7 @@ def _base(adapters: Sequence[Path], options: MergeOptions) -> BaseModel:
                 f"{adapter} belongs to {other.name}, and {adapters[0]} to {first.name}",
                 hint="adapters are combined over one base; --base names it",
             )
-    return first
+    return dataclasses.replace(first, trust_remote_code=options.trust_remote_code)
 
 
 def _output(home: Path, adapters: Sequence[Path], options: MergeOptions) -> Path:
@@ -183,7 +179,7 @@ def _run_facts(run: Path) -> dict[str, Any]:
     """What the card of a run's merged model repeats."""
     summary = read_about(run).get("summary", {})
     return {
-        "recipe": load_recipe(str(run / "recipe.yaml")).recipe,
+        "recipe": stored_recipe(run / NAME),
         "before": summary.get("before"),
         "after": summary.get("after"),
     }
@@ -199,25 +195,3 @@ def _check_output(output: Path, adapter: Path, overwrite: bool) -> None:
         )
     if adapter.resolve().is_relative_to(output.resolve()):
         raise ModelError(f"{output} holds the adapter itself", hint="name another --output")
-
-
-def _rows(
-    run: Path | None, data: str | None, model: BaseModel
-) -> tuple[Sequence[IntArray], Any, list[int]]:
-    """Real rows for the check, the tokenizer to save, and the tokens that end an answer."""
-    if run is not None:
-        # The run says template and stop tokens, whatever base and rows are named instead.
-        override = [f"model.base={json.dumps(model.name)}"]
-        recipe = load_recipe(str(run / "recipe.yaml"), override).recipe
-        rows = read_rows(recipe, start_model(recipe.model))
-        checks = rows.checks
-        if data is not None and recipe.row_kind == "prompts":
-            checks = file_rows(data, rows.tokenizer)
-        elif data is not None:
-            wanted = dataclasses.replace(CHECK_SETTINGS, rows=row_settings(recipe).rows)
-            cache = alignkit_home() / "cache" / "tokens"
-            named = load_dataset([SourceSpec(path=data)], rows.tokenizer, wanted, 0, cache)
-            checks = check_rows(named)
-        return checks, rows.tokenizer, rows.stop_tokens
-    tokenizer = load_tokenizer(model)
-    return file_rows(data, tokenizer), tokenizer, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from alignkit.errors import ModelError
 from alignkit.models.base.identity import same_weights, weights_fingerprint
 from alignkit.models.base.loading import DTYPES
 from alignkit.recipe.model import ModelSpec
-from alignkit.recipe.reading.load import stored_recipe
+from alignkit.recipe.objectives import CustomSpec
+from alignkit.recipe.reading.load import load_recipe
+from alignkit.recipe.reading.stored import NAME, is_remembered, stored_recipe
 from alignkit.recipe.stages.base import Recipe
 from alignkit.report.run_files import read_about
 from alignkit.stages.inputs.base import start_model
@@ -28,6 +31,8 @@ class Question:
         base: base of adapters that name another.
         reference: model to compare log-probs of pairs with; None takes the base of a dpo or kto
             run, and plain log-probs for any other model.
+        trust_recipe: read what the recipe of a run names though the run was not made here.
+        trust_remote_code: run code that comes with the base of a run.
         say: told what is measured.
     """
 
@@ -37,6 +42,8 @@ class Question:
     dtype: str = "bfloat16"
     base: str | None = None
     reference: str | None = None
+    trust_recipe: bool = False
+    trust_remote_code: bool = False
     say: Callable[[str], None] = lambda text: None
 
     def check(self) -> None:
@@ -83,14 +90,46 @@ def run_with_recipe(names: list[str]) -> Path:
 def run_of(name: str) -> Path | None:
     """The run folder that a name is, or stands in."""
     path = Path(name).expanduser()
-    found = (folder for folder in (path, path.parent) if (folder / "recipe.yaml").is_file())
+    found = (folder for folder in (path, path.parent) if (folder / NAME).is_file())
     return next(found, None)
 
 
-def recipe_of(name: str) -> Recipe | None:
-    """The recipe of a run, whether or not its rows are still there; None of any other model."""
+def recipe_of(name: str, question: Question) -> Recipe | None:
+    """The recipe of a run, whether or not its rows are still there; None of any other model.
+
+    Raises:
+        ModelError: measuring would run a file that the recipe names, and the run was not made here.
+    """
     folder = run_of(name)
-    return None if folder is None else stored_recipe(folder / "recipe.yaml")
+    if folder is None:
+        return None
+    recipe = stored_recipe(folder / NAME)
+    objective = getattr(recipe, "objective", None)
+    if isinstance(objective, CustomSpec):
+        _require_own(folder, question, f"runs {objective.file}")
+    return recipe
+
+
+def followed_recipe(run: Path, question: Question) -> Recipe:
+    """The recipe of a run, with the files that it names.
+
+    Raises:
+        ModelError: the run was not made here, and nothing says that its recipe may be followed.
+        RecipeError: a file is missing.
+    """
+    sources = stored_recipe(run / NAME).data
+    named = [source.label for source in (*sources.train, *sources.eval)]
+    _require_own(run, question, f"reads {', '.join(named)}")
+    trust = json.dumps(question.trust_remote_code)
+    return load_recipe(str(run / NAME), [f"model.trust_remote_code={trust}"]).recipe
+
+
+def _require_own(run: Path, question: Question, act: str) -> None:
+    if not question.trust_recipe and not is_remembered(run / NAME):
+        raise ModelError(
+            f"{run} was not made on this machine, and its recipe {act}",
+            hint="name rows with --data, or add --trust-recipe to follow its recipe",
+        )
 
 
 def say_if_changed(name: str, base: str, question: Question) -> None:

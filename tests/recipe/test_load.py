@@ -11,7 +11,8 @@ import yaml
 
 from alignkit.errors import RecipeError
 from alignkit.recipe.assets import alignkit_home, assets_root, find_path
-from alignkit.recipe.reading.load import find_recipe, load_recipe, render_recipe, shipped_recipes
+from alignkit.recipe.reading.load import find_recipe, load_recipe, shipped_recipes
+from alignkit.recipe.reading.stored import render_recipe
 from alignkit.recipe.stages.sft import SftRecipe
 
 GOOD = """\

@@ -15,8 +15,9 @@ from alignkit.objectives.bradley_terry import bradley_terry_loss
 from alignkit.objectives.kto import kto_loss
 from alignkit.objectives.preference import PREFERENCE_OBJECTIVES
 from alignkit.recipe import objectives
-from alignkit.recipe.reading.load import LoadedRecipe, load_recipe, render_recipe
+from alignkit.recipe.reading.load import LoadedRecipe, load_recipe
 from alignkit.recipe.reading.problems import sections_of
+from alignkit.recipe.reading.stored import render_recipe
 from alignkit.recipe.stages.base import ReferenceSpec
 from alignkit.recipe.stages.dpo import DpoRecipe
 from alignkit.recipe.stages.registry import stages

@@ -13,8 +13,9 @@ from commandline import CommandLine
 
 from alignkit.errors import RecipeError
 from alignkit.recipe.assets import assets_root
-from alignkit.recipe.reading.load import load_recipe, render_recipe, stored_recipe
+from alignkit.recipe.reading.load import load_recipe
 from alignkit.recipe.reading.problems import choice_of, sections_of
+from alignkit.recipe.reading.stored import render_recipe, stored_recipe
 from alignkit.recipe.rewards import (
     RULES,
     SOURCE_TAGS,
@@ -98,7 +99,7 @@ def test_a_run_keeps_its_rewards() -> None:
     rendered = render_recipe(recipe)
     assert yaml.safe_load(rendered)["reward"] == [
         {"rule": "json", "keys": ["a", "b"], "weight": 1.0},
-        {"function": f"{Path('mine.py').resolve()}:score", "weight": 1.0},
+        {"function": f"{Path('mine.py').resolve()}:score", "weight": 1.0, "timeout": 600.0},
         {"model": "some/reward", "weight": 1.0, "normalize": True, "separate": False},
     ]
     assert stored_recipe(Path(write(rendered, "recipe.yaml"))) == recipe

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from alignkit.errors import AlignkitError, RecipeError
@@ -171,27 +170,3 @@ def without(document: Document, keys: Collection[KeyPath]) -> Document:
             here = here[part]
         here[last] = None
     return less
-
-
-def stored_recipe(path: Path) -> Recipe:
-    """The recipe that a run folder keeps, without looking for the files it names.
-
-    Args:
-        path: its recipe.yaml, written by `render_recipe`.
-
-    Raises:
-        RecipeError: the file is not a resolved recipe.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return find_stage(values["stage"]).model_validate_json(json.dumps(values))
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
-        reason = str(error).split("\n")[0]
-        problem = AlignkitError(f"{path}: is not a recipe of a run: {reason}")
-        raise RecipeError([problem]) from None
-
-
-def render_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML: every key written out, in the schema's order."""
-    header = "# Resolved recipe: every key with the value that was used.\n"
-    return header + yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True)

@@ -94,12 +94,14 @@ def _merged(source: BaseModel, adapter: Path, *, merge: bool) -> BaseModel:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process merges, the others wait for it
         if not (folder / "config.json").is_file():
             print_line(f"{adapter} is merged first: {why}", "note")
+            rows, stops = file_rows(None, tokenizer)
             merge_adapter(
                 source,
                 adapter,
                 folder,
-                rows=file_rows(None, tokenizer),
+                rows=rows,
                 dtype=stored_dtype(source),
                 tokenizer=tokenizer,
+                stop_tokens=stops,
             )
     return found

@@ -9,14 +9,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.dataset import TokenDataset, load_dataset
+from alignkit.data.examples import RowKind
+from alignkit.data.sources import load_source
 from alignkit.data.tokenize import TokenizeSettings
 from alignkit.packed import IntArray
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.rows import SourceSpec
 
 SHIPPED_ROWS = "data_templates/sft/messages_eval.jsonl"
-
-CHECK_SETTINGS = TokenizeSettings(1024, "truncate_right", "completions")
 
 
 def check_rows(dataset: TokenDataset) -> Sequence[IntArray]:
@@ -26,17 +26,32 @@ def check_rows(dataset: TokenDataset) -> Sequence[IntArray]:
     return [np.concatenate(piece).astype(np.int64) for piece in pieces]
 
 
-def file_rows(path: str | None, tokenizer: PreTrainedTokenizerBase) -> Sequence[IntArray]:
-    """Token ids of rows from a file.
+def file_rows(
+    path: str | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Sequence[IntArray], list[int]]:
+    """Rows from a file, of any format but prompts.
 
     Args:
-        path: rows of single answers; None takes shipped ones, or plain text where the tokenizer
-            has no chat template.
+        path: of the file; None takes shipped rows, or plain text where the tokenizer has no chat
+            template.
         tokenizer: of the model.
+
+    Returns:
+        Token ids, and the tokens that end the answers.
     """
     if path is None and tokenizer.chat_template is None:
         text = Path(__file__).read_text(encoding="utf-8")
-        return [np.asarray(tokenizer(text)["input_ids"], np.int64)]
+        return [np.asarray(tokenizer(text)["input_ids"], np.int64)], []
     source = SourceSpec(path=path or SHIPPED_ROWS)
+    settings = TokenizeSettings(1024, "truncate_right", rows=kind_of_rows(source))
     cache = alignkit_home() / "cache" / "tokens"
-    return check_rows(load_dataset([source], tokenizer, CHECK_SETTINGS, 0, cache))
+    dataset = load_dataset([source], tokenizer, settings, 0, cache)
+    return check_rows(dataset), dataset.report.stop_tokens
+
+
+def kind_of_rows(source: SourceSpec) -> RowKind:
+    """What the first row of a source looks like."""
+    first = load_source(source.model_copy(update={"take": 1})).rows[0].values
+    if "chosen" in first or "rejected" in first:
+        return "pairs"
+    return "labelled" if "label" in first else "answers"

@@ -14,15 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import alignkit
-from alignkit.errors import RunError
+from alignkit.errors import RecipeError, RunError
 from alignkit.files import list_folder, write_text
 from alignkit.models.base.identity import same_weights
 from alignkit.recipe.planning.plan import Plan
-from alignkit.recipe.reading.load import render_recipe
+from alignkit.recipe.reading.stored import NAME, remember_recipe, render_recipe, stored_recipe
 from alignkit.recipe.stages.base import Recipe
+from alignkit.runtime.progress import print_line
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 
@@ -77,9 +76,16 @@ def _check_inputs_outside(recipe: Recipe, folder: Path) -> None:
 
 
 def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
-    if not (folder / "recipe.yaml").is_file():
+    if not (folder / NAME).is_file():
         return  # killed before it was written
-    stored = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    try:
+        # with the defaults of keys that the version which wrote it did not know
+        stored = stored_recipe(folder / NAME).as_dict()
+    except RecipeError:
+        # Rows, weights and micro-batches are checked below; a checkpoint is worth more than this.
+        print_line(f"{folder / NAME} is damaged: the recipe of this run is not compared", "warning")
+        return
+    stored["model"]["trust_remote_code"] = recipe.model.trust_remote_code
     changed = _differences(stored, recipe.as_dict(), "")
     if changed:
         raise RunError(
@@ -180,7 +186,9 @@ class RunFolder:
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
         self.about = {"status": "running", "started": _now(), **provenance(), **about}
         self._write_about()
-        write_text(self.path / "recipe.yaml", render_recipe(recipe))
+        resolved = render_recipe(recipe)
+        remember_recipe(resolved)
+        write_text(self.path / NAME, resolved)
         write_text(self.path / "plan.json", json.dumps(plan.to_json(), indent=2) + "\n")
 
     def finish(self, status: str, **values: Any) -> None:
