@@ -51,7 +51,7 @@ def split_documents(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         max_tokens: tokens of one micro-batch; a longer document gets one of its own.
 
     Returns:
-        Groups of indices; every index in exactly one of them. Within a group the longest first.
+        Groups of indices, every index in exactly one of them, the longest first within a group.
     """
     groups: list[list[int]] = []
     room: list[int] = []

@@ -93,7 +93,7 @@ class TransformersEngine:
         dtype: compute precision.
         settings: lengths, temperature, stop tokens.
         budget: tokens of one batch, prompts and room for responses together.
-        prefix: `[L, 2, K, P, D]` keys and values of each layer that stand before every prompt.
+        prefix: `[L, 2, K, P, D]` keys and values of each layer that come before every prompt.
     """
 
     def __init__(
