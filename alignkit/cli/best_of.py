@@ -1,4 +1,4 @@
-"""`--best-of` of `alignkit generate`: several answers to each prompt, and the one that is best."""
+"""`--best-of` of `alignkit generate`: several answers to each prompt, and the best of them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_best_of(
     if settings.temperature == 0:
         raise AlignkitError(
             "--best-of needs a temperature above 0: at 0 all answers are the same",
-            hint="leave --temperature out; it is 1 then",
+            hint="remove --temperature; its default is then 1",
         )
     for name, plain in (("top_p", 1.0), ("top_k", 0), ("repetition_penalty", 1.0)):
         if getattr(settings, name) != plain:
@@ -59,13 +59,13 @@ def answer_best(
     """The answers to each prompt with their rewards.
 
     Args:
-        model: who answers.
-        reward: who judges.
+        model: that answers.
+        reward: model that judges.
         turns: of each prompt.
-        samples: answers to each.
+        samples: answers to each prompt.
         settings: decoding.
         dtype: of both models.
-        base: of an adapter that names another.
+        base: of the adapter, in place of the one it names.
     """
     from alignkit.jobs.candidates import (
         SampleSettings,
@@ -83,16 +83,16 @@ def answer_best(
     return judge_answers(rollouts, reward, dtype, say)
 
 
-def print_best(found: Any, prompts: list[str], as_json: bool) -> None:
+def print_best(answered: Any, prompts: list[str], as_json: bool) -> None:
     """The best answer to each prompt; as JSON all of them.
 
     Args:
-        found: the answers to each prompt with their rewards.
-        prompts: as they were given.
-        as_json: one document instead of text.
+        answered: the answers to each prompt with their rewards.
+        prompts: as the user wrote them.
+        as_json: print one JSON document instead of text.
     """
     rows = []
-    for number, (prompt, answers) in enumerate(zip(prompts, found, strict=True)):
+    for number, (prompt, answers) in enumerate(zip(prompts, answered, strict=True)):
         rewards = [answer.reward for answer in answers]
         chosen = rewards.index(max(rewards))
         candidates = [

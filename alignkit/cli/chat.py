@@ -72,7 +72,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 0.95,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     dtype: DtypeOption = "bfloat16",
     base: BaseOption = None,
 ) -> None:
@@ -97,13 +97,13 @@ def chat(
             break
         if line:
             try:
-                _take(talk, line)
+                _follow(talk, line)
             except AlignkitError as error:
                 print_error(str(error))
 
 
-def _take(talk: Conversation, line: str) -> None:
-    """Follow a command, or answer a message."""
+def _follow(talk: Conversation, line: str) -> None:
+    """Run a command, or answer a message."""
     if not line.startswith("/"):
         talk.turns.append({"role": "user", "content": line})
         talk.answer()
@@ -165,7 +165,10 @@ def _save(talk: Conversation, rest: str) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": talk.turns}, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise AlignkitError(f"{path} cannot be written: {error.strerror}") from None
+        raise AlignkitError(
+            f"{path} cannot be written: {error.strerror}",
+            hint="name a file in a folder that exists and can be written to",
+        ) from None
     say(f"appended {len(talk.turns)} messages to {path}")
 
 

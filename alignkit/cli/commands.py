@@ -1,4 +1,4 @@
-"""The list of commands. One is imported when it is asked for, none to be listed."""
+"""The list of commands. A command is imported only when it runs, not to be listed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typer.main import get_group
 from alignkit.recipe.stages.built_in import BUILT_IN
 
 STAGES = {name: line for name, (_, line) in BUILT_IN.items()}
-"""Stage -> what its command says about itself; all of them are `alignkit.cli.train`."""
+"""Stage -> help line of its command; all of these are `alignkit.cli.train`."""
 
 COMMANDS = {
     "run": (
@@ -46,14 +46,14 @@ COMMANDS = {
         "Show versions, device, memory and disk, and name what would stop a run.",
     ),
     "export": ("alignkit.cli.export:export", "Write a model for other programs, and check it."),
-    "data": ("alignkit.cli.data:data", "Make preference pairs of a model's own answers."),
+    "data": ("alignkit.cli.data:data", "Make preference pairs from a model's own answers."),
     "recipes": ("alignkit.cli.recipes:recipes", "Shipped recipes and what their keys mean."),
 }
-"""Command -> where it stands, a function or a group of its own, and what it says about itself."""
+"""Command -> its function or group of commands, as `module:name`, and its help line."""
 
 
 class CommandList(TyperGroup):
-    """All commands by name and help line; the one that is asked for is imported."""
+    """All commands by name and help line; only the one that runs is imported."""
 
     def __init__(self, **settings: Any) -> None:
         lines = STAGES | {name: line for name, (_, line) in COMMANDS.items()}
@@ -79,16 +79,16 @@ def load_command(name: str) -> Any:
     else:
         place, line = COMMANDS[name]
         module, _, attribute = place.partition(":")
-        found = getattr(importlib.import_module(module), attribute)
-        if isinstance(found, typer.Typer):
-            parent.add_typer(found, name=name, help=line)
+        target = getattr(importlib.import_module(module), attribute)
+        if isinstance(target, typer.Typer):
+            parent.add_typer(target, name=name, help=line)
         else:
-            parent.command(name, help=line)(found)
+            parent.command(name, help=line)(target)
     return get_group(parent).commands[name]
 
 
 def _stages_of_packages() -> dict[str, TyperCommand]:
-    """Stages that other packages bring; looked for only where a name is not one of our own."""
+    """Stages of other packages; looked up only if a name is not built in."""
     from alignkit.recipe.stages.registry import broken_stages, stages
 
     lines = {name: (recipe.__doc__ or "").partition("\n")[0] for name, recipe in stages().items()}

@@ -1,4 +1,4 @@
-"""`alignkit data`: what makes and fixes data sets."""
+"""`alignkit data`: making data sets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ data = typer.Typer(no_args_is_help=True)
 @data.command("label")
 def label(
     model: Annotated[
-        str, typer.Argument(help="Who answers: a run, folder or hub id.", show_default=False)
+        str, typer.Argument(help="Model that answers: a run, folder or hub id.", show_default=False)
     ],
     prompts: Annotated[
         str, typer.Argument(help="File of prompts, of any row format.", show_default=False)
@@ -31,17 +31,17 @@ def label(
     samples: Annotated[int, typer.Option(help="Answers to each prompt.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="Divides the logits; above 0.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the answers.")] = 0,
-    take: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    take: Annotated[int | None, typer.Option(help="Read only this many rows.")] = None,
     margin: Annotated[
-        float, typer.Option(help="Leave out prompts whose rewards are no further apart.")
+        float, typer.Option(help="Leave out prompts whose rewards differ by no more.")
     ] = 0.0,
     dtype: DtypeOption = "bfloat16",
     base: BaseOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
 ) -> None:
-    """Let a model answer prompts and a reward model make preference pairs of the answers."""
+    """Let a model answer prompts, and a reward model make preference pairs from the answers."""
     from alignkit.recipe.reading.document import Document
     from alignkit.recipe.reading.label import resolve_label
 
@@ -59,7 +59,7 @@ def label(
         "dtype": dtype,
     }
     spec = resolve_label(Document(values, {}, "command line", ()))
-    # The rows name the models as they were given.
+    # The rows name the models as the user did.
     spec = spec.model_copy(update={"model": model, "reward": reward})
     warn_of_versions()
     from alignkit.jobs.label import label_prompts

@@ -96,9 +96,9 @@ def _examine() -> tuple[dict[str, dict[str, Any]], list[str]]:
         "hub": "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else "online",
     }
     if shutil.disk_usage(place).free < 2e9:
-        problems.append(f"less than 2 GB of disk are free at {place}")
+        problems.append(f"less than 2 GB of disk is free at {place}")
     if hardware.memory < 2e9:
-        problems.append("less than 2 GB of memory are free")
+        problems.append("less than 2 GB of memory is free")
     facts: dict[str, dict[str, Any]]
     facts = {"packages": packages, "optional": optional, "machine": machine, "storage": storage}
     return facts, problems

@@ -23,7 +23,7 @@ def evaluate(
     max_length: Annotated[
         int | None, typer.Option(help="Longest row of --data, in tokens; default 1024.", min=8)
     ] = None,
-    take: Annotated[int | None, typer.Option(help="Only the first so many rows.", min=1)] = None,
+    take: Annotated[int | None, typer.Option(help="Read only this many rows.", min=1)] = None,
     reference: Annotated[
         str | None, typer.Option(help="Compare log-probs of pairs with this model.")
     ] = None,
@@ -31,7 +31,7 @@ def evaluate(
         str | None, typer.Option(help="Score answers to this prompt with a reward model.")
     ] = None,
     answer: Annotated[
-        list[str] | None, typer.Option(help="An answer to --prompt; may be given repeatedly.")
+        list[str] | None, typer.Option(help="An answer to --prompt; may be repeated.")
     ] = None,
     dtype: DtypeOption = "bfloat16",
     base: BaseOption = None,
@@ -62,16 +62,16 @@ def evaluate(
         scored = {name: score_answers(name, prompt, answer or [], question) for name in models}
         _print_scores(scored, as_json)
         return
-    found = evaluate_models(models, question)
+    evaluations = evaluate_models(models, question)
     if as_json:
-        print_json({name: _as_json(evaluation) for name, evaluation in found.items()})
+        print_json({name: _as_json(evaluation) for name, evaluation in evaluations.items()})
         return
-    for name, evaluation in found.items():
+    for name, evaluation in evaluations.items():
         for place, reward in evaluation.scores:
             stdout.print(Text(f"{reward:>9.4f}  {place}"))
-        if len(found) > 1 or evaluation.scores:
+        if len(evaluations) > 1 or evaluation.scores:
             say(name)
-    _print_values({name: evaluation.values for name, evaluation in found.items()})
+    _print_values({name: evaluation.values for name, evaluation in evaluations.items()})
 
 
 def _as_json(evaluation: Any) -> dict[str, Any]:
@@ -114,13 +114,13 @@ _COLUMNS = {
     "pairs": ("pairs", "{:,.0f}"),
     "rows": ("rows", "{:,.0f}"),
 }
-"""Value -> its heading and how it is written, in the order of the table."""
+"""Value -> its heading and format, in the order of the table."""
 
 
-def _print_values(found: dict[str, dict[str, float]]) -> None:
-    shown = [key for key in _COLUMNS if any(key in values for values in found.values())]
+def _print_values(measured: dict[str, dict[str, float]]) -> None:
+    shown = [key for key in _COLUMNS if any(key in values for values in measured.values())]
     table = [["model", *(_COLUMNS[key][0] for key in shown)]]
-    for name, values in found.items():
+    for name, values in measured.items():
         cells = [_COLUMNS[k][1].format(values[k]) if k in values else "" for k in shown]
         table.append([name, *cells])
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]

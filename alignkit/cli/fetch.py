@@ -13,9 +13,12 @@ from alignkit.errors import ModelError
 
 def fetch(
     name: Annotated[
-        str | None, typer.Argument(help="A known model; none lists them.", show_default=False)
+        str | None,
+        typer.Argument(help="A known model; without one, list them.", show_default=False),
     ] = None,
-    again: Annotated[bool, typer.Option("--again", help="Fetch it even if it is here.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Fetch it even if it is already here.")
+    ] = False,
 ) -> None:
     """Download a known model, check its hash and convert it to safetensors."""
     from alignkit.models.base.known import KNOWN_MODELS, fetch_model

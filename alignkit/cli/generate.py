@@ -1,4 +1,4 @@
-"""`alignkit generate`: answers to prompts, of one model or of two side by side."""
+"""`alignkit generate`: answers to prompts, from one model or from two side by side."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ DtypeOption = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base.")
 ]
-BaseOption = Annotated[str | None, typer.Option(help="Base of an adapter, if it names another.")]
+BaseOption = Annotated[
+    str | None, typer.Option(help="Base of the adapter, in place of the one it names.")
+]
 
 
 def generate(
     model: ModelArgument,
     prompts: Annotated[
-        list[str] | None, typer.Argument(help="Prompts; none reads them from stdin.")
+        list[str] | None, typer.Argument(help="Prompts; without any, read them from stdin.")
     ] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="Prompts from a file, one a line.")
+        Path | None, typer.Option("--file", "-f", help="Prompts from a file, one per line.")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="A second model; answers stand side by side.")
+        str | None, typer.Option(help="A second model; its answers are shown alongside.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
@@ -47,11 +49,11 @@ def generate(
         typer.Option(help="0 takes the likeliest token, the default; 1 with --best-of."),
     ] = None,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample from so many tokens; 0 is all.")] = 0,
+    top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0 is all.")] = 0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 repeats less.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     best_of: Annotated[
-        int | None, typer.Option(help="Sample so many answers; --reward picks the best.", min=2)
+        int | None, typer.Option(help="Sample this many answers; --reward picks the best.", min=2)
     ] = None,
     reward: Annotated[str | None, typer.Option(help="Reward model of --best-of.")] = None,
     dtype: DtypeOption = "bfloat16",
@@ -73,8 +75,8 @@ def generate(
     head = [{"role": "system", "content": system}] if system else []
     turns = [[*head, {"role": "user", "content": prompt}] for prompt in asked]
     if best_of is not None and reward is not None:
-        found = answer_best(model, reward, turns, best_of, settings, dtype, base)
-        print_best(found, asked, as_json)
+        answered = answer_best(model, reward, turns, best_of, settings, dtype, base)
+        print_best(answered, asked, as_json)
         return
     answers = {}
     for name in [against, model] if against else [model]:
@@ -104,21 +106,23 @@ def _check_dtype(dtype: str) -> None:
         raise AlignkitError(f"--dtype cannot be {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
 
 
-def _prompts(given: list[str], file: Path | None) -> list[str]:
-    found = list(given)
+def _prompts(arguments: list[str], file: Path | None) -> list[str]:
+    prompts = list(arguments)
     if file is not None:
         from alignkit.recipe.assets import find_path
 
         path = find_path(str(file))
         if path is None or not path.is_file():
-            raise AlignkitError(f"{file}: no such file", hint="one prompt a line")
-        found += [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
-    elif not found and not sys.stdin.isatty():
-        found = [line.strip() for line in sys.stdin]
-    found = [prompt for prompt in found if prompt]
-    if not found:
+            raise AlignkitError(
+                f"{file}: no such file", hint="name a text file with one prompt per line"
+            )
+        prompts += [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
+    elif not prompts and not sys.stdin.isatty():
+        prompts = [line.strip() for line in sys.stdin]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
         raise AlignkitError("there is no prompt", hint='as in: alignkit generate MODEL "Hello"')
-    return found
+    return prompts
 
 
 def _print_answers(asked: list[str], answers: list[str], as_json: bool) -> None:
@@ -151,5 +155,5 @@ def _table(prompts: list[str], answers: dict[str, list[str]]) -> Table:
     for name in answers:
         table.add_column(name, ratio=2)
     for number, prompt in enumerate(prompts):
-        table.add_row(Text(prompt), *(Text(found[number]) for found in answers.values()))
+        table.add_row(Text(prompt), *(Text(texts[number]) for texts in answers.values()))
     return table

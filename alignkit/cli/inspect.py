@@ -1,4 +1,4 @@
-"""`alignkit inspect`: real rows as tokens, with the ones that are trained marked."""
+"""`alignkit inspect`: rows as tokens, with the trained ones marked."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def inspect(
     from alignkit.stages.inputs.base import start_model
     from alignkit.stages.inputs.rows import read_rows
 
-    found = read_rows(loaded.recipe, start_model(loaded.recipe.model, merge=False))
-    dataset = found.held_out if held_out else found.train
+    parts = read_rows(loaded.recipe, start_model(loaded.recipe.model, merge=False))
+    dataset = parts.held_out if held_out else parts.train
     if dataset is None:
         raise DataError(
             f"{loaded.name}: the recipe holds out no rows",
             hint="set data.eval or data.eval_fraction",
         )
-    shown = [_row(dataset, item, found.tokenizer) for item in range(min(rows, len(dataset)))]
+    shown = [_row(dataset, item, parts.tokenizer) for item in range(min(rows, len(dataset)))]
     if as_json:
         print_json({"report": dataset.report.to_json(), "rows": shown})
         return
@@ -51,7 +51,7 @@ def inspect(
         stdout.print()
     report = dataset.report
     lengths = ", ".join(f"{name} {value}" for name, value in report.percentiles().items())
-    stops = ", ".join(repr(found.tokenizer.decode([token])) for token in report.stop_tokens)
+    stops = ", ".join(repr(parts.tokenizer.decode([token])) for token in report.stop_tokens)
     pairs = [("rows", line) for line in report.lines()]
     pairs += [("lengths", lengths), ("tokens", f"{report.tokens:,}")]
     if report.prompts:
@@ -67,7 +67,7 @@ def inspect(
 
 
 def _row(dataset: Any, item: int, tokenizer: Any) -> dict[str, Any]:
-    """One row: its prompt and its answers side by side, as the model reads them."""
+    """One row: its prompt and its completions side by side, as the model reads them."""
     document = dataset[item]
     pieces = [("prompt", document.prompt.tolist(), [False] * len(document.prompt))]
     pieces += [
@@ -95,12 +95,12 @@ def _row(dataset: Any, item: int, tokenizer: Any) -> dict[str, Any]:
 
 
 def _is_own(branch: Any) -> bool:
-    """Whether the answer is the row's own: KTO scores a mismatched one and does not train it."""
+    """Whether a completion is the row's own: KTO scores a mismatched one without training it."""
     return bool(branch.role.name != "MISMATCHED")
 
 
 def _paint(row: dict[str, Any], part: dict[str, Any], colour: bool) -> Text:
-    """Trained tokens bold green and underlined in turn, or between « and » without colour."""
+    """Trained tokens in bold green, every other one underlined; without colour between « and »."""
     text = Text()
     inside = False
     span = slice(part["start"], part["start"] + part["length"])

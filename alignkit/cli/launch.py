@@ -39,7 +39,7 @@ def launch_processes(count: int) -> int:
     ]
     try:
         return _wait(workers)
-    except KeyboardInterrupt:  # the terminal told the workers too; they save and exit with 130
+    except KeyboardInterrupt:  # the terminal signals the workers too; they save and exit with 130
         return max(worker.wait() for worker in workers)
     finally:
         for worker in workers:

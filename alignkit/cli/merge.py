@@ -55,7 +55,9 @@ def merge_lora(
     ] = False,
     any_base: Annotated[
         bool,
-        typer.Option("--any-base", help="Accept other weights than it was trained over."),
+        typer.Option(
+            "--any-base", help="Accept a base with other weights than it was trained over."
+        ),
     ] = False,
     onto: OntoOption = "auto",
     weights: WeightsOption = None,

@@ -23,18 +23,18 @@ def plan(
     from alignkit.data.report import describe_rows
     from alignkit.stages.registry import plan_stage
 
-    rows, made = plan_stage(loaded.recipe, processes)
+    rows, facts = plan_stage(loaded.recipe, processes)
     if as_json:
-        print_json(made.to_json())
+        print_json(facts.to_json())
         return
-    model, data, memory = made.model, made.data, made.memory
+    model, data, memory = facts.model, facts.data, facts.memory
     gigabytes = {name: value / 1e9 for name, value in vars(memory).items()}
     terms = ", ".join(f"{n.replace('_', ' ')} {v:.2f}" for n, v in gigabytes.items() if n != "peak")
-    checkpointing = "on" if made.gradient_checkpointing else "off"
-    reference = (made.reference or "").replace("_", " ")
+    checkpointing = "on" if facts.gradient_checkpointing else "off"
+    reference = (facts.reference or "").replace("_", " ")
     print_pairs(
         [
-            ("stage", f"{made.stage} -> {loaded.recipe.output}"),
+            ("stage", f"{facts.stage} -> {loaded.recipe.output}"),
             ("model", f"{model.architecture}, {model.parameters / 1e6:,.1f} M weights"),
             (
                 "trained",
@@ -46,22 +46,22 @@ def plan(
                 f"{data.rows:,} rows, {data.tokens:,} tokens ({data.trained_tokens:,} trained), "
                 f"longest {data.longest}; held out {data.eval_rows:,}",
             ),
-            *([("reference", f"{reference}, {made.reference_reason}")] if reference else []),
-            *((name, text) for name, text in (role.split(": ", 1) for role in made.roles)),
+            *([("reference", f"{reference}, {facts.reference_reason}")] if reference else []),
+            *((name, text) for name, text in (role.split(": ", 1) for role in facts.roles)),
             (
                 "steps",
-                f"{made.steps:,} of {made.batch_size} examples ({made.steps_per_epoch:,} an "
-                f"epoch), {made.warmup_steps} of them warm-up to {made.learning_rate:g}",
+                f"{facts.steps:,} of {facts.batch_size} examples ({facts.steps_per_epoch:,} an "
+                f"epoch), {facts.warmup_steps} of them warm-up to {facts.learning_rate:g}",
             ),
             (
                 "passes",
-                f"{made.microbatches} of at most {made.microbatch_tokens:,} tokens a step, "
+                f"{facts.microbatches} of at most {facts.microbatch_tokens:,} tokens a step, "
                 f"gradient checkpointing {checkpointing}",
             ),
-            ("tokens", f"{made.tokens:,} read, {made.trained_tokens:,} trained"),
+            ("tokens", f"{facts.tokens:,} read, {facts.trained_tokens:,} trained"),
             (
                 "device",
-                f"{made.hardware.device} ({made.hardware.name}), {made.hardware.cores} cores",
+                f"{facts.hardware.device} ({facts.hardware.name}), {facts.hardware.cores} cores",
             ),
             ("memory", f"about {gigabytes['peak']:.1f} GB ({terms})"),
         ]
@@ -69,5 +69,5 @@ def plan(
     for name, dataset in (("train", rows.train), ("held out", rows.held_out)):
         for line in describe_rows(name, dataset.report)[1:] if dataset is not None else []:
             say(line)
-    for warning in made.warnings:
+    for warning in facts.warnings:
         say(f"warning: {warning}")

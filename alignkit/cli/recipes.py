@@ -29,16 +29,16 @@ def list_recipes(
 
     root = assets_root() / "recipes"
     pipelines = shipped_pipelines()
-    found = {}
+    listed = {}
     for name in [*shipped_recipes(), *pipelines]:
         first = (root / name).read_text(encoding="utf-8").split("\n")[0]
         about = first.lstrip("# ") if first.startswith("#") else ""
-        found[name] = f"pipeline: {about}" if name in pipelines else about
+        listed[name] = f"pipeline: {about}" if name in pipelines else about
     if as_json:
-        print_json(found)
+        print_json(listed)
         return
-    width = max(map(len, found), default=0)
-    for name, about in found.items():
+    width = max(map(len, listed), default=0)
+    for name, about in listed.items():
         stdout.print(Text(f"{name:<{width}}  ", style="bold") + Text(about))
 
 
@@ -64,7 +64,7 @@ def copy_recipe(
 def explain(
     key: Annotated[str | None, typer.Argument(help="A key such as training.warmup.")] = None,
     stage: Annotated[
-        str | None, typer.Option(help="Stage of the recipe. Unset: the first with the key.")
+        str | None, typer.Option(help="Stage of the recipe. Default: the first that has the key.")
     ] = None,
 ) -> None:
     """What every key of a recipe means, with its default."""

@@ -1,4 +1,4 @@
-"""`alignkit run`: a pipeline, from wherever it stands to its end."""
+"""`alignkit run`: a pipeline, from where it stopped to its end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(
             help="Replace changed runs outside the pipeline's folder, and runs it did not make.",
         ),
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the stages as JSON.")] = False,
 ) -> None:
     """Run the stages of a pipeline; what is done and has not changed is skipped."""
@@ -79,7 +79,7 @@ _FORMATS = {
     "rewards/accuracies": "{:.1%}",
     "reward": "{:.4f}",
 }
-"""Held-out value -> how it is written, in the order of the table."""
+"""Held-out value -> its format, in the order of the table."""
 
 
 def _table(results: list[Any]) -> Table:

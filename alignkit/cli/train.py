@@ -37,7 +37,7 @@ def train_command(stage: str) -> Callable[..., None]:
         processes: Annotated[
             int, typer.Option(help="Training processes on this machine.", min=1)
         ] = 1,
-        quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+        quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
     ) -> None:
         from alignkit.recipe.reading.load import load_recipe

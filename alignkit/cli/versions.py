@@ -13,8 +13,8 @@ ASIDE = {"test", "dev", "peers"}
 def outside_versions() -> list[str]:
     """One sentence for each installed package that is outside the declared range.
 
-    The ranges are those of pyproject.toml, as the installed alignkit carries them. Packages of
-    optional extras count where they are installed; a checkout that was never installed declares
+    The ranges are those of pyproject.toml, as in the metadata of the installed alignkit. Packages
+    of optional extras count if they are installed; a checkout that was never installed declares
     nothing.
     """
     from importlib import metadata
@@ -26,7 +26,7 @@ def outside_versions() -> list[str]:
     except metadata.PackageNotFoundError:
         return []
     extras = {"", *own.get_all("Provides-Extra", [])} - ASIDE
-    found = []
+    sentences = []
     for need in map(Requirement, own.get_all("Requires-Dist", [])):
         if need.marker and not any(need.marker.evaluate({"extra": extra}) for extra in extras):
             continue
@@ -36,15 +36,15 @@ def outside_versions() -> list[str]:
             continue
         if not need.specifier.contains(version, prereleases=True):
             allowed = ",".join(sorted(map(str, need.specifier), reverse=True))
-            found.append(
+            sentences.append(
                 f"{need.name} {version} is outside {allowed}, the versions that this alignkit "
                 f"supports: pip install '{need.name}{allowed}'"
             )
-    return found
+    return sentences
 
 
 def warn_of_versions() -> None:
-    """Say what `outside_versions` finds; of several training processes the first one speaks."""
+    """Print what `outside_versions` finds; of several training processes only the first does."""
     if os.environ.get("RANK", "0") == "0":
         for sentence in outside_versions():
             say(f"warning: {sentence}")

@@ -1,4 +1,4 @@
-"""Where completions leave their prompt, and what happens to rows that are too long.
+"""Where completions branch off from their prompt, and what happens to rows that are too long.
 
 The branch point of a pair is the common token prefix of both tokenizations, or the first trained
 token where that comes earlier: a tokenizer may join the last character of the prompt with the
@@ -25,7 +25,7 @@ def share_prompt(
     """One prompt with its completions.
 
     Args:
-        texts: prompt and completion of each, with trained tokens.
+        texts: the prompt with each completion, and which tokens are trained.
         roles: of each completion.
         row: index of the data row.
         margin: how much better the chosen completion is.
@@ -50,7 +50,7 @@ def are_equal(branches: Sequence[Branch]) -> bool:
 def fit(
     document: Document, place: str, limit: int, too_long: str, bos: int | None, report: DataReport
 ) -> Document | None:
-    """The document cut to its longest sequence, or None if it is dropped; both are counted.
+    """The document cut so that its longest sequence fits, or None if dropped; both are counted.
 
     Args:
         document: a prompt with its completions, a prompt alone, or a whole row as one branch
@@ -59,8 +59,8 @@ def fit(
         limit: longest sequence, prompt and one completion, in tokens.
         too_long: `drop`, `truncate_left` (the prompt, or the whole row, loses its beginning),
             `truncate_right` (the completions lose their ends) or `error`.
-        bos: kept at the start of what is cut.
-        report: told what happened.
+        bos: id of the BOS token; kept where the beginning is cut off.
+        report: counts what happened.
 
     Raises:
         DataError: the row is too long under `error`.
@@ -118,6 +118,6 @@ def _without_start(row: Branch, size: int, bos: int | None) -> Branch:
 
 
 def _last(ids: IdArray, size: int, bos: int | None) -> npt.NDArray[np.int64]:
-    """Positions of `size` tokens: of the last ones, after BOS if the ids begin with it."""
+    """Positions of the last `size` tokens; the first is BOS if the ids begin with it."""
     head = int(ids[0] == bos)
     return np.concatenate([np.arange(head), np.arange(len(ids) - size + head, len(ids))])

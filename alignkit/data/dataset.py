@@ -27,7 +27,7 @@ from alignkit.packed import IntArray, Role
 from alignkit.recipe.rows import SourceSpec
 
 CACHE_FORMAT = 2
-"""Raised whenever the same rows would be tokenized differently."""
+"""Increased whenever the same rows would be tokenized differently."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class TokenDataset(Sequence[Document]):
         bounds: `[n, B + 2]` where the prompt, each branch and the row end: row `r` has its prompt
             in `bounds[r, 0]:bounds[r, 1]` and branch `k` in `bounds[r, k + 1]:bounds[r, k + 2]`.
         roles: `[n, B]` the `Role` of each branch.
-        margins: `[n]` how much better the chosen answer is; 0 where the row does not say.
-        order: `[m]` row of each dataset item; rows of a weight above 1 stand here repeatedly.
+        margins: `[n]` how much better the chosen completion is; 0 if the row does not say.
+        order: `[m]` row of each dataset item; rows with a weight above 1 appear repeatedly.
         places: `file:line` of each row.
-        report: what happened on the way.
+        report: what happened to the rows.
         fingerprint: hash of everything that determined the tokens.
-        partners: `[n, 2]` of each row another row and how many tokens of its first branch follow
-            this row's prompt as a mismatched branch; None gives no such branch.
+        partners: `[n, 2]` for each row another row, and how many tokens of its first branch follow
+            this row's prompt as a mismatched branch; None: no such branch.
         references: `[n, branches]` log-probs under the reference model, the mismatched branch
-            last; NaN where a row was not scored, None where none was.
+            last; NaN for a row that was not scored, None if no row was.
     """
 
     ids: npt.NDArray[np.int32]
@@ -94,7 +94,7 @@ class TokenDataset(Sequence[Document]):
 
     @property
     def lengths(self) -> IntArray:
-        """`[m]` tokens of each item, as often as the model reads them."""
+        """`[m]` tokens of each item, a mismatched branch included."""
         rows: IntArray = self.bounds[:, -1] - self.bounds[:, 0]
         if self.partners is not None:
             rows = rows + self.partners[:, 1]
@@ -102,7 +102,7 @@ class TokenDataset(Sequence[Document]):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence, a prompt and one of its answers."""
+        """Tokens of the longest sequence, a prompt and one of its completions."""
         pieces = np.diff(self.bounds, axis=1)[self.order]
         return int((pieces[:, 0] + pieces[:, 1:].max(axis=1)).max())
 
@@ -201,11 +201,11 @@ def _read_cache(path: Path) -> TokenDataset | None:
         part = TokenDataset(**arrays, order=order, places=places, report=report, fingerprint="")
         return part if _is_sound(part) else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, IndexError, zipfile.BadZipFile):
-        return None  # written by a broken disk or another release: make it again
+        return None  # damaged, or written by another release: tokenize again
 
 
 def _is_sound(part: TokenDataset) -> bool:
-    """Whether arrays that were read from a file belong together."""
+    """Whether arrays that were read from a file fit together."""
     rows, width = part.roles.shape
     edges = np.concatenate([[0], part.bounds.reshape(-1), [len(part.ids)]])
     shapes = part.bounds.shape, part.margins.shape, part.trained.shape, (len(part.places),)
@@ -217,7 +217,7 @@ def _is_sound(part: TokenDataset) -> bool:
 
 
 def _write_cache(path: Path, part: TokenDataset) -> None:
-    """Store the tokens; a cache that cannot be written is no reason to stop."""
+    """Store the tokens; a failed write does not stop the run."""
     meta = {"places": part.places, "report": dataclasses.asdict(part.report)}
     arrays = {
         name: getattr(part, name) for name in ("ids", "trained", "bounds", "roles", "margins")
@@ -248,7 +248,9 @@ def _flatten(documents: list[Document], places: list[str], report: DataReport) -
 
 def _join(parts: list[TokenDataset]) -> TokenDataset:
     """The rows of all sources, one after another; order, report and fingerprint are not joined."""
-    parts = [part for part in parts if part.num_rows]  # where no row is left, no branch is known
+    parts = [
+        part for part in parts if part.num_rows
+    ]  # without rows the number of branches is unknown
     starts = np.cumsum([0, *(len(part.ids) for part in parts[:-1])])
     return dataclasses.replace(
         parts[0],

@@ -23,8 +23,8 @@ class Branch:
     Args:
         ids: `[n]` token ids.
         trained: `[n]` True where the token is a target; never at position 0 of a whole text.
-        role: what the completion is to the objective.
-        reference: log-prob of its targets under the reference model; NaN where it is not known.
+        role: what the objective takes the completion for.
+        reference: log-prob of its targets under the reference model; NaN if unknown.
     """
 
     ids: IdArray
@@ -42,10 +42,10 @@ class Document:
     """A prompt and the completions that share it.
 
     Args:
-        prompt: `[p]` token ids; may be empty, then no branch may train its first token.
-        branches: at least one completion, but for a prompt that is still to be answered.
+        prompt: `[p]` token ids; if empty, no branch may train its first token.
+        branches: at least one completion; none for a prompt alone.
         row: index of the data row.
-        margin: how much better the chosen completion is; 0 where the row does not say.
+        margin: how much better the chosen completion is; 0 if the row does not say.
     """
 
     prompt: IdArray
@@ -55,7 +55,7 @@ class Document:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of this document, a start that it may share with others included."""
+        """Tokens of this document, including a start that it may share with others."""
         return len(self.prompt) + sum(len(branch.ids) for branch in self.branches)
 
     def only(self, *roles: Role) -> Document:
@@ -65,7 +65,7 @@ class Document:
 
 
 def common_start(texts: Sequence[IdArray]) -> int:
-    """Tokens that all texts, at least one, begin with."""
+    """Number of first tokens that all texts (at least one) share."""
     shortest = min(len(text) for text in texts)
     differs = np.zeros(shortest + 1, np.bool_)
     differs[-1] = True

@@ -1,8 +1,8 @@
-"""Rows -> Examples: the texts of a row, and what each of them is to the objective.
+"""Rows -> Examples: the texts of a row, and the role of each in the objective.
 
-`formats.py` reads rows of a single answer, `pairs.py` rows that compare two. A labelled row is any
-row of a single answer with `"label": true` or `false`; a pair counts as one good and one bad
-answer.
+`formats.py` reads rows of a single completion, `pairs.py` rows that compare two. A labelled row is
+any row of a single completion with `"label": true` or `false`; a pair counts as one good and one
+bad completion.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Example:
     """One row as the texts that the model reads.
 
     Args:
-        texts: a prompt with its completion, and of a pair the same prompt with the worse one;
-            none where the row says nothing to the objective.
-        roles: what each completion is.
+        texts: the prompt with its completion; for a pair also the same prompt with the worse
+            one; none if the row is unusable.
+        roles: of each completion.
         place: `file:line` of the row.
-        margin: how much better the chosen completion is; 0 where the row does not say.
+        margin: how much better the chosen completion is; 0 if the row does not say.
         unusable: why there are no texts, in words; such a row is dropped and counted.
     """
 
@@ -59,10 +59,10 @@ def parse_rows(rows: list[Row], row_format: str, kind: RowKind) -> list[Example]
         kind: what the stage trains on.
 
     Returns:
-        One example a row, in order; of labelled answers two for each pair.
+        One example per row, in order; two per pair if labelled rows are wanted.
 
     Raises:
-        DataError: a row does not fit the format, lacks an answer, or its label is not a boolean.
+        DataError: a row does not fit the format, lacks a completion, or its label is not a boolean.
     """
     if kind == "pairs":
         return _parse_pairs(rows, row_format)
@@ -97,7 +97,7 @@ def _parse_labelled(rows: list[Row], row_format: str) -> list[Example]:
 
 
 def _sides(pair: Example) -> list[Example]:
-    """A pair as two labelled answers; one that is unusable stays one."""
+    """A pair as two labelled completions; an unusable pair stays one example."""
     sides = zip(pair.texts, pair.roles, strict=True)
     return [Example((text,), (role,), pair.place) for text, role in sides] or [pair]
 
@@ -119,40 +119,43 @@ def _parse_label(row: Row, parse: Callable[[Row, bool], Text]) -> Example:
 
 
 def _parse_pair(row: Row, row_format: str) -> Example:
-    prompt, *answers = read_pair(row, row_format)
+    prompt, *completions = read_pair(row, row_format)
     margin = row.values.get("margin")
     margin = 0.0 if margin is None else margin
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-        raise DataError(f"{row.place}: margin must be a number, got {margin!r}")
-    fault = _text_fault(answers) if isinstance(prompt, str) else _message_fault(answers)
+        raise DataError(
+            f"{row.place}: margin must be a number, got {margin!r}",
+            hint="write a finite number, or remove `margin`",
+        )
+    fault = _text_fault(completions) if isinstance(prompt, str) else _message_fault(completions)
     if fault:
         return _unusable(row, fault)
     texts: list[Text]
     if isinstance(prompt, str):
-        texts = [Completion(prompt, answer, row.place) for answer in answers]
+        texts = [Completion(prompt, text, row.place) for text in completions]
     else:
         context = [replace(message, trained=False) for message in prompt]
-        texts = [make_conversation(row, context + answer) for answer in answers]
+        texts = [make_conversation(row, context + turns) for turns in completions]
     return Example(tuple(texts), (Role.CHOSEN, Role.REJECTED), row.place, float(margin))
 
 
-def _text_fault(answers: list[str]) -> str:
-    if not all(answer.strip() for answer in answers):
+def _text_fault(completions: list[str]) -> str:
+    if not all(text.strip() for text in completions):
         return "an answer is empty"
-    return "the two answers are equal" if answers[0] == answers[1] else ""
+    return "the two answers are equal" if completions[0] == completions[1] else ""
 
 
-def _message_fault(answers: list[list[Message]]) -> str:
-    if answers[0] == answers[1]:
+def _message_fault(completions: list[list[Message]]) -> str:
+    if completions[0] == completions[1]:
         return "the two answers are equal"
-    for answer in answers:
-        if not answer or answer[0].role != "assistant":
+    for turns in completions:
+        if not turns or turns[0].role != "assistant":
             return "the two answers follow different prompts"
-        if answer[-1].role != "assistant":
+        if turns[-1].role != "assistant":
             return "the last turn is not the assistant's"
         if any(
             turn.role == "assistant" and not turn.content.strip() and not turn.tool_calls
-            for turn in answer
+            for turn in turns
         ):
             return "an answer is empty"
     return ""

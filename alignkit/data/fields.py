@@ -10,7 +10,7 @@ from alignkit.errors import DataError
 
 
 def need(row: Row, key: str, kind: type) -> Any:
-    """The value of a key; a list may stand there as JSON text.
+    """The value of a key; a list may be stored as JSON text.
 
     Args:
         row: to read from.
@@ -21,30 +21,36 @@ def need(row: Row, key: str, kind: type) -> Any:
         DataError: no such key, or another type.
     """
     if key not in row.values:
-        found = ", ".join(map(str, row.values))
+        keys = ", ".join(map(str, row.values))
         raise DataError(
             f"{row.place}: the row has no `{key}`",
-            hint=f"its keys are {found}; rename with columns, as in columns: {{{key}: ...}}",
+            hint=f"its keys are {keys}; rename with columns, as in columns: {{{key}: ...}}",
         )
     value = row.values[key]
     if kind is list and isinstance(value, str):
         value = parse_json(value, row, key)
     if not isinstance(value, kind):
         wanted = "a list" if kind is list else "text"
-        raise DataError(f"{row.place}: `{key}` must be {wanted}, got {type(value).__name__}")
+        raise DataError(
+            f"{row.place}: `{key}` must be {wanted}, got {type(value).__name__}",
+            hint=f"change the value, or name another column, as in columns: {{{key}: ...}}",
+        )
     return value
 
 
 def parse_json(value: str, row: Row, key: str) -> Any:
-    """What JSON text says; `key` names it in the error."""
+    """The value of a JSON text; `key` names it in the error."""
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise DataError(f"{row.place}: `{key}` is not valid JSON: {error.msg}") from None
+        raise DataError(
+            f"{row.place}: `{key}` is not valid JSON: {error.msg}",
+            hint="write keys and texts in double quotes, and true, false and null in lower case",
+        ) from None
 
 
 def plain_text(value: Any, row: Row, key: str) -> str:
-    """Text of a value: text itself, nothing, or a list of text parts; `key` names it in errors."""
+    """Text of a value: a text, None, or a list of text parts; `key` names it in errors."""
     if isinstance(value, str):
         return value
     if value is None:
@@ -61,4 +67,7 @@ def plain_text(value: Any, row: Row, key: str) -> str:
                 )
             parts.append(text)
         return "".join(parts)
-    raise DataError(f"{row.place}: {key} must be text, got {type(value).__name__}")
+    raise DataError(
+        f"{row.place}: {key} must be text, got {type(value).__name__}",
+        hint='write text, or a list of parts such as {"type": "text", "text": "Hello"}',
+    )

@@ -8,7 +8,7 @@ Accepted rows (see `data_templates/formats/` for an example of each):
     prompt_completion   {"prompt", "completion"} as text, or both as lists of messages
     text                {"text"}: trained as a whole
 
-Where prompts are wanted, the answer may be missing, and `text` is a prompt.
+Where prompts are wanted, the completion may be missing, and `text` is a prompt.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Message:
 
     Args:
         role: one of `ROLES`.
-        content: its text; may be empty only beside tool calls.
+        content: its text; may be empty only with tool calls.
         tool_calls: calls in the OpenAI form, `{"type": "function", "function": {...}}`.
         trained: False leaves an assistant turn out of the loss.
     """
@@ -72,11 +72,11 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Completion:
-    """Plain text, rendered by no template.
+    """Plain text, rendered without a template.
 
     Args:
-        prompt: text that is read and not trained; empty for plain text.
-        completion: text that is trained; empty where only a prompt is wanted.
+        prompt: text that is read and not trained; empty for the format `text`.
+        completion: text that is trained; empty if only a prompt is wanted.
         place: `file:line` of the row.
     """
 
@@ -87,7 +87,7 @@ class Completion:
 
 Text = Conversation | Completion
 
-# Format -> the key of its prompt and that of its answer, in the order they are looked for.
+# Format -> the keys of its prompt and its completion, in the order they are looked for.
 KEYS = {
     "messages": ("messages", "messages"),
     "sharegpt": ("conversations", "conversations"),
@@ -100,12 +100,10 @@ KEYS = {
 def match_format(row: Row, *, answered: bool) -> str | None:
     """Name of the first format whose keys the row has; None if there is none.
 
-    Args:
-        row: to look at.
-        answered: the key of the answer is needed too.
+    With `answered` the row needs the key of the completion too.
     """
-    for name, (prompt, answer) in KEYS.items():
-        if prompt in row.values and (answer in row.values or not answered):
+    for name, (prompt, completion) in KEYS.items():
+        if prompt in row.values and (completion in row.values or not answered):
             return name
     return None
 
@@ -134,17 +132,14 @@ def detect_format(row: Row) -> str:
 
 
 def parse_answers(rows: list[Row], row_format: str) -> list[Text]:
-    """Every row as a Conversation or Completion.
+    """Every row, in order, as a Conversation or Completion.
 
     Args:
         rows: of one source.
         row_format: a key of `PARSERS`, or `auto` to detect it from the first row.
 
-    Returns:
-        One example per row, in order.
-
     Raises:
-        DataError: a row does not fit the format or has no answer.
+        DataError: a row does not fit the format or has no completion.
     """
     name = detect_format(rows[0]) if row_format == "auto" else row_format
     if name not in PARSERS:
@@ -165,7 +160,7 @@ def _parse_sharegpt(row: Row, answered: bool) -> Text:
 
 
 def read_turns(row: Row, turns: list[Any]) -> list[Message]:
-    """Messages of a `conversations` list, whether it says `from` and `value` or `role`.
+    """Messages of a `conversations` list, with `from` and `value`, or with `role`.
 
     Raises:
         DataError: a turn without speaker or text, or an unknown speaker.
@@ -188,17 +183,16 @@ def read_turns(row: Row, turns: list[Any]) -> list[Message]:
         if turn["from"] == "function_call":
             messages.append(Message(role, "", tool_calls(turn["value"], row, number)))
         else:
-            messages.append(
-                Message(role, plain_text(turn["value"], row, f"conversations[{number}]"))
-            )
+            content = plain_text(turn["value"], row, f"conversations[{number}]")
+            messages.append(Message(role, content))
     return messages
 
 
 def _parse_alpaca(row: Row, answered: bool) -> Text:
     messages = alpaca_prompt(row)
     if answered or row.values.get("output"):
-        answer = plain_text(need(row, "output", str), row, "output")
-        messages.append(Message("assistant", answer))
+        output = plain_text(need(row, "output", str), row, "output")
+        messages.append(Message("assistant", output))
     return make_conversation(row, messages, answered)
 
 
@@ -214,7 +208,10 @@ def alpaca_prompt(row: Row) -> list[Message]:
     messages = []
     for number, pair in enumerate(row.values.get("history") or []):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise DataError(f"{row.place}: history[{number}] must be [question, answer]")
+            raise DataError(
+                f"{row.place}: history[{number}] must be [question, answer]",
+                hint='as in "history": [["Hello", "Hi, how can I help?"]]',
+            )
         messages += [Message("user", str(pair[0])), Message("assistant", str(pair[1]))]
     return [*messages, Message("user", prompt)]
 
@@ -233,7 +230,10 @@ def _parse_prompt_completion(row: Row, answered: bool) -> Text:
         return make_conversation(row, context + read_messages(row, completion), answered)
     text = completion if completion == "" else need(row, "completion", str)
     if answered and not text.strip():
-        raise DataError(f"{row.place}: the row has no answer: completion is empty")
+        raise DataError(
+            f"{row.place}: the row has no answer: completion is empty",
+            hint="remove the row, or write the completion",
+        )
     return Completion(need(row, "prompt", str), text, row.place)
 
 
@@ -251,7 +251,7 @@ PARSERS: dict[str, Callable[[Row, bool], Text]] = {
     "prompt_completion": _parse_prompt_completion,
     "text": _parse_text,
 }
-"""Format -> its parser, of a row and whether the row must have an answer."""
+"""Format -> its parser, of a row and whether the row must have a completion."""
 
 
 def read_messages(row: Row, turns: list[Any]) -> list[Message]:
@@ -289,9 +289,9 @@ def make_conversation(row: Row, messages: list[Message], answered: bool = True) 
     """The messages with the row's `system` text and tools.
 
     Args:
-        row: that the messages come from.
+        row: where the messages come from.
         messages: its turns.
-        answered: one of them must be an assistant's to train on; else the last may be empty.
+        answered: there must be an assistant turn to train on; else the last turn may be empty.
 
     Raises:
         DataError: two system texts, an empty assistant turn, or no assistant turn to train on.
@@ -305,8 +305,8 @@ def make_conversation(row: Row, messages: list[Message], answered: bool = True) 
         )
     if system and not opened:
         messages = [Message("system", system), *messages]
-    answers = [message for message in messages if message.role == "assistant" and message.trained]
-    if answered and not answers:
+    trained = [message for message in messages if message.role == "assistant" and message.trained]
+    if answered and not trained:
         raise DataError(
             f"{row.place}: the row has no answer: no assistant turn to train on",
             hint="remove the row, or add the assistant's turn",

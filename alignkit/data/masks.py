@@ -1,7 +1,8 @@
 """Which tokens are trained: from characters, or a template's own markers, to a mask of tokens.
 
-A token that stands across the border of an answer counts as part of it. After the end-of-turn
-token nothing is trained: the line break that many templates put there is never generated.
+A token across the border of prompt and completion counts as part of the completion. After the
+end-of-turn token nothing is trained: the line break that many templates put there is never
+generated.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Rendered:
         place: `file:line`.
         is_chat: rendered by a chat template, which writes its special tokens itself.
         mask: 1 for each token that the template marks as generated; None without markers.
-        marked_turns: of a mask: whether each assistant turn is wanted.
+        marked_turns: with a mask, whether each assistant turn is trained.
     """
 
     text: str
@@ -39,7 +40,7 @@ class Rendered:
 
 
 Offsets = npt.NDArray[np.int64]
-"""`[n, 2]` first character of each token of a text and one past its last."""
+"""`[n, 2]` each token's first character in the text, and one past its last."""
 
 
 @dataclass
@@ -48,9 +49,9 @@ class Masker:
 
     Args:
         special_ids: tokens that can end a turn.
-        eos: appended where a template ends the last turn with no such token; None appends nothing.
+        eos: appended if a template ends the last turn without such a token; None appends nothing.
         everything: the whole row is trained.
-        report: told of rows that do not teach the model to stop.
+        report: counts rows that do not teach the model to stop.
         stop_tokens: the tokens that have ended a trained turn so far.
     """
 
@@ -91,7 +92,8 @@ class Masker:
             )
         elif open_end:
             self.report.note(
-                "no stop token after the last answer: it does not teach to stop", item.place
+                "no stop token after the last answer: it does not teach the model to stop",
+                item.place,
             )
         trained[:1] = False
         return Branch(ids, trained)
@@ -115,9 +117,12 @@ class Masker:
 
 
 def _marked_runs(item: Rendered, mask: list[int], length: int) -> list[tuple[int, int]]:
-    """Token runs between the template's generation markers, of the wanted turns."""
+    """Token runs of the wanted turns, between the template's generation markers."""
     if len(mask) != length:
-        raise DataError(f"{item.place}: the template's generation markers do not fit the tokens")
+        raise DataError(
+            f"{item.place}: the template's generation markers do not fit the tokens",
+            hint="choose a template without markers (model.chat_template)",
+        )
     edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(mask, bool), [0]])))
     runs = [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
     if all(item.marked_turns):

@@ -1,4 +1,4 @@
-"""KTO's mismatched answers: each prompt with the answer of another row."""
+"""KTO's mismatched completions: each prompt with the completion of another row."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ def with_mismatched(dataset: TokenDataset, max_length: int, seed: int) -> TokenD
     """The dataset with one mismatched branch for every row.
 
     Args:
-        dataset: rows of one answer each.
-        max_length: longest sequence in tokens; a mismatched answer is cut there.
+        dataset: rows of one completion each.
+        max_length: longest sequence in tokens; a mismatched completion is cut there.
         seed: draws the partners.
 
     Returns:
-        The same items; the report counts the answers that were cut and the rows that found no
+        The same items; the report counts the completions that were cut and the rows that got no
         partner with another prompt.
     """
     partners = draw_partners(dataset, seed)
     prompts = dataset.bounds[:, 1] - dataset.bounds[:, 0]
-    answers = (dataset.bounds[:, 2] - dataset.bounds[:, 1])[partners]
+    completions = (dataset.bounds[:, 2] - dataset.bounds[:, 1])[partners]
     room = np.maximum(max_length - prompts, 1)
     report = dataclasses.replace(dataset.report, notes=dict(dataset.report.notes))
     hashes = dataset.prompt_hashes()
     for row in np.unique(dataset.order).tolist():
-        if answers[row] > room[row]:
+        if completions[row] > room[row]:
             report.note("its mismatched answer is cut to max_length", dataset.places[row])
         if hashes[row] == hashes[int(partners[row])]:
             report.note("no other prompt to take a mismatched answer from", dataset.places[row])
-    lengths = np.minimum(answers, room)
+    lengths = np.minimum(completions, room)
     digest = hashlib.sha256(f"{dataset.fingerprint}:{max_length}:{seed}".encode())
     return dataclasses.replace(
         dataset,
@@ -45,10 +45,10 @@ def with_mismatched(dataset: TokenDataset, max_length: int, seed: int) -> TokenD
 
 
 def draw_partners(dataset: TokenDataset, seed: int) -> IntArray:
-    """A row for each row, of another prompt wherever there is one.
+    """A partner for each row, with another prompt wherever there is one.
 
     Args:
-        dataset: `n` rows; only those that an item uses give and take, so that no held-out answer
+        dataset: `n` rows; only those that an item uses are paired, so that no held-out completion
             enters.
         seed: draws them.
 

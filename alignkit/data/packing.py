@@ -12,11 +12,11 @@ from alignkit.data.documents import Branch, Document, common_start
 from alignkit.packed import IntArray, PackedBatch, Segment
 
 MIN_COMMON = 16
-"""Tokens with which prompts must begin alike before their start is looked at."""
+"""First tokens that prompts must share before a longer shared start is looked for."""
 
 MIN_SAVED = 1 / 8
 """Share of their documents' tokens that a shared start must save. Attention to a prefix needs a
-mask, which costs a little; most of what is shared saves much more than this or nothing."""
+mask, which costs a little; most shared starts save much more than this, or nothing."""
 
 NOTHING = slice(0, 0)
 """No prefix."""
@@ -48,10 +48,10 @@ def split_documents(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
     Args:
         lengths: tokens of each document.
-        max_tokens: tokens of one micro-batch; a longer document stands alone.
+        max_tokens: tokens of one micro-batch; a longer document gets one of its own.
 
     Returns:
-        Groups of indices; every index in exactly one of them. Within a group the longest first.
+        Groups of indices, every index in exactly one of them, the longest first within a group.
     """
     groups: list[list[int]] = []
     room: list[int] = []
@@ -82,13 +82,13 @@ def common_starts(documents: Sequence[Document]) -> list[tuple[list[int], int]]:
     for index, document in enumerate(documents):
         if len(document.branches) == 1 and len(document.prompt) >= MIN_COMMON:
             alike.setdefault(document.prompt[:MIN_COMMON].tobytes(), []).append(index)
-    found = []
+    shared = []
     for members in alike.values():
         length = common_start([documents[index].prompt for index in members])
         tokens = sum(documents[index].num_tokens for index in members)
         if length * (len(members) - 1) >= MIN_SAVED * tokens:
-            found.append((members, length))
-    return found
+            shared.append((members, length))
+    return shared
 
 
 def pack_documents(documents: Sequence[Document]) -> PackedBatch:
@@ -99,7 +99,7 @@ def pack_documents(documents: Sequence[Document]) -> PackedBatch:
 
     Returns:
         The documents side by side, after the starts that some of their prompts share. Several
-        branches stand behind their prompt and have it as prefix. A document with one branch is one
+        branches follow their prompt and have it as prefix. A document with one branch is one
         causal run; its prefix is the shared start of its prompt, if it has one.
     """
     row = _Row()
@@ -153,7 +153,7 @@ class _Row:
     length: int = 0
 
     def add(self, ids: npt.NDArray[np.int32], prefix: slice = NOTHING) -> slice:
-        """Append a run behind a prefix that the row holds; where it stands."""
+        """Append a run after a prefix that the row holds, and return where it is."""
         seen = _length(prefix)
         self.ids.append(ids)
         self.positions.append(seen + np.arange(len(ids)))
@@ -164,13 +164,13 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """Where one branch stands.
+    """Where one branch is in the row.
 
     Args:
-        branch: what it is.
+        branch: the branch.
         document: index of its document.
         prefix: earlier tokens that its run sees.
-        first: first token of its run, of the prompt where that is not all in the prefix.
+        first: first token of its run, which begins with the part of the prompt outside the prefix.
         start: first token of the branch.
     """
 

@@ -1,4 +1,4 @@
-"""Rows that compare two answers: the formats of pairs, and what stands in them.
+"""Rows that compare two completions: the formats of pairs and their parsers.
 
 Accepted pairs (see `data_templates/formats/` for an example of each):
 
@@ -27,7 +27,7 @@ def detect_pairs(row: Row) -> str:
     """Name of the format of a pair, found from its keys.
 
     Raises:
-        DataError: the row is not a pair, or lacks one of its answers.
+        DataError: the row is not a pair, or lacks one of its completions.
     """
     values = row.values
     if "chosen" not in values and "rejected" not in values:
@@ -38,7 +38,7 @@ def detect_pairs(row: Row) -> str:
             "rejected; rename with columns, as in columns: {chosen: better, rejected: worse}",
         )
     for key in ("chosen", "rejected"):
-        _need_answer(row, key)
+        _need_completion(row, key)
     if "conversations" in values:
         return "sharegpt_preference"
     chosen = values["chosen"]
@@ -52,27 +52,27 @@ def detect_pairs(row: Row) -> str:
 
 
 def read_pair(row: Row, row_format: str) -> tuple[Any, Any, Any]:
-    """Prompt, better answer and worse answer: three texts, or three lists of messages.
+    """Prompt, better completion and worse completion: three texts, or three lists of messages.
 
     Args:
         row: to read.
         row_format: a key of `PAIR_PARSERS`.
 
     Raises:
-        DataError: the row does not fit the format, or lacks one of its answers.
+        DataError: the row does not fit the format, or lacks one of its completions.
     """
-    _need_answer(row, "chosen")
-    _need_answer(row, "rejected")
+    _need_completion(row, "chosen")
+    _need_completion(row, "rejected")
     return PAIR_PARSERS[row_format](row)
 
 
-def _need_answer(row: Row, key: str) -> Any:
+def _need_completion(row: Row, key: str) -> Any:
     if row.values.get(key) is None:
-        found = ", ".join(map(str, row.values))
+        keys = ", ".join(map(str, row.values))
         raise DataError(
             f"{row.place}: the row has no {key} answer: `{key}` is "
             f"{'null' if key in row.values else 'missing'}",
-            hint=f"every pair needs both answers; the row's keys are {found}",
+            hint=f"every pair needs both answers; the row's keys are {keys}",
         )
     return row.values[key]
 
@@ -81,7 +81,7 @@ def _preference(row: Row) -> tuple[Any, Any, Any]:
     values = row.values
     chosen, rejected = values["chosen"], values["rejected"]
     if "instruction" in values and "prompt" not in values:
-        return alpaca_prompt(row), _answer(row, "chosen"), _answer(row, "rejected")
+        return alpaca_prompt(row), _completion(row, "chosen"), _completion(row, "rejected")
     prompt = values.get("prompt")
     if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
         return prompt, chosen, rejected
@@ -91,7 +91,7 @@ def _preference(row: Row) -> tuple[Any, Any, Any]:
             hint="text pairs need one; whole conversations are lists of messages, or texts that "
             "begin with Human:",
         )
-    sides = _answer(row, "chosen"), _answer(row, "rejected")
+    sides = _completion(row, "chosen"), _completion(row, "rejected")
     if prompt is None or (sides[0] and sides[0][0].role != "assistant"):
         return _split_common(*sides)
     if isinstance(prompt, str):
@@ -102,13 +102,13 @@ def _preference(row: Row) -> tuple[Any, Any, Any]:
 def _split_common(
     chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """The longest common beginning, and what follows it on both sides."""
+    """The longest common beginning, and what follows it in each list."""
     common = common_length(chosen, rejected)
     return chosen[:common], chosen[common:], rejected[common:]
 
 
-def _answer(row: Row, key: str) -> list[Message]:
-    """The messages of an answer given as text, as one turn or as a list of turns."""
+def _completion(row: Row, key: str) -> list[Message]:
+    """The messages of a completion: a text, one turn or a list of turns."""
     value = row.values[key]
     if isinstance(value, str):
         return [Message("assistant", value)]
@@ -122,7 +122,7 @@ def _first(turns: list[Any]) -> Any:
 
 def _sharegpt(row: Row) -> tuple[Any, Any, Any]:
     prompt = read_turns(row, need(row, "conversations", list))
-    return prompt, _answer(row, "chosen"), _answer(row, "rejected")
+    return prompt, _completion(row, "chosen"), _completion(row, "rejected")
 
 
 def _hh(row: Row) -> tuple[Any, Any, Any]:

@@ -1,6 +1,6 @@
-"""Rows of any format -> what is asked, and the answer that the row knows.
+"""Rows of any format -> prompts, each with the answer that its row holds.
 
-Every format of answers and of pairs holds prompts; so do rows that have nothing else:
+Every format of completions and of pairs holds prompts; so do rows with nothing else:
 
     {"prompt"} as text or messages    {"messages"} or {"conversations"} that end with the user
     {"instruction", "input"?}         {"text"}
@@ -25,20 +25,20 @@ from alignkit.errors import DataError
 
 
 def parse_prompts(rows: list[Row], row_format: str) -> list[tuple[Text, str | None]]:
-    """What every row asks, and the answer that it knows.
+    """The prompt of every row, and the answer that the row holds.
 
     Args:
         rows: of one source, at least one.
-        row_format: a format of pairs or of single answers, or `auto` to detect it from the first
+        row_format: a format of pairs or of completions, or `auto` to detect it from the first
             row.
 
     Returns:
         For each row, in order: turns that end with the user's or a tool's, or plain text as a
-        `prompt` that has no completion; and the text of the row's answer, the chosen one of a
-        pair, or None where it has none or one that is labelled undesirable.
+        `prompt` that has no completion; and the text of the row's answer (the chosen one of a
+        pair), or None if it has none or one that is labelled undesirable.
 
     Raises:
-        DataError: a row does not fit the format, or asks nothing.
+        DataError: a row does not fit the format, or has no prompt.
     """
     name = _detect(rows[0]) if row_format == "auto" else row_format
     return [_split_answer(row, _parse(row, name)) for row in rows]
@@ -73,20 +73,20 @@ def _parse(row: Row, row_format: str) -> Text:
 
 
 def _split_answer(row: Row, text: Text) -> tuple[Text, str | None]:
-    """What stands before the row's last answer, and that answer."""
+    """The prompt before the row's last answer, and that answer."""
     if isinstance(text, Completion):
         if not text.prompt.strip():
             raise _no_prompt(row, f"its text is {text.prompt!r}")
-        asked: Text = replace(text, completion="")
+        prompt: Text = replace(text, completion="")
         answer = text.completion
     else:
         turns, answer = text.messages, ""
         if turns and turns[-1].role == "assistant":
             turns, answer = turns[:-1], turns[-1].content
         _check_turns(row, turns)
-        asked = replace(text, messages=turns)
+        prompt = replace(text, messages=turns)
     known = bool(answer.strip()) and row.values.get("label") is not False
-    return asked, answer if known else None
+    return prompt, answer if known else None
 
 
 def _check_turns(row: Row, turns: tuple[Message, ...]) -> None:

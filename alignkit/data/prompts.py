@@ -1,4 +1,4 @@
-"""Sources -> prompts: what a policy answers, with all that a reward function may need."""
+"""Sources -> prompts: what a policy responds to, with all that a reward function may need."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from alignkit.errors import DataError
 from alignkit.recipe.rows import SourceSpec
 
 Turns = list[dict[str, str]]
-"""Turns as `{"role", "content"}`; calls of tools are written into the content."""
+"""Turns as `{"role", "content"}`; tool calls are written into the content."""
 
 PROMPT_FORMAT = 1
-"""Raised whenever the same rows would become other prompts."""
+"""Increased whenever the same rows would become other prompts."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Prompt:
     Args:
         ids: `[p]` tokens that the model reads, the generation prompt included; at least 1.
         shown: what a reward function gets, never truncated: the plain text, or the turns.
-        answer: the row's own answer, the chosen one of a pair; None where it has none, or one
-            that is labelled undesirable.
+        answer: the row's own answer (the chosen one of a pair); None if it has none, or one that
+            is labelled undesirable.
         columns: the row's values, after `columns` renamed them.
         place: `file:line`.
     """
@@ -54,7 +54,7 @@ class Prompt:
 
     @property
     def key(self) -> bytes:
-        """Equal for prompts that the model reads alike."""
+        """Equal for prompts with equal tokens."""
         return self.ids.tobytes()
 
 
@@ -63,9 +63,9 @@ class PromptSet:
     """Prompts of one epoch.
 
     Args:
-        prompts: in order; prompts of a weight above 1 stand here repeatedly.
-        report: what happened on the way.
-        fingerprint: hash of the sources' content and of all that made prompts of it.
+        prompts: in order; prompts with a weight above 1 appear repeatedly.
+        report: what happened to the rows.
+        fingerprint: hash of the sources' content and of all settings that shaped the prompts.
     """
 
     prompts: tuple[Prompt, ...]
@@ -76,7 +76,7 @@ class PromptSet:
         return len(self.prompts)
 
     def __getitem__(self, item: int) -> Document:
-        """A prompt as a document without answers."""
+        """A prompt as a document without completions."""
         return Document(self.prompts[item].ids, (), item)
 
     @property
@@ -96,7 +96,7 @@ def load_prompts(
     """Prompts of all sources.
 
     Args:
-        specs: at least one source, of answers, pairs or prompts alone.
+        specs: at least one source, of completions, pairs or prompts alone.
         tokenizer: transformers tokenizer, chat template set.
         max_length: longest prompt in tokens, at least 2.
         too_long: what happens to longer ones; `truncate_right` would cut off the question.
@@ -106,7 +106,7 @@ def load_prompts(
         At least one prompt.
 
     Raises:
-        DataError: a source cannot be read, a row asks nothing, or no row is left.
+        DataError: a source cannot be read, a row has no prompt, or no row is left.
         ModelError: conversations without a chat template.
     """
     if too_long == "truncate_right":
@@ -114,20 +114,20 @@ def load_prompts(
             "data.too_long: prompts keep their end, where the question stands, got truncate_right",
             hint="truncate_left keeps the end, drop leaves the row out",
         )
-    report, found, counts, keys = DataReport(prompts=True), [], [], []
+    report, prompts, counts, keys = DataReport(prompts=True), [], [], []
     for spec in specs:
         source = load_source(spec)
-        prompts, part = _tokenize(source.rows, spec.format, tokenizer, max_length, too_long)
-        found += prompts
-        counts.append(len(prompts))
+        loaded, part = _tokenize(source.rows, spec.format, tokenizer, max_length, too_long)
+        prompts += loaded
+        counts.append(len(loaded))
         keys.append(_source_key(source, spec))
         report.merge(part)
-    _note_repeats(found, report)
+    _note_repeats(prompts, report)
     order = mix_sources(specs, counts, seed, report)
     weights, identity = [spec.weight for spec in specs], tokenizer_identity(tokenizer)
-    made = json.dumps([PROMPT_FORMAT, keys, weights, seed, identity, max_length, too_long])
-    fingerprint = hashlib.sha256(made.encode()).hexdigest()
-    return PromptSet(tuple(found[row] for row in order), report, fingerprint)
+    mixture = json.dumps([PROMPT_FORMAT, keys, weights, seed, identity, max_length, too_long])
+    fingerprint = hashlib.sha256(mixture.encode()).hexdigest()
+    return PromptSet(tuple(prompts[row] for row in order), report, fingerprint)
 
 
 def _source_key(source: Source, spec: SourceSpec) -> list[Any]:
@@ -148,15 +148,15 @@ def _tokenize(
     """The prompts of one source that are not dropped, and the counts of what happened."""
     report = DataReport(rows=len(rows), prompts=True)
     parsed = parse_prompts(rows, row_format)
-    plain = all(isinstance(asked, Completion) for asked, _ in parsed)
+    plain = all(isinstance(prompt, Completion) for prompt, _ in parsed)
     template = None if plain else ChatTemplate(tokenizer)
     specials, bos = special_tokens(tokenizer), tokenizer.bos_token_id
-    rendered = [_render(asked, template) for asked, _ in parsed]
+    rendered = [_render(prompt, template) for prompt, _ in parsed]
     encoded = encode_texts(rendered, tokenizer)
     prompts = []
     for number, (item, (ids, _)) in enumerate(zip(rendered, encoded, strict=True)):
-        asked, answer = parsed[number]
-        note_doubts(asked, item.text, specials, template, report)
+        prompt, answer = parsed[number]
+        note_doubts(prompt, item.text, specials, template, report)
         if tokenizer.chat_template and not item.is_chat:
             report.note(PLAIN_TEXT, item.place)
         if not len(ids):
@@ -168,22 +168,22 @@ def _tokenize(
         kept = fit(Document(ids, (), number), item.place, max_length, too_long, bos, report)
         if kept is not None:
             columns = dict(rows[number].values)
-            prompts.append(Prompt(kept.prompt, _shown(asked), answer, columns, item.place))
+            prompts.append(Prompt(kept.prompt, _shown(prompt), answer, columns, item.place))
             report.tokens += kept.num_tokens
     report.kept = len(prompts)
     return prompts, report
 
 
-def _render(asked: Text, template: ChatTemplate | None) -> Rendered:
+def _render(prompt: Text, template: ChatTemplate | None) -> Rendered:
     """The prompt as the model reads it, ready for the assistant."""
-    if isinstance(asked, Completion):
-        return Rendered(asked.prompt, [], asked.place, is_chat=False)
+    if isinstance(prompt, Completion):
+        return Rendered(prompt.prompt, [], prompt.place, is_chat=False)
     assert template is not None
-    text = template.render(template.messages(asked), asked, generation_prompt=True)
-    return Rendered(text, [], asked.place, is_chat=True)
+    text = template.render(template.messages(prompt), prompt, generation_prompt=True)
+    return Rendered(text, [], prompt.place, is_chat=True)
 
 
-def _shown(asked: Text) -> str | Turns:
-    if isinstance(asked, Completion):
-        return asked.prompt
-    return [{"role": turn.role, "content": written_out(turn)} for turn in asked.messages]
+def _shown(prompt: Text) -> str | Turns:
+    if isinstance(prompt, Completion):
+        return prompt.prompt
+    return [{"role": turn.role, "content": written_out(turn)} for turn in prompt.messages]

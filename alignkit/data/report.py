@@ -17,18 +17,18 @@ class DataReport:
     Args:
         rows: rows read from the sources.
         kept: rows that are used.
-        dropped: reason -> rows left out.
+        dropped: reason -> number of rows left out.
         cut: places of the rows that were cut to max_length.
         lost: of those, the ones whose last trained token was cut off.
-        notes: observation -> rows it was made on.
+        notes: observation -> number of rows it was made on.
         examples: reason or observation -> places of the first few rows.
-        lengths: tokens of every row before truncation, dropped rows included; of a row with
-            several answers, prompt and longest answer.
+        lengths: tokens of every row before truncation, dropped rows included; for a row with
+            several completions, the prompt and the longest of them.
         measured: place of each of these rows.
         trained_tokens: tokens that carry loss, over the kept rows.
         tokens: tokens of the kept rows.
         stop_tokens: ids that end a trained turn.
-        prompts: the rows are prompts, which hold no answer that could lose its end.
+        prompts: the rows are prompts, without a completion that could lose its end.
         held_out: rows that are kept for evaluation instead.
     """
 
@@ -104,7 +104,7 @@ class DataReport:
     def split(
         self, places: Sequence[str], tokens: int, trained_tokens: int = 0
     ) -> tuple[DataReport, DataReport]:
-        """Reports of the training and of a held-out part; the first tells what was dropped.
+        """Reports of the training and the held-out part; the first counts what was dropped.
 
         Args:
             places: of the held-out rows.

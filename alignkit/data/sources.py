@@ -1,4 +1,4 @@
-"""Files and hub datasets -> rows that know where they stand.
+"""Files and hub datasets -> rows that know where they come from.
 
 A row keeps its file and line, so that an error can name them. Weights are sampling weights and
 deterministic: the same seed draws the same rows.
@@ -36,7 +36,7 @@ class Row:
 
     Args:
         values: column -> value.
-        place: `file:line` (or `file row n` where a format has no lines).
+        place: `file:line` (or `file row n` if the format has no lines).
     """
 
     values: dict[str, Any]
@@ -50,7 +50,7 @@ class Source:
     Args:
         spec: where the rows are, their renamed `columns` and how many to `take`.
         fingerprint: hash of the content, whatever the file is called.
-        parse: makes the rows.
+        parse: reads the rows.
     """
 
     spec: SourceSpec
@@ -77,7 +77,7 @@ def load_source(spec: SourceSpec) -> Source:
         spec: where the rows are.
 
     Raises:
-        DataError: no such file, or a suffix nobody reads.
+        DataError: no such file, or an unknown suffix.
     """
     return _open_hub(spec) if spec.hub is not None else _open_file(spec)
 
@@ -85,10 +85,10 @@ def load_source(spec: SourceSpec) -> Source:
 def _rename(row: Row, columns: dict[str, str]) -> Row:
     for old in columns.values():
         if old not in row.values:
-            found = ", ".join(map(str, row.values))
+            names = ", ".join(map(str, row.values))
             raise DataError(
                 f"{row.place}: columns names {old!r}, which the row does not have",
-                hint=f"the row's columns: {found}",
+                hint=f"the row's columns: {names}",
             )
     kept = {key: value for key, value in row.values.items() if key not in columns.values()}
     return Row(kept | {new: row.values[old] for new, old in columns.items()}, row.place)
@@ -115,23 +115,23 @@ def _open_hub(spec: SourceSpec) -> Source:
 
 
 def _open_file(spec: SourceSpec) -> Source:
-    found = find_path(spec.path or "")
-    if found is None or not found.is_file():
+    path = find_path(spec.path or "")
+    if path is None or not path.is_file():
         raise DataError(f"{spec.path}: no such file", hint="paths are relative to the recipe")
-    name = found.name.lower()
+    name = path.name.lower()
     readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv}
     suffix = Path(name.removesuffix(".gz")).suffix
     if suffix not in {*readers, ".parquet"}:
         raise DataError(
-            f"{spec.path}: a {suffix or 'nameless'} file is none of {', '.join(SUFFIXES)}",
-            hint="convert the file; one JSON object a line (.jsonl) is the simplest",
+            f"{spec.path}: a {suffix or 'nameless'} file is not one of {', '.join(SUFFIXES)}",
+            hint="convert the file; one JSON object per line (.jsonl) is the simplest",
         )
-    content = found.read_bytes()
+    content = path.read_bytes()
     shown = str(spec.path)
 
     def parse() -> list[Row]:
         if suffix == ".parquet":
-            return _read_parquet(found, shown, spec.take)
+            return _read_parquet(path, shown, spec.take)
         text = _decode(content, name, shown)
         if not text.strip():
             raise DataError(
@@ -190,9 +190,9 @@ def _read_json(text: str, shown: str) -> Iterator[Row]:
             yield from _read_jsonl(text, shown)
             return
         raise DataError(
-            f"{shown}:{line}: a .json file must hold a list of rows, it starts with "
+            f"{shown}:{line}: a .json file must hold a list of rows, but starts with "
             f"{text[position]!r}",
-            hint="one object a line belongs into a .jsonl file",
+            hint="one object per line belongs in a .jsonl file",
         )
     position += 1
     while True:
@@ -246,7 +246,10 @@ def _read_parquet(path: Path, shown: str, take: int | None) -> list[Row]:
         table = pyarrow.parquet.read_table(path)
     except Exception as error:
         first_line = str(error).split("\n")[0]
-        raise DataError(f"{shown}: is not a readable parquet file: {first_line}") from None
+        raise DataError(
+            f"{shown}: is not a readable parquet file: {first_line}",
+            hint="download it again, or convert the rows to .jsonl",
+        ) from None
     rows = table.slice(0, take).to_pylist()
     return [Row(values, f"{shown} row {n + 1}") for n, values in enumerate(rows)]
 
@@ -292,7 +295,7 @@ def mix_sources(
         specs: the sources.
         num_rows: rows of each that are used.
         seed: draws the fractional part.
-        report: why rows of theirs are not used.
+        report: says why rows are not used.
 
     Raises:
         DataError: no row is used, or the weights draw none at all.

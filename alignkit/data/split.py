@@ -1,4 +1,4 @@
-"""Rows and prompts -> a training and a held-out part, and what stands in both."""
+"""Rows and prompts -> a training and a held-out part, and what is in both."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def split_dataset(
 
     Args:
         dataset: items to split.
-        fraction: share of the different prompts that is held out, at least one; of the different
-            rows where a row has no prompt of its own.
+        fraction: share of the distinct prompts that is held out, at least one; a row without a
+            prompt of its own counts as one.
         seed: draws them.
 
     Returns:
-        `(train, held_out)`; equal rows, answers to one prompt, and repeats of a weighted row stay
-        on one side.
+        `(train, held_out)`; equal rows, completions of one prompt, and repeats of a weighted row
+        stay on one side.
     """
-    alone = dataset.bounds[:, 1] - dataset.bounds[:, 0] < 2  # BOS is no prompt
+    alone = dataset.bounds[:, 1] - dataset.bounds[:, 0] < 2  # BOS alone is not a prompt
     pairs = zip(alone, dataset.row_hashes(), dataset.prompt_hashes(), strict=True)
     keys = [row if single else prompt for single, row, prompt in pairs]
     held = _draw_held_out([keys[row] for row in dataset.order.tolist()], fraction, seed)
@@ -42,12 +42,14 @@ def split_dataset(
     train, held_out = dataset.subset(items[~held]), dataset.subset(np.sort(items[held][first]))
     places = [dataset.places[row] for row in held_out.order.tolist()]
     tokens, trained = int(held_out.lengths.sum()), int(held_out.num_trained.sum())
-    told, rest = dataset.report.split(places, tokens, trained)
-    return dataclasses.replace(train, report=told), dataclasses.replace(held_out, report=rest)
+    train_report, held_report = dataset.report.split(places, tokens, trained)
+    return dataclasses.replace(train, report=train_report), dataclasses.replace(
+        held_out, report=held_report
+    )
 
 
 def count_overlap(train: TokenDataset, held_out: TokenDataset) -> int:
-    """Held-out rows whose tokens also stand in the training rows."""
+    """Number of held-out rows whose tokens equal a training row's."""
     known = train.row_hashes()
     seen = {known[row] for row in set(train.order.tolist())}
     held = held_out.row_hashes()
@@ -59,12 +61,12 @@ def split_prompts(prompts: PromptSet, fraction: float, seed: int) -> tuple[Promp
 
     Args:
         prompts: to split.
-        fraction: share of the different prompts that is held out, at least one.
+        fraction: share of the distinct prompts that is held out, at least one.
         seed: draws them.
 
     Returns:
-        `(train, held_out)`; equal prompts stay on one side. Held-out rows stand there once,
-        whatever their weight.
+        `(train, held_out)`; equal prompts stay on one side. A held-out row appears once,
+        whatever its weight.
 
     Raises:
         DataError: nothing would be left to train on.
@@ -80,19 +82,23 @@ def split_prompts(prompts: PromptSet, fraction: float, seed: int) -> tuple[Promp
     once = _first_of_each_row(prompts, np.flatnonzero(held).tolist())
     train, held_out = prompts.subset(np.flatnonzero(~held)), prompts.subset(once)
     places = [prompt.place for prompt in held_out.prompts]
-    told, rest = prompts.report.split(places, sum(len(p.ids) for p in held_out.prompts))
-    return dataclasses.replace(train, report=told), dataclasses.replace(held_out, report=rest)
+    train_report, held_report = prompts.report.split(
+        places, sum(len(p.ids) for p in held_out.prompts)
+    )
+    return dataclasses.replace(train, report=train_report), dataclasses.replace(
+        held_out, report=held_report
+    )
 
 
 def count_prompt_overlap(train: PromptSet, held_out: PromptSet) -> int:
-    """Held-out rows whose prompt tokens also stand in the training rows."""
+    """Number of held-out rows whose prompt tokens equal a training row's."""
     known = {prompt.key for prompt in train.prompts}
     rows = _first_of_each_row(held_out, range(len(held_out)))
     return sum(held_out.prompts[index].key in known for index in rows)
 
 
 def _first_of_each_row(prompts: PromptSet, indices: Iterable[int]) -> list[int]:
-    """The indices without those of rows that a weight repeats."""
+    """The indices without repetitions of weighted rows."""
     first: dict[tuple[str, bytes], int] = {}
     for index in indices:
         prompt = prompts.prompts[index]
@@ -105,7 +111,7 @@ def _draw_held_out(keys: Sequence[bytes], fraction: float, seed: int) -> npt.NDA
 
     Args:
         keys: of each item; those with equal keys stay on one side.
-        fraction: share of the different keys that is held out, at least one.
+        fraction: share of the distinct keys that is held out, at least one.
         seed: draws them.
     """
     groups: dict[bytes, int] = {}

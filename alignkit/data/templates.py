@@ -105,7 +105,7 @@ class ChatTemplate:
 
         Args:
             turns: a prefix of `messages(conversation)`.
-            conversation: names the row and offers its tools.
+            conversation: names the row and holds its tools.
             generation_prompt: end with the header of an assistant turn.
 
         Raises:
@@ -142,14 +142,14 @@ class ChatTemplate:
         turns = self.messages(conversation)
         shift = len(turns) - len(conversation.messages)
         full = self.render(turns, conversation)
-        answers = [
+        replies = [
             (position + shift, message)
             for position, message in enumerate(conversation.messages)
             if message.role == "assistant"
         ]
         spans = [
             self._span(full, turns, position, conversation)
-            for position, message in (answers[-1:] if last_only else answers)
+            for position, message in (replies[-1:] if last_only else replies)
             if message.trained
         ]
         return full, spans
@@ -179,7 +179,7 @@ class ChatTemplate:
         with_prompt = self.render(turns, conversation, generation_prompt=True)
         if full.startswith(with_prompt):
             return len(with_prompt)
-        # A generation prompt may say more than the finished turn repeats, a thinking switch say.
+        # A generation prompt may hold more than the finished turn, such as a thinking switch.
         plain = self.render(turns, conversation)
         common = common_length(with_prompt, full)
         if full.startswith(plain):
@@ -190,13 +190,13 @@ class ChatTemplate:
         """End of a turn that begins at `before`, from the text `after` where it is the last one."""
         if full.startswith(after):
             return len(after)
-        # As the last turn it may be opened with more, an empty thinking block say,
+        # As the last turn it may open with more, such as an empty thinking block,
         start = after.find(full[before : before + 8], before + 1)
         while start != -1:
             if full.startswith(after[start:], before) and is_written(turn, after[start:]):
                 return before + len(after) - start
             start = after.find(full[before : before + 8], start + 1)
-        # or closed with more, an end of the whole text say; no special token is cut in two.
+        # or close with more, such as an end of the whole text; no special token is cut in two.
         end = common_length(full, after)
         for special in self.specials:
             at = after.rfind(special, 0, end + len(special) - 1)
@@ -214,13 +214,13 @@ def written_out(message: Message) -> str:
 
 
 def is_written(turn: dict[str, Any], text: str) -> bool:
-    """Whether a rendered text holds all that a turn says, and the tools that it calls."""
+    """Whether a rendered text holds a turn's content and the names of the tools that it calls."""
     names = [call["function"]["name"] for call in turn.get("tool_calls", ())]
     return all(part in text for part in (str(turn["content"]).strip(), *names))
 
 
 def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Characters, or items, that two texts or lists have in common from the start."""
+    """Number of characters or items that two texts or lists share at the start."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
 

@@ -51,16 +51,16 @@ def note_doubts(
             report.note("tool calls written as text: the template has none", text.place)
         if not all(is_written(turn, rendered) for turn in template.messages(text)):
             report.note("the template leaves out or changes what a turn says", text.place)
-    said = "\n".join(parts)
-    found = PLACEHOLDER.search(said)
-    if found:
-        report.note(f"placeholder left in the text: {found.group(0)}", text.place)
-    if isinstance(text, Conversation) and any(special in said for special in specials):
+    content = "\n".join(parts)
+    placeholder = PLACEHOLDER.search(content)
+    if placeholder:
+        report.note(f"placeholder left in the text: {placeholder.group(0)}", text.place)
+    if isinstance(text, Conversation) and any(special in content for special in specials):
         report.note("the text holds special tokens of this tokenizer", text.place)
 
 
 def encode_texts(rendered: list[Rendered], tokenizer: Any) -> list[tuple[IdArray, Offsets]]:
-    """Ids and character offsets of each text; chats bring their special tokens themselves.
+    """Ids and character offsets of each text; chats already hold their special tokens.
 
     Args:
         rendered: texts of chats and plain texts.
@@ -84,7 +84,7 @@ def encode_texts(rendered: list[Rendered], tokenizer: Any) -> list[tuple[IdArray
             ids = np.asarray(output["input_ids"][position], np.int32)
             offsets = np.asarray(output["offset_mapping"][position]).reshape(-1, 2)
             if not is_chat and len(ids) and ids[-1] == eos and offsets[-1, 0] == offsets[-1, 1]:
-                ids, offsets = ids[:-1], offsets[:-1]  # the tokenizer adds EOS to ours
+                ids, offsets = ids[:-1], offsets[:-1]  # the tokenizer added EOS to a plain text
             encoded[number] = ids, offsets + removed
     return [encoded[number] for number in range(len(rendered))]
 

@@ -1,8 +1,8 @@
 """Examples -> documents: token ids and the mask of trained tokens.
 
 One batched pass of the tokenizer over whole texts; `masks.py` carries the mask over from
-characters to tokens, `branches.py` finds where two completions part and cuts what is too long.
-Here is what is dropped and counted.
+characters to tokens, `branches.py` finds where two completions diverge and cuts what is too long.
+This module drops rows and counts them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class TokenizeSettings:
     Args:
         max_length: longest row in tokens.
         too_long: what happens to longer ones.
-        train_on: which tokens carry loss; pairs and labelled rows train their answers.
-        rows: what a row is: one answer, a pair of answers, or a labelled answer.
+        train_on: which tokens carry loss; pairs and labelled rows train their completions.
+        rows: what a row is: one completion, a pair of them, or a labelled one.
     """
 
     max_length: int
@@ -87,16 +87,16 @@ def _document(
     report: DataReport,
 ) -> Document | None:
     """The document of one row; None if it is dropped, which is counted."""
-    place, answers = example.place, settings.rows == "answers"
+    place, single = example.place, settings.rows == "answers"
     if example.unusable:
         report.drop(example.unusable, place)
         return None
     if not all(text.trained.any() for text in texts):
-        if answers:
+        if single:
             report.measure(len(texts[0].ids), place)
         report.drop("nothing to train on", place)
         return None
-    if answers:  # a row may train several turns, so nothing of it is split off
+    if single:  # a row may train several turns, so no prompt is split off
         document = Document(np.zeros(0, np.int32), tuple(texts), row)
     else:
         if tokenizer.chat_template and isinstance(example.texts[0], Completion):

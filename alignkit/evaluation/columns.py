@@ -1,4 +1,4 @@
-"""One value for each held-out document, whatever the process that computed it."""
+"""One value for each held-out document, whichever process computed it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from alignkit.models.scoring.scorer import evaluating
 from alignkit.runtime.processes import SINGLE, ProcessGroup
 
 MAX_TOKENS = 2048
-"""Tokens of one pass without gradients, where no plan says it. Fixed, so that stored numbers do not
+"""Tokens of one pass without gradients, if no plan sets them. Fixed, so that stored numbers do not
 depend on a run's micro-batches."""
 
 _BLOCK = 512
@@ -35,24 +35,24 @@ def score_documents(
 
     Args:
         score: forward pass of a few documents -> name -> one value for each of them.
-        scorer: its training mode is put back afterwards.
+        scorer: its training mode is restored afterwards.
         documents: `n` rows, at least one.
         max_tokens: tokens of one forward pass.
-        processes: this one and how sums go over all.
+        processes: this one, and how to sum over all.
 
     Returns:
         Name -> `[n]` values, the same on every process.
     """
     mine = list(range(processes.rank, len(documents), processes.world))
     scored = mine or [0]  # a process without documents must still take part in every sum
-    found: dict[str, torch.Tensor] = {}
+    columns: dict[str, torch.Tensor] = {}
     with evaluating(scorer):
         for items in _groups(scored, documents, max_tokens):
             for name, values in score(scorer, [documents[item] for item in items]).items():
-                column = found.setdefault(name, torch.zeros(len(documents), dtype=torch.float64))
+                column = columns.setdefault(name, torch.zeros(len(documents), dtype=torch.float64))
                 if mine:
                     column[items] = values.detach().cpu().double()
-    return {name: processes.reduce(found[name]).cpu().numpy() for name in sorted(found)}
+    return {name: processes.reduce(columns[name]).cpu().numpy() for name in sorted(columns)}
 
 
 def _groups(

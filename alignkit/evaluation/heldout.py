@@ -26,14 +26,14 @@ def evaluate_heldout(
     """Mean loss over all trained tokens of the documents.
 
     Args:
-        scorer: scores packed batches; its training mode is put back afterwards.
-        documents: held-out rows of one answer each.
+        scorer: scores packed batches; its training mode is restored afterwards.
+        documents: held-out rows of one completion each.
         max_tokens: tokens of one forward pass.
-        processes: this one and how sums go over all.
+        processes: this one, and how to sum over all.
 
     Returns:
         `loss` in nats per token, `perplexity` = exp(loss), `accuracy` = share of tokens that are
-        the likeliest, `tokens` counted.
+        the likeliest ones, `tokens` counted.
     """
     columns = score_documents(_score, scorer, documents, max_tokens, processes)
     tokens = float(columns["tokens"].sum())
@@ -58,7 +58,7 @@ def _score(scorer: nn.Module, documents: Sequence[Document]) -> dict[str, torch.
 
 
 def say_heldout(values: dict[str, float]) -> str:
-    """Held-out values of answers in one line."""
+    """Held-out values of completions in one line."""
     return (
         f"loss {values['loss']:.4f}  perplexity {values['perplexity']:.2f}  "
         f"token accuracy {values['accuracy']:.1%}"

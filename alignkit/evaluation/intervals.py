@@ -1,4 +1,4 @@
-"""How sure a measured share is, and how well confidence fits it."""
+"""How certain a measured share is, and how well confidence is calibrated."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def wilson_interval(successes: float, count: int) -> tuple[float, float]:
 def calibration_error(margins: npt.NDArray[np.float64], bins: int = 10) -> float:
     """Expected calibration error of pairwise preferences (https://arxiv.org/abs/1706.04599).
 
-    A margin m claims that the chosen answer is better with probability σ(m); the confidence of
+    A margin m claims that the chosen completion is better with probability σ(m); the confidence of
     the claim is max(σ(m), 1 - σ(m)).
 
     Args:
-        margins: `[n]` reward of the chosen minus reward of the rejected answer.
+        margins: `[n]` reward of the chosen minus reward of the rejected completion.
         bins: of equal width between confidence 0.5 and 1.
 
     Returns:
@@ -61,7 +61,7 @@ def mean_interval(values: npt.NDArray[np.float64]) -> tuple[float, float, float]
         values: `[n]`, at least one.
 
     Returns:
-        `(mean, low, high)`; a single value has no interval, and low and high are NaN.
+        `(mean, low, high)`; for a single value low and high are NaN.
 
     Example:
         0, 1, 2: 1, -0.132 to 2.132.

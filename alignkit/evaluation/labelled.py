@@ -1,4 +1,4 @@
-"""How well a model tells answers labelled good from those labelled bad."""
+"""How well a model tells completions labelled good from those labelled bad."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def describe_labelled(
     """Loss and rewards of labelled rows, with the baseline of all of them together.
 
     Args:
-        columns: `ratio` log π(y|x) / π_ref(y|x) of each row's answer, `mismatched` the same of the
-            answer of another row, `desirable` 1 or 0.
+        columns: `ratio` log π(y|x) / π_ref(y|x) of each row's completion, `mismatched` the same for
+            the completion of another row, `desirable` 1 or 0.
         objective: `(ratios, desirable, baseline) -> losses`.
         beta: scale of the rewards.
 
     Returns:
         `loss`; `kl`, the baseline; `rewards/chosen` and `rewards/rejected`, means over desirable
-        and undesirable answers; `rewards/margins`; `rewards/accuracies` with its 95% interval, the
-        share of answers on the right side of the baseline, ties half; `auc`, the probability that
-        a desirable answer has the higher reward; `rows` counted.
+        and undesirable completions; `rewards/margins`; `rewards/accuracies` with its 95% interval,
+        the share of completions on the right side of the baseline, ties half; `auc`, the
+        probability that a desirable completion has the higher reward; `rows` counted.
     """
     ratios, desirable = columns["ratio"], columns["desirable"] > 0.5
     baseline = kl_baseline(float(columns["mismatched"].sum()), len(ratios))

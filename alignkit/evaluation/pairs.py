@@ -1,4 +1,4 @@
-"""How often a model puts the chosen answer ahead, by how much, and how sure that is."""
+"""How often a model prefers the chosen completion, by how much, and how certain that is."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from alignkit.evaluation.intervals import calibration_error, wilson_interval
 
 @dataclass(frozen=True)
 class PairScores:
-    """What an objective makes of `B` pairs.
+    """What an objective computes for `B` pairs.
 
     Args:
         losses: `[B]`.
-        chosen: `[B]` reward of the chosen answer, implicit or of a reward model.
-        rejected: `[B]` reward of the rejected answer.
+        chosen: `[B]` reward of the chosen completion, implicit or from a reward model.
+        rejected: `[B]` reward of the rejected completion.
         metrics: name -> `[B]` further values whose means are logged.
     """
 
@@ -37,9 +37,9 @@ class PairScores:
         return {**own, **self.metrics}
 
     def sums(self) -> dict[str, torch.Tensor]:
-        """Name -> scalar sums over the pairs, the names those of TRL.
+        """Name -> scalar sums over the pairs, under TRL's names.
 
-        `rewards/accuracies` counts 1 where the chosen answer is ahead and 0.5 where both are equal.
+        `rewards/accuracies` counts 1 if the chosen completion is ahead, 0.5 if both are equal.
         """
         chosen, rejected = self.chosen.detach(), self.rejected.detach()
         ahead = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
@@ -61,8 +61,8 @@ def describe_pairs(columns: Columns) -> dict[str, float]:
 
     Returns:
         The means; `rewards/margins`; `rewards/accuracies` (ties count half) with its 95% interval
-        `_low` and `_high`; `rewards/mean` and `rewards/std` over all answers; `calibration_error`;
-        `pairs` counted.
+        `_low` and `_high`; `rewards/mean` and `rewards/std` over all completions;
+        `calibration_error`; `pairs` counted.
     """
     chosen, rejected = columns["rewards/chosen"], columns["rewards/rejected"]
     margins, both = chosen - rejected, np.concatenate([chosen, rejected])

@@ -54,7 +54,7 @@ def generate_answers(
 def stream_answer(
     opened: OpenModel, turns: Turns, settings: SamplingSettings, write: Callable[[str], None]
 ) -> str:
-    """One answer, handed on piece by piece.
+    """One answer, passed on piece by piece.
 
     Args:
         opened: model and tokenizer.

@@ -1,4 +1,4 @@
-"""What a reward source gets and gives: responses with their rows, and one number for each."""
+"""What a reward source takes and returns: responses with their rows, and a number for each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Response:
     """One sampled response, as text.
 
     Args:
-        prompt: as the row says it: text, or turns with `role` and `content`.
+        prompt: as in the row: text, or turns with `role` and `content`.
         text: decoded, without special tokens.
         columns: every value of the row.
         place: `file:line` of the row.
@@ -37,11 +37,11 @@ def checked(name: str, score: Callable[[Sequence[Response]], Any]) -> Score:
 
     Args:
         name: of the source, for messages.
-        score: may give a list, a tuple, an array or a tensor, with numbers or true and false.
+        score: may return a list, a tuple, an array or a tensor, with numbers or true and false.
 
     Returns:
-        A score that raises RewardError for anything else. No responses have no scores, and
-        `score` is not asked for them.
+        A score that raises RewardError for anything else. For no responses it
+        returns no scores, without calling `score`.
     """
 
     def run(responses: Sequence[Response]) -> list[float]:
@@ -57,8 +57,8 @@ def shared_columns(responses: Sequence[Response]) -> dict[str, list[Any]]:
         responses: at least one.
 
     Returns:
-        Columns in the order of the first row, without `prompts` and `completions`, which are the
-        names of what reward functions and servers get beside them.
+        Columns in the order of the first row, without `prompts` and `completions`: reward
+        functions and servers get these names anyway.
     """
     return {
         key: [response.columns[key] for response in responses]
@@ -91,17 +91,17 @@ def _numbers(name: str, result: Any, responses: Sequence[Response]) -> list[floa
 
 def _number(name: str, index: int, value: Any, place: str) -> float:
     plain = value
-    if getattr(value, "ndim", None) == 0:  # a number of numpy or torch inside a list
+    if getattr(value, "ndim", None) == 0:  # a numpy or torch number inside a list
         plain = value.item()
     if isinstance(plain, Real):
         try:
             number = float(plain)
-        except OverflowError:  # a whole number beyond floats
+        except OverflowError:  # an integer too large for a float
             number = math.inf
         if math.isfinite(number):
             return number
     shown = repr(plain) if len(repr(plain)) <= 60 else repr(plain)[:57] + "..."
     raise RewardError(
         f"{name}: score {index} must be a finite number, got {shown}; its row is {place}",
-        hint="give 0 for an answer that cannot be judged; scores are counted from 0",
+        hint="give 0 for a completion that cannot be judged; scores are counted from 0",
     )

@@ -1,4 +1,4 @@
-"""A Python function of the user's as a reward: found, called, and its faults named by line.
+"""The user's Python function as a reward: loaded, called, and its errors located by line.
 
 It runs in a process of its own, where `load_here` and `score_here` are called.
 """
@@ -93,8 +93,8 @@ def local_score(place: str) -> Callable[[Sequence[Response]], Any]:
         place: `file.py:name`. The file is run once, however many functions of it are used.
 
     Returns:
-        A function from at least one response to whatever the user's returns. It raises RewardError
-        where the user's raises anything, or wants a column that not every row has.
+        A function from at least one response to whatever the user's function returns. It raises
+        RewardError if that raises anything, or needs a column that not every row has.
 
     Raises:
         RewardError: the file cannot be run, or holds no such function.
@@ -106,23 +106,23 @@ def local_score(place: str) -> Callable[[Sequence[Response]], Any]:
 
     def run(responses: Sequence[Response]) -> Any:
         columns = shared_columns(responses)
-        absent = [column for column in required if column not in columns]
-        if absent:
+        missing = [column for column in required if column not in columns]
+        if missing:
             raise RewardError(
-                f"{function_name(place)} wants {absent[0]!r}, a column that not every row has",
+                f"{function_name(place)} wants {missing[0]!r}, a column that not every row has",
                 hint=f"the rows have {', '.join(columns) or 'no columns'}; give the parameter a "
                 "default, or add the column",
             )
-        given = {key: columns[key] for key in columns if accepted is None or key in accepted}
+        wanted = {key: columns[key] for key in columns if accepted is None or key in accepted}
         try:
             return function(
                 prompts=[response.prompt for response in responses],
                 completions=[response.text for response in responses],
-                **given,
+                **wanted,
             )
         except BaseException as error:  # nothing of the user's may end the worker
-            given_to = f", given {len(responses)} completions"
-            raise raised(error, path, name, RewardError, shape=_SHAPE, more=given_to) from error
+            call = f", given {len(responses)} completions"
+            raise raised(error, path, name, RewardError, shape=_SHAPE, more=call) from error
 
     return run
 
@@ -136,17 +136,20 @@ def function_name(place: str) -> str:
 def _parameters(
     function: Callable[..., Any], path: Path, name: str
 ) -> tuple[set[str] | None, list[str]]:
-    """Columns that the function accepts, None for all, and those it cannot do without."""
+    """Columns that the function accepts (None: all), and those it requires."""
     try:
         parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # written in C: nothing is known, so it gets no columns
+    except (
+        TypeError,
+        ValueError,
+    ):  # written in C: its parameters are unknown, so it gets no columns
         return set(), []
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     named = {key: p for key, p in parameters.items() if p.kind in _BY_NAME}
-    lacking = [key for key in ("prompts", "completions") if key not in named]
-    if lacking and not takes_all:
+    missing = [key for key in ("prompts", "completions") if key not in named]
+    if missing and not takes_all:
         raise RewardError(
-            f"{show_file(path)}: {name} has no parameter {' and no parameter '.join(lacking)}",
+            f"{show_file(path)}: {name} has no parameter {' and no parameter '.join(missing)}",
             hint=f"write {_SHAPE.format(name=name)}; columns may also be named one by one",
         )
     required = [

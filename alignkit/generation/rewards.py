@@ -1,4 +1,4 @@
-"""Reward sources of a recipe, but for the reward model, as functions from responses to numbers."""
+"""Reward sources of a recipe, except reward models, as functions from responses to numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from alignkit.recipe.rewards import FunctionReward, RuleReward, UrlReward
 __all__ = ["Response", "Score", "build_score", "checked"]
 
 _PAUSE = 1.0
-"""Seconds before a server that could not be reached is asked once more."""
+"""Seconds before an unreachable server is tried once more."""
 
 
 def build_score(spec: FunctionReward | UrlReward | RuleReward) -> Score:
@@ -33,7 +33,7 @@ def build_score(spec: FunctionReward | UrlReward | RuleReward) -> Score:
         RewardError where the source fails.
 
     Raises:
-        RewardError: the file of a function cannot be run or lacks it; a rule needs a package.
+        RewardError: a function's file cannot be run or does not define it; a rule needs a package.
     """
     if isinstance(spec, FunctionReward):
         return function_score(spec)
@@ -49,8 +49,8 @@ def url_score(spec: UrlReward) -> Callable[[Sequence[Response]], Any]:
         spec: its address, and the seconds it may take.
 
     Returns:
-        A function from at least one response to what the server gives as `scores`. A connection
-        that fails is tried once more; an answer that is late or wrong is not.
+        A function from at least one response to what the server returns as `scores`. A failed
+        connection is tried once more; a late or wrong reply is not.
     """
 
     def run(responses: Sequence[Response]) -> Any:
@@ -59,29 +59,29 @@ def url_score(spec: UrlReward) -> Callable[[Sequence[Response]], Any]:
             "completions": [response.text for response in responses],
             "columns": shared_columns(responses),
         }
-        answer = _post(spec, json.dumps(body, default=str).encode())
+        reply = _post(spec, json.dumps(body, default=str).encode())
         shown = _shown(spec.url)
         try:
-            values = json.loads(answer)
+            values = json.loads(reply)
         except (ValueError, RecursionError):
             raise RewardError(
-                f"{shown}: must answer JSON, got {_start(answer)}", hint=_ANSWER
+                f"{shown}: must answer JSON, got {_start(reply)}", hint=_EXCHANGE
             ) from None
         if not isinstance(values, dict):
             raise RewardError(
-                f"{shown}: must answer an object, got {type(values).__name__}", hint=_ANSWER
+                f"{shown}: must answer an object, got {type(values).__name__}", hint=_EXCHANGE
             )
         if "scores" not in values:
             keys = ", ".join(values) or "nothing in it"
             raise RewardError(
-                f"{shown}: must answer an object with `scores`, got {keys}", hint=_ANSWER
+                f"{shown}: must answer an object with `scores`, got {keys}", hint=_EXCHANGE
             )
         return values["scores"]
 
     return run
 
 
-_ANSWER = 'it gets {"prompts", "completions", "columns"} and answers {"scores": [0.5, …]}'
+_EXCHANGE = 'it gets {"prompts", "completions", "columns"} and answers {"scores": [0.5, …]}'
 
 
 def _post(spec: UrlReward, body: bytes) -> bytes:
@@ -93,13 +93,13 @@ def _post(spec: UrlReward, body: bytes) -> bytes:
         if attempt:
             time.sleep(_PAUSE)
         try:
-            with urllib.request.urlopen(request, timeout=spec.timeout) as reply:
-                answer: bytes = reply.read()
-                return answer
+            with urllib.request.urlopen(request, timeout=spec.timeout) as opened:
+                reply: bytes = opened.read()
+                return reply
         except urllib.error.HTTPError as error:
             raise RewardError(
                 f"{shown}: answered HTTP {error.code} {error.reason}: {_body(error)}",
-                hint="the server's own log says more",
+                hint="see the server's own log",
             ) from None
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             cause = error.reason if isinstance(error, urllib.error.URLError) else error
@@ -127,6 +127,6 @@ def _shown(url: str) -> str:
     return url.partition("?")[0]
 
 
-def _start(answer: bytes) -> str:
-    text = " ".join(answer[:400].decode("utf-8", "replace").split())
+def _start(reply: bytes) -> str:
+    text = " ".join(reply[:400].decode("utf-8", "replace").split())
     return repr(text if len(text) <= 120 else text[:117] + "...")

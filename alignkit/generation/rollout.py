@@ -1,7 +1,7 @@
 """Sampled responses with their log-probs: the engine that PPO and best-of-n draw from.
 
-An engine takes token ids and gives token ids, log-probs and the reason each response ended. Text
-never stands between: what is trained is exactly what was sampled. Each response has its own random
+An engine takes token ids and gives token ids, log-probs and the reason each response ended. No
+text is in between: what is trained is exactly what was sampled. Each response has its own random
 numbers, so it does not depend on what else is in the batch, on the number of processes or on an
 interruption; only the rounding of the batched products may.
 """
@@ -31,10 +31,10 @@ from alignkit.models.kernels.vocab_head import logit_transform, next_logits
 from alignkit.packed import IntArray
 
 COMPACT = 0.75
-"""Finished rows leave the batch once so small a share of it is still running."""
+"""Finished rows leave the batch once at most this share of it is still running."""
 
 SUMMED = 256
-"""Probabilities that are added up together."""
+"""Probabilities in one block of a sum."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class RolloutSettings:
     """How responses are sampled.
 
     Args:
-        max_new_tokens: tokens at most, the stop token included, from 1.
+        max_new_tokens: longest response in tokens, the stop token included; at least 1.
         temperature: divides the logits, above 0. Nothing else shapes the distribution, so the
-            log-probs are those of what was sampled from.
+            log-probs are those of the sampling distribution.
         stop_tokens: ids that end a response.
     """
 
@@ -89,11 +89,11 @@ class TransformersEngine:
     """Batched sampling with a key-value cache in this process.
 
     Args:
-        inner: transformers causal model; adapters are the caller's business.
+        inner: transformers causal model; the caller sets its adapters.
         dtype: compute precision.
         settings: lengths, temperature, stop tokens.
-        budget: tokens, prompts and room for responses together, of one batch.
-        prefix: `[L, 2, K, P, D]` keys and values of each layer that stand before every prompt.
+        budget: tokens of one batch, prompts and room for responses together.
+        prefix: `[L, 2, K, P, D]` keys and values of each layer that come before every prompt.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class TransformersEngine:
     def generate(
         self, prompts: Sequence[npt.NDArray[np.integer[Any]]], seeds: Sequence[Sequence[int]]
     ) -> list[SampledResponse]:
-        """See `RolloutEngine.generate`. Prompts of like length share a batch."""
+        """See `RolloutEngine.generate`. Prompts of similar length share a batch."""
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-        found: dict[int, SampledResponse] = {}
+        responses: dict[int, SampledResponse] = {}
         was_training = self.inner.training
         self.inner.eval()
         try:
@@ -122,13 +122,13 @@ class TransformersEngine:
                 for batch in self._batches([len(prompts[i]) for i in order]):
                     rows = [order[position] for position in batch]
                     sampled = self._sample([prompts[i] for i in rows], [seeds[i] for i in rows])
-                    found.update(zip(rows, sampled, strict=True))
+                    responses.update(zip(rows, sampled, strict=True))
         finally:
             self.inner.train(was_training)
-        return [found[i] for i in range(len(prompts))]
+        return [responses[i] for i in range(len(prompts))]
 
     def _batches(self, lengths: Sequence[int]) -> list[range]:
-        """Consecutive rows whose room fits the budget; lengths fall."""
+        """Consecutive rows that fit the budget with their room; lengths are in falling order."""
         batches, start = [], 0
         while start < len(lengths):
             room = lengths[start] + self.settings.max_new_tokens
@@ -188,7 +188,7 @@ class TransformersEngine:
     def _forward(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any
     ) -> torch.Tensor:
-        """`[B, V]` float32 logits after the last token of each row, over the temperature."""
+        """`[B, V]` float32 logits after the last token of each row, divided by the temperature."""
         with compute_context(self.inner, self.dtype):
             hidden = self.inner.get_decoder()(
                 input_ids=ids,
@@ -203,7 +203,7 @@ class TransformersEngine:
 
 
 class _Batch:
-    """Responses in the making. A row that has stopped but not left the batch adds nothing."""
+    """Responses being sampled. A row that has stopped but not left the batch adds nothing."""
 
     def __init__(self, rows: int, tokens: int) -> None:
         self.ids = np.zeros((rows, tokens), np.int64)
@@ -220,7 +220,7 @@ class _Batch:
         logprobs: torch.Tensor,
         entropy: torch.Tensor,
     ) -> None:
-        """Put one token behind each running row."""
+        """Append one token to each running row."""
         rows = live.cpu().numpy()
         running = ~self.stopped[rows]
         rows = rows[running]
@@ -245,7 +245,7 @@ class _Batch:
 def draw_tokens(
     logits: torch.Tensor, uniform: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One token a row by inverting its cumulative distribution.
+    """One token per row by inverting its cumulative distribution.
 
     Args:
         logits: `[B, V]` float32.
@@ -282,12 +282,12 @@ def _inverse(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     inside = probs.gather(1, columns.clamp(max=count - 1)).double()
     inside = inside.masked_fill(columns >= count, 0.0)
     reached = before + inside.cumsum(1)
-    # A block's sum is rounded: the threshold may lie beyond its last token of any probability.
-    found = torch.minimum(
+    # A block's sum is rounded: the threshold may lie beyond its last token with any probability.
+    offset = torch.minimum(
         torch.searchsorted(reached, threshold, right=True),
         (inside > 0).long().mul(torch.arange(SUMMED, device=probs.device)).amax(1, keepdim=True),
     )
-    return (block * SUMMED + found)[:, 0]
+    return (block * SUMMED + offset)[:, 0]
 
 
 def stop_tokens(inner: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -37,7 +37,7 @@ def rule_score(spec: RuleReward) -> Score:
 
     Returns:
         A function from responses to one number for each. It raises RewardError where a row lacks
-        the column that the rule compares with, or holds nothing comparable there.
+        the column that the rule compares with, or holds nothing comparable in it.
 
     Raises:
         RewardError: the rule needs a package that is not installed.
@@ -66,16 +66,16 @@ def _judge(spec: RuleReward) -> Callable[[Response], float]:
 
 
 def exact(response: Response, spec: ExactReward) -> float:
-    """1 if the answer is the text of the column, else 0.
+    """1 if the response is the text of the column, else 0.
 
     Args:
         response: with the column in its row; a number there counts as its digits.
-        spec: the column, and whether case, outer spaces and a full stop at the end count.
+        spec: the column, and whether case, surrounding spaces and a final full stop count.
     """
-    right, answer = str(_column(response, spec.column, spec.rule)), response.text
+    expected, text = str(_column(response, spec.column, spec.rule)), response.text
     if spec.ignore_case:
-        right, answer = _bare(right), _bare(answer)
-    return float(answer == right)
+        expected, text = _bare(expected), _bare(text)
+    return float(text == expected)
 
 
 def _bare(text: str) -> str:
@@ -83,65 +83,65 @@ def _bare(text: str) -> str:
 
 
 def numeric(response: Response, spec: NumericReward) -> float:
-    """1 if the last number of the answer is the right one, else 0.
+    """1 if the last number of the response is the right one, else 0.
 
     Args:
         response: with the column in its row: a number, or text whose last number is the right one;
-            what follows `####` counts where that stands in it, as in GSM8K.
+            only what follows `####` counts if it holds that, as in GSM8K.
         spec: the column, and the accepted difference relative to the right number.
 
     Raises:
         RewardError: the column holds no number.
     """
-    told = _column(response, spec.column, spec.rule)
-    right = last_number(str(told).rpartition("####")[2])
+    value = _column(response, spec.column, spec.rule)
+    right = last_number(str(value).rpartition("####")[2])
     if right is None:
         raise RewardError(
             f"{response.place}: the reward rule `{spec.rule}` finds no number in "
-            f"{spec.column!r}: {_short(told)}",
+            f"{spec.column!r}: {_short(value)}",
             hint="name another column with reward.column, or remove the row",
         )
-    answer = last_number(response.text)
-    if answer is None:
+    number = last_number(response.text)
+    if number is None:
         return 0.0
-    return float(abs(answer - right) <= Decimal(str(spec.tolerance)) * abs(right))
+    return float(abs(number - right) <= Decimal(str(spec.tolerance)) * abs(right))
 
 
 def last_number(text: str) -> Decimal | None:
     """The last number of a text, exactly; None if there is none.
 
     Args:
-        text: `1,234.50`, `$18`, `-3` and the `72` of `is 72.` are numbers; fractions are two.
+        text: `1,234.50`, `$18`, `-3` and the `72` of `is 72.` are numbers; a fraction is two.
     """
     numbers = list(_NUMBER.finditer(text))
     if not numbers:
         return None
-    found = numbers[-1]
-    number = Decimal(found["digits"].replace(",", "") + (found["power"] or ""))
-    return -number if found["sign"] or found["inner"] else number
+    last = numbers[-1]
+    number = Decimal(last["digits"].replace(",", "") + (last["power"] or ""))
+    return -number if last["sign"] or last["inner"] else number
 
 
-def length(completion: str, spec: LengthReward) -> float:
-    """1 within the range of lengths; outside, 1 less the relative distance, at least 0.
+def length(text: str, spec: LengthReward) -> float:
+    """1 within the range of lengths; outside, 1 minus the relative distance, at least 0.
 
     Args:
-        completion: the answer.
+        text: the response.
         spec: the range, in words or characters.
     """
-    count = len(completion.split()) if spec.unit == "words" else len(completion)
+    count = len(text.split()) if spec.unit == "words" else len(text)
     if count < spec.min:
         return count / spec.min
     return max(0.0, 1.0 - max(0, count - spec.max) / spec.max)
 
 
-def valid_json(completion: str, keys: Sequence[str] = ()) -> float:
-    """1 if the answer is one JSON value, else 0.
+def valid_json(response: str, keys: Sequence[str] = ()) -> float:
+    """1 if the response is one JSON value, else 0.
 
     Args:
-        completion: the answer; a code fence around the whole of it is taken off.
+        response: its text; a code fence around the whole of it is removed.
         keys: if there are any, the value must be an object that has them all.
     """
-    text = completion.strip()
+    text = response.strip()
     fenced = _FENCE.fullmatch(text)
     try:
         # numbers stay text: Python refuses to build some that are valid JSON
@@ -170,11 +170,11 @@ def _lexicon() -> Callable[[str], float]:
 
 
 def _column(response: Response, column: str, rule: str) -> Any:
-    """What the row holds: text or a number."""
+    """The row's value of a column: text or a number."""
     if column not in response.columns:
         raise RewardError(
-            f"{response.place}: the row has no column {column!r}, with which the reward rule "
-            f"`{rule}` compares",
+            f"{response.place}: the row has no column {column!r}, which the reward rule "
+            f"`{rule}` compares with",
             hint=f"its columns are {', '.join(response.columns)}; name one with reward.column",
         )
     value = response.columns[column]

@@ -14,12 +14,12 @@ class SamplingSettings:
     """How the next token is chosen.
 
     Args:
-        max_new_tokens: tokens of an answer at most, from 1.
+        max_new_tokens: longest answer in tokens; at least 1.
         temperature: 0 takes the likeliest token; above, logits are divided by it.
         top_p: sample from the smallest set of tokens with this probability, in (0, 1].
-        top_k: sample from so many likeliest tokens; 0 from all.
+        top_k: sample from this many of the likeliest tokens; 0 from all.
         repetition_penalty: above 1 makes repeated tokens less likely.
-        seed: of the draw.
+        seed: of the sampling.
     """
 
     max_new_tokens: int = 256

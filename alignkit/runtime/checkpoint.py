@@ -26,7 +26,7 @@ class Checkpoint:
     Args:
         folder: `checkpoints/step-000050`.
         step: optimizer steps done.
-        state: what the loop stored beside the tensors.
+        state: what the loop stored next to the tensors.
     """
 
     folder: Path
@@ -49,14 +49,14 @@ def save_checkpoint(
         step: optimizer steps done.
         model: its trainable weights are stored.
         optimizer: its whole state is stored.
-        state: plain values the loop needs to go on.
-        keep: newest checkpoints that stay.
+        state: plain values that the loop needs to continue.
+        keep: number of newest checkpoints that stay.
 
     Returns:
         The folder of the checkpoint.
 
     Raises:
-        TrainingError: the disk refused.
+        TrainingError: the files could not be written.
     """
     final = folder / f"step-{step:06d}"
     try:
@@ -74,10 +74,10 @@ def save_checkpoint(
             f"the checkpoint of step {step} could not be written to {folder}: {reason}",
             hint="free disk space and continue with --resume; earlier checkpoints are whole",
         ) from error
-    # Later ones are damaged leftovers of before a resume: they must not crowd out whole ones.
-    found = _by_step(folder)
-    current = found.index(final)
-    for old in [*found[: current + 1][:-keep], *found[current + 1 :]]:
+    # Later ones are damaged leftovers from before a resume; they must not crowd out whole ones.
+    stored = _by_step(folder)
+    current = stored.index(final)
+    for old in [*stored[: current + 1][:-keep], *stored[current + 1 :]]:
         shutil.rmtree(old)
     return final
 
@@ -110,7 +110,7 @@ def stored_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 def load_checkpoint(
     checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers
 ) -> None:
-    """Put the stored weights and optimizer state back.
+    """Restore the stored weights and optimizer state.
 
     Raises:
         RunError: the weights in the checkpoint are not those of the model.
@@ -131,7 +131,7 @@ def load_checkpoint(
 
 
 def trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> value of every trainable weight, on the processor."""
+    """Name -> value of every trainable weight, on the CPU."""
     return {
         name: parameter.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
@@ -140,7 +140,7 @@ def trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _by_step(folder: Path) -> list[Path]:
-    """Checkpoints from the oldest on; the number outgrows its six digits at a million steps."""
+    """Checkpoints, oldest first; the number outgrows its six digits at a million steps."""
     return sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name))
 
 

@@ -1,4 +1,4 @@
-"""The device, the process group, the allocator and the store of compiled kernels."""
+"""The device, the process group, the allocator and the cache of compiled kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2
 _KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 MAX_KERNELS = 256
-"""Kernels that oneDNN keeps, some 3 MB each. Rows have ever new lengths, and at its own limit of
+"""Kernels that oneDNN keeps, about 3 MB each. Rows keep having new lengths, and at its own limit of
 1,024 a run of 50 steps grew by 2.7 GB; one layer needs more than 64 at a time."""
 
 
@@ -64,20 +64,20 @@ def _processor_name() -> str:
 
 
 def _processor_facts() -> str:
-    """What Linux says of its processors; elsewhere nothing."""
+    """What Linux reports about its CPUs; empty elsewhere."""
     info = Path("/proc/cpuinfo")
     return info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
 
 
 def tune_processor() -> bool:
-    """Settings with which steps on a processor are faster, and memory stops growing.
+    """Settings that make steps on a CPU faster and stop memory from growing.
 
     glibc is kept from returning every large block to the kernel and faulting it in again, and
-    oneDNN from holding a kernel for every shape that it ever met, unless the environment says how
+    oneDNN from keeping a kernel for every shape that it ever met, unless the environment sets how
     many. Results are bit-identical. Must run before the first large allocation and product.
 
     Returns:
-        Whether the C library took the settings.
+        Whether the C library accepted the settings.
     """
     os.environ.setdefault(_KERNELS, str(MAX_KERNELS))
     if not sys.platform.startswith("linux"):
@@ -95,7 +95,7 @@ def peak_memory(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would tell the peak of whoever started this process, if higher
+    if status.is_file():  # getrusage would report the parent's peak, if higher
         return int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
@@ -104,8 +104,8 @@ def peak_memory(device: str) -> int:
 def build_accelerator(dtype: str, trackers: tuple[str, ...], folder: Path) -> Accelerator:
     """accelerate's view of device, processes and trackers.
 
-    Precision is the scorer's business (autocast inside its forward), except that float16 needs
-    accelerate's loss scaling.
+    The scorer sets the precision (autocast inside its forward), but float16 needs accelerate's
+    loss scaling.
     """
     return Accelerator(
         cpu=find_device() == "cpu",

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a step, flushed as it is written."""
+"""metrics.jsonl: one JSON object per step, flushed as it is written."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def start_lines(path: Path, resume_step: int | None) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a metrics file; a line torn by a kill is left out."""
-    found = []
+    """Every whole line of a metrics file; a line cut short by a kill is left out."""
+    objects = []
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:
-            found.append(json.loads(line))
+            objects.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return found
+    return objects

@@ -73,9 +73,9 @@ def build_optimizer(
         learning_rate: peak; the schedule scales it.
         weight_decay: decoupled; not applied to vectors (biases and norms) nor to IA3's scales,
             whose neutral value is 1, nor to weights with an attribute `no_decay`.
-        kind: `adamw`, `adamw_8bit` or `paged_adamw_8bit`, which `require_optimizer` has let pass.
+        kind: `adamw`, `adamw_8bit` or `paged_adamw_8bit`, accepted by `require_optimizer`.
         epsilon: added to the root of the second moment.
-        b_rate: learning rate of LoRA's B matrices as a multiple of all others' (LoRA+,
+        b_rate: learning rate of LoRA's B matrices as a multiple of the others' (LoRA+,
             https://arxiv.org/abs/2402.12354).
     """
     named = sorted((n, p) for n, p in parameters if p.requires_grad)
@@ -95,10 +95,10 @@ def build_optimizer(
     ]
     options: dict[str, Any] = {"lr": learning_rate, "betas": (0.9, 0.999), "eps": epsilon}
     if kind in _EIGHT_BITS:
-        made: torch.optim.Optimizer = getattr(bitsandbytes.optim, _EIGHT_BITS[kind])(
+        narrow: torch.optim.Optimizer = getattr(bitsandbytes.optim, _EIGHT_BITS[kind])(
             groups, **options
         )
-        return made
+        return narrow
     fused = all(p.device.type in ("cuda", "cpu") for _, p in named)
     return torch.optim.AdamW(groups, fused=fused, **options)
 
@@ -118,7 +118,7 @@ class Optimizers:
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put the states back."""
+        """Restore the states."""
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
 
@@ -132,7 +132,7 @@ def learning_rate_at(
         step: from 0.
         peak: reached right after warm-up.
         steps: of the whole run.
-        warmup_steps: linear rise over so many steps; the first step already moves.
+        warmup_steps: linear rise over this many steps; the first step already moves.
         schedule: `cosine`, `linear` or `constant`.
 
     Returns:
@@ -152,7 +152,7 @@ def learning_rate_at(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of every parameter group, times a factor that the group may have."""
+    """Set the rate of every parameter group, times the group's factor if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get(RATE_FACTOR, 1.0)
 
@@ -188,11 +188,11 @@ def set_rates(
         step: from 0.
         peaks: name of a part -> its peak.
         steps: of the whole run.
-        warmup_steps: linear rise over so many steps.
+        warmup_steps: linear rise over this many steps.
         schedule: of all parts.
 
     Returns:
-        `learning_rate` of the first part, and `<name>_learning_rate` of each further one.
+        `learning_rate` of the first part, and `<name>_learning_rate` of each other one.
     """
     rates = {}
     for number, part in enumerate(parts):
@@ -213,27 +213,27 @@ def step_parts(
     clip: Callable[..., Any] = nn.utils.clip_grad_norm_,
     scaled: bool = False,
 ) -> dict[str, float]:
-    """Clip the gradients of each part, step its optimizer and forget them.
+    """Clip the gradients of each part, step its optimizer and clear them.
 
     Args:
         parts: with the gradients of a whole step.
         step: from 0, for messages.
         loss: of the step, for messages.
         limit: of the gradient norm of a part; None never clips.
-        clip: as torch's own; gives the norm before clipping.
-        scaled: whether a loss scaler skips steps that are not finite by itself.
+        clip: like torch's own; returns the norm before clipping.
+        scaled: whether a loss scaler skips steps with non-finite gradients itself.
 
     Returns:
-        Norms before clipping: `grad_norm` of the first part, `<name>_grad_norm` of further ones.
+        Norms before clipping: `grad_norm` of the first part, `<name>_grad_norm` of the others.
 
     Raises:
         TrainingError: a norm is not finite; no weight has changed.
     """
     norms = {}
     for number, part in enumerate(parts):
-        found = clip(part.weights, math.inf if limit is None else limit)
-        norm = math.nan if found is None else float(found)
-        if found is not None and not scaled and not math.isfinite(norm):
+        total = clip(part.weights, math.inf if limit is None else limit)
+        norm = math.nan if total is None else float(total)
+        if total is not None and not scaled and not math.isfinite(norm):
             where = f"the {part.name} in " if len(parts) > 1 else ""
             raise TrainingError(
                 f"the gradient of {where}step {step + 1} is not finite; its loss is {loss:.4g}",

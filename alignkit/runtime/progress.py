@@ -50,7 +50,7 @@ class StepProgress:
         first_step: steps already done.
         log_every: steps between plain lines.
         quiet: show nothing.
-        describe: what a step's metrics say, in a few words.
+        describe: a step's metrics in a few words.
     """
 
     def __init__(

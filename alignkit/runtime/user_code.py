@@ -1,4 +1,4 @@
-"""Functions in a file of the user's, which run because a recipe names them."""
+"""Functions in the user's files, which run because a recipe names them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_function(
     Args:
         path: of the file.
         name: of the function.
-        error: raised for the faults of the file.
+        error: class to raise for faults of the file.
         what: what the file is to the user, as in `reward function`.
         shape: how such a function is written, with `{name}` in it.
 
@@ -38,7 +38,7 @@ def load_function(
 
 
 def _module(path: Path, fault: type[AlignkitError], what: str) -> ModuleType:
-    """The file as a module, run at its first use; its folder is importable meanwhile."""
+    """The file as a module, run at its first use, with its folder importable meanwhile."""
     path = path.resolve()
     shown = show_file(path)
     if not path.is_file():
@@ -58,7 +58,7 @@ def _module(path: Path, fault: type[AlignkitError], what: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up
     sys.path.insert(0, str(path.parent))
     try:
-        # not through the loader, which leaves a __pycache__ beside the user's file
+        # not through the loader, which leaves a __pycache__ next to the user's file
         exec(compile(content, str(path), "exec"), vars(module))
     except BaseException as error:
         del sys.modules[name]
@@ -68,7 +68,7 @@ def _module(path: Path, fault: type[AlignkitError], what: str) -> ModuleType:
         advice = f"the line is `{line}`" if line else f"`python {shown}` shows the whole error"
         if isinstance(error, ModuleNotFoundError) and error.name:
             advice = f"install {error.name}, or put it into {show_file(path.parent)}"
-        raise fault(f"{where}: cannot be imported: {_said(error)}", hint=advice) from error
+        raise fault(f"{where}: cannot be imported: {_describe(error)}", hint=advice) from error
     finally:
         with contextlib.suppress(ValueError):  # the file may have removed it itself
             sys.path.remove(str(path.parent))
@@ -115,19 +115,19 @@ def raised(
     shape: str,
     more: str = "",
 ) -> AlignkitError:
-    """What to raise where the user's function raised something itself.
+    """The error to raise after the user's function raised one.
 
     Args:
-        error: of the function.
+        error: raised by the function.
         path: its file.
         name: of the function.
-        kind: of what to raise.
+        kind: class of the error to raise.
         shape: how such a function is written, with `{name}` in it.
         more: what the function was called with.
     """
     where, line = _line_of(error, path)
     return kind(
-        f"{where}: {name} raised {_said(error)}{more}",
+        f"{where}: {name} raised {_describe(error)}{more}",
         hint=f"the line is `{line}`" if line else f"it is called as {shape.format(name=name)}",
     )
 
@@ -148,7 +148,7 @@ def _line_of(error: BaseException, path: Path) -> tuple[str, str]:
     return f"{show_file(path)}:{lines[-1]}", linecache.getline(file, lines[-1]).strip()
 
 
-def _said(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     """Type and message of an error, on one line."""
     text = " ".join(str(error).split())
     shown = text if len(text) <= 300 else text[:297] + "..."

@@ -95,7 +95,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "greedy": (
         ["--best-of", "2", "--reward", "rm/run", "--temperature", "0"],
         "--best-of needs a temperature above 0: at 0 all answers are the same\n"
-        "hint: leave --temperature out; it is 1 then\n",
+        "hint: remove --temperature; its default is then 1\n",
     ),
     "top-p": (["--best-of", "2", "--reward", "rm/run", "--top-p", "0.9"], f"--top-p {SINGLE}"),
     "top-k": (["--best-of", "2", "--reward", "rm/run", "--top-k", "5"], f"--top-k {SINGLE}"),

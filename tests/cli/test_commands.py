@@ -418,7 +418,7 @@ def test_doctor(alignkit: CommandLine, tmp_path: Path) -> None:
     [
         (9e9, "", 0, "", "ready: no problems found"),
         (9e9, "5.19.9", 0, "warning: transformers 5.19.9 is outside", "ready, with 1 warning"),
-        (1e9, "", 2, "problem: less than 2 GB of disk are free", "not ready: 1 problem"),
+        (1e9, "", 2, "problem: less than 2 GB of disk is free", "not ready: 1 problem"),
         (1e9, "5.19.9", 2, "warning: transformers 5.19.9", "not ready: 1 problem"),
     ],
     ids=["ready", "warning", "problem", "both"],

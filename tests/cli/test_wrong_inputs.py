@@ -138,7 +138,8 @@ PREFERENCES: dict[str, tuple[tuple[str, ...], list[dict[str, Any]], list[str], s
         ("reward", "dpo"),
         third(make_pairs(6), margin="wide"),
         [],
-        "error: ROWS:3: margin must be a number, got 'wide'\n",
+        "error: ROWS:3: margin must be a number, got 'wide'\n"
+        "hint: write a finite number, or remove `margin`\n",
     ),
     "beta of IPO": (
         ("dpo",),

@@ -35,6 +35,13 @@ def failure(values: dict[str, Any], row_format: str = "auto") -> str:
     return str(caught.value)
 
 
+def rename(key: str) -> str:
+    return f"\nhint: change the value, or name another column, as in columns: {{{key}: ...}}"
+
+
+QUOTES = "\nhint: write keys and texts in double quotes, and true, false and null in lower case"
+
+
 def say(role: str, content: Any, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
@@ -294,12 +301,16 @@ NO_ANSWER = (
             "r.jsonl:5: the row has no `messages`\n"
             "hint: its keys are message; rename with columns, as in columns: {messages: ...}",
         ),
-        ("messages", {"messages": 3}, "r.jsonl:5: `messages` must be a list, got int"),
+        (
+            "messages",
+            {"messages": 3},
+            f"r.jsonl:5: `messages` must be a list, got int{rename('messages')}",
+        ),
         (
             "messages",
             {"messages": "[{"},
             "r.jsonl:5: `messages` is not valid JSON: Expecting property name enclosed in double "
-            "quotes",
+            f"quotes{QUOTES}",
         ),
         ("messages", {"messages": []}, NO_ANSWER),
         ("messages", {"messages": [ASK]}, NO_ANSWER),
@@ -325,7 +336,8 @@ NO_ANSWER = (
         (
             "messages",
             {"messages": [say("user", 3), ANSWER]},
-            "r.jsonl:5: messages[0].content must be text, got int",
+            "r.jsonl:5: messages[0].content must be text, got int\n"
+            'hint: write text, or a list of parts such as {"type": "text", "text": "Hello"}',
         ),
         (
             "messages",
@@ -349,13 +361,13 @@ NO_ANSWER = (
             "messages",
             {"messages": [ASK, say("assistant", "", tool_calls=[CALL | {"arguments": "{"}])]},
             "r.jsonl:5: `arguments of look` is not valid JSON: Expecting property name enclosed in "
-            "double quotes",
+            f"double quotes{QUOTES}",
         ),
         (
             "messages",
             {"messages": [ASK, ANSWER], "tools": "[{"},
             "r.jsonl:5: `tools` is not valid JSON: Expecting property name enclosed in double "
-            "quotes",
+            f"quotes{QUOTES}",
         ),
         (
             "messages",
@@ -366,7 +378,7 @@ NO_ANSWER = (
         (
             "messages",
             {"messages": [ASK, ANSWER], "tools": {"name": "look"}},
-            "r.jsonl:5: `tools` must be a list, got dict",
+            f"r.jsonl:5: `tools` must be a list, got dict{rename('tools')}",
         ),
         (
             "messages",
@@ -397,7 +409,7 @@ NO_ANSWER = (
         (
             "alpaca",
             {"instruction": "x", "output": 3},
-            "r.jsonl:5: `output` must be text, got int",
+            f"r.jsonl:5: `output` must be text, got int{rename('output')}",
         ),
         (
             "alpaca",
@@ -408,17 +420,19 @@ NO_ANSWER = (
         (
             "alpaca",
             {"instruction": "x", "output": "y", "history": [["a"]]},
-            "r.jsonl:5: history[0] must be [question, answer]",
+            "r.jsonl:5: history[0] must be [question, answer]\n"
+            'hint: as in "history": [["Hello", "Hi, how can I help?"]]',
         ),
         (
             "prompt_completion",
             {"prompt": "x", "completion": "\n"},
-            "r.jsonl:5: the row has no answer: completion is empty",
+            "r.jsonl:5: the row has no answer: completion is empty\n"
+            "hint: remove the row, or write the completion",
         ),
         (
             "prompt_completion",
             {"prompt": "x", "completion": None},
-            "r.jsonl:5: `completion` must be text, got NoneType",
+            f"r.jsonl:5: `completion` must be text, got NoneType{rename('completion')}",
         ),
         (
             "prompt_completion",
@@ -432,7 +446,7 @@ NO_ANSWER = (
             NO_ANSWER,
         ),
         ("text", {"text": " "}, "r.jsonl:5: text is empty\nhint: remove the row"),
-        ("text", {"text": ["a"]}, "r.jsonl:5: `text` must be text, got list"),
+        ("text", {"text": ["a"]}, f"r.jsonl:5: `text` must be text, got list{rename('text')}"),
     ],
 )
 def test_refused_rows(row_format: str, values: dict[str, Any], message: str) -> None:

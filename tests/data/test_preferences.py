@@ -489,7 +489,8 @@ def test_margin(more: dict[str, Any], margin: float) -> None:
 )
 def test_margin_that_is_no_number(margin: Any, shown: str) -> None:
     values = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": margin}
-    assert failure(pair, values) == f"{PLACE}: margin must be a number, got {shown}"
+    hint = "hint: write a finite number, or remove `margin`"
+    assert failure(pair, values) == f"{PLACE}: margin must be a number, got {shown}\n{hint}"
 
 
 def test_the_format_of_pairs_is_that_of_the_first_row() -> None:
@@ -662,12 +663,14 @@ NO_PAIR = (
         (
             "auto",
             {"prompt": 3, "chosen": "b", "rejected": "c"},
-            f"{PLACE}: `prompt` must be a list, got int",
+            f"{PLACE}: `prompt` must be a list, got int\n"
+            "hint: change the value, or name another column, as in columns: {prompt: ...}",
         ),
         (
             "auto",
             {"prompt": [ASK], "chosen": 3, "rejected": "c"},
-            f"{PLACE}: `chosen` must be a list, got int",
+            f"{PLACE}: `chosen` must be a list, got int\n"
+            "hint: change the value, or name another column, as in columns: {chosen: ...}",
         ),
         (
             "auto",
@@ -821,7 +824,8 @@ def test_a_later_row_without_label_is_refused_at_its_line() -> None:
         ),
         (
             {"prompt": "a", "completion": " ", "label": False},
-            f"{PLACE}: the row has no answer: completion is empty",
+            f"{PLACE}: the row has no answer: completion is empty\n"
+            "hint: remove the row, or write the completion",
         ),
     ],
 )

@@ -154,8 +154,8 @@ def test_lines_of_rows_in_a_json_list() -> None:
         (
             "r.json",
             '{"a": 1}',
-            "r.json:1: a .json file must hold a list of rows, it starts with '{'\n"
-            "hint: one object a line belongs into a .jsonl file",
+            "r.json:1: a .json file must hold a list of rows, but starts with '{'\n"
+            "hint: one object per line belongs in a .jsonl file",
         ),
         (
             "r.json",
@@ -230,14 +230,15 @@ def test_lines_of_rows_in_a_json_list() -> None:
         (
             "r.txt",
             "a",
-            "r.txt: a .txt file is none of .json, .jsonl, .jsonl.gz, .json.gz, .parquet, .csv\n"
-            "hint: convert the file; one JSON object a line (.jsonl) is the simplest",
+            "r.txt: a .txt file is not one of .json, .jsonl, .jsonl.gz, .json.gz, .parquet, .csv\n"
+            "hint: convert the file; one JSON object per line (.jsonl) is the simplest",
         ),
         (
             "rows",
             "a",
-            "rows: a nameless file is none of .json, .jsonl, .jsonl.gz, .json.gz, .parquet, .csv\n"
-            "hint: convert the file; one JSON object a line (.jsonl) is the simplest",
+            "rows: a nameless file is not one of "
+            ".json, .jsonl, .jsonl.gz, .json.gz, .parquet, .csv\n"
+            "hint: convert the file; one JSON object per line (.jsonl) is the simplest",
         ),
     ],
     ids=[

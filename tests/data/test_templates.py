@@ -552,7 +552,7 @@ def test_without_a_stop_token_nothing_after_an_answer_is_trained() -> None:
     assert decoded(tokenizer, row) == ["Hello."]
     assert row.ids[-1] != tokenizer.eos_token_id
     assert report.notes == {
-        "no stop token after the last answer: it does not teach to stop": 1,
+        "no stop token after the last answer: it does not teach the model to stop": 1,
         "the last turn is not the assistant's; it is not trained": 1,
     }
 

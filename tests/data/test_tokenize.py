@@ -363,7 +363,9 @@ def test_without_eos_the_row_says_that_it_does_not_teach_to_stop() -> None:
     tokenizer.eos_token = None
     (row,), report = tokenize(tokenizer, text_row("Hello."))
     assert trained_text(tokenizer, row) == "ello."
-    assert report.notes == {"no stop token after the last answer: it does not teach to stop": 1}
+    assert report.notes == {
+        "no stop token after the last answer: it does not teach the model to stop": 1
+    }
 
 
 def test_rows_stay_in_order_across_kinds_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:

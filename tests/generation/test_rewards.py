@@ -322,7 +322,7 @@ FAULTS = {
     ),
 }
 NUMBERS = "\nhint: one number for each completion; arrays and tensors of one dimension are fine"
-FINITE = "\nhint: give 0 for an answer that cannot be judged; scores are counted from 0"
+FINITE = "\nhint: give 0 for a completion that cannot be judged; scores are counted from 0"
 COUNT = "\nhint: keep the order of the completions, and score the bad ones too"
 RESULTS = {
     "0.5": f"must give a list of numbers, got float{NUMBERS}",
@@ -484,7 +484,7 @@ def test_an_http_error_is_not_tried_again(server: Server) -> None:
     said = fault(lambda: build_score(UrlReward(url=server.url))(RESPONSES))
     assert said == (
         f"{server.url}: answered HTTP 500 Internal Server Error: 'out of memory {'x' * 103}...'\n"
-        "hint: the server's own log says more"
+        "hint: see the server's own log"
     )
     assert len(server.asked) == 1
 

@@ -225,8 +225,8 @@ def test_several_responses_keep_their_order() -> None:
 def test_rows_that_a_rule_cannot_use() -> None:
     exact, numeric = ExactReward(rule="exact"), NumericReward(rule="numeric", column="gold")
     assert fault(exact, prompt="Why?", solution="x") == (
-        "rows.jsonl:7: the row has no column 'answer', with which the reward rule `exact` "
-        "compares\nhint: its columns are prompt, solution; name one with reward.column"
+        "rows.jsonl:7: the row has no column 'answer', which the reward rule `exact` "
+        "compares with\nhint: its columns are prompt, solution; name one with reward.column"
     )
     assert fault(numeric, answer="x").startswith("rows.jsonl:7: the row has no column 'gold', ")
     for value, shown in ((None, "null"), (True, "True"), (["a"], "['a']")):

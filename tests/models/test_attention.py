@@ -172,7 +172,7 @@ def test_masks_in_closed_form() -> None:
 @pytest.mark.parametrize("name", ["s_aux", "position_bias", "cache"])
 def test_what_packed_rows_do_not_have_raises(name: str) -> None:
     q, k, v = draw()
-    with pytest.raises(NotImplementedError, match=f"does not know {name}"):
+    with pytest.raises(NotImplementedError, match=f"does not support {name}"):
         packed_attention(
             torch.nn.Identity(), q, k, v, None, segments=SEGMENTS, **{name: torch.ones(4)}
         )

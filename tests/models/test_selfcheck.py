@@ -178,7 +178,7 @@ def test_a_fault_is_found_and_said(
 
 
 def test_what_packed_rows_cannot_do_is_named() -> None:
-    with pytest.raises(ModelError, match="packed attention does not know s_aux"):
+    with pytest.raises(ModelError, match="packed attention does not support s_aux"):
         build_scorer(other_model("gpt_oss"), torch.float32, "packed", print)
 
 

@@ -277,12 +277,12 @@ def test_what_needs_a_whole_model_refuses(alignkit: CommandLine, folder: Path) -
         ("sft", "next/recipe.yaml", f"model.base={folder}/run/adapter"),
     ):
         done = alignkit(*command, cwd=folder)
-        refused(done, "is a prefix, which has no merge: no weight can hold", "chat, generate")
+        refused(done, "is a prefix, which cannot be merged: no weight can hold", "chat, generate")
     assert not (folder / "out").exists()
 
 
 def test_it_is_no_base_of_a_further_run(folder: Path) -> None:
-    with pytest.raises(ModelError, match="is a prefix, which has no merge"):
+    with pytest.raises(ModelError, match="is a prefix, which cannot be merged"):
         start_model(load_recipe(str(folder / "next/recipe.yaml")).recipe.model)
     over = json.loads((folder / "run/adapter/trained_over.json").read_text(encoding="utf-8"))
     assert over["fingerprint"] == weights_fingerprint(BaseModel(over["name"]))

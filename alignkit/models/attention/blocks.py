@@ -23,10 +23,10 @@ ROUNDING = 32
 length, at several megabytes apiece. Divides `BLOCK`."""
 
 BLOCK = 192
-"""Queries of a block; measured on two cores, flat from 128 to 512."""
+"""Queries of a block; measured on two cores: no difference from 128 to 512."""
 
 TOGETHER = 1 << 21
-"""Weights `B K n m` of the blocks that are computed in one product, at most."""
+"""Weights `B K n m` of the blocks in one product, unless a single block has more."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Block:
     Args:
         prefix: tokens of the prefix that are among the keys.
         own: the segment's own tokens that are.
-        first: the first of these among the keys.
+        first: index of the first of these among the keys.
         whole: the segment has no other block.
         mask: `[n, m]`, 0 where a key is seen and -inf elsewhere; `n = G * R` query rows of one key
             head and `m` keys, fillers included.
-        edge: `[n, w]`, the same of the last `w` keys; all others are seen.
+        edge: `[n, w]`, the same for the last `w` keys; all others are seen.
         queries: `[Kn]` rows of a `[T * H, ...]` tensor.
-        empty: `[Kn]` True where a query row stands for no token.
+        empty: `[Kn]` True where a query row is a filler.
         keys: `[Km]` rows of a `[T * K, ...]` tensor.
     """
 
@@ -58,7 +58,7 @@ class Block:
 
     @property
     def kind(self) -> tuple[int | bool, ...]:
-        """Blocks that agree in it are computed together."""
+        """Blocks of equal kind are computed together."""
         return *self.mask.shape, self.edge.shape[1], self.whole, self.prefix.start, self.prefix.stop
 
 
@@ -67,7 +67,7 @@ class Group:
     """`B` blocks of one kind.
 
     Args:
-        own: of each block, the segment's own tokens among its keys, and the first of them there.
+        own: of each block, the segment's own tokens among its keys, and the index of the first.
         prefix: tokens of the prefix that are among the keys of each.
         whole: each is a segment.
         mask: `[B, 1, n, m]` of the blocks.
@@ -88,11 +88,11 @@ class Layout:
     Args:
         groups: of all blocks.
         queries: `[ΣBKn]` rows of a `[T * H, ...]` tensor: of each group `[B, K, n]`, together.
-        fillers: those entries of `queries` that stand for no token.
+        fillers: entries of `queries` that hold no token.
         homes: `[T * H]` entry of `queries` that holds a row, the inverse of `queries`.
         keys: `[ΣBKm]` rows of a `[T * K, ...]` tensor: of each group `[B, K, m]`.
-        key_homes: `[K * T]` entry of the `keys` of whole groups, these together, that a token has
-            as one of its segment's own; one past the end where the segment has several blocks.
+        key_homes: `[K * T]` each token's entry, as one of its segment's own, in the joined `keys`
+            of whole groups; one past the end if the segment has several blocks.
     """
 
     groups: tuple[Group, ...]
@@ -167,7 +167,7 @@ def layout(
 
 
 def _stack(masks: list[torch.Tensor]) -> torch.Tensor:
-    """`[B, 1, n, m]`; that of a long block alone stays one piece of memory."""
+    """`[B, 1, n, m]`; the mask of a single long block is not copied."""
     return masks[0][None, None] if len(masks) == 1 else torch.stack(masks)[:, None]
 
 
@@ -184,7 +184,7 @@ def _key_homes(blocks: list[Block], heads: int, tokens: int) -> torch.Tensor:
 
 
 def _filled(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens filled up with repetitions of the last, and which ones these are."""
+    """Tokens padded with repetitions of the last one, and where the padding is."""
     steps = torch.arange(len(tokens) + -len(tokens) % ROUNDING)
     return tokens[steps.clamp(max=len(tokens) - 1)], steps >= len(tokens)
 
@@ -204,7 +204,7 @@ def _block(
     oldest = 0 if sliding_window is None else max(0, prefix + first - sliding_window + 1)
     before = slice(segment.prefix_start + min(oldest, prefix), segment.prefix_start + prefix)
     own = slice(segment.start + max(0, oldest - prefix), segment.start + first + count)
-    # Fillers stand behind all keys, so that short prefixes cost none of their own.
+    # Fillers come after all keys, so that short prefixes need none of their own.
     parts = ((before, -segment.prefix_start), (own, prefix - segment.start))
     tokens, filler = _filled(torch.cat([torch.arange(x.start, x.stop) for x, _ in parts]))
     nowhere = torch.full((int(filler.sum()),), torch.iinfo(torch.int64).max)

@@ -38,7 +38,7 @@ class Store:
     """The memory of all layers in one piece.
 
     Buffers made one by one between the temporaries of a forward pass leave holes that a
-    processor's heap never fills again: two gigabytes for each batch of a 135M model.
+    CPU's heap never fills again: two gigabytes for each batch of a 135M model.
 
     Args:
         layers: number of layers.
@@ -70,7 +70,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values of one layer in a buffer with room for the whole response.
 
     Args:
-        store: gives the room.
+        store: provides the memory.
         layer: index of this layer.
     """
 
@@ -82,8 +82,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new keys and values; all of them so far, `[B, K, n, D]` with `n` rounded up."""
-        key_states = key_states.to(value_states.dtype)  # rotation leaves some models' keys wide
+        """Write new keys and values; return all so far, `[B, K, n, D]` with `n` rounded up."""
+        key_states = key_states.to(value_states.dtype)  # after rotation some models' keys are wider
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = self.store.place(self.layer, key_states, value_states)
@@ -122,7 +122,7 @@ def fill_cache(cache: Cache, states: torch.Tensor, rows: int) -> None:
 
     Args:
         cache: of `new_cache`.
-        states: `[L, 2, K, P, D]` of each layer, in the dtype that is computed in.
+        states: `[L, 2, K, P, D]` of each layer, in the compute dtype.
         rows: `B`.
     """
     for layer, both in enumerate(states):
@@ -168,7 +168,7 @@ def cached_attention(
     """
     for name in ("s_aux", "position_bias"):
         if options.get(name) is not None:
-            raise NotImplementedError(f"cached attention does not know {name}")
+            raise NotImplementedError(f"cached attention does not support {name}")
     heads, new = query.shape[1], query.shape[2]
     groups = heads // key.shape[1]
     mask = attention_mask
@@ -190,9 +190,9 @@ def cached_attention(
 
 
 def whole_mask(*args: Any, **options: Any) -> torch.Tensor | None:
-    """What is added to the scores, made even where every row is full and a causal flag would do.
+    """What is added to the scores, built even if every row is full and a causal flag would do.
 
-    Added, not True and False: torch would turn that into this once more in every layer.
+    Numbers, not booleans: torch would convert those once more in every layer.
     """
     seen = sdpa_mask(*args, **{**options, "allow_is_causal_skip": False})
     if seen is None:
@@ -203,10 +203,10 @@ def whole_mask(*args: Any, **options: Any) -> torch.Tensor | None:
 
 @contextlib.contextmanager
 def cached_forward(inner: PreTrainedModel) -> Iterator[None]:
-    """The model attends over a cache for the length of the block.
+    """Let the model attend over a cache within the block.
 
     Args:
-        inner: transformers model; its attention is put back afterwards.
+        inner: transformers model; its attention is restored afterwards.
     """
     config = inner.config.get_text_config()
     before = attention_of(config)

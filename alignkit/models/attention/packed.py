@@ -2,9 +2,9 @@
 
 Registered with transformers' `AttentionInterface`, so it works under any model that uses it. The
 segments travel as a keyword argument through the model's forward. No padding, no T×T mask: a
-segment without a window or a prefix runs the causal kernel, which skips half of the work. A
-processor has a path of its own, `cpu_attention`, for all but capped scores, dropout and values of
-another width.
+segment without a window or a prefix runs the causal kernel, which skips half of the work. A CPU
+has a path of its own, `cpu_attention`, for all but capped scores, dropout and values of another
+width.
 
 Shapes: `B` = 1 packed row, `H` query heads, `K` key heads, `T` tokens, `D` head dimension.
 """
@@ -32,7 +32,7 @@ _listeners: list[set[int]] = []
 
 @contextlib.contextmanager
 def noting_layers() -> Iterator[set[int]]:
-    """Identities of the layers whose attention is packed, as long as the block lasts."""
+    """Ids of the layers whose attention runs packed within the block."""
     reached: set[int] = set()
     _listeners.append(reached)
     try:
@@ -63,10 +63,10 @@ def packed_attention(
         query: `[1, H, T, D]`.
         key: `[1, K, T, D]`, H a multiple of K.
         value: `[1, K, T, D]`.
-        attention_mask: must be None; the segments say who sees whom.
+        attention_mask: must be None; the segments define who sees whom.
         segments: cover `0..T-1` in order.
-        prefix_states: `[L, 2, K, P, D]` trained keys and values of each layer, which stand before
-            every document; None without.
+        prefix_states: `[L, 2, K, P, D]` trained keys and values of each layer, which come before
+            those of every document; None without a prefix.
         scaling: factor on the scores; None is 1 / sqrt(D).
         dropout: probability on the attention weights.
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
@@ -77,17 +77,17 @@ def packed_attention(
         `([1, T, H, D], None)`.
 
     Raises:
-        NotImplementedError: the model asks for something that packed rows do not have; the
-            start-up check turns it into the padded path.
+        NotImplementedError: the model needs something that packed rows do not support; the
+            start-up check then chooses the padded path.
     """
     if segments is None or attention_mask is not None:
         raise NotImplementedError("packed attention needs segments and no mask")
     for name in ("s_aux", "position_bias", "cache"):
         if options.get(name) is not None:
-            raise NotImplementedError(f"packed attention does not know {name}")
+            raise NotImplementedError(f"packed attention does not support {name}")
     for reached in _listeners:
         reached.add(id(module))
-    # Rotated queries and keys may come wider than values.
+    # Rotated queries and keys may have a wider dtype than values.
     query, key, value = (x.to(product_dtype(x)) for x in (query, key, value))
     seen = segments
     if prefix_states is not None:

@@ -1,4 +1,4 @@
-"""Packed attention as one masked call: the yardstick of the fast paths, and their fall-back."""
+"""Packed attention as one masked call: the yardstick of the fast paths, and their fallback."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def plain_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """One call of torch's attention for each segment: every device, and the yardstick on this one.
+    """One call of torch's attention for each segment, on every device.
 
     Args:
-        query: as for `packed_attention`, and so on.
+        query: as for `packed_attention`, like all others.
         key: keys.
         value: values.
         segments: who sees whom.
@@ -40,7 +40,7 @@ def plain_attention(
     lengths = [segment.length for segment in segments]
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     by_start = {segment.start: number for number, segment in enumerate(segments)}
-    # A processor's kernels are generated and kept for each length: few distinct ones reach them.
+    # A CPU's kernels are generated and kept for each length, so few distinct lengths are used.
     rounding = attention_blocks.ROUNDING if query.device.type == "cpu" else 1
     masks = _masks(segments, sliding_window, query.device, rounding)
     outputs = []
@@ -96,12 +96,12 @@ def segment_mask(
     Args:
         own: tokens of the segment, appended rows included, `n`.
         prefix: tokens of its prefix, `p`.
-        filler: keys after the prefix that nobody sees, `f`.
+        filler: keys after the prefix that no query sees, `f`.
         sliding_window: see `packed_attention`.
         device: of the mask.
 
     Returns:
-        `[n, p + f + n]`, True where a token is seen; None where the causal rule says it all.
+        `[n, p + f + n]`, True where a token is seen; None if a causal mask is enough.
     """
     windowed = sliding_window is not None and prefix + own > sliding_window
     if not prefix and not windowed:
@@ -129,7 +129,7 @@ def _softcapped(
     softcap: float,
     dropout: float,
 ) -> torch.Tensor:
-    """The same in plain operations: no fused kernel on every device caps scores."""
+    """The same in plain operations: not every device has a fused kernel that caps scores."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

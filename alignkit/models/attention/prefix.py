@@ -1,4 +1,4 @@
-"""A trained prefix at work: keys and values of each layer that every row has before its own."""
+"""A trained prefix in use: keys and values in each layer that come before those of every row."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from alignkit.errors import ModelError
 from alignkit.models.peft_parts import active_prefix
 
 SLIDING = "sliding_attention"
-"""transformers' name of layers that see only so many keys back."""
+"""transformers' name for layers with a sliding window."""
 
 
 def prefix_length(model: Any) -> int:
-    """Tokens of context that a prefix takes, `P`; 0 where there is none, or it is turned off."""
+    """Tokens of context that a prefix takes, `P`; 0 if there is none, or it is turned off."""
     encoder = active_prefix(model)
     return 0 if encoder is None else int(encoder.embedding.num_embeddings)
 
@@ -27,7 +27,7 @@ def prefix_states(model: Any) -> torch.Tensor | None:
         model: with or without adapters.
 
     Returns:
-        `[L, 2, K, P, D]` float32, keys before values; None where there is no prefix, or it is
+        `[L, 2, K, P, D]` float32, keys before values; None if there is no prefix, or it is
         turned off.
     """
     encoder = active_prefix(model)
@@ -42,10 +42,10 @@ def prefix_states(model: Any) -> torch.Tensor | None:
 
 
 def has_window(config: PreTrainedConfig) -> bool:
-    """Whether a layer sees only so many keys back.
+    """Whether a layer has a sliding window.
 
-    Padding that stands between a prefix and a row's own tokens would push the prefix out of sight
-    there, so that only prompts of one length may be continued together.
+    Padding between a prefix and a row's own tokens would push the prefix out of the window, so
+    only prompts of one length may be continued together.
 
     Args:
         config: of a transformers model.
@@ -63,10 +63,10 @@ def with_cached_prefix(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs: `input_ids` `[B, T]`, `attention_mask` `[B, T]` and so on; without positions.
 
     Returns:
-        The inputs themselves where there is no prefix. A cache serves one pass.
+        The inputs themselves if there is no prefix. A cache serves one pass only.
 
     Raises:
-        ModelError: activations are recomputed, for which transformers drops caches.
+        ModelError: activations are recomputed; transformers drops caches then.
     """
     if active_prefix(model) is None:
         return inputs

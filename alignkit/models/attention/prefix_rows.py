@@ -1,8 +1,8 @@
 """Packed rows with a trained prefix: the same keys and values before every document.
 
-In front of each document stand as many rows as the prefix has, which hold its keys and values; a
-branch's prompt then is that much longer. All that attention does with packed rows it does with
-these, sliding windows included. The queries of the new rows are zeros whose output is dropped.
+Each document gets as many rows in front as the prefix has, which hold its keys and values; a
+branch's prompt is then longer by that much. Attention treats them like any other packed rows,
+sliding windows included. The queries of the new rows are zeros whose output is dropped.
 
 Shapes: `T` tokens, `P` rows of the prefix, `R` documents, `N` heads, `D` head dimension.
 """
@@ -19,7 +19,7 @@ from alignkit.packed import Segment, Segments
 
 @functools.lru_cache(maxsize=4)
 def longer_segments(segments: Segments, rows: int) -> Segments:
-    """The segments after `rows` more stand before each document.
+    """The segments with `rows` more before each document.
 
     Args:
         segments: cover `0..T-1` in order. One without a prefix of its own starts a document.
@@ -28,18 +28,18 @@ def longer_segments(segments: Segments, rows: int) -> Segments:
     Returns:
         Segments that cover `0..T+RP-1` in order. The same in every layer, so the last are kept.
     """
-    found: list[Segment] = []
+    longer: list[Segment] = []
     starts: dict[int, int] = {}
     end = 0
     for segment in segments:
         starts[segment.start] = end
         if segment.prefix_length:
             before = starts[segment.prefix_start], rows + segment.prefix_length
-            found.append(Segment(end, segment.length, *before))
+            longer.append(Segment(end, segment.length, *before))
         else:
-            found.append(Segment(end, rows + segment.length))
-        end += found[-1].length
-    return tuple(found)
+            longer.append(Segment(end, rows + segment.length))
+        end += longer[-1].length
+    return tuple(longer)
 
 
 def put_before(

@@ -1,4 +1,4 @@
-"""Packed attention on a processor: blocks of queries, and only the keys that a block sees.
+"""Packed attention on a CPU: blocks of queries, and only the keys that a block sees.
 
 The result of `attention.packed_attention` in one autograd function. Forward, torch's flash kernel
 takes each block with the query heads that share a key head as rows of one product. Backward, that
@@ -12,7 +12,7 @@ arXiv:2307.08691). A bfloat16 product rounds its result, and a rounded score of 
 what is rounded is then log P itself, which moves P by P |log P| / 256 < 0.0015 at most. The parts
 of a prompt's gradient that come from its branches are summed in float32 and rounded once.
 
-Shapes: `D` head dimension; the others as in `attention_blocks`.
+Shapes: `D` head dimension; the others as in `blocks`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from alignkit.models.kernels.blocks import buffers, row_blocks
 from alignkit.packed import Segments
 
 EXTRA = 32
-"""Columns beside the head dimension, of which three are used: the matrix unit takes 32 at once."""
+"""Columns added to the head dimension; three are used, but the matrix unit takes 32 at once."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -80,8 +80,8 @@ class _CpuAttention(torch.autograd.Function):
         values = layout.split_keys(_pick(value, layout.keys), heads)
         outputs, sums = [], []
         for group, q, k, v in zip(layout.groups, queries, keys, values, strict=True):
-            found, total = _flash(q, k, v, attn_mask=group.mask, scale=scale)
-            outputs.append(found.flatten(0, 2))
+            attended, total = _flash(q, k, v, attn_mask=group.mask, scale=scale)
+            outputs.append(attended.flatten(0, 2))
             sums.append(total.flatten())
         output = torch.cat(outputs).index_select(0, layout.homes).view(query.shape)
         normalizer = torch.cat(sums).index_select(0, layout.homes).view(query.shape[:2])
@@ -170,12 +170,12 @@ def _row_products(a: torch.Tensor, b: torch.Tensor, wide: torch.dtype) -> torch.
 
 
 def _pick(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Rows of `[T, heads, ...]` taken as `[T * heads, ...]`."""
+    """Rows of `[T, heads, ...]` viewed as `[T * heads, ...]`."""
     return x.flatten(0, 1).index_select(0, rows)
 
 
 def _with_offset(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """`[T, H, D + EXTRA]` rows whose product with `_with_ones` is less by `offset`, `[T, H]`.
+    """`[T, H, D + EXTRA]` rows whose product with `_with_ones` is smaller by `offset`, `[T, H]`.
 
     Three pieces of a narrow dtype hold a float32 number.
     """
@@ -189,7 +189,7 @@ def _with_offset(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
 
 
 def _with_ones(x: torch.Tensor) -> torch.Tensor:
-    """`[T, K, D + EXTRA]` rows that take the offsets of `_with_offset` once."""
+    """`[T, K, D + EXTRA]` rows that count the offsets of `_with_offset` once."""
     rest = x.new_zeros(*x.shape[:2], EXTRA)
     rest[..., :3] = 1.0
     return torch.cat([x, rest], dim=-1)

@@ -9,18 +9,17 @@ from typing import Any
 from alignkit.errors import ModelError
 
 CONFIG = "adapter_config.json"
-"""PEFT's name of the file that says what an adapter is."""
+"""PEFT's name for the file that describes an adapter."""
 
 KINDS = {"LORA": "lora", "IA3": "ia3", "PREFIX_TUNING": "prefix"}
-"""PEFT's kinds of adapters that are read here, all that alignkit trains -> their names in recipes.
-"""
+"""PEFT's kinds of adapters that alignkit trains and reads -> their names in recipes."""
 
 UNMERGEABLE = ("PREFIX_TUNING",)
-"""Those of them that no weight of the base can hold."""
+"""Those of them that cannot be merged into the base's weights."""
 
 
 def stored_config(folder: Path) -> dict[str, Any]:
-    """The configuration of the adapter in a folder; empty where it is none."""
+    """The configuration of the adapter in a folder; empty if there is none."""
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -29,23 +28,23 @@ def stored_config(folder: Path) -> dict[str, Any]:
 
 
 def peft_kind(folder: Path) -> str:
-    """PEFT's kind of the adapter in a folder; empty where its configuration does not say."""
+    """PEFT's kind of the adapter in a folder; empty if its configuration does not say."""
     return str(stored_config(folder).get("peft_type", ""))
 
 
 def require_mergeable(folder: Path) -> None:
-    """Refuse an adapter that has no merge.
+    """Refuse an adapter that cannot be merged.
 
     Args:
         folder: PEFT adapter folder.
 
     Raises:
-        ModelError: it is of a kind that no weight can hold.
+        ModelError: it is of a kind that cannot be merged.
     """
     if peft_kind(folder) in UNMERGEABLE:
         raise ModelError(
-            f"{folder} is a prefix, which has no merge: no weight can hold keys and values that "
-            "stand before every row",
+            f"{folder} is a prefix, which cannot be merged: no weight can hold keys and values "
+            "that come before every row",
             hint="chat, generate, eval and label read it over its base, as PEFT does, and "
-            "adapter.from trains it on; train with adapter.kind=lora for a whole model",
+            "adapter.from continues its training; train with adapter.kind=lora for a whole model",
         )

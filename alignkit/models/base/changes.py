@@ -1,7 +1,7 @@
-"""What a recipe changes in a base before it is trained: longer context, further tokens.
+"""What a recipe changes in a base before it is trained: longer context, more tokens.
 
 The changes belong to the base as an adapter sees it, so they are stored with the adapter and made
-again wherever it is put on: when it is read, merged or continued.
+again whenever it is read, merged or continued.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class BaseChanges:
     """Changes of a base.
 
     Args:
-        rope: scaled positions; None leaves them.
+        rope: scaled positions; None changes nothing.
         tokens: texts that become one token each.
     """
 
@@ -38,7 +38,7 @@ def scale_positions(config: PreTrainedConfig, rope: RopeSpec) -> None:
 
     Args:
         config: changed in place.
-        rope: how.
+        rope: kind and factor of the scaling.
 
     Raises:
         ModelError: the model has no rotary positions, or they are scaled already.
@@ -55,7 +55,7 @@ def scale_positions(config: PreTrainedConfig, rope: RopeSpec) -> None:
     if own.get("rope_type", "default") != "default":
         raise ModelError(
             f"the base's positions are scaled already: {own['rope_type']}",
-            hint="remove model.rope_scaling, or take a base without it",
+            hint="remove model.rope_scaling, or choose a base without it",
         )
     original = rope.original_context or int(text.max_position_embeddings)
     own |= {"rope_type": rope.kind, "factor": rope.factor}
@@ -68,14 +68,14 @@ def scale_positions(config: PreTrainedConfig, rope: RopeSpec) -> None:
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[list[int]]:
-    """Let texts be one token each.
+    """Make each text one token.
 
     Args:
         tokenizer: changed in place.
-        tokens: their texts; none may be one already.
+        tokens: the texts; none may be a token already.
 
     Returns:
-        For each of them the ids it was cut into before.
+        For each text the ids it was split into before.
 
     Raises:
         ModelError: a text is a token already.
@@ -94,7 +94,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> lis
                 hint="remove it",
             )
         pieces.append(ids)
-    # Not special: they are part of answers, and special ones are left out when text is decoded.
+    # Not special: they are part of responses, and decoding leaves special tokens out.
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in tokens])
     return pieces
 
@@ -110,10 +110,10 @@ def grow(weight: torch.Tensor, ids: Sequence[int], pieces: Sequence[Sequence[int
     Args:
         weight: `[V, H]`, or `[V]` for a bias.
         ids: of the new tokens.
-        pieces: what each was cut into before; its row starts as their mean.
+        pieces: what each was split into before; its row starts as their mean.
 
     Returns:
-        At least as many rows as the largest id asks for; further ones are zero.
+        At least as many rows as the largest id asks for; other new ones are zero.
     """
     rows = max(len(weight), max(ids) + 1)
     grown = weight.new_zeros(rows, *weight.shape[1:])
@@ -159,8 +159,8 @@ def grown(
         pieces: see `grow`.
     """
 
-    def found(name: str) -> torch.Tensor:
+    def grown_weight(name: str) -> torch.Tensor:
         stored = weight(name)
         return grow(stored, ids, pieces) if name in names else stored
 
-    return found
+    return grown_weight

@@ -19,12 +19,12 @@ def weights_fingerprint(base: BaseModel) -> str:
     it, so a 70B model costs no more than a small one.
 
     Returns:
-        Hex sha256; for a hub model the commit, where it is known.
+        Hex sha256; for a hub model the commit, if it is known.
     """
     folder = Path(base.location)
     digest = hashlib.sha256()
     if not folder.is_dir():
-        load_config(base)  # its file is in the cache then
+        load_config(base)  # afterwards its file is in the cache
         file = try_to_load_from_cache(base.location, "config.json")
         commit = Path(file).parent.name if isinstance(file, str) else "unknown"
         return f"{base.location}@{commit}"
@@ -48,8 +48,8 @@ def weights_fingerprint(base: BaseModel) -> str:
 def same_weights(one: str | None, two: str | None) -> bool:
     """Whether two fingerprints may be of the same weights.
 
-    While transformers kept no commit, a hub model was recorded without one: `id@unknown` is any
-    commit of that model.
+    Older versions of transformers kept no commit: a hub model recorded as `id@unknown` may be any
+    commit of it.
     """
     if one == two or one is None or two is None:
         return one == two
@@ -60,7 +60,7 @@ def same_weights(one: str | None, two: str | None) -> bool:
 def weights_version(base: BaseModel) -> str:
     """A stricter hash for what is cached: the fingerprint, and when each file was last written.
 
-    The fingerprint samples large files, so a change of one layer may pass it; a copy of the same
+    The fingerprint samples large files, so a change in one layer may escape it; a copy of the same
     weights has another version, which costs a second scoring and no more.
     """
     digest = hashlib.sha256(weights_fingerprint(base).encode())

@@ -60,7 +60,7 @@ KNOWN_MODELS = {
 
 
 def model_folder(name: str) -> Path:
-    """Where the fetched model stands, whether it is there or not."""
+    """Folder of the fetched model, whether it exists or not."""
     return alignkit_home() / "models" / name
 
 
@@ -76,11 +76,11 @@ def fetch_model(
     Args:
         name: a key of `KNOWN_MODELS`.
         convert: fills an ordinary model folder from a GGUF file.
-        announce: told what happens, one line each.
+        announce: called with what happens, one line each.
         again: fetch even if the folder exists.
 
     Returns:
-        The model folder. Nothing stands under its name until it is complete.
+        The model folder. It does not exist until it is complete.
 
     Raises:
         ModelError: an unknown name, a failed download, or a file with another hash.

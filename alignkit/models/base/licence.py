@@ -1,4 +1,4 @@
-"""The licence of a model's weights, as far as its files say it."""
+"""The licence of a model's weights, as far as its files state it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from alignkit.models.base.loading import BaseModel
 
 
 def licence_of(base: BaseModel) -> str | None:
-    """Identifier such as `apache-2.0`; None where nothing says it.
+    """Identifier such as `apache-2.0`; None if it is not stated.
 
     Args:
         base: its model card is read, or the table of models that alignkit fetches.

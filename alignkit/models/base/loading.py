@@ -57,10 +57,10 @@ class BaseModel:
         location: folder or hub id.
         gguf: name of the GGUF file inside the folder; None for safetensors.
         trust_remote_code: run code that comes with the model.
-        changes: made whenever it is read.
-        unmerged: adapter that is merged into it before it has weights; until then it stands for
+        changes: applied whenever it is read.
+        unmerged: adapter that is merged into it before it has weights; until then this names
             the configuration and the tokenizer that the merge will write.
-        stored: the configuration in its files, once it was read.
+        stored: the configuration in its files, once it has been read.
     """
 
     location: str
@@ -115,7 +115,7 @@ def load_tokenizer(base: BaseModel, template: str | None = None) -> PreTrainedTo
     """
     with _reading(base, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(base.location, **base.options)
-    # Without its files transformers makes some families an empty one, in silence.
+    # Without its files transformers silently makes an empty one for some families.
     ids = tokenizer("Hello", add_special_tokens=False)["input_ids"]
     if not set(ids) - {tokenizer.unk_token_id}:
         raise ModelError(
@@ -130,7 +130,7 @@ def load_tokenizer(base: BaseModel, template: str | None = None) -> PreTrainedTo
 
 
 def token_rows(base: BaseModel) -> tuple[list[int], list[list[int]]]:
-    """Ids of the tokens that are added to a base, and what each was cut into before."""
+    """Ids of the tokens that are added to a base, and what each was split into before."""
     tokens = base.changes.tokens
     tokenizer = load_tokenizer(replace(base, changes=UNCHANGED))
     pieces = add_tokens(tokenizer, tokens)
@@ -228,7 +228,7 @@ def _load_quantized(
         )
     multiply_dense(model, dtype)
     for weight in model.parameters():
-        if weight.is_floating_point():  # a view of its file keeps all that was read of it in memory
+        if weight.is_floating_point():  # a view would keep all that was read of its file in memory
             weight.data = weight.data.clone()
     release_memory()
     return model.eval()

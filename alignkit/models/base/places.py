@@ -1,6 +1,6 @@
 """What a name means: a fetched model, a hub id, a folder, a GGUF file, a run or an adapter.
 
-Asked once where a name comes in; what is found is passed on. Only names of files are looked at.
+Resolved once where a name comes in, and then passed on. Only names of files are looked at.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Place:
     """What a name stands for.
 
     Args:
-        name: as it was given.
+        name: as the user wrote it.
         kind: `known` of a model that alignkit fetches, `hub` of what looks like a hub id, `gguf` of
             such a file, `model` of a model folder, `run` of a folder with merged/ or adapter/,
             `adapter` of an adapter folder, `folder` of any other one, or `nothing`.
@@ -45,7 +45,7 @@ class Place:
         """The whole model.
 
         Returns:
-            A place whose files exist, or a hub id.
+            A model whose files exist, or a hub id.
 
         Raises:
             ModelError: there is none.
@@ -76,7 +76,7 @@ class Place:
 
 
 def resolve(name: str, *, trust_remote_code: bool = False) -> Place:
-    """What a name stands for; what is missing there is said only when it is asked for.
+    """What a name stands for; what is missing there is reported only when it is needed.
 
     Args:
         name: known name, hub id, folder, `.gguf` file, run folder or adapter folder.
@@ -103,7 +103,7 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> Place:
 
 
 def _holding(file: str, *folders: Path) -> Path | None:
-    """The first of some folders in which a file stands."""
+    """The first of some folders that holds a file."""
     return next((folder for folder in folders if (folder / file).is_file()), None)
 
 

@@ -1,6 +1,6 @@
-"""Blocks of rows that stay in a processor's cache, and the buffers that pass through them.
+"""Blocks of rows that stay in a CPU's cache, and the buffers that pass through them.
 
-A chain of element-wise operations over a long row reads and writes the memory at each link. Here a
+A chain of element-wise operations over a long row reads and writes the memory at each step. Here a
 block of rows passes through the whole chain before the next one, in the same few buffers: fresh
 ones would push the block out of the cache.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 ELEMENTS = 1 << 18
-"""Numbers of a block: one megabyte of float32, half of a core's second-level cache."""
+"""Numbers in a block: one megabyte of float32, half of a core's second-level cache."""
 
 
 def row_blocks(x: torch.Tensor) -> Iterator[slice]:
@@ -22,7 +22,7 @@ def row_blocks(x: torch.Tensor) -> Iterator[slice]:
 
 
 def buffers(x: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """`[count, n, ...]` room for what is computed of a block of `[N, ...]`, n rows at most."""
+    """`[count, n, ...]` room for what is computed from a block of `[N, ...]`, at most n rows."""
     return x.new_empty(count, min(_rows(x), len(x)), *x.shape[1:], dtype=dtype)
 
 

@@ -3,7 +3,7 @@
 PEFT computes the same with several autograd nodes: a float32 copy of the input, a cast back under
 autocast, a scaled product and an addition, each with its own buffers. Here the input is kept once
 and shared by the layers that read it, products are added in place, and the low-rank factors are
-cast to the compute dtype for the product only, or once for all of a sampling. In bfloat16 PEFT adds
+cast to the compute dtype for the product only, or once for a whole sampling. In bfloat16 PEFT adds
 the update to an output that is rounded already, where small updates vanish; here the sum is rounded
 once. Modules, parameter names and files stay PEFT's.
 
@@ -31,7 +31,7 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class _Frozen(NamedTuple):
-    """What a layer multiplies with beside its factors.
+    """What a layer multiplies with besides its factors.
 
     Args:
         base: linear layer with its weight `[O, I]`, plain or quantized, and bias `[O]`.
@@ -45,14 +45,14 @@ class _Frozen(NamedTuple):
 
 
 class _Factors(NamedTuple):
-    """Factors in the compute dtype: `[Σr, I]` all s A in one, and each layer's B, `[O, r]`."""
+    """Factors in the compute dtype: all s A stacked, `[Σr, I]`, and each layer's B, `[O, r]`."""
 
     a: torch.Tensor
     b: tuple[torch.Tensor, ...]
 
 
 class _Group(NamedTuple):
-    """Layers that read the same input and are computed together, and what that takes."""
+    """Layers that read the same input and are computed together, and what they multiply with."""
 
     layers: list[Any]
     frozen: list[_Frozen]
@@ -132,8 +132,8 @@ def use_fast_lora(model: nn.Module) -> int:
     among = set(eligible)
     for parent in model.modules():
         for names in TOGETHER:
-            found = [getattr(parent, name, None) for name in names]
-            readers = Readers([module for module in found if module in among])
+            siblings = [getattr(parent, name, None) for name in names]
+            readers = Readers([module for module in siblings if module in among])
             for module in readers.layers:
                 module.readers = readers
     return len(eligible)
@@ -141,12 +141,12 @@ def use_fast_lora(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def fixed_factors(model: nn.Module) -> Iterator[None]:
-    """Cast the factors of each adapter once, and find its layers once, at its first use within.
+    """Cast each adapter's factors and look up its layers once, at its first use in the block.
 
     Only where no weight changes meanwhile, as in sampling: a step on few tokens would spend a tenth
     of its time on casts, and half as much on looking layers up. Elsewhere factors are cast at every
-    use, because a fused optimizer changes weights without raising the version by which a kept copy
-    could be told.
+    use, because a fused optimizer changes weights without raising the version that
+    would show a kept copy to be stale.
 
     Args:
         model: carries LoRA layers.
@@ -165,10 +165,10 @@ def _group(first: Any, name: str, dtype: torch.dtype) -> _Group:
     """What is computed when `first` is called under an adapter, in the compute dtype."""
     kept = first.__dict__.get("kept_groups")
     if kept is not None and (name, dtype) in kept:
-        found: _Group = kept[name, dtype]
-        return found
+        cached: _Group = kept[name, dtype]
+        return cached
     layers = first.readers.alike(first, name)
-    # Scaled before the product: A is small, and what it gives has a row for each token.
+    # Scaled before the product: A is small, and its product has a row for each token.
     a = [(layer.scaling[name] * layer.lora_A[name].weight.detach()).to(dtype) for layer in layers]
     b = tuple(layer.lora_B[name].weight.detach().to(dtype) for layer in layers)
     factors = _Factors(torch.cat(a) if len(a) > 1 else a[0], b)
@@ -196,7 +196,7 @@ class Readers:
         self.outputs: dict[int, torch.Tensor] = {}
 
     def alike(self, first: Any, name: str) -> list[Any]:
-        """`first`, and with it those for which it may compute: nothing else in their state."""
+        """`first`, and the layers in the same state, for which it computes too."""
         if first is not self.layers[0]:
             return [first]
         dtype = weight_dtype(first.get_base_layer())
@@ -211,13 +211,13 @@ class Readers:
         self.how = name, torch.is_grad_enabled()
 
     def take(self, layer: Any, name: str, x: torch.Tensor) -> torch.Tensor | None:
-        """The output of a layer if it is there; once."""
+        """A layer's kept output, given out once; None if there is none."""
         if x is not self.input or (name, torch.is_grad_enabled()) != self.how:
             return None
-        found = self.outputs.pop(id(layer), None)
+        output = self.outputs.pop(id(layer), None)
         if not self.outputs:
             self.input = None
-        return found
+        return output
 
 
 def _computes(layer: Any, name: str, dtype: torch.dtype) -> bool:
@@ -248,15 +248,15 @@ def _is_eligible(module: nn.Module) -> bool:
 
 
 def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """The module's output; PEFT's own code where its state asks for more than one plain adapter."""
+    """The module's output; PEFT's own code if its state needs more than one plain adapter."""
     names = [name for name in module.active_adapters if name in module.lora_A]
     if args or kwargs or module.merged or (len(names) != 1 and not module.disable_adapters):
         output: torch.Tensor = type(module).forward(module, x, *args, **kwargs)
         return output
     readers: Readers = module.readers
-    taken = None if module.disable_adapters else readers.take(module, names[0], x)
-    if taken is not None:
-        return taken
+    ready = None if module.disable_adapters else readers.take(module, names[0], x)
+    if ready is not None:
+        return ready
     base = module.get_base_layer()
     flat = x.to(weight_dtype(base)).reshape(-1, x.shape[-1])
     if module.disable_adapters:

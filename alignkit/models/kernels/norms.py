@@ -1,11 +1,11 @@
-"""RMSNorm on a processor, in blocks of rows that stay in its cache.
+"""RMSNorm on a CPU, in blocks of rows that stay in its cache.
 
 transformers writes it as a chain of element-wise operations, and autograd's chain backward is three
 times as long: the norms of a 135M model took as long as its matrix products. Forward the operations
 here are the same, so no bit changes; backward is the closed form.
 
-A norm is only taken over if its class gives the same bits on a probe: Gemma's do not. Devices other
-than a processor keep the class's own forward.
+A norm is replaced only if its class gives the same bits on a probe: Gemma's does not. Other devices
+than a CPU keep the class's own forward.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class _RmsNorm(torch.autograd.Function):
     ) -> torch.Tensor:
         y = x.new_empty(x.shape, dtype=dtype)
         inverse = x.new_empty(len(x), 1, dtype=torch.float32)
-        # A wide stream is kept as narrow as what is made of it. Backward reads no more than its
-        # direction, and the inputs of all norms weigh as much as a tenth of a step's memory.
+        # A wide input is kept as narrow as the output. Backward needs only its direction, and the
+        # inputs of all norms take a tenth of a step's memory.
         narrow = dtype.itemsize < x.dtype.itemsize
         kept = torch.empty_like(y) if narrow else x
         (room,) = buffers(x, 1, torch.float32)
@@ -46,7 +46,7 @@ class _RmsNorm(torch.autograd.Function):
             torch.mul(wide, wide, out=normed)
             torch.mean(normed, -1, keepdim=True, out=scale).add_(epsilon).rsqrt_()
             torch.mul(wide, scale, out=normed)
-            # Rounded as the input is: nothing moves where that is float32.
+            # Rounded to the input's dtype: nothing changes if that is float32.
             y[rows] = normed.to(x.dtype).to(factor.dtype).mul_(factor)
             if narrow:
                 kept[rows] = wide
@@ -83,8 +83,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
         epsilon: added to the mean square.
 
     Returns:
-        `[..., H]` in the wider dtype of both, x̂ rounded to that of `x` before; under autocast in
-        its dtype, because products read it.
+        `[..., H]` in the wider dtype of both, x̂ first rounded to that of `x`; under autocast in its
+        dtype, because products read it.
     """
     dtype = _output_dtype(x, weight)
     flat = x.reshape(-1, x.shape[-1])
@@ -97,7 +97,7 @@ def _output_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
 
 
 def use_cpu_norms(model: nn.Module) -> int:
-    """Let the norms of a model compute in blocks of rows on a processor.
+    """Let the norms of a model compute in blocks of rows on a CPU.
 
     Args:
         model: of transformers, with or without adapters.
@@ -130,7 +130,7 @@ def _is_rms_norm(module: Any) -> bool:
         or len(inspect.signature(own).parameters) != 2
     ):
         return False
-    # Where a class rounds only shows where the input is narrower than weights that are not 1.
+    # Where a class rounds shows only if the input is narrower than weights that are not 1.
     return all(_same_bits(module, dtype) for dtype in (weight.dtype, torch.bfloat16, torch.float32))
 
 
@@ -141,5 +141,5 @@ def _same_bits(module: Any, dtype: torch.dtype) -> bool:
     weight = torch.randn(size, generator=generator).to(kind)
     with torch.no_grad():
         expected = functional_call(module, {"weight": weight}, (x,))
-        found = rms_norm(x, weight, module.variance_epsilon)
-    return found.dtype == expected.dtype and torch.equal(found, expected)
+        actual = rms_norm(x, weight, module.variance_epsilon)
+    return actual.dtype == expected.dtype and torch.equal(actual, expected)

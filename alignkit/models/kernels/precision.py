@@ -1,8 +1,8 @@
-"""In which precision a forward pass computes: products narrow, what they are added to wide.
+"""The precision of a forward pass: narrow products, added to a wide residual stream.
 
 A narrow residual stream is rounded after each of its additions, twice a layer. Log-probs of a
-400-token answer then move by more than a training step moves them. Kept in float32 it costs some
-memory traffic and no product.
+400-token completion then move by more than a training step moves them. Kept in float32 it costs
+some memory traffic and no product.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def widen_layer_norms(model: nn.Module) -> int:
     """Let LayerNorms with narrow weights read a float32 stream, on every device.
 
     Each computes what its class does, y = w ∘ (x - mean(x)) / sqrt(var(x) + ε) + b (Ba et al.,
-    arXiv:1607.06450), in the wider dtype of x and w. Autocast does so on a GPU; on a processor
-    torch refuses the mixture.
+    arXiv:1607.06450), in the wider dtype of x and w. Autocast does so on a GPU; on a CPU torch
+    refuses the mixture.
 
     Args:
         model: of transformers, with or without adapters.
@@ -81,11 +81,11 @@ class _Widened:
 
 
 def product_dtype(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
-    """The dtype in which products are computed: autocast's within it.
+    """The dtype in which products are computed: autocast's dtype if that is on.
 
     Args:
-        x: says on which device.
-        dtype: the one outside of autocast; None is that of `x`.
+        x: a tensor on their device.
+        dtype: the one without autocast; None is that of `x`.
     """
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

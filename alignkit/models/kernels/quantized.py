@@ -1,4 +1,4 @@
-"""Frozen weights in 4 or 8 bits: NF4 and int8 of bitsandbytes, dequantized where they multiply.
+"""Frozen weights in 4 or 8 bits: NF4 and int8 of bitsandbytes, dequantized for each product.
 
 A layer's weight is dense only during its own product. bitsandbytes' own products are not used. In
 evaluation they round the activations to 8 bits too (LLM.int8()), or repack a 4-bit layer into a
@@ -44,7 +44,7 @@ def dense_weight(layer: Any) -> torch.Tensor:
             weight.data, weight.quant_state
         )
         return dense
-    # In float32 between: a mixed product of torch takes four times as long on a processor.
+    # Through float32: torch's mixed product takes four times as long on a CPU.
     scales = weight.SCB[:, None] / _INT8_STEPS
     wide: torch.Tensor = weight.data.float()
     return wide.mul_(scales).to(layer.compute_dtype)

@@ -1,4 +1,4 @@
-"""Base weights as a quantized run computed with them: quantized and back."""
+"""Base weights as a quantized run used them: quantized and dequantized."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def as_trained(
     Args:
         skeleton: the model without storage; says which layers are quantized.
         weight: gives a stored weight by its name.
-        kind: `nf4` or `int8`; with `none` the weights are those that are stored.
+        kind: `nf4` or `int8`; `none` keeps the stored weights.
         dtype: compute precision of the run.
 
     Returns:
@@ -37,15 +37,15 @@ def as_trained(
         return weight
     names = quantized_names(skeleton)
 
-    def found(name: str) -> torch.Tensor:
+    def trained(name: str) -> torch.Tensor:
         stored = weight(name)
         return through(stored, kind, dtype) if name in names else stored
 
-    return found
+    return trained
 
 
 def quantized_names(skeleton: PreTrainedModel) -> set[str]:
-    """Names of the weights that transformers quantizes: those of linear layers but the head."""
+    """Names of the weights that transformers quantizes: those of linear layers, except the head."""
     kept = set(get_keys_to_not_convert(skeleton))
     return {
         f"{name}.weight"
@@ -58,7 +58,7 @@ def through(weight: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor
     """`[O, I]` a weight after quantization and back, in `dtype`."""
     if bitsandbytes is None:
         raise ModelError(
-            "the adapter was trained over a quantized base, which bitsandbytes computes",
+            "the adapter was trained over a quantized base, which needs bitsandbytes",
             hint="pip install 'alignkit[quantization]'",
         )
     narrow, sizes = weight.to(dtype).contiguous(), weight.shape[::-1]
@@ -74,7 +74,7 @@ def through(weight: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor
     else:
         raise ModelError(
             f"the adapter was trained over weights in {kind!r}, which are not known here",
-            hint="nf4 and int8 are",
+            hint="known are nf4 and int8",
         )
     layer.weight, layer.compute_dtype = packed.to(weight.device), dtype
     return dense_weight(layer)

@@ -30,8 +30,8 @@ class LogitTransform:
 
     Args:
         scale: logits are multiplied by it first.
-        softcap: then become `softcap * tanh(logits / softcap)`; None leaves them.
-        temperature: divides what comes out, above 0; sampling may not be at 1.
+        softcap: then become `softcap * tanh(logits / softcap)`; None changes nothing.
+        temperature: divides the result, above 0; not 1 if sampling used another.
     """
 
     scale: float = 1.0
@@ -99,8 +99,8 @@ def next_logits(hidden: torch.Tensor, head: nn.Module, transform: LogitTransform
     """Logits of the next token, as sampling needs them.
 
     Args:
-        hidden: `[B, H]` final hidden states, contiguous: torch repeats the whole head for each row
-            of any other.
+        hidden: `[B, H]` final hidden states, contiguous: otherwise torch repeats the whole head for
+            each row.
         head: the output projection.
         transform: from the projection to the model's logits, the temperature included.
 
@@ -108,7 +108,7 @@ def next_logits(hidden: torch.Tensor, head: nn.Module, transform: LogitTransform
         `[B, V]` float32.
     """
     logits: torch.Tensor = head(hidden).float()
-    if transform.scale != 1.0:  # a pass over the vocabulary less for each token
+    if transform.scale != 1.0:  # skipping this saves a pass per token
         logits = logits * transform.scale
     if transform.softcap is not None:
         logits = torch.tanh(logits / transform.softcap) * transform.softcap
@@ -218,7 +218,7 @@ def _logits(
     ids: torch.Tensor,
     transform: LogitTransform,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`[C, V]` float32 logits, and the slope of the softcap where there is one."""
+    """`[C, V]` float32 logits, and the slope of the softcap if there is one."""
     logits = _projection(hidden, matrix, ids)
     if bias is not None:
         logits += bias

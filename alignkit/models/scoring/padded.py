@@ -47,7 +47,7 @@ class PaddedScorer(Scorer):
             self.causal.set_attn_implementation("eager")  # Gemma 2 and others have no sdpa
 
     def places(self, batch: PackedBatch, *, targets: bool) -> torch.Tensor:
-        """Where states stand among those that layers read; see `TokenScorer.places`."""
+        """Where states are among those that layers read; see `TokenScorer.places`."""
         rows = sequence_rows(batch)
         width = max(map(len, rows))
         if targets:

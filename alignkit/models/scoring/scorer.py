@@ -33,7 +33,7 @@ def causal_model(model: Any) -> Any:
 
 ROUNDING = 64
 """Packed rows are filled up to a multiple of this, so that few shapes reach the matrix kernels:
-each shape costs time at its first use and, on a processor, memory for good."""
+each shape costs time at its first use and, on a CPU, memory for good."""
 
 
 def round_up(batch: PackedBatch, multiple: int) -> PackedBatch:
@@ -56,13 +56,13 @@ def round_up(batch: PackedBatch, multiple: int) -> PackedBatch:
 
 Reading = Literal["ends", "targets", "both"]
 """Where a scalar head reads: at the last token of each sequence; at the states that predict the
-targets; or there, beside the log-probs."""
+targets; or at these states, together with the log-probs."""
 
 Scores = TokenScores | torch.Tensor | tuple[TokenScores, torch.Tensor]
 
 
 class Scorer(nn.Module):
-    """What all scorers are: a model, what it scores with, and in which precision.
+    """Base of all scorers: a model, what it scores with, and in which precision.
 
     Args:
         model: a transformers causal language model, or PEFT around one.
@@ -99,7 +99,7 @@ class Scorer(nn.Module):
         return torch.from_numpy(array).to(next(self.causal.parameters()).device)
 
     def places(self, batch: PackedBatch, *, targets: bool) -> torch.Tensor:
-        """Where states stand among those that layers read; see `TokenScorer.places`."""
+        """Where states are among those that layers read; see `TokenScorer.places`."""
         raise NotImplementedError
 
     def rewards(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ class Scorer(nn.Module):
         assert self.head is not None
         with torch.autocast(hidden.device.type, enabled=False):
             # Row by row: a matrix-vector product rounds a row by its place among the others, and
-            # equal answers would earn unequal rewards.
+            # equal responses would earn unequal rewards.
             rewards = (hidden.float() * self.head.weight[0].float()).sum(-1)
             return rewards if self.head.bias is None else rewards + self.head.bias.float()
 
@@ -133,11 +133,11 @@ class TokenScorer(Scorer):
         self.transform = dataclasses.replace(transform, temperature=temperature)
 
     def places(self, batch: PackedBatch, *, targets: bool) -> torch.Tensor:
-        """`[N]` where the states that predict the targets stand among those that layers read.
+        """`[N]` where the states that predict the targets are among those that layers read.
 
         Args:
             batch: `N` targets.
-            targets: false gives the places of all tokens of all sequences instead, one sequence
+            targets: False gives the places of all tokens of all sequences instead, one sequence
                 after another. What sequences share counts for each of them, so that neither
                 depends on how documents are packed.
         """
@@ -178,7 +178,7 @@ class TokenScorer(Scorer):
 
 @contextlib.contextmanager
 def evaluating(scorer: nn.Module) -> Iterator[None]:
-    """The scorer in evaluation mode and without gradients; its mode is put back afterwards."""
+    """The scorer in evaluation mode and without gradients; its mode is restored afterwards."""
     was_training = scorer.training
     scorer.eval()
     try:
@@ -196,7 +196,7 @@ def sum_by_sequence(logprobs: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         batch: says which sequence each target belongs to.
 
     Returns:
-        `[S]` sums, at most 0: float64, where the device has it. A float32 sum near -1,000 is 6e-5
+        `[S]` sums, at most 0: float64, if the device has it. A float32 sum near -1,000 is 6e-5
         off, and objectives subtract two of them.
     """
     device, wide = logprobs.device, sum_dtype(logprobs.device)
@@ -206,7 +206,7 @@ def sum_by_sequence(logprobs: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """Of log-probs of whole sequences."""
+    """Dtype of the log-probs of whole sequences."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

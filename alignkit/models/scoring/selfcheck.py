@@ -35,13 +35,13 @@ def scorer_factory(
         model: causal language model, adapters attached.
         dtype: compute precision.
         attention: `auto`, `packed`, or an implementation of transformers for padded batches.
-        say: told in one sentence when the packed path cannot be used.
+        say: called with one sentence if the packed path cannot be used.
 
     Returns:
         A function from a head (or None) and a scorer's options to the scorer.
 
     Raises:
-        ModelError: `packed` was demanded and does not agree with the model.
+        ModelError: `packed` was requested and does not agree with the model.
     """
     if attention not in ("auto", "packed"):
         return partial(PaddedScorer, model, dtype, attention=attention)
@@ -70,14 +70,14 @@ def build_scorer(
         model: causal language model, adapters attached.
         dtype: compute precision.
         attention: see `scorer_factory`.
-        say: told in one sentence when the packed path cannot be used.
+        say: called with one sentence if the packed path cannot be used.
         head: scalar head of a reward model; None scores tokens.
 
     Returns:
-        A `TokenScorer`, or a `PaddedScorer` where asked for or necessary.
+        A `TokenScorer`, or a `PaddedScorer` if requested or necessary.
 
     Raises:
-        ModelError: `packed` was demanded and does not agree with the model.
+        ModelError: `packed` was requested and does not agree with the model.
     """
     return scorer_factory(model, dtype, attention, say)(head)
 
@@ -92,21 +92,21 @@ def packed_fault(model: Any, dtype: torch.dtype) -> str | None:
         with torch.no_grad():
             expected = PaddedScorer(model, dtype)(batch).logprobs
             packed = TokenScorer(model, dtype)
-            with torch.enable_grad(), noting_layers() as reached:  # layers of training
-                found = packed(batch).logprobs.detach()
+            with torch.enable_grad(), noting_layers() as reached:  # the layers that training uses
+                actual = packed(batch).logprobs.detach()
             others = batch.target_sequences > 0
             apart = packed(_with_other_start(batch)).logprobs[others]
     except (NotImplementedError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         return str(error).split("\n")[0][:200]
     finally:
         model.train(was_training)
-    # Weights that are hardly trained hide what numbers would show.
+    # Barely trained weights would hide this in the numbers.
     layers = int(inner.config.get_text_config().num_hidden_layers)
     if len(reached) < layers:
         return f"{layers - len(reached)} of {layers} layers mix tokens in a way of their own"
-    if not torch.allclose(apart, found[others], rtol=0.0, atol=1e-3):
+    if not torch.allclose(apart, actual[others], rtol=0.0, atol=1e-3):
         return "tokens of one document reach another"
-    difference = (found - expected).abs()
+    difference = (actual - expected).abs()
     worst, mean = float(difference.max()), float(difference.mean())
     if not worst <= TOLERANCE[dtype] or not mean <= MEAN_TOLERANCE[dtype]:
         return f"log-probs differ by up to {worst:.3g} nats, {mean:.3g} on average"
@@ -125,7 +125,7 @@ def probe_batch(vocabulary: int) -> PackedBatch:
     """A small fixed batch with two plain sequences and one document with two branches.
 
     Args:
-        vocabulary: token ids are drawn below it.
+        vocabulary: token ids are drawn from below it.
     """
     rng = np.random.default_rng(0)
     lengths, ids, positions = (19, 7, 5, 6, 4), [], []
