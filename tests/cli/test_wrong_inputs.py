@@ -159,8 +159,8 @@ PREFERENCES: dict[str, tuple[tuple[str, ...], list[dict[str, Any]], list[str], s
         ("dpo",),
         make_pairs(6),
         ["adapter={kind: full}", "reference.kind=adapter_off"],
-        "error: reference.kind = adapter_off, and there is no adapter: all weights are trained\n"
-        "hint: use cached, or frozen_copy\n",
+        "error: reference.kind = adapter_off, but there is no adapter: all weights are trained\n"
+        "hint: set reference.kind to cached or frozen_copy\n",
     ),
     "conversations where pairs are wanted": (
         ("reward", "dpo"),
@@ -266,7 +266,7 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "eval twice": (
         ["data.eval=[{path: rows.jsonl}]", "data.eval_fraction=0.5"],
-        ["holds out rows by `eval` or by `eval_fraction`, not both"],
+        ["must have only one of `eval` and `eval_fraction`"],
     ),
     "no model": (
         ["model.base=nothing-here"],

@@ -295,19 +295,17 @@ def test_a_default_learning_rate_is_filled_in() -> None:
         (
             "path: rows.jsonl",
             "path: rows.jsonl, hub: a/b",
-            "r.yaml:7: data.train[0] names either `path` or `hub`, not both and not neither, got "
-            "{path, hub}",
+            "r.yaml:7: data.train[0] must have exactly one of `path` and `hub`, got {path, hub}",
         ),
         (
             "{path: rows.jsonl}",
             "{}",
-            "r.yaml:7: data.train[0] names either `path` or `hub`, not both and not neither, got "
-            "{}",
+            "r.yaml:7: data.train[0] must have exactly one of `path` and `hub`, got {}",
         ),
         (
             "max_length: 512",
             "eval: [{path: rows.jsonl}]\n  eval_fraction: 0.1",
-            "r.yaml:6: data holds out rows by `eval` or by `eval_fraction`, not both, got "
+            "r.yaml:6: data must have only one of `eval` and `eval_fraction`, got "
             "{train, eval, eval_fraction}",
         ),
         # stages and objectives
