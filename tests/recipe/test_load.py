@@ -411,7 +411,8 @@ def test_errors_of_a_parent_name_the_parent() -> None:
         ),
         (
             "data.train.3.path=a",
-            "command line: data.train[3].path: there is no data.train[3] to set",
+            "command line: data.train[3].path: there is no data.train[3] to set\n"
+            "hint: set a key of a mapping, or an existing list item, as in data.train.0.take=100",
         ),
         (
             "training.learning_rate=9",

@@ -196,7 +196,7 @@ REWARDS = {
     ),
     "{model: runs/r, rule: exact}": (
         " must be a mapping with one of model, function, url or rule, got {model, rule}\n"
-        "hint: one source has one of them; write several as a list"
+        "hint: a source has exactly one of these keys; write several sources as a list"
     ),
     "[exact]": (
         "[0] must be a mapping with one of model, function, url or rule, got 'exact'" + SOURCE_HINT
