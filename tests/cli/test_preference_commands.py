@@ -86,7 +86,7 @@ def test_help_lists_the_stages(alignkit: CommandLine, folder: Path) -> None:
     for stage, words in (
         ("reward", "Train a reward model on preference pairs"),
         ("dpo", "Optimize preferences on pairs: DPO, IPO, SimPO, ORPO"),
-        ("kto", "Optimize preferences on single answers labelled good or bad"),
+        ("kto", "Optimize preferences on single completions labelled good or bad"),
     ):
         assert re.search(rf"\b{stage}\b +{words}", done.stdout)
         own = alignkit(stage, "--help", cwd=folder, COLUMNS="160")

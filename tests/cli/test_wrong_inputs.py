@@ -151,7 +151,7 @@ PREFERENCES: dict[str, tuple[tuple[str, ...], list[dict[str, Any]], list[str], s
         ("dpo",),
         make_pairs(6),
         ["objective={kind: simpo}", "reference={kind: cached}"],
-        "error: command line: reference has no use: `simpo` compares with no reference model"
+        "error: command line: reference is not used: `simpo` has no reference model"
         ", got {kind}\n"
         "hint: remove the key, or choose an objective with a reference, such as dpo\n",
     ),

@@ -264,7 +264,7 @@ def test_unbalanced_labels(
     assert warnings("kto", data, objective=objective) == (
         f"desirable_weight × {chosen} desirable rows is {ratio} times undesirable_weight × "
         f"{rejected} undesirable rows; the paper keeps this between 1 and 4/3: "
-        f"objective.desirable_weight between {low} and {high} does",
+        f"set objective.desirable_weight between {low} and {high}",
     )
     for advised in (low, high):
         changed = {**objective, "desirable_weight": float(advised)}
