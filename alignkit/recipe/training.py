@@ -26,7 +26,7 @@ class LoopSpec(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after warm-up; cosine and linear end at zero."""
     warmup: Annotated[float, Field(ge=0.0)] = 0.03
-    """Warm-up: a share of the steps below 1, a number of steps from 1."""
+    """Warm-up: below 1 a share of the steps, from 1 a number of steps."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Decoupled weight decay; not applied to biases and norms."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0

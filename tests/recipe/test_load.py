@@ -393,7 +393,7 @@ def test_errors_of_a_parent_name_the_parent() -> None:
     assert failure(text) == (
         "base.yaml:1: adapter.rank must be at least 1, got 0\nhint: 8 to 64 is usual\n"
         "base.yaml:3: training.warmup must be at least 0, got -1\n"
-        "hint: a share of the steps below 1 (0.03), a number of steps from 1"
+        "hint: below 1 a share of the steps (0.03), from 1 a number of steps"
     )
 
 

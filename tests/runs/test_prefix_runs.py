@@ -327,7 +327,7 @@ def test_stages_that_train_no_prefix(stage: str, tiny_base: Path, tmp_path: Path
         recipe = make_ppo_recipe(tmp_path, tiny_base, adapter=RAW)
     else:
         recipe = make_preference_recipe(tmp_path, tiny_base, stage, adapter=RAW)
-    sentence = f"adapter has kind = prefix, which {stage} does not train: use lora, or full"
+    sentence = f"adapter has kind = prefix, which {stage} does not train: use lora or full"
     with pytest.raises(RecipeError, match=sentence):
         load_recipe(str(recipe))
 

@@ -21,7 +21,7 @@ HINTS = {
     "weights; about a tenth of that for dpo and kto",
     "training.batch_size": "examples per optimizer step over all processes; 8 to 64 is usual",
     "training.microbatch_tokens": "`auto` fits it to the memory; the result does not depend on it",
-    "training.warmup": "a share of the steps below 1 (0.03), a number of steps from 1",
+    "training.warmup": "below 1 a share of the steps (0.03), from 1 a number of steps",
     "data.max_length": "in tokens; 1024 to 4096 is usual",
     "data.train": "a list of sources, as in [{path: data.jsonl}]",
     "adapter": "as in {kind: lora, rank: 16}",

@@ -203,7 +203,7 @@ class Recipe(Section):
         adds_tokens = model is not None and bool(model.add_tokens)
         if rate_key(value) not in cls.rates:
             stage = info.data.get("stage", "")
-            kinds = ", or ".join(kind for kind in ("lora", "full") if kind in cls.rates)
+            kinds = " or ".join(kind for kind in ("lora", "full") if kind in cls.rates)
             raise ValueError(f"has kind = {value.kind}, which {stage} does not train: use {kinds}")
         check_adapter(value, quantization, adds_tokens=adds_tokens)
         return value
