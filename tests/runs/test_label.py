@@ -291,7 +291,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "margin": (
         {"margin": -1},
         "command line: margin must be at least 0, got -1.0\n"
-        "hint: in units of the reward model; 0 takes every difference\n",
+        "hint: in units of the reward model; 0 accepts any difference\n",
     ),
     "dtype": (
         {"dtype": "int3"},
