@@ -1,4 +1,4 @@
-"""A recipe file and the command line's overrides -> a validated Recipe, or every error at once."""
+"""A recipe file and command-line overrides -> a validated Recipe, or every error at once."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from alignkit.recipe.stages.registry import find_stage
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe with the file it came from.
+    """A recipe and the file it came from.
 
     Args:
-        recipe: validated; paths of existing files are absolute or relative to the assets.
+        recipe: validated; paths of existing files are absolute, or short names of shipped files.
         name: the file as shown in messages.
-        document: values and places, for errors found later.
+        document: values and their places, for errors found later.
     """
 
     recipe: Recipe
@@ -53,14 +53,14 @@ def shipped_pipelines() -> list[str]:
 
 
 def _shipped(*, pipelines: bool) -> list[str]:
-    """A file with `stages` is a pipeline, wherever it lies."""
+    """Names of the shipped pipelines (files with the key `stages`) or of the other recipes."""
     root = assets_root() / "recipes"
-    found = []
+    names = []
     for path in root.rglob("*.yaml"):
         lines = path.read_text(encoding="utf-8").splitlines()
         if any(line.startswith("stages:") for line in lines) is pipelines:
-            found.append(str(path.relative_to(root)))
-    return sorted(found)
+            names.append(str(path.relative_to(root)))
+    return sorted(names)
 
 
 def find_recipe(name: str) -> Path:
@@ -101,7 +101,7 @@ def load_recipe(
         stage: the stage that the command runs; None accepts any.
 
     Returns:
-        The recipe with its defaults filled in and its files found.
+        The recipe with its defaults filled in and its files located.
 
     Raises:
         RecipeError: holds every broken rule of the file, each with line, value and hint.
@@ -126,22 +126,22 @@ def load_recipe(
 def resolve_recipe(
     document: Document, *, stage: str | None = None, pending: Collection[KeyPath] = ()
 ) -> Recipe:
-    """The recipe that a document holds.
+    """The recipe in a document.
 
     Args:
-        document: merged; sections without a `kind` get the stage's own.
-        stage: assumed where the document names none.
-        pending: keys of files and folders that are still to be made, which need not exist.
+        document: merged; sections without a `kind` get the stage's default.
+        stage: used if the document names none.
+        pending: keys of files and folders that an earlier stage will create.
 
     Returns:
-        The recipe with its defaults filled in and its files found.
+        The recipe with its defaults filled in and its files located.
 
     Raises:
         RecipeError: holds every broken rule of the document, in file order.
     """
     named = str(document.values.get("stage") or stage or "sft")
     try:
-        model = find_stage(named)  # its schema finds the other errors
+        model = find_stage(named)  # the schema reports an unknown stage
     except KeyError:
         model = find_stage(stage or "sft")
     for key in ("adapter", "objective"):
@@ -161,20 +161,20 @@ def resolve_recipe(
 
 
 def without(document: Document, keys: Collection[KeyPath]) -> Document:
-    """The document with null at these keys."""
+    """A copy of the document with null at these keys."""
     if not keys:
         return document
-    less = part_of(document, ())
+    copy = part_of(document, ())
     for *parents, last in keys:
-        here: Any = less.values
+        here: Any = copy.values
         for part in parents:
             here = here[part]
         here[last] = None
-    return less
+    return copy
 
 
 def stored_recipe(path: Path) -> Recipe:
-    """The recipe that a run folder keeps, without looking for the files it names.
+    """The recipe stored in a run folder; the files it names need not exist.
 
     Args:
         path: its recipe.yaml, written by `render_recipe`.
@@ -187,11 +187,12 @@ def stored_recipe(path: Path) -> Recipe:
         return find_stage(values["stage"]).model_validate_json(json.dumps(values))
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
         reason = str(error).split("\n")[0]
-        problem = AlignkitError(f"{path}: is not a recipe of a run: {reason}")
+        hint = "it is written by the run; restore it, or train again with --overwrite"
+        problem = AlignkitError(f"{path}: is not a recipe of a run: {reason}", hint=hint)
         raise RecipeError([problem]) from None
 
 
 def render_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML: every key written out, in the schema's order."""
+    """The resolved recipe as YAML: every key, in the schema's order."""
     header = "# Resolved recipe: every key with the value that was used.\n"
     return header + yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True)
