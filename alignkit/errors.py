@@ -8,11 +8,11 @@ from __future__ import annotations
 
 
 class AlignkitError(Exception):
-    """Something the user can fix.
+    """An error that the user can fix.
 
     Args:
-        message: where, which rule, what value: one sentence.
-        hint: what to do about it; empty if the sentence already says so.
+        message: where, which rule, which value: one sentence.
+        hint: what to do about it; empty if the message already says so.
     """
 
     exit_code = 2
@@ -47,7 +47,7 @@ class ModelError(AlignkitError):
 
 
 class RoundingError(ModelError):
-    """A merged model is further from the trained one than its check allows; wider weights help."""
+    """A merged model differs from the trained one more than allowed; wider weights help."""
 
 
 class RunError(AlignkitError):
@@ -55,11 +55,11 @@ class RunError(AlignkitError):
 
 
 class TrainingError(AlignkitError):
-    """Training cannot go on: a loss that is not finite, a full disk."""
+    """Training cannot continue: a loss that is not finite, a full disk."""
 
 
 class RewardError(AlignkitError):
-    """A reward function, server or rule gives no usable scores."""
+    """A reward function, server or rule returned no usable scores."""
 
 
 class Interrupted(AlignkitError):

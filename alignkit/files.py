@@ -1,8 +1,8 @@
-"""Files and folders that are whole or not there: written beside, brought to the disk, renamed.
+"""Atomic writes: files and folders are written next to their name, synced to disk, then renamed.
 
-At every moment, even of a kill or a power cut, a name stands for what was there before or for all
-of what is new. A writer works in a hidden folder of its own, so that several do not meet; what a
-killed one has left there is removed by the next that writes under the same name.
+At every moment, even after a kill or a power cut, a name holds either all of the old content or all
+of the new. Each writer works in a hidden folder of its own, so that several do not collide; the
+next writer of the same name removes what a killed one left behind.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _HERE, _EXCHANGE = -100, 2
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the name `path` when the block ends well and vanishes if not.
+    """A file to write, which gets the name `path` if the block succeeds and is removed if it fails.
 
     Args:
-        path: replaced if it exists; its folder is made.
+        path: replaced if it exists; its folder is created.
 
     Raises:
-        OSError: the disk refuses; what was there still is.
+        OSError: writing failed; the old file is unchanged.
     """
     with _beside(path) as written:
         yield written
@@ -40,12 +40,12 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the name `path` when the block ends well; see
+    """An empty folder to fill, which gets the name `path` if the block succeeds; see
     `replace_file`.
 
     Args:
-        path: replaced as a whole if it exists. Its files get the permissions of any new file;
-            safetensors lets only their owner read.
+        path: replaced as a whole if it exists. Its files get the permissions of any new file,
+            because safetensors makes its own readable only by their owner.
     """
     with _beside(path) as written:
         written.mkdir()
@@ -66,20 +66,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """What a folder holds, but for what killed writers have left."""
+    """The entries of a folder, without what killed writers left behind."""
     return [path for path in folder.iterdir() if not path.name.startswith(_MARK)]
 
 
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """`path`'s name in a hidden folder next to it, which no other writer uses."""
+    """The same name in a hidden folder next to `path`, which no other writer uses."""
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{_MARK}{path.name}-"
-    for left in path.parent.iterdir():
-        if left.name.startswith(prefix):
-            with contextlib.suppress(OSError), _opened(left) as handle:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its writer lives
-                shutil.rmtree(left)
+    for leftover in path.parent.iterdir():
+        if leftover.name.startswith(prefix):
+            with contextlib.suppress(OSError), _opened(leftover) as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer runs
+                shutil.rmtree(leftover)
     with contextlib.ExitStack() as stack:
         own = _own_folder(stack, path.parent, prefix)
         stack.callback(shutil.rmtree, own, ignore_errors=True)
@@ -92,7 +92,7 @@ def _own_folder(stack: contextlib.ExitStack, parent: Path, prefix: str) -> Path:
         own = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         with contextlib.suppress(OSError):
             fcntl.flock(stack.enter_context(_opened(own)), fcntl.LOCK_EX)
-        if own.exists():  # before it was locked, another may have removed it as one that was left
+        if own.exists():  # another writer may have removed it before it was locked
             return own
 
 
@@ -106,7 +106,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _take_name(written: Path, path: Path) -> None:
-    """Rename a folder, also over another one."""
+    """Rename a folder, replacing an existing one."""
     try:
         os.replace(written, path)  # over nothing, or an empty folder
     except OSError:
@@ -124,7 +124,7 @@ def _take_name(written: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, two: Path) -> bool:
-    """Swap two names in one go, where the system and the file system can."""
+    """Swap two names atomically; False if the system or the file system cannot."""
     swap = getattr(ctypes.CDLL(None), "renameat2", None)
     names = (os.fsencode(one), os.fsencode(two))
     return swap is not None and swap(_HERE, names[0], _HERE, names[1], _EXCHANGE) == 0

@@ -1,9 +1,9 @@
-"""PackedBatch: the one type that crosses rooms. Data makes it, models read it, stages carry it.
+"""PackedBatch: the one type that crosses rooms. Data makes it, models read it, stages pass it on.
 
-Tokens of many documents stand in one row without padding. A *document* is a prompt followed by
+The tokens of many documents form one row without padding. A *document* is a prompt followed by
 one or more *branches* (completions); a branch sees the prompt and itself, never a sibling. A
-*target* says which hidden row predicts which token of which sequence; a *sequence* is one branch
-together with its prompt.
+*sequence* is one branch together with its prompt; a *target* says which hidden state predicts
+which token of which sequence.
 
 Shapes: `T` tokens in the row, `K` attention segments, `N` targets, `S` sequences, `D` documents.
 """
@@ -20,14 +20,14 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Role(enum.IntEnum):
-    """What a branch is to its objective."""
+    """The part that a branch plays in its objective."""
 
     CHOSEN = 0
-    """The better answer of a pair, or an answer labelled as desirable."""
+    """The better completion of a pair, or one labelled as desirable."""
     REJECTED = 1
-    """The worse answer of a pair, or an answer labelled as undesirable."""
+    """The worse completion of a pair, or one labelled as undesirable."""
     MISMATCHED = 2
-    """An answer to another prompt: KTO's baseline."""
+    """A completion of another prompt, for KTO's baseline."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Segment:
     Args:
         start: first token of the run in the packed row.
         length: tokens in the run, at least 1.
-        prefix_start: first token of the prefix; meaningless when `prefix_length` is 0.
+        prefix_start: first token of the prefix; unused if `prefix_length` is 0.
         prefix_length: tokens of the prefix; 0 for a run that sees only itself.
     """
 
@@ -53,7 +53,7 @@ Segments = tuple[Segment, ...]
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One forward pass worth of documents.
+    """The documents of one forward pass.
 
     Args:
         input_ids: `[T]` token ids.
@@ -61,14 +61,14 @@ class PackedBatch:
             document all continue from the end of its prompt.
         segments: `K` attention runs that cover the row in order, without gap or overlap.
         target_rows: `[N]` index in `0..T-1` of the hidden state that predicts the target.
-        target_ids: `[N]` token id that is predicted.
+        target_ids: `[N]` the predicted token id.
         target_sequences: `[N]` index in `0..S-1` of the sequence the target belongs to.
         sequence_ends: `[S]` index of the last token of each sequence.
         sequence_documents: `[S]` index of the document each sequence belongs to.
         sequence_roles: `[S]` the `Role` of each sequence.
         sequence_references: `[S]` float64, log-prob of each sequence's targets under the reference
-            model where it is known beforehand, else NaN.
-        margins: `[D]` float64, how much better the chosen answer is, 0 where the data do not say.
+            model if it is known beforehand, else NaN.
+        margins: `[D]` float64, how much better the chosen completion is; 0 if the data do not say.
         rows: data row of each document, for messages to the user.
     """
 

@@ -1,1 +1,1 @@
-"""Losses as pure functions over log-probs; nothing here but torch."""
+"""Losses as pure functions of log-probs; they import only torch."""

@@ -1,4 +1,4 @@
-"""Divergence of the policy from the reference, and the controller of its price.
+"""KL divergence of the policy from the reference, and its adaptive coefficient.
 
 With d = log π(y_t | x, y_<t) - log π_ref(y_t | x, y_<t) at a sampled token, the estimators of
 KL(π ‖ π_ref) are (http://joschu.net/blog/kl-approx.html)
@@ -12,18 +12,18 @@ from __future__ import annotations
 import torch
 
 CONTROLLER_CLIP = 0.2
-"""Largest relative error that the adaptive controller answers to."""
+"""Largest relative error to which the adaptive controller responds."""
 
 
 def k1(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """d, the estimator that PPO takes from the reward.
+    """d, the estimator that PPO subtracts from the reward.
 
     Args:
         policy: log-probs of the sampled tokens under the policy, any shape, at most 0.
         reference: the same under the reference.
 
     Returns:
-        Nats for each token, of any sign.
+        Nats for each token, positive or negative.
     """
     return policy - reference
 
@@ -43,16 +43,16 @@ def k3(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def adapt_kl_coef(coef: float, kl: float, *, target: float, responses: int, horizon: int) -> float:
-    """The next price of KL, β' = β · (1 + clip(KL / target - 1, ±0.2) · n / horizon).
+    """The next KL coefficient, β' = β · (1 + clip(KL / target - 1, ±0.2) · n / horizon).
 
     The controller of Ziegler et al. (https://arxiv.org/abs/1909.08593, section 2.2).
 
     Args:
         coef: β of this step, at least 0.
-        kl: mean KL of a whole response in this step, in nats: k1 summed over its tokens.
-        target: of the same unit, above 0.
-        responses: n, how many there were in this step.
-        horizon: responses over which the price follows.
+        kl: mean KL per response in this step, in nats: k1 summed over its tokens.
+        target: in the same unit, above 0.
+        responses: n, the number of responses in this step.
+        horizon: number of responses over which the coefficient adapts.
 
     Returns:
         β of the next step.

@@ -1,10 +1,10 @@
 """Proximal policy optimization on sampled responses, https://arxiv.org/abs/1707.06347.
 
 Rewards, advantages and losses of a language policy as in "The N+ implementation details of RLHF
-with PPO" (https://arxiv.org/abs/2403.17031). Every function works on whole responses side by side.
+with PPO" (https://arxiv.org/abs/2403.17031). Every function works on a batch of whole responses.
 
 Shapes: `B` responses, `T` tokens of the longest; `mask` `[B, T]` is True at response tokens, which
-stand at the left of each row, the end-of-turn token included.
+are at the left of each row and include the end-of-turn token.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ RATIO_LIMIT = 20.0
 def token_rewards(
     scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, *, kl_coef: float
 ) -> torch.Tensor:
-    """r_t = -β · kl_t, and the response's score on top at its last token.
+    """r_t = -β · kl_t, plus the response's score at its last token.
 
     Args:
-        scores: `[B]` what each response is worth.
+        scores: `[B]` reward of each response.
         kl: `[B, T]` k1 of each token, in nats.
-        mask: `[B, T]` response tokens; at least one a row.
+        mask: `[B, T]` response tokens; at least one per row.
         kl_coef: β, at least 0.
 
     Returns:
@@ -44,7 +44,7 @@ def advantages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalized advantage estimates (https://arxiv.org/abs/1506.02438).
 
-    A_t = δ_t + γ λ A_{t+1} with δ_t = r_t + γ V_{t+1} - V_t, and A = V = 0 behind the last token.
+    A_t = δ_t + γ λ A_{t+1} with δ_t = r_t + γ V_{t+1} - V_t, and A = V = 0 after the last token.
 
     Args:
         rewards: `[B, T]` of each token.
@@ -54,7 +54,7 @@ def advantages(
         gae_lambda: λ, in [0, 1].
 
     Returns:
-        Advantages and returns A_t + V_t, `[B, T]` both, 0 outside the mask.
+        Advantages and returns A_t + V_t, both `[B, T]`, 0 outside the mask.
     """
     zeros = torch.zeros_like(rewards[:, 0])
     values = torch.where(mask, values, torch.zeros_like(values))
@@ -65,12 +65,12 @@ def advantages(
         following = torch.where(mask[:, t], delta + gamma * gae_lambda * following, zeros)
         value = values[:, t]
         estimates.append(following)
-    found = torch.stack(estimates[::-1], dim=1)
-    return found, torch.where(mask, found + values, torch.zeros_like(values))
+    advantage = torch.stack(estimates[::-1], dim=1)
+    return advantage, torch.where(mask, advantage + values, torch.zeros_like(values))
 
 
 def moments(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Count, sum and sum of squares of the masked entries; those of all processes may be added.
+    """Count, sum and sum of squares of the masked entries; those of several processes can be added.
 
     Args:
         values: `[B, T]`.
@@ -90,7 +90,7 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, totals: torch.Tensor) -> to
     Args:
         values: `[B, T]`.
         mask: `[B, T]` entries that count; the others become 0.
-        totals: `[3]` of `moments`, over all processes.
+        totals: `[3]` from `moments`, summed over all processes.
 
     Returns:
         `[B, T]` with masked mean 0 and population variance 1, or all 0 where nothing varies.
@@ -103,10 +103,10 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, totals: torch.Tensor) -> to
 
 
 def log_ratio(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """log π_new - log π_old of each token, kept within ±20.
+    """log π_new - log π_old of each token, clamped to ±20.
 
     Args:
-        new: log-probs under the policy that is trained, any shape.
+        new: log-probs under the trained policy, any shape.
         old: log-probs under the policy that sampled.
     """
     return (new - old).clamp(-RATIO_LIMIT, RATIO_LIMIT)
@@ -137,10 +137,10 @@ def value_losses(
     """max((V - R)², (clip(V, V_old ± ε) - R)²) / 2.
 
     Args:
-        new: values of the model that is trained, any shape, differentiable.
+        new: values of the trained model, any shape, differentiable.
         old: values at the time of sampling.
         returns: R, advantages + old values.
-        clip: ε, above 0; None leaves the plain squared error.
+        clip: ε, above 0; None for the plain squared error.
 
     Returns:
         The loss of each token.
@@ -153,10 +153,10 @@ def value_losses(
 
 
 def clip_fraction(new: torch.Tensor, old: torch.Tensor, *, clip: float) -> torch.Tensor:
-    """1 where the ratio has left 1 ± clip, else 0.
+    """1 where the ratio is outside 1 ± clip, else 0.
 
     Args:
-        new: log-probs under the policy that is trained, any shape.
+        new: log-probs under the trained policy, any shape.
         old: log-probs under the policy that sampled.
         clip: ε.
     """
@@ -164,14 +164,14 @@ def clip_fraction(new: torch.Tensor, old: torch.Tensor, *, clip: float) -> torch
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
-    """1 - Var(R - V) / Var(R): 1 is perfect, 0 is as good as a constant, below is worse.
+    """1 - Var(R - V) / Var(R): 1 is perfect, 0 is as good as a constant, negative is worse.
 
     Args:
         values: `[N]` predictions.
-        returns: `[N]` what came.
+        returns: `[N]` observed returns.
 
     Returns:
-        NaN where the returns do not vary.
+        The fraction; NaN if the returns do not vary.
     """
     spread = returns.var(correction=0)
     if spread <= 0:

@@ -1,8 +1,8 @@
-"""Losses over pairs of answers: DPO and its relatives. Pure functions, one loss per pair.
+"""Losses over pairs of completions: DPO and its relatives. Pure functions, one loss per pair.
 
-Notation: π is the policy, π_ref the reference; y_w the chosen answer, y_l the rejected one, x their
-prompt; σ the logistic function. Log-probs of an answer are sums over its tokens, the end-of-turn
-token included. `ratio` = log π(y|x) - log π_ref(y|x); `mean` = log π(y|x) / |y|.
+Notation: π is the policy, π_ref the reference; y_w the chosen completion, y_l the rejected one, x
+their prompt; σ the logistic function. Log-probs of a completion are sums over its tokens, including
+the end-of-turn token. `ratio` = log π(y|x) - log π_ref(y|x); `mean` = log π(y|x) / |y|.
 
 Shapes: `B` pairs. Every loss is `[B]` float32 in nats unless its paper squares it.
 """
@@ -26,7 +26,7 @@ class PairLogprobs:
         chosen_tokens: `[B]` tokens of y_w, at least 1.
         rejected_tokens: `[B]` tokens of y_l, at least 1.
         reference_chosen: `[B]` log π_ref(y_w|x); None for objectives without a reference.
-        reference_rejected: `[B]` log π_ref(y_l|x); None likewise.
+        reference_rejected: `[B]` log π_ref(y_l|x); None as well.
     """
 
     chosen: torch.Tensor
@@ -81,12 +81,12 @@ def ipo_loss(pairs: PairLogprobs, *, tau: float, per_token: bool = False) -> tor
 
     Args:
         pairs: with reference.
-        tau: regularisation, > 0; the margin that is aimed at is 1 / (2 τ) nats.
-        per_token: divide each ratio by the tokens of its answer first, as TRL does; the paper
-            sums.
+        tau: regularisation, > 0; the target margin is 1 / (2 τ) nats.
+        per_token: first divide each ratio by its number of tokens, as TRL does; the paper
+            does not.
 
     Returns:
-        `[B]` losses in squared nats; 0 at the margin that is aimed at.
+        `[B]` losses in squared nats; 0 at the target margin.
     """
     chosen, rejected = pairs.chosen_ratio, pairs.rejected_ratio
     if per_token:
@@ -105,7 +105,7 @@ def cdpo_loss(pairs: PairLogprobs, *, beta: float, label_smoothing: float) -> to
         label_smoothing: ε, in [0, 0.5).
 
     Returns:
-        `[B]` losses; least at Δ = log((1 - ε) / ε) / β.
+        `[B]` losses; minimal at Δ = log((1 - ε) / ε) / β.
     """
     scaled = beta * (pairs.chosen_ratio - pairs.rejected_ratio)
     kept = (1.0 - label_smoothing) * F.logsigmoid(scaled)
@@ -169,7 +169,7 @@ def orpo_loss(pairs: PairLogprobs, *, beta: float) -> torch.Tensor:
 
     Args:
         pairs: no reference needed.
-        beta: λ of the paper, the weight of the odds ratio, > 0; 0.1 there.
+        beta: λ in the paper, the weight of the odds ratio, > 0; 0.1 there.
 
     Returns:
         `[B]` losses.
@@ -181,7 +181,7 @@ def orpo_loss(pairs: PairLogprobs, *, beta: float) -> torch.Tensor:
 
 def _log1mexp(value: torch.Tensor) -> torch.Tensor:
     """log(1 - exp(value)) for value < 0, without cancellation on either side of -ln 2."""
-    value = value.clamp(max=-1e-7)  # a certain token would have infinite odds
+    value = value.clamp(max=-1e-7)  # probability 1 would have infinite odds
     small = torch.log(-torch.expm1(value.clamp(min=-0.6931472)))
     large = torch.log1p(-torch.exp(value.clamp(max=-0.6931472)))
     return torch.where(value > -0.6931472, small, large)
@@ -191,7 +191,7 @@ def cpo_loss(pairs: PairLogprobs, *, beta: float, nll_weight: float) -> torch.Te
     """CPO, -log σ(β (log π(y_w|x) - log π(y_l|x))) - α mean_w; no reference.
 
     See https://arxiv.org/abs/2401.08417. The paper writes the likelihood term as a sum over
-    tokens; this is the mean over each answer's tokens, so that it does not grow with length.
+    tokens; this is the mean over the chosen tokens, so that it does not grow with length.
 
     Args:
         pairs: no reference needed.
@@ -206,9 +206,9 @@ def cpo_loss(pairs: PairLogprobs, *, beta: float, nll_weight: float) -> torch.Te
 
 
 def apo_zero_loss(pairs: PairLogprobs, *, beta: float) -> torch.Tensor:
-    """APO-zero, 1 - σ(β ratio_w) + σ(β ratio_l): raises the chosen, lowers the rejected answer.
+    """APO-zero, 1 - σ(β ratio_w) + σ(β ratio_l): raises the chosen, lowers the rejected.
 
-    Eq. 7 of https://arxiv.org/abs/2408.06266; for answers better than the model's own.
+    Eq. 7 of https://arxiv.org/abs/2408.06266; for completions better than the model's own.
 
     Args:
         pairs: with reference.
@@ -222,9 +222,9 @@ def apo_zero_loss(pairs: PairLogprobs, *, beta: float) -> torch.Tensor:
 
 
 def apo_down_loss(pairs: PairLogprobs, *, beta: float) -> torch.Tensor:
-    """APO-down, σ(β ratio_w) + 1 - σ(β (ratio_w - ratio_l)): holds both down, the rejected more.
+    """APO-down, σ(β ratio_w) + 1 - σ(β (ratio_w - ratio_l)): lowers both, the rejected more.
 
-    Eq. 8 of https://arxiv.org/abs/2408.06266; for answers worse than the model's own.
+    Eq. 8 of https://arxiv.org/abs/2408.06266; for completions worse than the model's own.
 
     Args:
         pairs: with reference.
@@ -244,7 +244,7 @@ def sppo_loss(pairs: PairLogprobs, *, beta: float) -> torch.Tensor:
 
     Args:
         pairs: with reference.
-        beta: 1/η, > 0; the ratios that are aimed at are ±1 / (2 β) nats.
+        beta: 1/η, > 0; the target ratios are ±1 / (2 β) nats.
 
     Returns:
         `[B]` losses in squared nats.
@@ -256,7 +256,7 @@ def sppo_loss(pairs: PairLogprobs, *, beta: float) -> torch.Tensor:
 def nca_loss(pairs: PairLogprobs, *, beta: float) -> torch.Tensor:
     """NCA for pairs, -log σ(r_w) - ½ log σ(-r_w) - ½ log σ(-r_l) with r = β ratio.
 
-    See https://arxiv.org/abs/2402.05369; keeps the chosen answer from becoming less likely.
+    See https://arxiv.org/abs/2402.05369; keeps the chosen completion from becoming less likely.
 
     Args:
         pairs: with reference.
@@ -271,17 +271,17 @@ def nca_loss(pairs: PairLogprobs, *, beta: float) -> torch.Tensor:
 
 
 def ratio_rewards(pairs: PairLogprobs, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Implicit rewards β · ratio of both answers, `[B]` each; τ takes the place of β for IPO."""
+    """Implicit rewards β · ratio of both completions, `[B]` each; τ replaces β for IPO."""
     return scale * pairs.chosen_ratio, scale * pairs.rejected_ratio
 
 
 def mean_rewards(pairs: PairLogprobs, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Implicit rewards β · mean of both answers, for objectives that average over tokens."""
+    """Implicit rewards β · mean of both completions, for objectives that average over tokens."""
     return scale * pairs.chosen_mean, scale * pairs.rejected_mean
 
 
 def sum_rewards(pairs: PairLogprobs, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Implicit rewards β · log π of both answers, for CPO."""
+    """Implicit rewards β · log π of both completions, for CPO."""
     return scale * pairs.chosen, scale * pairs.rejected
 
 
@@ -290,7 +290,7 @@ class Objective:
     """One member of the family.
 
     Args:
-        loss: of pairs; its keyword arguments are the fields of the recipe's objective.
+        loss: of `PairLogprobs`; its keyword arguments are fields of the recipe's objective.
         rewards: implicit rewards, for metrics only.
     """
 
@@ -312,4 +312,4 @@ PREFERENCE_OBJECTIVES = {
     "sppo": Objective(sppo_loss, ratio_rewards),
     "nca": Objective(nca_loss, ratio_rewards),
 }
-"""Kind in the recipe -> objective."""
+"""Objective kind in the recipe -> its functions."""

@@ -1,1 +1,1 @@
-"""Other toolkits on the same recipe, for parity and for side-by-side speed."""
+"""Other toolkits run on the same recipe, to compare results and speed."""

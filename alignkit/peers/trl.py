@@ -1,17 +1,17 @@
-"""A recipe through stock TRL trainers, on the token ids and in the order that alignkit trains on.
+"""Runs a recipe with stock TRL trainers, on the same token ids and in the same order as alignkit.
 
-Only the preparation of rows is taken away from TRL, so that both engines see the same tokens; its
-collators, losses, reference passes and loop are its own. LoRA starts from the same random half,
-reward models from the same head. Where TRL defines something else:
+Only the preparation of rows is replaced, so that both engines see the same tokens; collators,
+losses, reference passes and loop are TRL's own. LoRA starts from the same random weights, reward
+models from the same head. Where TRL's definitions differ:
 
 - IPO: TRL averages log-ratios over tokens (`objective.per_token: true` does the same here).
-- KTO: TRL pairs each prompt with the answer of the row before it in its batch; the mismatched
-  answers handed over here are alignkit's. Its baseline is that of one device's batch, alignkit's
-  that of the whole optimizer step: equal where the step is one batch.
+- KTO: TRL pairs each prompt with the completion of the previous row in its batch; here it gets
+  alignkit's mismatched completions. TRL's baseline covers one device's batch, alignkit's the whole
+  optimizer step: they are equal if the step is one batch.
 - `rewards/accuracies`: TRL counts a tie as wrong, alignkit as half.
-- Reward: where the padding token is also the end of a turn, as in many chat models, TRL's
-  classifier reads the reward one token early; here it gets another padding token.
-- SimPO, ORPO and CPO are experimental in TRL and not run here.
+- Reward: if the padding token also ends a turn, as in many chat models, TRL's classifier reads
+  the reward one token early; here it gets another padding token.
+- SimPO, ORPO and CPO are experimental in TRL and are not run here.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from alignkit.recipe.stages.reward import RewardRecipe
 from alignkit.recipe.stages.sft import SftRecipe
 
 PeerRecipe = SftRecipe | RewardRecipe | DpoRecipe | KtoRecipe
-"""Of the stages that are compared."""
+"""Recipes of the stages that can be compared."""
 
 DPO_LOSSES = {
     "dpo": "sigmoid",
@@ -67,16 +67,16 @@ DPO_LOSSES = {
     "sppo": "sppo_hard",
     "nca": "nca_pair",
 }
-"""Kind in the recipe -> TRL's name."""
+"""Objective kind in the recipe -> TRL's name."""
 
 
 @dataclass(frozen=True)
 class PeerResult:
-    """What the peer measured.
+    """What TRL measured.
 
     Args:
         metrics: of each step, under TRL's names.
-        step_seconds: of each step.
+        step_seconds: duration of each step.
     """
 
     metrics: list[dict[str, float]]
@@ -126,23 +126,23 @@ def run_trl(
     max_steps: int,
     tuned: bool = False,
 ) -> PeerResult:
-    """Train with TRL's trainer of the recipe's stage.
+    """Train with TRL's trainer for the recipe's stage.
 
     Args:
-        recipe: with its defaults; one epoch of whole batches at most is run.
-        base: the model.
+        recipe: with its defaults filled in; at most one epoch of whole batches is run.
+        base: the model to start from.
         tokenizer: with its chat template.
-        rows: training rows, for KTO with mismatched branches.
-        folder: for TRL's own output.
+        rows: training rows; for KTO with mismatched branches.
+        folder: receives TRL's own output.
         max_steps: optimizer steps.
-        tuned: weights in the recipe's dtype and no gradient checkpointing, instead of TRL's
+        tuned: use weights in the recipe's dtype and no gradient checkpointing, instead of TRL's
             documented defaults (float32 weights under autocast, checkpointing).
 
     Returns:
         Losses, metrics and times of each step.
 
     Raises:
-        AlignkitError: TRL has no such objective.
+        AlignkitError: TRL has no equivalent of the objective or of the adapter's settings.
     """
     size = recipe.examples_per_step
     items = [i for step in range(max_steps) for i in step_items(step, len(rows), size, recipe.seed)]
@@ -184,8 +184,8 @@ def _trainer_of(recipe: PeerRecipe) -> tuple[Any, Any, dict[str, Any]]:
     name = DPO_LOSSES.get(objective["kind"])
     if name is None or (name == "ipo" and not objective["per_token"]):
         raise AlignkitError(
-            f"TRL has no {objective['kind']} objective that means the same",
-            hint=f"compared are {', '.join(DPO_LOSSES)}; ipo with per_token: true",
+            f"TRL has no equivalent of the objective {objective['kind']}",
+            hint=f"choose one of {', '.join(DPO_LOSSES)}; ipo with per_token: true",
         )
     options = {"loss_type": name, "beta": objective.get("beta", objective.get("tau"))}
     if "label_smoothing" in objective:
@@ -220,24 +220,24 @@ def _arguments(recipe: PeerRecipe, folder: Path, steps: int, *, tuned: bool) -> 
 
 
 def _adapter(recipe: PeerRecipe, base: BaseModel) -> PeftConfig | None:
-    """What TRL trains."""
+    """The adapter that TRL trains; None for full weights."""
     spec = recipe.adapter
     if b_rate(spec) != 1.0 or (isinstance(spec, FullSpec) and spec.freeze):
         raise AlignkitError(
-            "TRL has neither learning rates of single weights nor frozen ones beside trained ones",
-            hint="leave out adapter.b_learning_rate and adapter.freeze",
+            "TRL has no equivalent of adapter.b_learning_rate or adapter.freeze",
+            hint="remove adapter.b_learning_rate and adapter.freeze",
         )
     if isinstance(spec, FullSpec):
         return None
     if continues(spec) or getattr(spec, "init", "default") != "default":
         raise AlignkitError(
-            "TRL has no counterpart of adapter.from, nor of a start that leaves the base whole",
-            hint="leave out adapter.from and adapter.init",
+            "TRL has no equivalent of adapter.from or adapter.init",
+            hint="remove adapter.from and adapter.init",
         )
     if not is_mergeable(spec):
         raise AlignkitError(
-            "TRL recomputes activations, for which transformers drops the cache that PEFT keeps a "
-            "prefix in",
+            "TRL cannot train a prefix: it recomputes activations, and transformers then drops the "
+            "cache that holds the prefix",
             hint="compare with adapter.kind=lora",
         )
     skeleton = build_skeleton(load_config(base))
@@ -246,7 +246,7 @@ def _adapter(recipe: PeerRecipe, base: BaseModel) -> PeftConfig | None:
 
 
 def _row(stage: str, document: Document) -> dict[str, Any]:
-    """One row in the columns that TRL's collators read."""
+    """One row as the columns that TRL's collators read."""
     prompt, first = document.prompt.tolist(), document.branches[0]
     ids = first.ids.tolist()
     if stage == "sft":
@@ -261,14 +261,14 @@ def _row(stage: str, document: Document) -> dict[str, Any]:
             "label": first.role == 0,
         }
     if stage == "reward":
-        answers = {"chosen_ids": prompt + ids, "rejected_ids": prompt + second}
-        return {**answers, "margin": document.margin}
+        pair = {"chosen_ids": prompt + ids, "rejected_ids": prompt + second}
+        return {**pair, "margin": document.margin}
     return {"prompt_ids": prompt, "chosen_ids": ids, "rejected_ids": second}
 
 
 @torch.no_grad()
 def _start_alike(model: Any, recipe: PeerRecipe, base: BaseModel) -> None:
-    """Give TRL's model the random weights that alignkit starts from."""
+    """Give TRL's model the same random initial weights as alignkit."""
     ours = load_model(base, torch.float32)
     head = new_head(ours, recipe.seed) if recipe.stage == "reward" else None
     named = dict(model.named_parameters())

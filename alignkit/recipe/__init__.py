@@ -1,1 +1,1 @@
-"""What the user asked for: schema, loader, planner. Nothing here imports torch."""
+"""What the user asked for: schema, loader and planner. No torch."""

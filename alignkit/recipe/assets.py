@@ -1,4 +1,4 @@
-"""Where shipped recipes, templates and examples live, and where alignkit keeps its own files."""
+"""Locations of the shipped recipes, templates and examples, and of alignkit's own files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def assets_root() -> Path:
     """Folder that holds the shipped `recipes/` and `data_templates/`.
 
     Returns:
-        `alignkit/_assets` of an installed wheel, or the checkout of an editable install.
+        `alignkit/_assets` in an installed wheel, the repository in an editable install.
     """
     package = Path(__file__).resolve().parent.parent
     bundled = package / "_assets"
@@ -27,11 +27,11 @@ def find_path(value: str, recipe_folders: tuple[Path, ...] = ()) -> Path | None:
 
     Args:
         value: a path as the user wrote it, absolute or relative.
-        recipe_folders: of the recipe that names it and of the recipes that it extends.
+        recipe_folders: folders of the recipe that names it and of the recipes it extends.
 
     Returns:
-        The match in the recipe's folders, the working folder or the shipped assets, in this
-        order; None if there is none.
+        The first match in the recipe's folders, the working folder and the shipped assets, in
+        this order; None if there is none.
     """
     path = Path(value).expanduser()
     if path.is_absolute():
@@ -43,7 +43,7 @@ def find_path(value: str, recipe_folders: tuple[Path, ...] = ()) -> Path | None:
 
 
 def show_file(path: Path) -> str:
-    """The path as a person would type it: relative to the working folder where that is shorter."""
+    """The path as a user would type it: relative if it lies in the working folder."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the planner is told: sizes of the model, the data and the machine. Plain numbers."""
+"""Inputs of the planner: sizes of the model, the data and the machine, as plain numbers."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ class ModelFacts:
     """Sizes of a model.
 
     Args:
-        architecture: class name.
-        parameters: all weights, shared ones once.
-        trainable: weights that are trained.
+        architecture: class name of the model.
+        parameters: number of weights; shared ones count once.
+        trainable: trained weights.
         layers: decoder layers.
         hidden: width of the residual stream.
         intermediate: width of the feed-forward layer.
         attention_width: query heads × head dimension.
         key_value_width: key heads × head dimension.
         vocabulary: rows of the output head.
-        context: longest sequence the model was made for; 0 if it does not say.
-        prefix: tokens of a trained prefix, which stand before every row.
-        at_most: whether `trainable` is a bound, because the rows decide the adapter's ranks.
+        context: longest sequence the model was made for; 0 if unknown.
+        prefix: tokens of a trained prefix, which precede every row.
+        at_most: whether `trainable` is an upper bound, because ranks are chosen from the rows.
         experts: weights in stacks of experts.
-        changed_experts: of these, in the stacks that an adapter changes.
+        changed_experts: of these, the ones in stacks that an adapter changes.
     """
 
     architecture: str
@@ -48,14 +48,14 @@ class DataFacts:
 
     Args:
         rows: training items of one epoch.
-        tokens: their tokens.
+        tokens: tokens of these items.
         trained_tokens: of these, the ones that carry loss.
         longest: tokens of the longest row.
         eval_rows: held-out rows.
-        eval_tokens: their tokens.
-        overlap: held-out rows that also stand in the training rows.
-        chosen: training items whose first answer is a desirable one.
-        rejected: training items whose first answer is an undesirable one; 0 but for KTO.
+        eval_tokens: tokens of the held-out rows.
+        overlap: held-out rows that also appear in the training rows.
+        chosen: training items whose first completion is desirable.
+        rejected: training items whose first completion is undesirable; 0 except in KTO.
     """
 
     rows: int
@@ -75,7 +75,7 @@ class HardwareFacts:
 
     Args:
         device: `cpu`, `cuda` or `mps`.
-        name: of the processor or card.
+        name: of the processor or GPU.
         memory: bytes that a process on the device can use now.
         cores: processor cores that torch uses.
         processes: training processes.

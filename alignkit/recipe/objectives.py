@@ -1,4 +1,4 @@
-"""Objectives as recipes name them: each kind has its own fields and only those."""
+"""The `objective` section of a recipe: each kind has its own fields and only those."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class BradleyTerrySpec(Section):
     kind: Literal["bradley_terry"] = "bradley_terry"
     """`bradley_terry`: the objective of reward models."""
     center: Annotated[float, Field(ge=0.0)] = 0.01
-    """Weight of (r_chosen + r_rejected)², which keeps the mean reward near zero; 0 turns it off."""
+    """Weight of (r_chosen + r_rejected)², which keeps the mean reward near 0; 0 turns it off."""
 
 
 class CustomSpec(Section):
-    """A loss of your own: a pure function in a Python file that the recipe names."""
+    """Your own loss: a pure function in a Python file that the recipe names."""
 
     kind: Literal["custom"]
-    """`custom`: the function is checked on a few made-up items before any row is read."""
+    """`custom`: your own function, checked on a few made-up items before any row is read."""
     file: Annotated[str, Field(min_length=1)]
-    """A Python file. It runs because the recipe names it; its hash is kept in run.json."""
+    """A Python file. It is executed; its hash is kept in run.json."""
     name: str = "loss"
-    """The function in it."""
+    """The function in the file."""
     parameters: dict[str, float] = Field(default_factory=dict)
-    """Numbers that it takes as keyword arguments, as in {beta: 0.1}."""
+    """Numbers passed to it as keyword arguments, as in {beta: 0.1}."""
 
     @field_validator("file")
     @classmethod
@@ -51,30 +51,30 @@ class PairSpec(Section):
     """What the members of the DPO family have in common."""
 
     kind: str
-    """The member."""
+    """The member of the family."""
     beta: Positive = 0.1
     """As for `dpo`."""
 
     needs_reference: ClassVar[bool] = True
-    """Whether the objective compares with a reference model."""
+    """Whether the objective uses a reference model."""
 
     @property
     def scale(self) -> float:
-        """What implicit rewards multiply log-ratios or log-probs with."""
+        """Factor of log-ratios or log-probs in implicit rewards."""
         return self.beta
 
 
 class CustomPairSpec(CustomSpec):
-    """A loss of your own over pairs."""
+    """Your own loss over pairs."""
 
     reference: bool = True
-    """Whether it compares with a reference model."""
+    """Whether the loss uses a reference model."""
     scale: Positive = 1.0
-    """Implicit rewards are so many times the log-ratios, or log-probs; for metrics only."""
+    """Factor of log-ratios or log-probs in implicit rewards; for metrics only."""
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the function compares with a reference model."""
+        """Whether the function uses a reference model."""
         return self.reference
 
 
@@ -93,16 +93,16 @@ class IpoSpec(Section):
     kind: Literal["ipo"]
     """`ipo`: squared distance of the log-ratio difference from 1 / (2 τ)."""
     tau: Positive = 0.1
-    """Regularisation: the margin that is aimed at is 1 / (2 τ) nats."""
+    """Regularisation: the target margin is 1 / (2 τ) nats."""
     per_token: bool = False
     """Average the log-ratios over tokens, as TRL does; the paper sums them."""
 
     needs_reference: ClassVar[bool] = True
-    """It compares with one."""
+    """IPO uses a reference model."""
 
     @property
     def scale(self) -> float:
-        """Implicit rewards are τ times the log-ratios."""
+        """Factor of log-ratios in implicit rewards: τ."""
         return self.tau
 
 
@@ -112,7 +112,7 @@ class CdpoSpec(PairSpec):
     kind: Literal["cdpo"]
     """`cdpo`: DPO with smoothed labels."""
     label_smoothing: Smoothing = 0.1
-    """Share of pairs whose labels are taken to be swapped."""
+    """Share of pairs whose labels are assumed to be swapped."""
 
 
 class RobustSpec(PairSpec):
@@ -141,7 +141,7 @@ class SimpoSpec(PairSpec):
     beta: Positive = 2.0
     """Scale of the mean log-probs."""
     gamma: Annotated[float, Field(ge=0.0)] = 1.0
-    """Margin that is aimed at; about half of beta is usual."""
+    """Target margin; about half of beta is usual."""
 
     needs_reference = False
 
@@ -150,7 +150,7 @@ class OrpoSpec(PairSpec):
     """ORPO (https://arxiv.org/abs/2403.07691): likelihood and odds ratio, without a reference."""
 
     kind: Literal["orpo"]
-    """`orpo`: negative log-likelihood of the chosen answer plus β · odds ratio loss."""
+    """`orpo`: negative log-likelihood of the chosen completion plus β · odds ratio loss."""
     beta: Positive = 0.1
     """Weight of the odds ratio; λ in the paper."""
 
@@ -161,29 +161,29 @@ class CpoSpec(PairSpec):
     """CPO (https://arxiv.org/abs/2401.08417): DPO without a reference, plus likelihood."""
 
     kind: Literal["cpo"]
-    """`cpo`: -log σ(β · difference of log-probs) plus the likelihood of the chosen answer."""
+    """`cpo`: -log σ(β · difference of log-probs) plus the NLL of the chosen completion."""
     beta: Positive = 0.1
     """Scale of the log-probs."""
     nll_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    """Weight of the chosen answer's mean negative log-likelihood."""
+    """Weight of the chosen completion's mean negative log-likelihood."""
 
     needs_reference = False
 
 
 class ApoZeroSpec(PairSpec):
-    """APO-zero (https://arxiv.org/abs/2408.06266), for answers better than the model's own."""
+    """APO-zero (https://arxiv.org/abs/2408.06266), for completions better than the model's own."""
 
     kind: Literal["apo_zero"]
-    """`apo_zero`: chosen answers up, rejected ones down."""
+    """`apo_zero`: raises chosen completions, lowers rejected ones."""
     beta: Positive = 0.1
     """As for `dpo`."""
 
 
 class ApoDownSpec(PairSpec):
-    """APO-down (https://arxiv.org/abs/2408.06266), for answers worse than the model's own."""
+    """APO-down (https://arxiv.org/abs/2408.06266), for completions worse than the model's own."""
 
     kind: Literal["apo_down"]
-    """`apo_down`: both answers down, the rejected one more."""
+    """`apo_down`: lowers both completions, the rejected one more."""
     beta: Positive = 0.1
     """As for `dpo`."""
 
@@ -194,14 +194,14 @@ class SppoSpec(PairSpec):
     kind: Literal["sppo"]
     """`sppo`: squared distance of the log-ratios from ±1 / (2 β)."""
     beta: Positive = 0.001
-    """Inverse of the paper's η = 1000; the ratios that are aimed at are ±1 / (2 β) nats."""
+    """Inverse of the paper's η = 1000; the target ratios are ±1 / (2 β) nats."""
 
 
 class NcaSpec(PairSpec):
     """Noise contrastive alignment (https://arxiv.org/abs/2402.05369)."""
 
     kind: Literal["nca"]
-    """`nca`: like DPO, but keeps the chosen answer from becoming less likely."""
+    """`nca`: like DPO, but keeps the chosen completion from becoming less likely."""
     beta: Positive = 0.1
     """As for `dpo`."""
 
@@ -230,16 +230,16 @@ class KtoSpec(Section):
     """Kahneman-Tversky optimization (https://arxiv.org/abs/2402.01306)."""
 
     kind: Literal["kto"] = "kto"
-    """`kto` is the only objective for labelled answers."""
+    """`kto` is the only objective for labelled completions."""
     beta: Positive = 0.1
     """Pull towards the reference; smaller lets the policy move further away."""
     desirable_weight: Positive = 1.0
-    """Weight of desirable answers. The paper keeps weight × number of desirable over undesirable
-    answers between 1 and 4/3."""
+    """Weight of desirable completions. The paper keeps the ratio of weight × number of desirable to
+    that of undesirable completions between 1 and 4/3."""
     undesirable_weight: Positive = 1.0
-    """Weight of undesirable answers."""
+    """Weight of undesirable completions."""
 
     @property
     def scale(self) -> float:
-        """What implicit rewards multiply log-ratios with."""
+        """Factor of log-ratios in implicit rewards."""
         return self.beta

@@ -1,4 +1,4 @@
-"""Rewards as PPO recipes name them: a model, a function, a server, a rule, or several of these."""
+"""The `reward` section of PPO recipes: models, functions, servers and rules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _URL = r"^https?://[^/]"
 
 def _function(value: str) -> str:
     if not re.match(_FUNCTION, value):
-        raise ValueError("must name a file and a function in it, as in rewards.py:score")
+        raise ValueError("must name a Python file and a function in it, as in rewards.py:score")
     return value
 
 
@@ -33,12 +33,12 @@ def _url(value: str) -> str:
     try:
         parts = urlsplit(value)
         known = bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:  # a port that is not a number, a bracket that is not closed
+    except ValueError:  # a port that is not a number, an unclosed bracket
         known = False
     if not known or not re.match(_URL, value) or re.search(r"\s", value):
         raise ValueError("must be an address, as in http://localhost:8000/score")
     if parts.username is not None:
-        raise ValueError("must hold no user name and password")
+        raise ValueError("must not hold a user name or password")
     return value
 
 
@@ -64,10 +64,9 @@ class ModelReward(Section):
     weight: Weight = 1.0
     """Factor in the sum of all rewards."""
     normalize: bool = True
-    """Subtract the mean and divide by the standard deviation that the reward run measured."""
+    """Subtract the mean and divide by the standard deviation, as measured by the reward run."""
     separate: bool = False
-    """Load it as a model of its own where it was trained over another base with the same
-    tokenizer."""
+    """Load it as a separate model, for one trained over another base with the same tokenizer."""
 
 
 class FunctionReward(Section):
@@ -87,7 +86,7 @@ class UrlReward(Section):
     """A server."""
 
     url: Annotated[str, AfterValidator(_url), Field(json_schema_extra={"pattern": _URL})]
-    """Gets {"prompts", "completions", "columns"} as JSON and answers {"scores": [...]}."""
+    """Receives {"prompts", "completions", "columns"} as JSON and returns {"scores": [...]}."""
     weight: Weight = 1.0
     """Factor in the sum of all rewards."""
     timeout: Timeout = 60.0
@@ -95,36 +94,36 @@ class UrlReward(Section):
 
 
 class ExactReward(Section):
-    """1 where the answer is the one in a column."""
+    """1 if the response is the answer in a column."""
 
     rule: Literal["exact"]
-    """`exact`: 1 if the answer is the text in `column`, else 0."""
+    """`exact`: 1 if the response is the text in `column`, else 0."""
     column: Column = "answer"
-    """Column of the row that holds the right answer."""
+    """Column of the row that holds the correct answer."""
     ignore_case: bool = True
-    """Compare without case, spaces around and a full stop at the end."""
+    """Ignore case, surrounding spaces and a full stop at the end."""
     weight: Weight = 1.0
     """Factor in the sum of all rewards."""
 
 
 class NumericReward(Section):
-    """1 where the answer's last number is the right one, as in GSM8K."""
+    """1 if the response's last number is the correct one, as in GSM8K."""
 
     rule: Literal["numeric"]
-    """`numeric`: 1 if the last number of the answer equals that of `column`, else 0."""
+    """`numeric`: 1 if the last number of the response equals that of `column`, else 0."""
     column: Column = "answer"
-    """Column that holds the right answer; what follows `####` counts where that stands in it."""
+    """Column that holds the correct answer; if it contains `####`, only what follows counts."""
     tolerance: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
-    """Accepted difference, relative to the right number."""
+    """Accepted difference, relative to the correct number."""
     weight: Weight = 1.0
     """Factor in the sum of all rewards."""
 
 
 class RegexReward(Section):
-    """1 where a pattern is found in the answer."""
+    """1 if a pattern is found in the response."""
 
     rule: Literal["regex"]
-    """`regex`: 1 if `pattern` is found anywhere in the answer, else 0."""
+    """`regex`: 1 if `pattern` is found anywhere in the response, else 0."""
     pattern: Pattern
     """Python regular expression; the dot matches line breaks."""
     weight: Weight = 1.0
@@ -132,10 +131,10 @@ class RegexReward(Section):
 
 
 class FormatReward(Section):
-    """1 where the whole answer has a form."""
+    """1 if the whole response matches a pattern."""
 
     rule: Literal["format"]
-    """`format`: 1 if the whole answer, without spaces around it, matches `pattern`, else 0."""
+    """`format`: 1 if the whole response, without surrounding spaces, matches `pattern`, else 0."""
     pattern: Pattern
     """Python regular expression; the dot matches line breaks."""
     weight: Weight = 1.0
@@ -146,13 +145,13 @@ class LengthReward(Section):
     """1 within a range of lengths, falling to 0 outside."""
 
     rule: Literal["length"]
-    """`length`: 1 from `min` to `max`; outside, 1 less the relative distance, at least 0."""
+    """`length`: 1 from `min` to `max`; outside, 1 minus the relative distance, at least 0."""
     min: Annotated[int, Field(ge=0)] = 0
-    """Shortest length that earns 1."""
+    """Shortest length that scores 1."""
     max: PositiveInt
-    """Longest length that earns 1."""
+    """Longest length that scores 1."""
     unit: Literal["words", "characters"] = "words"
-    """What is counted."""
+    """Unit of the length."""
     weight: Weight = 1.0
     """Factor in the sum of all rewards."""
 
@@ -165,10 +164,10 @@ class LengthReward(Section):
 
 
 class JsonReward(Section):
-    """1 where the answer is valid JSON."""
+    """1 if the response is valid JSON."""
 
     rule: Literal["json"]
-    """`json`: 1 if the answer is one JSON value, else 0; a code fence around it is allowed."""
+    """`json`: 1 if the response is one JSON value, else 0; a code fence around it is allowed."""
     keys: tuple[str, ...] = ()
     """The value must be an object with these keys."""
     weight: Weight = 1.0
@@ -176,13 +175,13 @@ class JsonReward(Section):
 
 
 class SentimentReward(Section):
-    """How positive the answer is, from -1 to 1."""
+    """How positive the response is, from -1 to 1."""
 
     rule: Literal["sentiment"]
     """`sentiment`: the compound score of the VADER lexicon for English
     (https://ojs.aaai.org/index.php/ICWSM/article/view/14550); needs `alignkit[sentiment]`."""
     weight: Weight = 1.0
-    """Factor in the sum of all rewards; a negative one asks for negative answers."""
+    """Factor in the sum of all rewards; a negative one asks for negative responses."""
 
 
 RuleReward = (
@@ -194,7 +193,7 @@ RuleReward = (
     | JsonReward
     | SentimentReward
 )
-"""A reward that a rule of alignkit computes; `rule` says which."""
+"""A reward computed by one of alignkit's rules, which `rule` names."""
 
 SOURCE_TAGS: dict[type[BaseModel], str] = {
     ModelReward: "reward:model",
@@ -208,10 +207,10 @@ SOURCE_TAGS: dict[type[BaseModel], str] = {
     JsonReward: "reward:json",
     SentimentReward: "reward:sentiment",
 }
-"""Section -> its tag in pydantic's locations; no key of a recipe has a colon."""
+"""Section -> its tag in pydantic's locations; recipe keys contain no colon."""
 
 SOURCE_KEYS = ("model", "function", "url", "rule")
-"""Keys of which a reward source has exactly one."""
+"""A reward source has exactly one of these keys."""
 
 RULES = tuple(
     tag.removeprefix("reward:") for kind, tag in SOURCE_TAGS.items() if "rule" in kind.model_fields
@@ -220,7 +219,7 @@ RULES = tuple(
 
 
 def _source_tag(value: Any) -> str | None:
-    """Which source a mapping describes."""
+    """Tag of the source that a mapping describes; None if it is not exactly one."""
     if not isinstance(value, dict):
         return SOURCE_TAGS.get(type(value))
     named = [key for key in SOURCE_KEYS if key in value]
@@ -266,10 +265,10 @@ _OneOrMore = Annotated[
 
 RewardSources = Annotated[
     tuple[RewardSource, ...],
-    # a union and not a validator before: what Python code hands on, strict mode refuses
+    # a union instead of a before-validator, whose Python output strict mode would refuse
     GetPydanticSchema(lambda _, handler: handler.generate_schema(_OneOrMore)),
 ]
-"""One source, or a list whose weighted scores are added up; always a tuple once it is read."""
+"""One source, or a list whose weighted scores are added up; a tuple after validation."""
 
 
 def reward_name(source: RewardSource) -> str:

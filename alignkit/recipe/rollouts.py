@@ -1,4 +1,4 @@
-"""How responses are sampled, and what holds a policy near its reference, as recipes name it."""
+"""The `rollout` and `guard` sections: sampling, and keeping the policy near its reference."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ class RolloutSpec(Section):
     """How responses are sampled."""
 
     prompts_per_step: PositiveInt = 32
-    """Prompts of one step, over all processes together."""
+    """Prompts per step, over all processes together."""
     samples_per_prompt: PositiveInt = 1
-    """Responses to each of them."""
+    """Responses per prompt."""
     max_new_tokens: PositiveInt = 64
-    """Tokens of a response at most, its end-of-turn token included."""
+    """Longest response in tokens, including its end-of-turn token."""
     temperature: Positive = 1.0
     """Divides the logits, in sampling and in scoring alike."""
     missing_eos_penalty: Annotated[float, Field(ge=0.0)] | None = 1.0
-    """Taken from the reward of a response that was cut off; null takes nothing."""
+    """Subtracted from the reward of a response that was cut off; null for no penalty."""
     samples_every: PositiveInt = 10
-    """Steps between samples of responses with their rewards in samples.jsonl."""
+    """Steps between writes of sample responses and their rewards to samples.jsonl."""
 
 
 class GuardSpec(Section):
     """What happens when the policy moves too far from the reference."""
 
     max_kl: Positive | None = None
-    """KL of a whole response, in nats, from which the guard acts; null only reports."""
+    """Mean KL per response, in nats, above which the guard acts; null only reports."""
     action: Literal["stop", "raise_kl"] = "stop"
     """`stop` saves a checkpoint and ends the run; `raise_kl` multiplies kl_coef by 1.5."""
 
@@ -38,19 +38,18 @@ class GuardSpec(Section):
 ROLLOUT_HINTS = {
     "reward": "as in {model: runs/reward}, {function: rewards.py:score} or {rule: exact}; "
     "several are a list of these, each with a weight",
-    "reward.pattern": "a Python regular expression; a backslash before . ( ) [ ] { } + * ? takes "
+    "reward.pattern": "a Python regular expression; a backslash before . ( ) [ ] { } + * ? matches "
     "the character itself",
     "reward.weight": "1 is usual; a negative one turns a reward into a penalty",
     "reward.timeout": "seconds; 60 is usual",
-    "reward.tolerance": "relative to the right number: 0.01 accepts 1 % off",
+    "reward.tolerance": "relative to the correct number: 0.01 accepts an error of 1%",
     "rollout": "as in {prompts_per_step: 32, max_new_tokens: 64}",
-    "rollout.prompts_per_step": "prompts of one step over all processes; 16 to 512 is usual",
+    "rollout.prompts_per_step": "prompts per step over all processes; 16 to 512 is usual",
     "rollout.samples_per_prompt": "1 is usual",
     "rollout.max_new_tokens": "tokens of a response; 32 to 1024 is usual",
-    "rollout.temperature": "1 samples from the policy as it is, and is usual",
-    "rollout.missing_eos_penalty": "1 is usual; null takes nothing from a response that was cut "
-    "off",
+    "rollout.temperature": "1 is usual and samples from the unchanged policy",
+    "rollout.missing_eos_penalty": "1 is usual; null for no penalty on a response that was cut off",
     "guard": "as in {max_kl: 20, action: stop}",
-    "guard.max_kl": "in nats of a whole response; null only reports",
+    "guard.max_kl": "in nats per response; null only reports",
 }
-"""Key -> what to do where its value breaks a rule."""
+"""Key -> hint for a value that breaks a rule."""

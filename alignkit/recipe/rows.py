@@ -1,4 +1,4 @@
-"""Where a recipe's rows come from and how they are read."""
+"""The `data` section of a recipe: where rows come from and how they are read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SourceSpec(Section):
     format: RowFormat = "auto"
     """Row format; `auto` finds it from the keys of the first row."""
     take: PositiveInt | None = None
-    """Use only the first so many rows."""
+    """Use only this many rows, from the start."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     """How often the rows count: 2.0 repeats each row twice an epoch, 0.5 draws half of them."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -44,7 +44,7 @@ class SourceSpec(Section):
     @model_validator(mode="after")
     def _one_place(self) -> SourceSpec:
         if (self.path is None) == (self.hub is None):
-            raise ValueError("names either `path` or `hub`, not both and not neither")
+            raise ValueError("must have exactly one of `path` and `hub`")
         return self
 
     @property
@@ -59,18 +59,18 @@ class DataSpec(Section):
     train: Annotated[tuple[SourceSpec, ...], Field(min_length=1)]
     """Sources to train on."""
     eval: tuple[SourceSpec, ...] = ()
-    """Held-out sources. Rows that also stand in `train` are counted and reported."""
+    """Held-out sources. Rows that also appear in `train` are counted and reported."""
     eval_fraction: Fraction | None = None
-    """Instead of `eval`: this share of the training rows, drawn with the seed, is held out."""
+    """Instead of `eval`: hold out this share of the training rows, drawn with the seed."""
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Longest row, in tokens."""
     too_long: Literal["drop", "truncate_left", "truncate_right", "error"] = "drop"
-    """What happens to rows beyond max_length. Always counted and shown."""
+    """What happens to rows longer than max_length. They are always counted and reported."""
 
     @model_validator(mode="after")
     def _one_eval(self) -> DataSpec:
         if self.eval and self.eval_fraction is not None:
-            raise ValueError("holds out rows by `eval` or by `eval_fraction`, not both")
+            raise ValueError("must have only one of `eval` and `eval_fraction`")
         return self
 
 

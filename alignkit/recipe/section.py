@@ -1,4 +1,4 @@
-"""What every part of a recipe is."""
+"""The base class of every part of a recipe."""
 
 from __future__ import annotations
 

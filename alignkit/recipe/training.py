@@ -1,4 +1,4 @@
-"""The optimizer step and the loop around it, as recipes name them."""
+"""The `training` section of a recipe: the optimizer and the loop around it."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ class LoopSpec(Section):
     """The optimizer and the loop around it."""
 
     epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over the training rows; a fraction stops early in the last pass."""
+    """Passes over the training rows; a fraction ends partway through the last pass."""
     max_steps: PositiveInt | None = None
-    """Steps of the run; overrides `epochs`."""
+    """Optimizer steps of the run; overrides `epochs`."""
     microbatch_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
     """Tokens of one forward and backward pass; changes speed and memory, never the result."""
     learning_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Peak learning rate. Unset: that of the stage, for LoRA, IA3 and full weights in turn:
+    """Peak learning rate. Unset: the stage's default, for LoRA, IA3 and full weights in turn:
     sft 2e-4, 3e-3 and 2e-5, reward 1e-4, 3e-3 and 1e-5, dpo 2e-5, 5e-4 and 5e-7, kto 2e-5, 5e-4
-    and 1e-6; ppo 2e-5 and 1e-6, without IA3. For a prefix 3e-2 in sft, 3e-3 in dpo and kto; with
+    and 1e-6; ppo 2e-5 and 1e-6 (no IA3). For a prefix 3e-2 in sft, 3e-3 in dpo and kto; with
     its projection 5e-4 and 1e-4."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after warm-up; cosine and linear end at zero."""
     warmup: Annotated[float, Field(ge=0.0)] = 0.03
-    """Warm-up: a share of the steps below 1, a number of steps from 1."""
+    """Warm-up: below 1 a share of the steps, from 1 a number of steps."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Decoupled weight decay; not applied to biases and norms."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
-    """Gradient norm above which gradients are scaled down; null never clips."""
+    """Gradient norm above which gradients are clipped; null never clips."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """AdamW with betas 0.9 and 0.999 and epsilon 1e-8; 1e-5 for ppo. `adamw_8bit` keeps its two
+    """AdamW with betas 0.9 and 0.999 and epsilon 1e-8 (1e-5 in ppo). `adamw_8bit` keeps its two
     moments in 8 bits each (https://arxiv.org/abs/2110.02861), except those of weights with fewer
-    than 4,096 elements; `paged_adamw_8bit` lets them leave a full card for the main memory, on CUDA
-    only."""
+    than 4,096 elements; `paged_adamw_8bit` also moves them to main memory when the GPU is full, on
+    CUDA only."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations to save memory; `auto` only when they would not fit."""
+    """Recompute activations to save memory; `auto` does so only if they would not fit."""
     log_every: PositiveInt = 1
     """Steps between progress lines. metrics.jsonl gets every step."""
     eval_every: PositiveInt | None = None
-    """Steps between evaluations; before the first and after the last step in every case."""
+    """Steps between evaluations; also run before the first and after the last step."""
     save_every: PositiveInt = 50
     """Steps between checkpoints."""
     keep: PositiveInt = 2
     """Checkpoints to keep."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
-    """Experiment trackers beside metrics.jsonl, through accelerate."""
+    """Experiment trackers in addition to metrics.jsonl, through accelerate."""
 
 
 class TrainingSpec(LoopSpec):

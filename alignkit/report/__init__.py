@@ -1,1 +1,1 @@
-"""Run folders, as they are read: what made a run, and what it planned. No torch."""
+"""Reads run folders: how a run was made, and its plan. No torch."""

@@ -1,4 +1,4 @@
-"""What the files of a run folder say."""
+"""Reads the files of a run folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     """run.json of a run folder.
 
     Raises:
-        RunError: there is none, or it cannot be read.
+        RunError: it is missing or cannot be read.
     """
     try:
         about: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))

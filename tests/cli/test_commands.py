@@ -372,7 +372,7 @@ def test_recipes_explain_and_schema(alignkit: CommandLine, tmp_path: Path) -> No
     assert "training.learning_rate  " in whole
     one = alignkit("recipes", "explain", "training.warmup", cwd=tmp_path).stdout
     assert one.splitlines()[0] == "training.warmup  number  default 0.03"
-    assert "a share of the steps below 1" in one
+    assert "below 1 a share of the steps" in one
     section = alignkit("recipes", "explain", "training", cwd=tmp_path).stdout
     assert "training.batch_size" in section
     assert "model.base" not in section

@@ -69,7 +69,7 @@ def test_what_a_run_says(stage: str, folder: Path) -> None:
     assert f"next: alignkit {verb} {run}" in said.replace("\n", "")
     assert re.search(r"before: loss \d+\.\d{4}  accuracy \d+\.\d%", said)
     assert re.search(r"after:  loss \d+\.\d{4}  accuracy \d+\.\d%", said)
-    reference = "reference: adapter off, the base under the adapter, each row is read about once"
+    reference = "reference: adapter off, each row is read about once: caching would save nothing"
     assert (reference in said) == (stage != "reward")
     assert ("a sequence classifier with one label" in said) == (stage == "reward")
 
@@ -86,7 +86,7 @@ def test_help_lists_the_stages(alignkit: CommandLine, folder: Path) -> None:
     for stage, words in (
         ("reward", "Train a reward model on preference pairs"),
         ("dpo", "Optimize preferences on pairs: DPO, IPO, SimPO, ORPO"),
-        ("kto", "Optimize preferences on single answers labelled good or bad"),
+        ("kto", "Optimize preferences on single completions labelled good or bad"),
     ):
         assert re.search(rf"\b{stage}\b +{words}", done.stdout)
         own = alignkit(stage, "--help", cwd=folder, COLUMNS="160")
@@ -96,7 +96,7 @@ def test_help_lists_the_stages(alignkit: CommandLine, folder: Path) -> None:
 
 # plan ------------------------------------------------------------------------------------------
 
-LN_ONCE = "adapter off, the base under the adapter, each row is read about once"
+LN_ONCE = "adapter off, each row is read about once: caching would save nothing"
 REFERENCES: dict[str, tuple[str, list[str], str, str]] = {
     "one pass": ("dpo", [], "adapter_off", LN_ONCE),
     "several passes": (

@@ -94,7 +94,7 @@ WRONG = {
         ["p.yaml", "one.seed=-1", "two.data.train=[{path: no.jsonl}]", "two.model.base=${on}"],
         [
             "command line: one: seed must be at least 0, got -1",
-            "command line: two: model.base refers to no stage: ${on}",
+            "command line: two: model.base refers to an unknown stage: ${on}",
             "hint: did you mean ${one}?",
         ],
     ),

@@ -152,7 +152,7 @@ PREFERENCES: dict[str, tuple[tuple[str, ...], list[dict[str, Any]], list[str], s
         ("dpo",),
         make_pairs(6),
         ["objective={kind: simpo}", "reference={kind: cached}"],
-        "error: command line: reference has no use: `simpo` compares with no reference model"
+        "error: command line: reference is not used: `simpo` has no reference model"
         ", got {kind}\n"
         "hint: remove the key, or choose an objective with a reference, such as dpo\n",
     ),
@@ -160,8 +160,8 @@ PREFERENCES: dict[str, tuple[tuple[str, ...], list[dict[str, Any]], list[str], s
         ("dpo",),
         make_pairs(6),
         ["adapter={kind: full}", "reference.kind=adapter_off"],
-        "error: reference.kind = adapter_off, and there is no adapter: all weights are trained\n"
-        "hint: use cached, or frozen_copy\n",
+        "error: reference.kind = adapter_off, but there is no adapter: all weights are trained\n"
+        "hint: set reference.kind to cached or frozen_copy\n",
     ),
     "conversations where pairs are wanted": (
         ("reward", "dpo"),
@@ -267,7 +267,7 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "eval twice": (
         ["data.eval=[{path: rows.jsonl}]", "data.eval_fraction=0.5"],
-        ["holds out rows by `eval` or by `eval_fraction`, not both"],
+        ["must have only one of `eval` and `eval_fraction`"],
     ),
     "no model": (
         ["model.base=nothing-here"],

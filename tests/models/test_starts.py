@@ -146,7 +146,7 @@ def test_loftq_goes_onto_the_weights_it_makes_up_for(tiny_base: Path, tmp_path: 
     ("fields", "message"),
     [
         ({"adapter": {"kind": "lora", "init": "loftq"}}, r"needs model\.quantization"),
-        ({"adapter": {"kind": "lora", "init": "pissa", "dora": True}}, "goes with neither dora"),
+        ({"adapter": {"kind": "lora", "init": "pissa", "dora": True}}, "combined with dora"),
         ({"adapter": {"kind": "lora", "init": "pisa"}}, "pissa"),
     ],
 )

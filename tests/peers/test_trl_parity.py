@@ -109,7 +109,7 @@ def test_ipo_averages_over_tokens_in_trl(tmp_path: Path, tiny_base: Path) -> Non
     assert found[0] == pytest.approx(25.0)
     assert abs(found[2] - theirs.losses[2]) > 0.01
     rows = load_rows(recipe, start_model(recipe.model))
-    with pytest.raises(AlignkitError, match="TRL has no ipo objective that means the same"):
+    with pytest.raises(AlignkitError, match="TRL has no equivalent of the objective ipo"):
         run_trl(recipe, rows.base, rows.tokenizer, rows.train, summed, max_steps=1)
 
 
@@ -125,7 +125,7 @@ def test_full_weights_with_cached_reference(tmp_path: Path, tiny_base: Path) -> 
 
 
 def test_kto(tmp_path: Path, tiny_base: Path) -> None:
-    """On the same mismatched answers, and steps of one batch, the baselines are the same number."""
+    """On the same mismatched completions and steps of one batch, the baselines are the same."""
     ours, theirs = both(tmp_path, tiny_base, stage="kto")
     assert_same(ours, theirs, {"loss": "loss", "grad_norm": "grad_norm"})
     assert_same(ours, theirs, {"kl": "kl"})

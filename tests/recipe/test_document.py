@@ -133,11 +133,13 @@ def test_not_utf8() -> None:
     Path("r.yaml").write_bytes("a: Zürich".encode("latin-1"))
     with pytest.raises(RecipeError) as caught:
         read_document(Path("r.yaml"))
-    assert str(caught.value) == "r.yaml: is not UTF-8 text (invalid start byte)"
+    assert str(caught.value) == (
+        "r.yaml: is not UTF-8 text (invalid start byte)\nhint: save the file as UTF-8"
+    )
 
 
 def test_every_key_written_twice_is_named() -> None:
-    hint = "\nhint: keep one of the two; YAML would silently take the last"
+    hint = "\nhint: keep one of the two; YAML would silently use the last"
     assert errors("a: 1\nb:\n  c: 1\n  c: 2\n  d: [{e: 1, e: 2}]\na: 3\n") == [
         f"r.yaml:4: b.c is written twice, first on line 3{hint}",
         f"r.yaml:5: b.d[0].e is written twice, first on line 5{hint}",
@@ -187,24 +189,28 @@ def test_extends_is_taken_from_the_files_own_folder_and_goes_on() -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"r.yaml": "a: 1\nextends: r.yaml"}, "r.yaml: extends itself through r.yaml"),
+        (
+            {"r.yaml": "a: 1\nextends: r.yaml"},
+            "r.yaml: extends itself through r.yaml\nhint: remove `extends` from one of the files",
+        ),
         (
             {"b.yaml": "extends: r.yaml", "r.yaml": "extends: b.yaml"},
-            "r.yaml: extends itself through b.yaml",
+            "r.yaml: extends itself through b.yaml\nhint: remove `extends` from one of the files",
         ),
         (
             {"r.yaml": "a: 1\nextends: gone.yaml"},
             "r.yaml:2: extends 'gone.yaml', which does not exist\n"
-            "hint: the name is taken relative to the file that extends it",
+            "hint: the name is relative to the file that extends it",
         ),
         (
             {"r.yaml": "extends: [a.yaml, b.yaml]"},
-            "r.yaml:1: extends must be a file name, got ['a.yaml', 'b.yaml']",
+            "r.yaml:1: extends must be a file name, got ['a.yaml', 'b.yaml']\n"
+            "hint: a recipe extends one file, as in extends: base.yaml",
         ),
         (
             {"b.yaml": "a: 1\na: 2", "r.yaml": "extends: b.yaml"},
             "b.yaml:2: a is written twice, first on line 1\n"
-            "hint: keep one of the two; YAML would silently take the last",
+            "hint: keep one of the two; YAML would silently use the last",
         ),
     ],
     ids=["itself", "cycle", "missing", "list", "broken parent"],
@@ -255,6 +261,9 @@ def test_an_override_wins_over_the_parent() -> None:
     assert document.values == {"a": {"x": 5}}
 
 
+SETTABLE = "\nhint: set a key of a mapping, or an existing list item, as in data.train.0.take=100"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -281,13 +290,13 @@ def test_an_override_wins_over_the_parent() -> None:
         (
             "a={x: 1, x: 2}",
             "command line:1: a.x is written twice, first on line 1\n"
-            "hint: keep one of the two; YAML would silently take the last",
+            "hint: keep one of the two; YAML would silently use the last",
         ),
-        ("a.b=1", "command line: a.b names nothing that can be set"),
-        ("a.b.c=1", "command line: a.b.c: there is no a.b to set"),
-        ("list.2=1", "command line: list[2] names nothing that can be set"),
-        ("list.5.x=1", "command line: list[5].x: there is no list[5] to set"),
-        ("list.x=1", "command line: list.x names nothing that can be set"),
+        ("a.b=1", f"command line: a.b names nothing that can be set{SETTABLE}"),
+        ("a.b.c=1", f"command line: a.b.c: there is no a.b to set{SETTABLE}"),
+        ("list.2=1", f"command line: list[2] names nothing that can be set{SETTABLE}"),
+        ("list.5.x=1", f"command line: list[5].x: there is no list[5] to set{SETTABLE}"),
+        ("list.x=1", f"command line: list.x names nothing that can be set{SETTABLE}"),
     ],
 )
 def test_override_errors(override: str, message: str) -> None:

@@ -296,19 +296,17 @@ def test_a_default_learning_rate_is_filled_in() -> None:
         (
             "path: rows.jsonl",
             "path: rows.jsonl, hub: a/b",
-            "r.yaml:7: data.train[0] names either `path` or `hub`, not both and not neither, got "
-            "{path, hub}",
+            "r.yaml:7: data.train[0] must have exactly one of `path` and `hub`, got {path, hub}",
         ),
         (
             "{path: rows.jsonl}",
             "{}",
-            "r.yaml:7: data.train[0] names either `path` or `hub`, not both and not neither, got "
-            "{}",
+            "r.yaml:7: data.train[0] must have exactly one of `path` and `hub`, got {}",
         ),
         (
             "max_length: 512",
             "eval: [{path: rows.jsonl}]\n  eval_fraction: 0.1",
-            "r.yaml:6: data holds out rows by `eval` or by `eval_fraction`, not both, got "
+            "r.yaml:6: data must have only one of `eval` and `eval_fraction`, got "
             "{train, eval, eval_fraction}",
         ),
         # stages and objectives
@@ -396,7 +394,7 @@ def test_errors_of_a_parent_name_the_parent() -> None:
     assert failure(text) == (
         "base.yaml:1: adapter.rank must be at least 1, got 0\nhint: 8 to 64 is usual\n"
         "base.yaml:3: training.warmup must be at least 0, got -1\n"
-        "hint: a share of the steps below 1 (0.03), a number of steps from 1"
+        "hint: below 1 a share of the steps (0.03), from 1 a number of steps"
     )
 
 
@@ -414,7 +412,8 @@ def test_errors_of_a_parent_name_the_parent() -> None:
         ),
         (
             "data.train.3.path=a",
-            "command line: data.train[3].path: there is no data.train[3] to set",
+            "command line: data.train[3].path: there is no data.train[3] to set\n"
+            "hint: set a key of a mapping, or an existing list item, as in data.train.0.take=100",
         ),
         (
             "training.learning_rate=9",

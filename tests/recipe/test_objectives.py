@@ -36,7 +36,7 @@ BETA_HINT = (
     "\nhint: 0.1 is the value of the DPO paper; smaller lets the policy move further from the "
     "reference"
 )
-TAU_HINT = "\nhint: the margin that is aimed at is 1 / (2 tau) nats; 0.01 to 1 is usual"
+TAU_HINT = "\nhint: the target margin is 1 / (2 tau) nats; 0.01 to 1 is usual"
 NO_USE = "\nhint: remove the key, or choose an objective with a reference, such as dpo"
 
 
@@ -260,14 +260,13 @@ def test_a_reference_that_is_not_used(kind: str, reference: str) -> None:
     shown = "{}" if reference == "{}" else "{kind}"
     found = failure("dpo", "seed: 1", f"objective: {{kind: {kind}}}", f"reference: {reference}")
     assert found == (
-        f"r.yaml:7: reference has no use: `{kind}` compares with no reference model, got {shown}"
-        f"{NO_USE}"
+        f"r.yaml:7: reference is not used: `{kind}` has no reference model, got {shown}{NO_USE}"
     )
 
 
 def test_the_order_of_the_keys_does_not_matter() -> None:
     found = failure("dpo", "reference: {kind: cached}", "objective: {kind: orpo}")
-    assert found.startswith("r.yaml:5: reference has no use: `orpo` compares with no reference")
+    assert found.startswith("r.yaml:5: reference is not used: `orpo` has no reference model")
 
 
 @pytest.mark.parametrize("kind", PREFERENCE_OBJECTIVES)

@@ -155,17 +155,18 @@ def test_files_of_earlier_stages_are_found_once_they_are_there(tmp_path: Path) -
         (
             "${sft}/adapter",
             "${sfd}/adapter",
-            "p.yaml:15: model.base refers to no stage: ${sfd}\nhint: did you mean ${sft}?",
+            "p.yaml:15: model.base refers to an unknown stage: ${sfd}\nhint: did you mean ${sft}?",
         ),
         (
             "${sft}/adapter",
             "${policy}",
-            "p.yaml:15: model.base refers to no stage: ${policy}\nhint: earlier stages: sft, rm",
+            "p.yaml:15: model.base refers to an unknown stage: ${policy}\n"
+            "hint: earlier stages: sft, rm",
         ),
         (
             "${sft}/adapter",
             "${dpo}",
-            "p.yaml:15: model.base refers to its own stage: ${dpo}\nhint: name an earlier one",
+            "p.yaml:15: model.base refers to its own stage: ${dpo}\nhint: name an earlier stage",
         ),
         (
             '"${sft}"',
@@ -176,22 +177,22 @@ def test_files_of_earlier_stages_are_found_once_they_are_there(tmp_path: Path) -
         (
             "${sft}/adapter",
             "${sft",
-            "p.yaml:15: model.base holds a reference that is none: ${sft\n"
-            "hint: a reference is ${name}; write $${ for the characters ${ themselves",
+            "p.yaml:15: model.base contains a malformed reference: ${sft\n"
+            "hint: write a reference as ${name}, and $${ for the characters ${ themselves",
         ),
         (
             "    data: {train: [{path: rows.jsonl}]}\n  rm:",
             "    adapter: {kind: prefix}\n    data: {train: [{path: rows.jsonl}]}\n  rm:",
-            "p.yaml:11: model.base is stage sft, whose prefix no weight can hold\n"
+            "p.yaml:11: model.base is stage sft, whose prefix cannot be merged\n"
             "hint: train that stage with adapter.kind = lora\n"
-            "p.yaml:16: model.base is stage sft, whose prefix no weight can hold\n"
+            "p.yaml:16: model.base is stage sft, whose prefix cannot be merged\n"
             "hint: train that stage with adapter.kind = lora",
         ),
         (
             "${sft}/adapter",
             "${rm}",
-            "p.yaml:15: model.base is the reward model of stage rm, which cannot write\n"
-            "hint: name the stage whose model it was trained from",
+            "p.yaml:15: model.base is stage rm, which trains a reward model\n"
+            "hint: name the stage it was trained from, which can generate text",
         ),
         (
             "output: runs/p",
@@ -215,7 +216,7 @@ def test_files_of_earlier_stages_are_found_once_they_are_there(tmp_path: Path) -
         (
             "recipe: sft.yaml",
             "recipe: p.yaml",
-            "p.yaml:8: stages.rm.recipe names a pipeline: 'p.yaml'",
+            "p.yaml:8: stages.rm.recipe names a pipeline: 'p.yaml'\nhint: name a recipe",
         ),
         (
             "recipe: sft.yaml",
@@ -225,25 +226,26 @@ def test_files_of_earlier_stages_are_found_once_they_are_there(tmp_path: Path) -
         (
             "  dpo:\n",
             "  d.po:\n",
-            "p.yaml:12: stages.d.po is not the name of a stage\n"
-            "hint: letters, digits, - and _, as in sft-2",
+            "p.yaml:12: stages.d.po is not a valid stage name\n"
+            "hint: use letters, digits, - and _, as in sft-2",
         ),
         (
             "    stage: dpo\n",
             "    extends: sft.yaml\n    stage: dpo\n",
-            "p.yaml:13: a stage extends nothing\nhint: write recipe: FILE; the keys beside it win",
+            "p.yaml:13: a stage cannot use extends\n"
+            "hint: write recipe: FILE instead; the stage's other keys override it",
         ),
         (
             "    stage: dpo\n",
             "    stage: dpo\n    output: runs/p/sft/more\n",
-            "p.yaml:14: output meets that of stage sft: runs/p/sft/more\n"
-            "hint: without the key it is runs/p/dpo",
+            "p.yaml:14: output overlaps that of stage sft: runs/p/sft/more\n"
+            "hint: remove the key to use runs/p/dpo",
         ),
         (
             "    stage: dpo\n",
             "    stage: dpo\n    output: runs\n",
-            "p.yaml:14: output is the folder of the pipeline or holds it: runs\n"
-            "hint: without the key it is runs/p/dpo",
+            "p.yaml:14: output is or contains the pipeline's folder: runs\n"
+            "hint: remove the key to use runs/p/dpo",
         ),
         (
             "    stage: dpo\n",
@@ -273,7 +275,7 @@ def test_all_problems_of_all_stages_at_once_each_with_its_place() -> None:
         "p.yaml:5: model.dtype must be 'bfloat16', 'float16' or 'float32', got 'int3'",
         "p.yaml:10: adapter.rank must be at least 1, got 0",
         "sft.yaml:6: training.max_stepz is not a key of a recipe",
-        "p.yaml:14: model.base refers to no stage: ${x}",
+        "p.yaml:14: model.base refers to an unknown stage: ${x}",
     ]
 
 
@@ -293,7 +295,8 @@ def test_all_problems_of_all_stages_at_once_each_with_its_place() -> None:
         ),
         (
             "rm.data.train.7.take=1",
-            "command line: rm: data.train[7].take: there is no data.train[7] to set",
+            "command line: rm: data.train[7].take: there is no data.train[7] to set\n"
+            "hint: set a key of a mapping, or an existing list item, as in data.train.0.take=100",
         ),
     ],
 )
@@ -317,7 +320,8 @@ def test_wrong_overrides(override: str, message: str) -> None:
         ),
         (
             "output: a\nstages: {b: c}\n",
-            "p.yaml:2: stages.b must be a mapping of keys to values, got 'c'",
+            "p.yaml:2: stages.b must be a mapping of keys to values, got 'c'\n"
+            "hint: as in b: {recipe: quickstart/sft.yaml}",
         ),
     ],
 )
@@ -341,7 +345,7 @@ def test_another_kind_of_step_is_one_entry(tmp_path: Path, monkeypatch: pytest.M
     assert step.settings["model"] == str(tmp_path / "runs/p/rm")
     assert step.settings["rows"] == 7
     assert failure(text.replace("    label: {", "    seed: 1\n    label: {")) == (
-        "p.yaml:17: stages.marks must hold the mapping label and nothing else\n"
+        "p.yaml:17: stages.marks must contain the mapping label and nothing else\n"
         "hint: move seed into it"
     )
 

@@ -59,7 +59,7 @@ def plan(stage: str, data: DataFacts = DATA, **fields: Any) -> Plan:
 
 # reference -----------------------------------------------------------------------------------
 
-ADAPTER_OFF = "the base under the adapter, each row is read about once"
+ADAPTER_OFF = "each row is read about once: caching would save nothing"
 ONCE = "each row is read {} times and scored once"
 WIDE = {"base": "m", "dtype": "float32"}
 FULL = "all weights are trained: no second model is kept in memory"
@@ -75,11 +75,11 @@ FULL = "all weights are trained: no second model is kept in memory"
         ({"model": WIDE, "training": {"epochs": 1.6}}, "cached", ONCE.format(1.6)),
         ({"model": WIDE, "training": {"epochs": 3}}, "cached", ONCE.format(3.0)),
         # In narrow precisions only the same pass rounds alike.
-        ({}, "adapter_off", "its rounding to bfloat16 is the policy's own"),
+        ({}, "adapter_off", "it rounds to bfloat16 like the policy"),
         (
             {"model": {"base": "m", "dtype": "float16"}, "training": {"epochs": 3}},
             "adapter_off",
-            "its rounding to float16 is the policy's own",
+            "it rounds to float16 like the policy",
         ),
         # 320 rows in steps of 16 are 20 steps an epoch; max_steps overrides epochs.
         (
@@ -121,8 +121,8 @@ def test_there_is_no_adapter_to_turn_off(stage: str) -> None:
     with pytest.raises(AlignkitError) as caught:
         plan(stage, adapter={"kind": "full"}, reference={"kind": "adapter_off"})
     assert str(caught.value) == (
-        "reference.kind = adapter_off, and there is no adapter: all weights are trained\n"
-        "hint: use cached, or frozen_copy"
+        "reference.kind = adapter_off, but there is no adapter: all weights are trained\n"
+        "hint: set reference.kind to cached or frozen_copy"
     )
 
 
@@ -264,7 +264,7 @@ def test_unbalanced_labels(
     assert warnings("kto", data, objective=objective) == (
         f"desirable_weight × {chosen} desirable rows is {ratio} times undesirable_weight × "
         f"{rejected} undesirable rows; the paper keeps this between 1 and 4/3: "
-        f"objective.desirable_weight between {low} and {high} does",
+        f"set objective.desirable_weight between {low} and {high}",
     )
     for advised in (low, high):
         changed = {**objective, "desirable_weight": float(advised)}

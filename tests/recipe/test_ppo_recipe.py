@@ -43,7 +43,7 @@ SOURCE_HINT = (
 )
 RULE_NAMES = "'exact', 'numeric', 'regex', 'format', 'length', 'json' or 'sentiment'"
 PATTERN_HINT = (
-    "\nhint: a Python regular expression; a backslash before . ( ) [ ] { } + * ? takes the "
+    "\nhint: a Python regular expression; a backslash before . ( ) [ ] { } + * ? matches the "
     "character itself"
 )
 LOOKED = "\nhint: looked in the recipe's folder, the working folder and the shipped examples"
@@ -197,7 +197,7 @@ REWARDS = {
     ),
     "{model: runs/r, rule: exact}": (
         " must be a mapping with one of model, function, url or rule, got {model, rule}\n"
-        "hint: one source has one of them; write several as a list"
+        "hint: a source has exactly one of these keys; write several sources as a list"
     ),
     "[exact]": (
         "[0] must be a mapping with one of model, function, url or rule, got 'exact'" + SOURCE_HINT
@@ -244,7 +244,7 @@ REWARDS = {
     "{rule: numeric, column: ''}": ".column must not be empty text, got ''",
     "{rule: numeric, tolerance: -1}": (
         ".tolerance must be at least 0, got -1\n"
-        "hint: relative to the right number: 0.01 accepts 1 % off"
+        "hint: relative to the correct number: 0.01 accepts an error of 1%"
     ),
     "{rule: length, max: 0}": ".max must be at least 1, got 0",
     "{rule: length, min: -1, max: 3}": ".min must be at least 0, got -1",
@@ -270,7 +270,7 @@ REWARDS = {
 }
 for _function in ("rewards.py", "rewards:score", "rewards.py:", "rewards.py:2nd", ":score"):
     REWARDS[f"{{function: '{_function}'}}"] = (
-        ".function must name a file and a function in it, as in rewards.py:score, got "
+        ".function must name a Python file and a function in it, as in rewards.py:score, got "
         f"'{_function}'"
     )
 for _url in ("localhost:8000", "ftp://host/a", "http://", "http://host:port/", "http://a b/"):
@@ -278,7 +278,7 @@ for _url in ("localhost:8000", "ftp://host/a", "http://", "http://host:port/", "
         f".url must be an address, as in http://localhost:8000/score, got '{_url}'"
     )
 REWARDS["{url: 'http://me:pass@host/a'}"] = (
-    ".url must hold no user name and password, got 'http://me:pass@host/a'"
+    ".url must not hold a user name or password, got 'http://me:pass@host/a'"
 )
 
 
@@ -350,7 +350,7 @@ def test_no_reward() -> None:
         (
             "rollout: {temperature: 0}",
             "rollout.temperature must be greater than 0, got 0\n"
-            "hint: 1 samples from the policy as it is, and is usual",
+            "hint: 1 is usual and samples from the unchanged policy",
         ),
         (
             "rollout: 3",
@@ -378,7 +378,7 @@ def test_no_reward() -> None:
         (
             "guard: {max_kl: 0}",
             "guard.max_kl must be greater than 0, got 0\n"
-            "hint: in nats of a whole response; null only reports",
+            "hint: in nats per response; null only reports",
         ),
     ],
 )

@@ -61,7 +61,7 @@ def test_recipes_are_frozen() -> None:
 
 @pytest.mark.parametrize("places", [{}, {"path": "a.jsonl", "hub": "b/c"}])
 def test_a_source_is_in_one_place(places: dict[str, str]) -> None:
-    with pytest.raises(ValidationError, match="names either `path` or `hub`, not both and not nei"):
+    with pytest.raises(ValidationError, match="must have exactly one of `path` and `hub`"):
         SourceSpec(**places)
 
 
@@ -74,7 +74,7 @@ def test_a_source_is_called_by_its_place(places: dict[str, str], label: str) -> 
 
 def test_eval_rows_come_from_one_place() -> None:
     rows = (SourceSpec(path="a.jsonl"),)
-    with pytest.raises(ValidationError, match="by `eval` or by `eval_fraction`, not both"):
+    with pytest.raises(ValidationError, match="only one of `eval` and `eval_fraction`"):
         DataSpec(train=rows, eval=rows, eval_fraction=0.1)
 
 

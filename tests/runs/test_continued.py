@@ -117,7 +117,7 @@ def test_only_where_no_reference_is_compared_with(tiny_base: Path, tmp_path: Pat
     ]
     recipes.append(make_ppo_recipe(tmp_path / "ppo", tiny_base, adapter=adapter))
     for recipe in recipes:
-        with pytest.raises(AlignkitError, match=r"which `adapter\.from` would make the bare base"):
+        with pytest.raises(AlignkitError, match=r"must not use `adapter\.from`"):
             load_recipe(str(recipe))
     free = make_preference_recipe(
         tmp_path / "free",

@@ -333,7 +333,7 @@ def test_the_user_sees_what_it_was_found_from(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"adapter": {**EVA, "from": "runs/a"}}, "does not go with from"),
+        ({"adapter": {**EVA, "from": "runs/a"}}, "cannot be combined with from"),
         ({"adapter": {"kind": "lora", "eva": {"rho": 1.0}}}, "does nothing with init = default"),
         ({"adapter": {**EVA, "eva": {"rho": 0.5}}}, "rho"),
         ({"adapter": {**EVA, "eva": {"label_mask_value": -100}}}, "label_mask_value"),

@@ -282,7 +282,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "one sample": (
         {"samples": 1},
         "command line: samples must be at least 2, got 1\n"
-        "hint: the best is set against the worst, so that there must be two; 4 to 16 is usual\n",
+        "hint: at least two: the best is paired with the worst; 4 to 16 is usual\n",
     ),
     "cold": (
         {"temperature": 0},
@@ -291,7 +291,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "margin": (
         {"margin": -1},
         "command line: margin must be at least 0, got -1.0\n"
-        "hint: in units of the reward model; 0 takes every difference\n",
+        "hint: in units of the reward model; 0 accepts any difference\n",
     ),
     "dtype": (
         {"dtype": "int3"},
@@ -434,8 +434,8 @@ def test_what_can_be_wrong_in_a_pipeline(
     values["stages"] = {"rm": first, "s": sft, "marks": marks}
     path.write_text(json.dumps(values), encoding="utf-8")
     assert failure(path) == (
-        "p.yaml:1: model is the reward model of stage rm, which cannot write\n"
-        "hint: name the stage whose model it was trained from\n"
+        "p.yaml:1: model is stage rm, which trains a reward model\n"
+        "hint: name the stage it was trained from, which can generate text\n"
         "p.yaml:1: reward is stage s, which trains no reward model\n"
         "hint: name a stage with stage: reward"
     )

@@ -203,7 +203,7 @@ def test_trained_on(tiny_base: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ModelError, match=sentence):
             run_of(tmp_path / "c", tiny_base, adapter={**plain, **fields})
-    with pytest.raises(RecipeError, match="has text, where its projection or from says"):
+    with pytest.raises(RecipeError, match="has text, which does nothing with projection or from"):
         run_of(tmp_path / "d", tiny_base, adapter={**plain, "text": "the cat"})
 
 
@@ -327,7 +327,7 @@ def test_stages_that_train_no_prefix(stage: str, tiny_base: Path, tmp_path: Path
         recipe = make_ppo_recipe(tmp_path, tiny_base, adapter=RAW)
     else:
         recipe = make_preference_recipe(tmp_path, tiny_base, stage, adapter=RAW)
-    sentence = f"adapter has kind = prefix, which {stage} does not train: use lora, or full"
+    sentence = f"adapter has kind = prefix, which {stage} does not train: use lora or full"
     with pytest.raises(RecipeError, match=sentence):
         load_recipe(str(recipe))
 
@@ -339,13 +339,13 @@ def test_stages_that_train_no_prefix(stage: str, tiny_base: Path, tmp_path: Path
         ({"adapter": {**RAW, "tokens": 5000}}, "adapter.tokens must be at most 4096, got 5000"),
         ({"adapter": {**RAW, "rank": 4}}, "adapter.rank is not a key of a recipe"),
         ({"adapter": {**RAW, "modules_to_save": ["norm"]}}, "adapter.modules_to_save is not a key"),
-        ({"adapter": {**PROJECTED, "text": "the cat"}}, "has text, where its projection or from"),
+        ({"adapter": {**PROJECTED, "text": "the cat"}}, "has text, which does nothing with proj"),
         ({"adapter": {**RAW, "projection_width": 8}}, "has projection_width, which does nothing"),
         (
             {"merge": True},
             "merge must be false with adapter.kind = prefix, .* got true",
         ),
-        ({"model__add_tokens": ["<tool>"]}, "has kind = prefix, which trains no rows of model.add"),
+        ({"model__add_tokens": ["<tool>"]}, "has kind = prefix, which cannot train model.add_tok"),
     ],
 )
 def test_recipes_that_are_wrong(

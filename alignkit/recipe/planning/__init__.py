@@ -1,1 +1,1 @@
-"""Recipe, rows and machine to a plan."""
+"""Makes a plan from the recipe, the rows and the machine."""

@@ -1,4 +1,4 @@
-"""What a careful practitioner would ask about a plan. Warnings, never silent changes."""
+"""Warnings about a plan. They never change it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _KINDS = {
     "projection": "a projected prefix",
     "full": "full weights",
 }
-"""Adapter -> its name in sentences."""
+"""Rate key of an adapter -> its name in sentences."""
 
 
 def find_warnings(
@@ -23,46 +23,45 @@ def find_warnings(
     """Everything unusual about a run, one sentence each.
 
     Args:
-        recipe: with its defaults.
+        recipe: with its defaults filled in.
         data: sizes of the rows.
         hardware: the machine.
         steps: optimizer steps.
         memory: the estimate.
     """
-    training, found = recipe.training, []
+    training, warnings = recipe.training, []
     kind = rate_key(recipe.adapter)
     usual, rate = recipe.rates[kind], training.learning_rate or 0.0
     if not usual.low <= rate <= usual.high:
         side = "above" if rate > usual.high else "below"
-        found.append(
+        warnings.append(
             f"training.learning_rate = {rate:g} is {side} the usual {usual.low:g} to "
-            f"{usual.high:g} for "
-            f"{recipe.stage} with {_KINDS[kind]}"
+            f"{usual.high:g} for {recipe.stage} with {_KINDS[kind]}"
         )
     if isinstance(recipe.adapter, LoraSpec):
         spec = recipe.adapter
         root = "sqrt(rank)" if spec.rslora else "rank"
         ratio = spec.alpha / (spec.rank**0.5 if spec.rslora else spec.rank)
         if not 0.25 <= ratio <= 8:
-            found.append(f"adapter.alpha / {root} = {ratio:g} is outside the usual 0.25 to 8")
+            warnings.append(f"adapter.alpha / {root} = {ratio:g} is outside the usual 0.25 to 8")
     if steps < 10:
         key = recipe.examples_key.rpartition(".")[2]
-        found.append(f"only {steps} optimizer steps: lower {key} or raise epochs")
+        warnings.append(f"only {steps} optimizer steps: lower {key} or raise epochs")
     epochs = steps * recipe.examples_per_step / data.rows
     if epochs > 10 and not recipe.repeats_rows:
-        found.append(f"{epochs:.0f} passes over {data.rows} rows: expect memorised answers")
+        warnings.append(f"{epochs:.0f} passes over {data.rows} rows: expect memorised completions")
     if data.overlap:
-        found.append(
-            f"{data.overlap} of {data.eval_rows} held-out rows also stand in the training rows: "
-            "the held-out loss flatters"
+        warnings.append(
+            f"{data.overlap} of {data.eval_rows} held-out rows are also in the training rows: "
+            "the held-out loss will look too good"
         )
     if not data.eval_rows:
-        found.append(
+        warnings.append(
             f"no held-out rows: set data.eval or data.eval_fraction to see {recipe.held_out_shows}"
         )
     if memory.peak > ROOM * hardware.memory:
-        found.append(
+        warnings.append(
             f"about {memory.peak / 1e9:.1f} GB needed, {hardware.memory / 1e9:.1f} GB free: "
             "lower data.max_length or training.microbatch_tokens, or use LoRA"
         )
-    return found + recipe.warnings(data)
+    return warnings + recipe.warnings(data)

@@ -1,4 +1,4 @@
-"""Peak memory of a run, by arithmetic. `alignkit plan` shows every term.
+"""Estimates the peak memory of a run. `alignkit plan` shows every term.
 
 Activations are counted as the tensors that autograd keeps for the backward pass of one decoder
 layer; the widths come from the model's configuration. Constants were fitted to measured peaks.
@@ -19,22 +19,21 @@ _MERGED_FILE = 5_000_000_000
 """Bytes of the largest file of weights that transformers writes."""
 
 _MERGE_ROOM = 400_000_000
-"""Bytes of a merge beside its files: one layer, logits to compare. Fitted to measured peaks."""
+"""Bytes of a merge besides its files: one layer, logits to compare. Fitted to measured peaks."""
 
 _QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.01}
-"""Bytes of a quantized weight with its part of a scale: one for 64 weights, itself in 8 bits; one
-in float32 for each row, of some 500 weights or more."""
+"""Bytes of a quantized weight with its share of a scale: nf4 has 8 bits for every 64 weights, int8
+float32 for every row of about 500 weights or more."""
 
 _MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256}
-"""Bytes of an optimizer's state for each trained weight: two moments, in float32, or in 8 bits with
-a float32 scale each for 256 of them. Paged ones may leave the device; they are counted all the
-same."""
+"""Bytes of optimizer state per trained weight: two moments, in float32, or in 8 bits with a float32
+scale for every 256. Paged ones may leave the device but are counted anyway."""
 
 _KERNELS = 500_000_000
-"""Bytes of compiled kernels on a processor, once lengths have come and gone. Fitted to SFT runs."""
+"""Bytes of compiled kernels on a CPU, after rows of many lengths. Fitted to SFT runs."""
 
 _BRANCHES = 1.2
-"""Further activations where prompts are shared: each branch has its own copy of their keys and
+"""Factor on activations if prompts are shared: each branch has its own copy of their keys and
 values. Fitted to runs of 2,800 and 4,000 tokens."""
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -46,13 +45,13 @@ class MemoryEstimate:
 
     Args:
         libraries: Python, torch and transformers themselves.
-        weights: the model's weights.
-        reference: models beside the trained one: to compare with, for values, for rewards.
+        weights: the trained model's weights.
+        reference: other models: reference, value and reward models.
         training_state: gradients and optimizer moments.
         activations: kept for the backward pass of one micro-batch.
-        workspace: logits of a chunk, gradients in flight, keys and values while sampling, kernels.
-        merging: what verifying the merged model needs beyond `libraries`, after training.
-        peak: on the device; merging always runs on the processor.
+        workspace: logits of a chunk, temporary gradients, keys and values for sampling, kernels.
+        merging: for verifying the merged model after training, in addition to `libraries`.
+        peak: on the device; merging always runs on the CPU.
     """
 
     libraries: int
@@ -75,17 +74,17 @@ def estimate_memory(
     reward_models: int = 0,
     documents: int = 0,
 ) -> MemoryEstimate:
-    """Peak of a process that reads `tokens` tokens in one pass.
+    """Estimate the peak of a process that reads `tokens` tokens in one pass.
 
     Args:
-        recipe: precision and adapter.
-        model: widths.
+        recipe: gives precision, adapter and optimizer.
+        model: sizes of the model.
         hardware: the device.
         tokens: tokens of the largest micro-batch.
-        checkpointing: activations are recomputed layer by layer.
-        reference: kind of the reference model, if there is one.
-        reward_models: those that are loaded beside the policy's base.
-        documents: rows of the data among the tokens; a trained prefix stands before each.
+        checkpointing: whether activations are recomputed layer by layer.
+        reference: kind of the reference; None without one.
+        reward_models: number of separately loaded reward models.
+        documents: number of documents in `tokens`; a trained prefix precedes each.
 
     Returns:
         The estimate, term by term.
@@ -96,7 +95,7 @@ def estimate_memory(
     if adapted:
         weights = _base_bytes(recipe, model, wide) + trained * 4
     else:
-        # Trained weights are float32; under autocast their narrow copies live beside them.
+        # Trained weights are float32; autocast keeps narrow copies of them as well.
         weights = model.parameters * (4 if wide == 4 else 4 + wide)
     per_weight = 4 + _MOMENT_BYTES[recipe.training.optimizer]  # gradient and moments
     state = round(trained * per_weight)
@@ -106,7 +105,7 @@ def estimate_memory(
     else:
         activations = model.layers * layer
     activations += tokens * model.hidden * (wide + 4)
-    # Holes between blocks: glibc's heap keeps more of them than CUDA's caching allocator.
+    # Fragmentation: more in glibc's heap than in CUDA's caching allocator.
     activations = round(activations * (1.35 if on_cpu else 1.1))
     if recipe.shares_prompts:
         activations = round(activations * _BRANCHES)
@@ -116,7 +115,7 @@ def estimate_memory(
     workspace = _workspace_bytes(recipe, model, tokens, wide) + _KERNELS * on_cpu
     merging = _merging_bytes(model, wide) if recipe.merge and adapted else 0
     second = 0
-    if reference == "frozen_copy":  # stored as the policy's own base weights are
+    if reference == "frozen_copy":  # stored like the policy's base weights
         second = _base_bytes(recipe, model, wide) if adapted else model.parameters * 4
     further = recipe.further_memory(MemoryTerms(model, wide, weights, per_weight, reward_models))
     second += further.models
@@ -136,15 +135,15 @@ def estimate_memory(
 
 
 def _kept_as_trained(recipe: Recipe, model: ModelFacts) -> int:
-    """Weights with gradient and moments: the frozen half of a start from the base has them too."""
+    """Weights with gradient and moments, including the frozen half of a start from the base."""
     return model.trainable * (2 if takes_from_base(recipe.adapter) else 1)
 
 
 def _merging_bytes(model: ModelFacts, wide: int) -> int:
-    """Files of at most 5 GB, three at once, and both ends of the vocabulary in float32."""
+    """Three files of at most 5 GB each, and embeddings and vocabulary head in float32."""
     merging = 3 * min(_MERGED_FILE, model.parameters * wide) + _MERGE_ROOM
     merging += 2 * 4 * model.vocabulary * model.hidden
-    if model.experts:  # the base and what was written are held whole
+    if model.experts:  # the base and the merged model are loaded whole
         merging += 2 * model.parameters * wide
     return merging
 
@@ -165,17 +164,17 @@ def _base_bytes(recipe: Recipe, model: ModelFacts, wide: int) -> int:
 
 
 def _workspace_bytes(recipe: Recipe, model: ModelFacts, tokens: int, wide: int) -> int:
-    """Bytes that a pass takes beside what it keeps."""
+    """Temporary bytes of a pass, besides what it keeps for the backward pass."""
     workspace = 3 * max(16 * 2**20, 16 * 4 * model.vocabulary)  # logits of a chunk
     workspace += tokens * (4 * model.intermediate + 4 * model.hidden) * wide
-    if recipe.model.quantization != "none":  # the largest layer, dense while it is multiplied
+    if recipe.model.quantization != "none":  # the largest layer, dequantized for its product
         workspace += model.hidden * model.intermediate * (4 + wide)
     return workspace
 
 
 def _prefix_bytes(model: ModelFacts, wide: int, tokens: int, documents: int) -> int:
-    """Bytes that attention keeps in one layer for a prefix: its own output, from which that of the
-    rows is copied, and queries, keys, values and output of the prefix before each document."""
+    """Bytes that attention keeps per layer for a prefix: its output, from which the rows' output is
+    copied, and queries, keys, values and output of the prefix before each document."""
     if not model.prefix:
         return 0
     a, k = model.attention_width, model.key_value_width
@@ -186,9 +185,9 @@ def _layer_bytes(model: ModelFacts, wide: int) -> int:
     """Bytes that one decoder layer keeps for one token."""
     h, i = model.hidden, model.intermediate
     a, k = model.attention_width, model.key_value_width
-    norms = 2 * 4 * h  # each norm's input, as wide as transformers keeps it
+    norms = 2 * 4 * h  # each norm's input, in float32 as in transformers
     attention = (2 * a + 2 * k) * wide  # queries, keys, values, output
     feed_forward = 3 * i * wide  # gate, activated gate, up
-    # Each kept once, whatever number of layers reads it; frozen layers save no inputs.
+    # Each kept once, however many linear layers read it; frozen layers save no inputs.
     inputs = 0 if model.prefix else (2 * h + a + i) * wide
     return norms + attention + feed_forward + inputs

@@ -1,7 +1,7 @@
 """Recipe + data sizes + model sizes + hardware -> a frozen Plan.
 
-`alignkit plan` prints it; the run executes exactly it and stores it. A value far outside what is
-published for the stage is a warning, never a silent change.
+`alignkit plan` prints it; the run stores it and executes exactly it. A value far outside the
+published range of the stage is a warning, never a silent change.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from alignkit.recipe.stages.base import Recipe
 
 _MICROBATCHES = (16384, 8192, 4096, 2048, 1024, 512)
 _SCORE_ONCE = 1.5
-"""Passes over the rows from which on a float32 reference is scored once and kept."""
+"""Passes over the rows above which a float32 reference is scored once and cached."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is decided before the first step.
+    """Everything decided before the first step.
 
     Args:
-        stage: of the recipe.
+        stage: the recipe's stage.
         steps: optimizer steps.
         steps_per_epoch: steps of one pass over the rows.
-        warmup_steps: of them, with rising learning rate.
-        batch_size: examples per step over all processes.
+        warmup_steps: of the steps, the ones with a rising learning rate.
+        batch_size: examples per step, over all processes.
         microbatch_tokens: token budget of one forward and backward pass.
         microbatches: passes of an average step, over all processes.
         gradient_checkpointing: whether activations are recomputed.
-        learning_rate: peak.
+        learning_rate: the peak.
         tokens: tokens read over the whole run.
         trained_tokens: of these, the ones that carry loss.
         data: sizes of the rows.
         model: sizes of the model.
         hardware: the machine.
-        memory: estimated peak of each process.
+        memory: estimated peak per process.
         reference: `adapter_off`, `frozen_copy` or `cached`; None without a reference model.
-        reference_reason: why.
-        warnings: what a careful practitioner would ask about.
-        roles: what plays each part of PPO, and what it costs; empty for other stages.
-        schedule: shape of every learning rate after warm-up.
-        peak_rates: name of each trained part -> its peak; `learning_rate` is the first.
+        reference_reason: why it was chosen.
+        warnings: unusual settings, one sentence each.
+        roles: the model in each role of PPO and what it costs; empty for other stages.
+        schedule: shape of all learning rates after warm-up.
+        peak_rates: trained part -> its peak learning rate; `learning_rate` is the first.
     """
 
     stage: str
@@ -94,8 +94,8 @@ def make_plan(
         model: sizes of the base and its adapter.
         data: sizes of the rows.
         hardware: the machine.
-        reward_models: reward models that are loaded beside the policy's base.
-        roles: what plays each part of PPO.
+        reward_models: number of separately loaded reward models.
+        roles: the model in each role of PPO.
 
     Returns:
         The plan.
@@ -107,7 +107,7 @@ def make_plan(
     if batch_size < hardware.processes:
         raise AlignkitError(
             f"{recipe.examples_key} = {batch_size} is less than the {hardware.processes} processes",
-            hint="each process needs at least one example of every step",
+            hint=f"each process needs an example: set it to {hardware.processes} or more",
         )
     room = model.context - model.prefix
     if model.context and recipe.data.max_length > room:
@@ -153,25 +153,25 @@ def make_plan(
 
 
 def _choose_reference(recipe: Recipe, passes: float) -> tuple[str | None, str]:
-    """Where reference log-probs come from, and why."""
+    """The kind of the reference, and why it was chosen."""
     spec = getattr(recipe, "reference", None)
     if not recipe.needs_reference or spec is None:
         return None, ""
     adapted = has_adapter(recipe.adapter)
     if spec.kind == "adapter_off" and not adapted:
         raise AlignkitError(
-            "reference.kind = adapter_off, and there is no adapter: all weights are trained",
-            hint="use cached, or frozen_copy",
+            "reference.kind = adapter_off, but there is no adapter: all weights are trained",
+            hint="set reference.kind to cached or frozen_copy",
         )
     if spec.kind != "auto":
         return spec.kind, "as the recipe says"
     if not adapted:
         return "cached", "all weights are trained: no second model is kept in memory"
     if recipe.model.dtype != "float32":
-        return "adapter_off", f"its rounding to {recipe.model.dtype} is the policy's own"
+        return "adapter_off", f"it rounds to {recipe.model.dtype} like the policy"
     if passes > _SCORE_ONCE:
         return "cached", f"each row is read {passes:.1f} times and scored once"
-    return "adapter_off", "the base under the adapter, each row is read about once"
+    return "adapter_off", "each row is read about once: caching would save nothing"
 
 
 def _fit_memory(
@@ -182,7 +182,7 @@ def _fit_memory(
     reference: str | None,
     reward_models: int,
 ) -> tuple[int, bool, MemoryEstimate]:
-    """Largest token budget that fits, without recomputation if possible."""
+    """The largest token budget that fits, without recomputation if possible."""
     training = recipe.training
     step_tokens = math.ceil(
         min(data.rows, recipe.examples_per_step) * data.tokens / data.rows / hardware.processes

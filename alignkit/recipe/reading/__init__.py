@@ -1,1 +1,1 @@
-"""Files and overrides to a checked recipe."""
+"""Reads files and overrides into a checked recipe."""

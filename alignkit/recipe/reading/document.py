@@ -1,7 +1,7 @@
-"""YAML documents that remember where every value stands.
+"""YAML documents that remember where every value was written.
 
-A `Document` is the merged result of a recipe file, the parents it extends and the overrides of
-the command line, with the place of each key for messages to the user.
+A `Document` merges a recipe file, the parents it extends and the overrides of the command line, and
+keeps the place of each key for messages to the user.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from alignkit.errors import AlignkitError, RecipeError
 from alignkit.recipe.assets import show_file
 
 KeyPath = tuple[str | int, ...]
+
+_SETTABLE = "set a key of a mapping, or an existing list item, as in data.train.0.take=100"
+"""Hint for an override that names nothing that can be set."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -42,14 +45,15 @@ _Loader.add_implicit_resolver(
 
 @dataclass
 class Document:
-    """Plain values with the place each came from.
+    """Plain values with the place where each was written.
 
     Args:
         values: nested mappings, lists and scalars.
         places: key path -> `file:line`, or `command line`.
         name: the file's name as shown in messages.
-        folders: folders against which relative paths are tried first: the file's own, then
-            those of the files that it extends.
+        folders: folders in which relative paths are looked up first: the file's own, then those
+            of the files that it extends.
+        problems: errors found while the file was read.
     """
 
     values: dict[str, Any]
@@ -59,7 +63,7 @@ class Document:
     problems: list[AlignkitError] = field(default_factory=list)
 
     def place(self, path: KeyPath) -> str:
-        """Where the value at `path`, or its nearest parent that was written, stands."""
+        """The place of the value at `path`, or of its nearest parent that was written."""
         for length in range(len(path), -1, -1):
             if path[:length] in self.places:
                 return self.places[path[:length]]
@@ -81,8 +85,8 @@ def read_document(path: Path) -> Document:
         path: an existing file.
 
     Returns:
-        The merged document; values of the child win, mappings merge key by key, lists and
-        mappings of another `kind` are replaced whole.
+        The merged document: the child's values win, mappings merge key by key; lists, and mappings
+        of another `kind`, are replaced as a whole.
 
     Raises:
         RecipeError: the file is not a YAML mapping, repeats a key, or extends itself.
@@ -93,13 +97,15 @@ def read_document(path: Path) -> Document:
 def _read(path: Path, children: tuple[Path, ...]) -> Document:
     name = show_file(path)
     if path in children:
-        raise RecipeError(
-            [AlignkitError(f"{name}: extends itself through {show_file(children[-1])}")]
-        )
+        rule = f"extends itself through {show_file(children[-1])}"
+        hint = "remove `extends` from one of the files"
+        raise RecipeError([AlignkitError(f"{name}: {rule}", hint=hint)])
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError([AlignkitError(f"{name}: is not UTF-8 text ({error.reason})")]) from None
+        hint = "save the file as UTF-8"
+        problem = AlignkitError(f"{name}: is not UTF-8 text ({error.reason})", hint=hint)
+        raise RecipeError([problem]) from None
     document = Document({}, {(): name}, name, (path.parent,))
     try:
         node = yaml.compose(text, Loader=_Loader)
@@ -112,10 +118,9 @@ def _read(path: Path, children: tuple[Path, ...]) -> Document:
         raise RecipeError([problem]) from None
     if not isinstance(node, yaml.MappingNode):
         hint = "start from `alignkit recipes copy quickstart/sft.yaml my.yaml`"
-        found = "nothing" if node is None else "a single value or a list"
-        raise RecipeError(
-            [AlignkitError(f"{name}: must be a mapping of keys to values, got {found}", hint=hint)]
-        )
+        content = "nothing" if node is None else "a single value or a list"
+        rule = f"must be a mapping of keys to values, got {content}"
+        raise RecipeError([AlignkitError(f"{name}: {rule}", hint=hint)])
     if document.problems:
         raise RecipeError(document.problems)
     parent_name = document.values.pop("extends", None)
@@ -135,11 +140,12 @@ def _yaml_problem(error: yaml.YAMLError, text: str) -> tuple[int, str]:
 def _extend(document: Document, parent_name: Any, children: tuple[Path, ...]) -> Document:
     where = document.place(("extends",))
     if not isinstance(parent_name, str):
-        problem = AlignkitError(f"{where}: extends must be a file name, got {parent_name!r}")
-        raise RecipeError([problem])
+        rule = f"extends must be a file name, got {parent_name!r}"
+        hint = "a recipe extends one file, as in extends: base.yaml"
+        raise RecipeError([AlignkitError(f"{where}: {rule}", hint=hint)])
     parent_path = document.folders[0] / parent_name
     if not parent_path.is_file():
-        hint = "the name is taken relative to the file that extends it"
+        hint = "the name is relative to the file that extends it"
         raise RecipeError(
             [AlignkitError(f"{where}: extends {parent_name!r}, which does not exist", hint=hint)]
         )
@@ -150,8 +156,8 @@ def lay_over(parent: Document, child: Document) -> Document:
     """The two documents as one: the child's values win, mappings merge key by key.
 
     Args:
-        parent: its values are used up.
-        child: gives the name, and the folders that are tried first.
+        parent: consumed; its values are changed.
+        child: gives the name, and the folders that come first.
     """
     folders = (*child.folders, *parent.folders)
     merged = Document(parent.values, dict(parent.places), child.name, folders)
@@ -163,8 +169,8 @@ def part_of(document: Document, path: KeyPath) -> Document:
     """The mapping at `path` as a document of its own.
 
     Args:
-        document: stays as it is.
-        path: of a mapping in it.
+        document: not changed.
+        path: a mapping in it.
     """
     values: Any = document.values
     for part in path:
@@ -188,7 +194,7 @@ def _build(node: yaml.Node, path: KeyPath, document: Document) -> Any:
                 document.problems.append(
                     AlignkitError(
                         f"{place}: {show_path(here)} is written twice, first on line {first}",
-                        hint="keep one of the two; YAML would silently take the last",
+                        hint="keep one of the two; YAML would silently use the last",
                     )
                 )
             document.places[here] = place
@@ -215,7 +221,7 @@ def _scalar(node: yaml.Node) -> Any:
 def _merge(
     target: Document, values: dict[str, Any], places: dict[KeyPath, str], path: KeyPath
 ) -> None:
-    """Lay `values`, found at `path`, over the target."""
+    """Merge `values`, which belong at `path`, into the target."""
     here: Any = target.values
     for part in path:
         here = here[part]
@@ -234,34 +240,34 @@ def _merge(
 
 
 def apply_overrides(document: Document, overrides: list[str]) -> None:
-    """Lay `key.sub=value` arguments of the command line over the document.
+    """Apply `key.sub=value` arguments of the command line to the document.
 
     Args:
         document: changed in place.
-        overrides: each `path=value`; the value is read as YAML, list items are named by number.
+        overrides: each `path=value`; values are read as YAML, list items are named by number.
 
     Raises:
-        RecipeError: an override has no `=`, is not YAML, or names nothing.
+        RecipeError: an override has no `=`, is not YAML, or names nothing that can be set.
     """
     problems: list[AlignkitError] = []
     for text in overrides:
-        key, found, raw = text.partition("=")
-        if not found or not key:
+        key, equals, raw = text.partition("=")
+        if not equals or not key:
             hint = "write overrides as key.sub=value, for example training.learning_rate=1e-4"
             problems.append(AlignkitError(f"command line: {text!r} is not an override", hint=hint))
             continue
         path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-        given = Document({}, {}, "command line", ())
+        override = Document({}, {}, "command line", ())
         try:
             node = yaml.compose(raw, Loader=_Loader)
-            value = None if node is None else _build(node, path, given)
+            value = None if node is None else _build(node, path, override)
         except yaml.YAMLError:
             hint = "quote the value for the shell, as in 'data.train=[{path: a.jsonl}]'"
             problems.append(
                 AlignkitError(f"command line: the value of {key} is not YAML: {raw!r}", hint=hint)
             )
             continue
-        problems += given.problems
+        problems += override.problems
         problem = _set(document, path, value)
         if problem:
             problems.append(problem)
@@ -281,13 +287,15 @@ def _set(document: Document, path: KeyPath, value: Any) -> AlignkitError | None:
             here = here[part]
         else:
             broken = show_path(path[: depth + 1])
-            return AlignkitError(f"command line: {show_path(path)}: there is no {broken} to set")
+            rule = f"{show_path(path)}: there is no {broken} to set"
+            return AlignkitError(f"command line: {rule}", hint=_SETTABLE)
     last = path[-1]
     fits = (isinstance(here, dict) and isinstance(last, str)) or (
         isinstance(here, list) and isinstance(last, int) and last < len(here)
     )
     if not fits:
-        return AlignkitError(f"command line: {show_path(path)} names nothing that can be set")
+        rule = f"{show_path(path)} names nothing that can be set"
+        return AlignkitError(f"command line: {rule}", hint=_SETTABLE)
     here[last] = value
     for known in [known for known in document.places if known[: len(path)] == path]:
         del document.places[known]

@@ -1,4 +1,4 @@
-"""The files that a recipe names: found, or said to be missing."""
+"""Finds the files that a recipe names, and reports missing ones."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from alignkit.recipe.stages.base import Recipe
 
 
 def with_paths(recipe: Recipe, document: Document) -> Recipe:
-    """The recipe with existing files as absolute paths (shipped ones keep their short name)."""
+    """The recipe with absolute paths for existing files (shipped ones keep their short name)."""
 
     def place(source: SourceSpec) -> SourceSpec:
-        found = place_path(source.path, document) if source.path else None
-        return source.model_copy(update={"path": found}) if found else source
+        path = place_path(source.path, document) if source.path else None
+        return source.model_copy(update={"path": path}) if path else source
 
     data = recipe.data
     sources = {"train": tuple(map(place, data.train)), "eval": tuple(map(place, data.eval))}
@@ -54,8 +54,8 @@ def with_paths(recipe: Recipe, document: Document) -> Recipe:
 def _placed_reward(source: RewardSource, document: Document) -> RewardSource:
     if isinstance(source, FunctionReward):
         file, _, name = source.function.rpartition(":")
-        found = find_path(file, document.folders)
-        return source.model_copy(update={"function": f"{found or file}:{name}"})
+        path = find_path(file, document.folders)
+        return source.model_copy(update={"function": f"{path or file}:{name}"})
     if isinstance(source, ModelReward):
         placed = place_path(source.model, document)
         return source.model_copy(update={"model": placed or source.model})
@@ -63,7 +63,7 @@ def _placed_reward(source: RewardSource, document: Document) -> RewardSource:
 
 
 def missing_files(document: Document) -> list[AlignkitError]:
-    """One error for each named file that does not exist; wrong types are the schema's business."""
+    """One error for each named file that does not exist; the schema reports wrong types."""
     problems: list[AlignkitError] = []
     data = document.values.get("data")
     for key in ("train", "eval"):
@@ -79,8 +79,8 @@ def missing_files(document: Document) -> list[AlignkitError]:
     objective = document.values.get("objective")
     file = objective.get("file") if isinstance(objective, dict) else None
     if isinstance(file, str) and file.endswith(".py"):
-        found = find_path(file, document.folders)
-        if not (found and found.is_file()):
+        script = find_path(file, document.folders)
+        if not (script and script.is_file()):
             problems.append(no_file(("objective", "file"), file, document))
     return problems + _missing_functions(document)
 
@@ -94,14 +94,14 @@ def _missing_functions(document: Document) -> list[AlignkitError]:
     for path, source in [*one, *((("reward", index), source) for index, source in many)]:
         function = source.get("function") if isinstance(source, dict) else None
         file, _, name = function.rpartition(":") if isinstance(function, str) else ("", "", "")
-        found = find_path(file, document.folders)
-        if file.endswith(".py") and name.isidentifier() and not (found and found.is_file()):
+        script = find_path(file, document.folders)
+        if file.endswith(".py") and name.isidentifier() and not (script and script.is_file()):
             problems.append(no_file((*path, "function"), file, document, suffix=f":{name}"))
     return problems
 
 
 def no_file(path: KeyPath, value: str, document: Document, *, suffix: str = "") -> AlignkitError:
-    """The error of a key whose file is nowhere; names a file that is spelled alike."""
+    """The error for a key whose file does not exist; suggests a file with a similar name."""
     near = _near_file(value, document.folders)
     hint = "looked in the recipe's folder, the working folder and the shipped examples"
     return AlignkitError(
@@ -111,12 +111,12 @@ def no_file(path: KeyPath, value: str, document: Document, *, suffix: str = "") 
 
 
 def place_path(value: str, document: Document, *, folders: bool = True) -> str | None:
-    """Where an existing file or folder is; shipped ones keep their short name."""
-    found = find_path(value, document.folders)
-    if found is None or not (folders or found.is_file()):
+    """The absolute path of an existing file or folder; shipped ones keep their short name."""
+    path = find_path(value, document.folders)
+    if path is None or not (folders or path.is_file()):
         return None
-    shipped = found.is_relative_to(assets_root()) and found == (assets_root() / value).resolve()
-    return value if shipped and not Path(value).is_absolute() else str(found)
+    shipped = path.is_relative_to(assets_root()) and path == (assets_root() / value).resolve()
+    return value if shipped and not Path(value).is_absolute() else str(path)
 
 
 def _near_file(value: str, recipe_folders: tuple[Path, ...]) -> str:
@@ -132,9 +132,9 @@ def _near_file(value: str, recipe_folders: tuple[Path, ...]) -> str:
 
 
 def _missing_template(value: str, document: Document) -> list[AlignkitError]:
-    found = find_path(value, document.folders)
+    path = find_path(value, document.folders)
     shipped = assets_root() / "data_templates" / "chat"
-    if (found is not None and found.is_file()) or (shipped / f"{value}.jinja").is_file():
+    if (path is not None and path.is_file()) or (shipped / f"{value}.jinja").is_file():
         return []
     names = sorted(path.stem for path in shipped.glob("*.jinja"))
     near = difflib.get_close_matches(value, names, n=1)

@@ -1,4 +1,4 @@
-"""What labelling is asked: a model answers prompts, a reward model makes pairs of the answers."""
+"""Settings of the label stage: a model answers prompts, a reward model pairs the responses."""
 
 from __future__ import annotations
 
@@ -18,55 +18,55 @@ from alignkit.recipe.rows import SourceSpec
 from alignkit.recipe.section import PositiveInt, Section
 
 LABEL = "label"
-"""Kind of the stage in pipelines."""
+"""Kind of the stage in a pipeline."""
 
 Name = Annotated[str, Field(min_length=1)]
 
 
 class LabelSpec(Section):
-    """Preference pairs from a model's own answers: the best of several against the worst."""
+    """Preference pairs from a model's own responses: the best of several against the worst."""
 
     output: Name
-    """Folder that gets `pairs.jsonl`; on the command line the .jsonl file itself."""
+    """Folder for `pairs.jsonl`; on the command line the .jsonl file itself."""
     model: Name
-    """Who answers: anything that `alignkit generate` opens."""
+    """The model that responds: anything that `alignkit generate` opens."""
     prompts: Annotated[tuple[SourceSpec, ...], Field(min_length=1)]
-    """Sources of prompts, of any row format; answers in them are not used."""
+    """Sources of prompts, in any row format; completions in them are not used."""
     reward: Name
     """Run of the reward stage, or its adapter/ or merged/ folder."""
     samples: Annotated[int, Field(ge=2)] = 4
-    """Answers to each prompt."""
+    """Responses per prompt."""
     max_new_tokens: PositiveInt = 128
-    """Longest answer, in tokens."""
+    """Longest response, in tokens."""
     temperature: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
-    """Divides the logits; nothing else shapes what is sampled from."""
+    """Divides the logits; there is no other sampling filter."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the answers."""
+    """Seed of the sampling."""
     margin: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
-    """Prompts whose best and worst reward are no further apart are left out."""
+    """Skip prompts whose best and worst rewards differ by no more than this."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of both models."""
+    """Compute precision of both models."""
 
 
 _HINTS = {
     "model": "a model, a run folder or a hub id, as in model: runs/dpo",
     "reward": "a run of the reward stage, as in reward: runs/reward",
     "prompts": "a list of sources, as in [{path: prompts.jsonl}]",
-    "samples": "the best is set against the worst, so that there must be two; 4 to 16 is usual",
+    "samples": "at least two: the best is paired with the worst; 4 to 16 is usual",
     "temperature": "0.7 to 1 is usual",
-    "margin": "in units of the reward model; 0 takes every difference",
+    "margin": "in units of the reward model; 0 accepts any difference",
 }
 
 
 def resolve_label(document: Document, *, pending: Collection[KeyPath] = ()) -> LabelSpec:
-    """The settings that a document holds.
+    """The settings in a document.
 
     Args:
-        document: keys of `LabelSpec`.
-        pending: keys of files and folders that are still to be made, which need not exist.
+        document: holds the keys of `LabelSpec`.
+        pending: keys of files and folders that an earlier stage will create.
 
     Returns:
-        The settings with their files found.
+        The settings with their files located.
 
     Raises:
         RecipeError: holds every broken rule, in file order.
@@ -75,8 +75,8 @@ def resolve_label(document: Document, *, pending: Collection[KeyPath] = ()) -> L
     try:
         spec = LabelSpec.model_validate_json(json.dumps(document.values, allow_nan=True))
     except ValidationError as error:
-        found = describe_problems(error, document, LabelSpec)
-        problems = [_with_own_hint(problem) for problem in found] + problems
+        broken = describe_problems(error, document, LabelSpec)
+        problems = [_with_own_hint(problem) for problem in broken] + problems
     if problems:
         raise RecipeError(sorted(problems, key=lambda problem: file_order(problem.message)))
     prompts = tuple(
@@ -91,7 +91,7 @@ def resolve_label(document: Document, *, pending: Collection[KeyPath] = ()) -> L
 
 
 def _missing_prompts(document: Document) -> list[AlignkitError]:
-    """One error for each file of prompts that does not exist."""
+    """One error for each prompt file that does not exist."""
     sources = document.values.get("prompts")
     problems = []
     for index, source in enumerate(sources if isinstance(sources, list) else []):
@@ -102,7 +102,7 @@ def _missing_prompts(document: Document) -> list[AlignkitError]:
 
 
 def _with_own_hint(problem: AlignkitError) -> AlignkitError:
-    """The problem with the hint of this stage where a recipe's would mislead."""
+    """The problem with this stage's own wording or hint where that of a recipe would mislead."""
     if " is not a key of a recipe" in problem.message:
         message = problem.message.replace("of a recipe", f"of {LABEL}")
         return AlignkitError(message, hint=problem.hint)

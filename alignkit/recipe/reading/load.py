@@ -1,4 +1,4 @@
-"""A recipe file and the command line's overrides -> a validated Recipe, or every error at once."""
+"""A recipe file and command-line overrides -> a validated Recipe, or every error at once."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from alignkit.recipe.stages.registry import find_stage
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe with the file it came from.
+    """A recipe and the file it came from.
 
     Args:
-        recipe: validated; paths of existing files are absolute or relative to the assets.
+        recipe: validated; paths of existing files are absolute, or short names of shipped files.
         name: the file as shown in messages.
-        document: values and places, for errors found later.
+        document: values and their places, for errors found later.
     """
 
     recipe: Recipe
@@ -52,14 +52,14 @@ def shipped_pipelines() -> list[str]:
 
 
 def _shipped(*, pipelines: bool) -> list[str]:
-    """A file with `stages` is a pipeline, wherever it lies."""
+    """Names of the shipped pipelines (files with the key `stages`) or of the other recipes."""
     root = assets_root() / "recipes"
-    found = []
+    names = []
     for path in root.rglob("*.yaml"):
         lines = path.read_text(encoding="utf-8").splitlines()
         if any(line.startswith("stages:") for line in lines) is pipelines:
-            found.append(str(path.relative_to(root)))
-    return sorted(found)
+            names.append(str(path.relative_to(root)))
+    return sorted(names)
 
 
 def find_recipe(name: str) -> Path:
@@ -100,7 +100,7 @@ def load_recipe(
         stage: the stage that the command runs; None accepts any.
 
     Returns:
-        The recipe with its defaults filled in and its files found.
+        The recipe with its defaults filled in and its files located.
 
     Raises:
         RecipeError: holds every broken rule of the file, each with line, value and hint.
@@ -125,22 +125,22 @@ def load_recipe(
 def resolve_recipe(
     document: Document, *, stage: str | None = None, pending: Collection[KeyPath] = ()
 ) -> Recipe:
-    """The recipe that a document holds.
+    """The recipe in a document.
 
     Args:
-        document: merged; sections without a `kind` get the stage's own.
-        stage: assumed where the document names none.
-        pending: keys of files and folders that are still to be made, which need not exist.
+        document: merged; sections without a `kind` get the stage's default.
+        stage: used if the document names none.
+        pending: keys of files and folders that an earlier stage will create.
 
     Returns:
-        The recipe with its defaults filled in and its files found.
+        The recipe with its defaults filled in and its files located.
 
     Raises:
         RecipeError: holds every broken rule of the document, in file order.
     """
     named = str(document.values.get("stage") or stage or "sft")
     try:
-        model = find_stage(named)  # its schema finds the other errors
+        model = find_stage(named)  # the schema reports an unknown stage
     except KeyError:
         model = find_stage(stage or "sft")
     for key in ("adapter", "objective"):
@@ -160,13 +160,13 @@ def resolve_recipe(
 
 
 def without(document: Document, keys: Collection[KeyPath]) -> Document:
-    """The document with null at these keys."""
+    """A copy of the document with null at these keys."""
     if not keys:
         return document
-    less = part_of(document, ())
+    copy = part_of(document, ())
     for *parents, last in keys:
-        here: Any = less.values
+        here: Any = copy.values
         for part in parents:
             here = here[part]
         here[last] = None
-    return less
+    return copy

@@ -1,7 +1,7 @@
 """A pipeline file: named stages that run one after another, and the references between them.
 
-A stage is a recipe written in the file, or `recipe: NAME` with keys that override it. `${name}`
-in any text is the output of an earlier stage. Everything is read and checked before anything runs.
+A stage is a recipe written in the file, or `recipe: NAME` with keys that override it. `${name}` in
+any text stands for the output of an earlier stage. Everything is checked before anything runs.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ READERS: dict[str, Reader] = {
     TRAINING: lambda document, pending: resolve_recipe(document, pending=pending),
     LABEL: lambda document, pending: resolve_label(document, pending=pending),
 }
-"""Kind of stage -> what checks its mapping and makes its settings of it; the keys given with it
-name files that an earlier stage will make. A stage with another kind's name as its only key, as in
+"""Kind of stage -> function that checks its mapping and returns its settings; it also gets the keys
+whose files an earlier stage will create. A stage whose only key is the name of another kind, as in
 `label: {...}`, is of that kind; `alignkit.pipelines.steps.RUNNERS` runs it."""
 
 
@@ -50,9 +50,9 @@ class Step:
         name: as in the file.
         kind: a key of `READERS`.
         document: its mapping, with references replaced by absolute paths.
-        references: keys that refer to earlier stages, and to which.
-        settings: what its reader made of it: a Recipe for a training stage. Files of earlier stages
-            may not have been found.
+        references: keys that refer to earlier stages, and the names of those.
+        settings: returned by its reader: a Recipe for a training stage. Files of earlier stages may
+            not exist yet.
     """
 
     name: str
@@ -63,11 +63,11 @@ class Step:
 
     @property
     def output(self) -> str:
-        """The folder or file that it makes."""
+        """The folder or file that the stage creates."""
         return str(self.document.values["output"])
 
     def settle(self) -> Any:
-        """Its settings once the earlier stages are done: their files are found too.
+        """Its settings once the earlier stages are done, with their files located.
 
         Raises:
             RecipeError: a file that it names does not exist.
@@ -82,8 +82,8 @@ class Pipeline:
     Args:
         name: the file as shown in messages.
         path: the file.
-        output: folder of the pipeline.
-        steps: in the order in which they run.
+        output: the pipeline's folder.
+        steps: in the order they run.
     """
 
     name: str
@@ -93,14 +93,14 @@ class Pipeline:
 
 
 def load_pipeline(name: str, overrides: list[str] | None = None) -> Pipeline:
-    """Read and validate a pipeline with all recipes in it.
+    """Read and validate a pipeline and all recipes in it.
 
     Args:
         name: file or shipped name.
         overrides: `output=…`, and `stage.key.sub=value` for the keys of a stage.
 
     Returns:
-        Its stages, each checked as if it were to run now, save that what an earlier one will make
+        The pipeline, with each stage checked as if it ran now, except that files of earlier stages
         need not exist.
 
     Raises:
@@ -138,7 +138,7 @@ def _require_pipeline(document: Document, name: str) -> None:
 def _split_overrides(
     document: Document, overrides: list[str]
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """Overrides of the pipeline file itself, and those of each stage's recipe."""
+    """Overrides of the pipeline file itself, and those of each stage."""
     stages = list(document.values["stages"])
     own: list[str] = []
     theirs: dict[str, list[str]] = {}
@@ -163,12 +163,12 @@ def _split_overrides(
 
 @dataclass
 class _Reading:
-    """A pipeline file while its stages are read.
+    """A pipeline file whose stages are being read.
 
     Args:
         document: the pipeline file with its own overrides.
         steps: read so far.
-        outputs: stage -> what it makes, of all stages read so far, broken ones too.
+        outputs: stage -> its output, for all stages read so far, even broken ones.
         problems: found so far.
     """
 
@@ -190,7 +190,7 @@ class _Reading:
                 self._problem((key,), f"{key} is not a key of a pipeline", hint)
 
     def add(self, name: str, overrides: list[str]) -> None:
-        """Read one stage; what is wrong with it is kept as problems."""
+        """Read one stage and collect its problems."""
         folder = f"{self.output.rstrip('/')}/{name}"
         try:
             kind, document = self._mapping(name, overrides)
@@ -205,24 +205,23 @@ class _Reading:
         self.outputs[name] = folder
 
     def check_kinds(self) -> None:
-        """A reward model writes no answers, nothing else gives rewards, a prefix has no merge."""
+        """Check that references name a stage of the right kind: a policy, a reward model."""
         trained = {
             step.name: step.settings for step in self.steps if isinstance(step.settings, Recipe)
         }
         for step in self.steps:
             for key, names in step.references.items():
-                made = trained.get(names[0])
-                if made is None:
+                recipe = trained.get(names[0])
+                if recipe is None:
                     continue
                 own = ("model",) if isinstance(step.settings, LabelSpec) else ("model", "base")
-                if key == own and made.scalar_head:
-                    what = f"the reward model of stage {names[0]}"
-                    rule = f"{show_path(key)} is {what}, which cannot write"
-                    hint = "name the stage whose model it was trained from"
-                elif key == ("model", "base") and not is_mergeable(made.adapter):
-                    rule = f"{show_path(key)} is stage {names[0]}, whose prefix no weight can hold"
+                if key == own and recipe.scalar_head:
+                    rule = f"{show_path(key)} is stage {names[0]}, which trains a reward model"
+                    hint = "name the stage it was trained from, which can generate text"
+                elif key == ("model", "base") and not is_mergeable(recipe.adapter):
+                    rule = f"{show_path(key)} is stage {names[0]}, whose prefix cannot be merged"
                     hint = "train that stage with adapter.kind = lora"
-                elif _gives_reward(key) and not made.scalar_head:
+                elif _gives_reward(key) and not recipe.scalar_head:
                     rule = f"{show_path(key)} is stage {names[0]}, which trains no reward model"
                     hint = "name a stage with stage: reward"
                 else:
@@ -231,12 +230,12 @@ class _Reading:
                 self.problems.append(AlignkitError(f"{where}: {rule}", hint=hint))
 
     def check_outputs(self) -> None:
-        """No stage may delete the pipeline's folder or what another one made."""
+        """Check that no stage can delete the pipeline's folder or another stage's output."""
         folders = {step.name: Path(step.output).resolve() for step in self.steps}
         for index, step in enumerate(self.steps):
             here = folders[step.name]
             if Path(self.output).resolve().is_relative_to(here):
-                rule = f"output is the folder of the pipeline or holds it: {step.output}"
+                rule = f"output is or contains the pipeline's folder: {step.output}"
             else:
                 others = [
                     other.name
@@ -246,35 +245,36 @@ class _Reading:
                 ]
                 if not others:
                     continue
-                rule = f"output meets that of stage {others[0]}: {step.output}"
+                rule = f"output overlaps that of stage {others[0]}: {step.output}"
             where = step.document.place(("output",))
-            hint = f"without the key it is {self.output}/{step.name}"
+            hint = f"remove the key to use {self.output}/{step.name}"
             self.problems.append(AlignkitError(f"{where}: {rule}", hint=hint))
 
     def _mapping(self, name: str, overrides: list[str]) -> tuple[str, Document]:
-        """Kind and merged mapping of a stage, overrides applied."""
+        """Kind and merged mapping of a stage, with overrides applied."""
         path: KeyPath = ("stages", name)
         where = self.document.place(path)
         values = self.document.values["stages"][name]
         if not isinstance(values, dict):
-            _fail(f"{where}: stages.{name} must be a mapping of keys to values, got {values!r}")
+            rule = f"stages.{name} must be a mapping of keys to values, got {values!r}"
+            _fail(f"{where}: {rule}", f"as in {name}: {{recipe: quickstart/sft.yaml}}")
         if not STAGE_NAME.fullmatch(name):
-            hint = "letters, digits, - and _, as in sft-2"
-            _fail(f"{where}: stages.{name} is not the name of a stage", hint)
+            hint = "use letters, digits, - and _, as in sft-2"
+            _fail(f"{where}: stages.{name} is not a valid stage name", hint)
         document = part_of(self.document, path)
         document.places[()] = where
         if "recipe" in values:
             document = self._with_recipe(document, name)
         if "extends" in document.values:
-            hint = "write recipe: FILE; the keys beside it win"
-            _fail(f"{document.place(('extends',))}: a stage extends nothing", hint)
+            hint = "write recipe: FILE instead; the stage's other keys override it"
+            _fail(f"{document.place(('extends',))}: a stage cannot use extends", hint)
         apply_overrides(document, overrides)
         kind = next((key for key in READERS if key in document.values and key != TRAINING), None)
         if kind is None:
             return TRAINING, document
         others = [key for key in document.values if key != kind]
         if others or not isinstance(document.values[kind], dict):
-            rule = f"stages.{name} must hold the mapping {kind} and nothing else"
+            rule = f"stages.{name} must contain the mapping {kind} and nothing else"
             _fail(f"{where}: {rule}", f"move {', '.join(others)} into it" if others else "")
         return kind, part_of(document, (kind,))
 
@@ -283,16 +283,16 @@ class _Reading:
         where, wanted = document.place(("recipe",)), document.values.pop("recipe")
         if not isinstance(wanted, str):
             _fail(f"{where}: stages.{name}.recipe must be a file or shipped name, got {wanted!r}")
-        beside = [folder / wanted for folder in document.folders]
+        nearby = [folder / wanted for folder in document.folders]
         try:
-            found = next((path for path in beside if path.is_file()), None) or find_recipe(wanted)
+            file = next((path for path in nearby if path.is_file()), None) or find_recipe(wanted)
         except RecipeError as error:
             rule = f"stages.{name}.recipe names no recipe: {wanted!r}"
             _fail(f"{where}: {rule}", error.problems[0].hint)
-        recipe = read_document(found)
+        recipe = read_document(file)
         if isinstance(recipe.values.get("stages"), dict):
-            _fail(f"{where}: stages.{name}.recipe names a pipeline: {wanted!r}")
-        # Every recipe file has an output of its own; here the pipeline's folder holds the run.
+            _fail(f"{where}: stages.{name}.recipe names a pipeline: {wanted!r}", "name a recipe")
+        # Every recipe file has its own output; in a pipeline the run goes to the pipeline's folder.
         recipe.values.pop("output", None)
         merged = lay_over(anchor_files(recipe), anchor_files(document))
         merged.places = {(): document.places[()]} | {k: p for k, p in merged.places.items() if k}
@@ -312,7 +312,7 @@ def _fail(message: str, hint: str = "") -> None:
 
 
 def _of_stage(problem: AlignkitError, name: str) -> AlignkitError:
-    """A problem of the command line says which stage it is about; a file's line says it already."""
+    """The problem with the stage's name if it comes from the command line, which has no lines."""
     start = "command line: "
     if not problem.message.startswith(start):
         return problem

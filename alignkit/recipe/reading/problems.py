@@ -1,4 +1,4 @@
-"""pydantic's findings as sentences: where, which rule, which value, what to do."""
+"""Turns pydantic's errors into sentences: where, which rule, which value, what to do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HINTS = {
     "weights; about a tenth of that for dpo and kto",
     "training.batch_size": "examples per optimizer step over all processes; 8 to 64 is usual",
     "training.microbatch_tokens": "`auto` fits it to the memory; the result does not depend on it",
-    "training.warmup": "a share of the steps below 1 (0.03), a number of steps from 1",
+    "training.warmup": "below 1 a share of the steps (0.03), from 1 a number of steps",
     "data.max_length": "in tokens; 1024 to 4096 is usual",
     "data.train": "a list of sources, as in [{path: data.jsonl}]",
     "adapter": "as in {kind: lora, rank: 16}",
@@ -57,22 +57,22 @@ def describe_problems(
     """Every broken rule as one error.
 
     Args:
-        error: what pydantic found.
-        document: the values it looked at, with their places.
-        model: the schema it checked against.
+        error: raised by pydantic.
+        document: the checked values, with their places.
+        model: the schema.
 
     Returns:
         One error for each place that breaks a rule; alternatives of a union are joined by "or".
-        In no order: see `file_order`.
+        They are unsorted: see `file_order`.
     """
     by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for details in map(_name_kind, error.errors(include_url=False)):
         by_path.setdefault(_user_path(details, document.values), []).append(details)
-    found = []
+    problems = []
     for path, group in by_path.items():
         deeper = any(len(other) > len(path) and other[: len(path)] == path for other in by_path)
         if deeper and group[0]["type"] in {*_TYPES, "too_short"}:
-            continue  # a list with a broken item also counts as too short, or as no text
+            continue  # a list with a broken item is also reported as too short, or as not a string
         where, name = document.place(path), show_path(path)
         if group[0]["type"] == "extra_forbidden":
             rule = f"{name} is not a key of a recipe"
@@ -84,19 +84,19 @@ def describe_problems(
             rules = " or ".join([first, *(other.removeprefix("must be ") for other in others)])
             rule = f"{name} {rules}, got {_show(group[0]['input'])}".strip()
             hint = _nearest_value(group) or _hint(path, model)
-        found.append(AlignkitError(f"{where}: {rule}", hint=hint))
-    return found
+        problems.append(AlignkitError(f"{where}: {rule}", hint=hint))
+    return problems
 
 
 def file_order(message: str) -> tuple[str, int]:
-    """Sort key that puts messages in file order: the file, then the line as a number."""
+    """Sort key that puts messages in file order: by file, then by line number."""
     file, _, rest = message.partition(":")
     number = rest.partition(":")[0]
     return file, int(number) if number.isdigit() else 0
 
 
 def _name_kind(details: ErrorDetails) -> ErrorDetails:
-    """An unknown kind as an error of the key `kind` itself; an unknown stage names all of them."""
+    """An unknown kind as an error of the key `kind`; for an unknown stage, with all stage names."""
     if details["loc"] == ("stage",) and details["type"] == "literal_error":
         return {**details, "ctx": {"expected": _any_of(map(repr, stages()))}}
     if details["type"] == "reward_source" and _sources_in(details["input"]) == ["rule"]:
@@ -130,7 +130,7 @@ def _sources_in(value: Any) -> list[str]:
 
 
 def _hint(path: KeyPath, model: type[BaseModel]) -> str:
-    if path[:1] == ("reward",):  # written once or as a list
+    if path[:1] == ("reward",):  # a mapping or a list of mappings
         path = tuple(part for part in path if isinstance(part, str))
     if path == ("stage",):
         return _any_of(stages())
@@ -139,9 +139,9 @@ def _hint(path: KeyPath, model: type[BaseModel]) -> str:
 
 
 def _user_path(details: ErrorDetails, values: Any) -> KeyPath:
-    """pydantic's location without the union tags it inserts."""
+    """pydantic's location without its union tags."""
     path: list[str | int] = []
-    here, given, end = values, details["input"], len(details["loc"]) - 1
+    here, value, end = values, details["input"], len(details["loc"]) - 1
     for position, part in enumerate(details["loc"]):
         known = (isinstance(here, dict) and part in here) or (
             isinstance(here, list) and isinstance(part, int) and part < len(here)
@@ -149,7 +149,7 @@ def _user_path(details: ErrorDetails, values: Any) -> KeyPath:
         if known:
             path.append(part)
             here = here[part]
-        elif position == end and (details["type"] == "missing" or isinstance(given, BaseModel)):
+        elif position == end and (details["type"] == "missing" or isinstance(value, BaseModel)):
             path.append(part)
     return tuple(path)
 
@@ -178,7 +178,7 @@ def _show(value: Any) -> str:
         return str(getattr(value, "kind", "the default"))
     if isinstance(value, dict):
         return "{" + ", ".join(map(str, value)) + "}"
-    words = {"None": "null", "True": "true", "False": "false"}  # as YAML has them
+    words = {"None": "null", "True": "true", "False": "false"}  # as written in YAML
     text = repr(value) if isinstance(value, str) else words.get(str(value), repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -193,7 +193,7 @@ def _nearest_value(group: list[ErrorDetails]) -> str:
                 return f"did you mean {near[0]}?"
         if details["type"] == "reward_source" and isinstance(value, dict):
             if len(_sources_in(value)) > 1:
-                return "one source has one of them; write several as a list"
+                return "a source has exactly one of these keys; write several sources as a list"
             for key in value:
                 near = difflib.get_close_matches(key, SOURCE_KEYS, n=1)
                 if near:
@@ -214,7 +214,7 @@ def _nearest_key(
     near = difflib.get_close_matches(key, siblings, n=1)
     if near:
         return f"did you mean {show_path((*parent, near[0]))}?"
-    # From inside a section nobody means one that is not there unless it is written.
+    # In a section, do not suggest keys of sections that are null by default.
     known = list(iter_keys(model, unset=not parent))
     elsewhere = list(dict.fromkeys(show_path(path) for path in known if path[-1] == key))
     if show_path((*(part for part in parent if isinstance(part, str)), key)) in elsewhere:
@@ -232,8 +232,8 @@ def _nearest_key(
 def iter_keys(
     model: type[BaseModel], parent: tuple[str, ...] = (), *, unset: bool = True
 ) -> Iterator[tuple[str, ...]]:
-    """Key paths that the schema knows, depth first; list levels are left out, and with `unset`
-    false what is in sections that are null by default."""
+    """Key paths of the schema, depth first, without list levels. `unset=False` skips the contents
+    of sections that are null by default."""
     for name, field in model.model_fields.items():
         yield (*parent, name)
         if unset or field.is_required() or field.default is not None:
@@ -242,7 +242,7 @@ def iter_keys(
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:
-    """The recipe sections that an annotation can hold, through unions, lists and Annotated."""
+    """The recipe sections in an annotation, also inside unions, lists and Annotated."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for part in typing.get_args(annotation) for section in sections_of(part)]
@@ -265,7 +265,7 @@ def _model_at(model: type[BaseModel], raw_path: tuple[int | str, ...]) -> type[B
 
 
 def _tags(section: type[BaseModel]) -> tuple[str, ...]:
-    """What pydantic's locations call a section of a union."""
+    """Names of a union's section in pydantic's locations."""
     if section in SOURCE_TAGS:
         return (SOURCE_TAGS[section],)
     choice = choice_of(section)
@@ -273,14 +273,14 @@ def _tags(section: type[BaseModel]) -> tuple[str, ...]:
 
 
 def choice_of(section: type[BaseModel]) -> tuple[str, str] | None:
-    """Key and value by which a section is chosen from its union.
+    """Key and value that select a section from its union.
 
     Args:
-        section: a part of a recipe.
+        section: class of a part of a recipe.
 
     Returns:
-        `("kind", "lora")`, `("rule", "exact")`, or for other reward sources the key that tells
-        them apart, twice; None for a section that no key chooses.
+        `("kind", "lora")`, `("rule", "exact")`, or, for other reward sources, the key that
+        distinguishes them, twice; None for a section that no key selects.
     """
     for name in ("kind", "rule", "stage"):
         if name in section.model_fields:

@@ -1,5 +1,5 @@
-"""What the texts of a pipeline's stage point to: `${name}` to what an earlier stage makes, relative
-paths to files beside the recipe that names them."""
+"""Resolves the texts of a pipeline's stage: `${name}` to the output of an earlier stage, relative
+paths to files next to the recipe that names them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from alignkit.errors import AlignkitError, RecipeError
 from alignkit.recipe.reading.document import Document, KeyPath, show_path
 
 STAGE_NAME = re.compile(r"[A-Za-z_][\w-]*")
-"""What a stage of a pipeline may be called."""
+"""Valid names of stages."""
 
 _FILES = (
     ("model", "base"),
@@ -25,7 +25,7 @@ _FILES = (
     ("reward", "model"),
     ("reward", "function"),
 )
-"""Keys of a recipe that name files, without list positions."""
+"""Recipe keys that name files, without list positions."""
 
 _REFERENCE = re.compile(r"\$\$\{|\$\{([^{}]*)(\}?)")
 
@@ -33,16 +33,16 @@ _REFERENCE = re.compile(r"\$\$\{|\$\{([^{}]*)(\}?)")
 def replace_references(
     document: Document, name: str, outputs: Mapping[str, str], stages: Collection[str]
 ) -> dict[KeyPath, tuple[str, ...]]:
-    """Put paths where a stage refers to earlier ones, and `${` where `$${` stands.
+    """Replace references to earlier stages by paths, and `$${` by `${`.
 
     Args:
-        document: of the stage; changed in place.
-        name: of the stage.
+        document: the stage's; changed in place.
+        name: the stage's name.
         outputs: earlier stage -> its output, relative to the working folder.
         stages: names of all stages.
 
     Returns:
-        Keys that held references, and the stages that they name.
+        Keys that contained references, and the stages they name.
 
     Raises:
         RecipeError: holds every reference that names no earlier stage.
@@ -51,11 +51,11 @@ def replace_references(
     problems = []
     for key, text in list(_texts(document.values, ())):
         names = []
-        for found in _REFERENCE.finditer(text):
-            if found[0] == "$${":
+        for match in _REFERENCE.finditer(text):
+            if match[0] == "$${":
                 continue
-            names.append(found[1])
-            fault = _fault(found, name, outputs, stages)
+            names.append(match[1])
+            fault = _fault(match, name, outputs, stages)
             if fault:
                 rule, hint = fault
                 where = document.place(key)
@@ -63,7 +63,7 @@ def replace_references(
         here: Any = document.values
         for part in key[:-1]:
             here = here[part]
-        here[key[-1]] = _REFERENCE.sub(lambda found: _path(found, outputs), text)
+        here[key[-1]] = _REFERENCE.sub(lambda match: _path(match, outputs), text)
         if names:
             references[key] = tuple(names)
     if problems:
@@ -72,30 +72,30 @@ def replace_references(
 
 
 def _fault(
-    found: re.Match[str], name: str, outputs: Mapping[str, str], stages: Collection[str]
+    match: re.Match[str], name: str, outputs: Mapping[str, str], stages: Collection[str]
 ) -> tuple[str, str] | None:
     """Rule and hint for a reference that names no earlier stage."""
-    wanted = found[1]
-    if not found[2] or not STAGE_NAME.fullmatch(wanted):
-        hint = "a reference is ${name}; write $${ for the characters ${ themselves"
-        return f"holds a reference that is none: {found[0]}", hint
+    wanted = match[1]
+    if not match[2] or not STAGE_NAME.fullmatch(wanted):
+        hint = "write a reference as ${name}, and $${ for the characters ${ themselves"
+        return f"contains a malformed reference: {match[0]}", hint
     if wanted in outputs:
         return None
     if wanted == name:
-        return f"refers to its own stage: {found[0]}", "name an earlier one"
+        return f"refers to its own stage: {match[0]}", "name an earlier stage"
     if wanted in stages:
         hint = f"write {wanted} before {name}: stages run in the order of the file"
-        return f"refers to a later stage: {found[0]}", hint
+        return f"refers to a later stage: {match[0]}", hint
     near = difflib.get_close_matches(wanted, outputs, n=1)
     earlier = ", ".join(outputs) or "none, this is the first"
     hint = f"did you mean ${{{near[0]}}}?" if near else f"earlier stages: {earlier}"
-    return f"refers to no stage: {found[0]}", hint
+    return f"refers to an unknown stage: {match[0]}", hint
 
 
-def _path(found: re.Match[str], outputs: Mapping[str, str]) -> str:
-    if found[0] == "$${":
+def _path(match: re.Match[str], outputs: Mapping[str, str]) -> str:
+    if match[0] == "$${":
         return "${"
-    return str(Path.cwd() / outputs.get(found[1], found[0]))
+    return str(Path.cwd() / outputs.get(match[1], match[0]))
 
 
 def _texts(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
@@ -109,10 +109,10 @@ def _texts(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
 
 
 def anchor_files(document: Document) -> Document:
-    """The document with files beside it as absolute paths, so that it can meet another one.
+    """The document with absolute paths for files next to it, so that it can be merged with another.
 
     Args:
-        document: of a recipe; paths that lead nowhere, or to the working folder, stay as they are.
+        document: of a recipe; paths that exist in none of its folders are kept.
     """
     values = _anchored(document.values, document.folders, ())
     return replace(document, values=values)

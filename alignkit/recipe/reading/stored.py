@@ -23,13 +23,13 @@ NAME = "recipe.yaml"
 
 
 def render_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML: every key written out, in the schema's order."""
+    """The resolved recipe as YAML: every key, in the schema's order."""
     header = "# Resolved recipe: every key with the value that was used.\n"
     return header + yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True)
 
 
 def stored_recipe(path: Path) -> Recipe:
-    """The recipe that a run folder keeps, without looking for the files it names.
+    """The recipe stored in a run folder; the files it names need not exist.
 
     Args:
         path: its recipe.yaml, written by `render_recipe`.
@@ -49,7 +49,7 @@ def stored_recipe(path: Path) -> Recipe:
         reason = str(error).split("\n")[0]
         problem = AlignkitError(
             f"{path}: is not a recipe of a run: {reason}",
-            hint="the folder is damaged, or was not written by alignkit",
+            hint="it is written by the run; restore it, or train again with --overwrite",
         )
         raise RecipeError([problem]) from None
 

@@ -1,1 +1,1 @@
-"""The recipe of each stage, and all that other rooms ask about it."""
+"""The recipe class of each stage, with the traits that other rooms read."""

@@ -1,7 +1,7 @@
-"""What the recipes of all stages have in common, and what each tells other rooms about itself.
+"""The base classes of the recipes of all stages.
 
-The traits below the keys are all that planning, reading, checking and running ask of a stage: none
-of them knows a stage by name.
+Below the keys are the traits of a stage: all that planning, reading, checking and running need to
+know about it. None of them knows a stage by name.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from alignkit.recipe.training import LoopSpec, TrainingSpec
 
 
 class ReferenceSpec(Section):
-    """The model that the policy is compared with: the one that training starts from."""
+    """The reference model of the policy: the model that training starts from."""
 
     kind: Literal["auto", "adapter_off", "frozen_copy", "cached"] = "auto"
-    """`adapter_off` turns a LoRA adapter off for one more pass a step; `cached` scores every row
-    once before training and keeps the log-probs on disk for later runs; `frozen_copy` holds a
-    second model. `auto` chooses, and the plan says what and why; in bfloat16 a cached value carries
-    rounding of its own."""
+    """`adapter_off` disables the adapter for one more pass per step; `cached` scores every row once
+    before training and keeps the log-probs on disk for later runs; `frozen_copy` holds a second
+    model. `auto` chooses, and the plan says which and why; in bfloat16, cached values are rounded
+    differently from the policy's."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Rate:
     """Peak learning rates of one stage with one kind of adapter.
 
     Args:
-        default: where the recipe names none.
-        low: least usual one.
-        high: largest usual one.
+        default: used if the recipe sets none.
+        low: lowest usual rate.
+        high: highest usual rate.
     """
 
     default: float
@@ -54,17 +54,17 @@ class Rate:
 
 
 Rates = dict[str, Rate]
-"""Kind of adapter -> its rates; a prefix through a network is a `projection`."""
+"""Kind of adapter -> its rates; a prefix with projection has the kind `projection`."""
 
 
 @dataclass(frozen=True)
 class FurtherMemory:
-    """Bytes that a stage takes beside the trained model.
+    """Bytes that a stage needs in addition to the trained model.
 
     Args:
-        models: weights of further models.
-        training_state: gradients and moments of further trained weights.
-        workspace: of a pass.
+        models: weights of additional models.
+        training_state: gradients and moments of additional trained weights.
+        workspace: temporary memory of a pass.
     """
 
     models: int = 0
@@ -74,14 +74,14 @@ class FurtherMemory:
 
 @dataclass(frozen=True)
 class MemoryTerms:
-    """What the bytes of further models follow from.
+    """Inputs of `Recipe.further_memory`.
 
     Args:
-        model: widths.
-        wide: bytes of a computed number.
+        model: sizes of the model.
+        wide: bytes per number in compute precision.
         weights: bytes of the trained model's weights.
         per_weight: bytes of a trained weight's gradient and moments.
-        reward_models: loaded beside the policy's base.
+        reward_models: number of separately loaded reward models.
     """
 
     model: ModelFacts
@@ -92,7 +92,7 @@ class MemoryTerms:
 
 
 class Recipe(Section):
-    """What the recipes of all stages have in common."""
+    """Base of the recipes of all stages."""
 
     stage: str
     """The training stage."""
@@ -111,67 +111,67 @@ class Recipe(Section):
     training: LoopSpec = LoopSpec()
     """The optimizer and the loop around it."""
     merge: bool = True
-    """Write `merged/`, a checkpoint that plain transformers loads, and verify it. Never with a
-    prefix, which no weight can hold."""
+    """Write `merged/`, a checkpoint that plain transformers loads, and verify it. Not possible with
+    a prefix."""
 
     definition: ClassVar[str]
-    """`module:name` of the stage's definition, which is imported only to run it."""
+    """`module:name` of the stage's definition, imported only to run it."""
     row_kind: ClassVar[Literal["answers", "pairs", "labelled", "prompts"]] = "answers"
-    """What a row of the data is."""
+    """Kind of the data rows."""
     rates: ClassVar[Rates]
-    """Learning rates for each kind of adapter that the stage takes."""
+    """Learning rates for each kind of adapter that the stage supports."""
     scalar_head: ClassVar[bool] = False
-    """Whether the model gives one number for an answer, and no text."""
+    """Whether the model outputs one number per completion instead of text."""
     shares_prompts: ClassVar[bool] = False
-    """Whether rows have several branches behind one prompt."""
+    """Whether rows have several branches with one prompt."""
     uses_margins: ClassVar[bool] = True
-    """Whether a pair's own margin counts; where not, rows that have one are reported."""
+    """Whether the stage uses the margin of a pair; if not, rows that have one are reported."""
     examples_key: ClassVar[str] = "training.batch_size"
-    """Key that says how many rows a step reads."""
+    """Key that sets the number of rows per step."""
     repeats_rows: ClassVar[bool] = False
     """Whether many passes over the rows are usual."""
     held_out_shows: ClassVar[str] = "overfitting"
-    """What held-out rows would show."""
+    """What held-out rows would reveal."""
     processor_tokens: ClassVar[int] = 4096
-    """Largest token budget on a processor. Beyond it, DPO was no faster and took 3 GB more."""
+    """Largest token budget on a CPU. Beyond it, DPO was no faster and needed 3 GB more."""
     hints: ClassVar[dict[str, str]] = {}
-    """Key -> what to do where its value breaks a rule; before the hints of all stages."""
+    """Key -> hint for a value that breaks a rule; takes precedence over the hints of all stages."""
     counterparts: ClassVar[dict[str, str]] = {}
-    """Key that only other stages have -> what this one has in its place."""
+    """Key that only other stages have -> hint that names its equivalent here."""
 
     @property
     def examples_per_step(self) -> int:
-        """Rows that one step reads, over all processes together."""
+        """Rows per step, over all processes together."""
         raise NotImplementedError
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the objective compares with a reference model."""
+        """Whether the objective uses a reference model."""
         return False
 
     @property
     def reward_sources(self) -> tuple[RewardSource, ...]:
-        """What responses are worth, where the stage samples any."""
+        """Sources of the responses' rewards; empty for a stage that samples none."""
         return ()
 
     @property
     def peak_rates(self) -> dict[str, float]:
-        """Name of each trained part -> its peak learning rate; the first is the model's own."""
+        """Trained part -> its peak learning rate; the first is the model's own."""
         assert self.training.learning_rate is not None  # with_defaults
         return {"model": self.training.learning_rate}
 
     def further_memory(self, terms: MemoryTerms) -> FurtherMemory:
-        """What the stage takes beside the trained model and its reference."""
+        """Memory that the stage needs in addition to the trained model and its reference."""
         return FurtherMemory()
 
     def warnings(self, data: DataFacts) -> list[str]:
-        """What is unusual about the stage's own keys, one sentence each."""
+        """Unusual values of the stage's own keys, one sentence each."""
         return []
 
     def with_defaults(self) -> Self:
-        """The recipe with every default that depends on another key filled in.
+        """The recipe with every default filled in that depends on another key.
 
-        `training.learning_rate` is set, and `merge` is off where there is nothing to merge.
+        Sets `training.learning_rate`, and turns `merge` off if the adapter cannot be merged.
         """
         changes: dict[str, Any] = {"adapter": spelled_out(self.adapter)}
         if self.training.learning_rate is None:
@@ -191,7 +191,7 @@ class Recipe(Section):
         adapter = info.data.get("adapter")
         if value and adapter is not None and not is_mergeable(adapter):
             raise ValueError(
-                f"must be false with adapter.kind = {adapter.kind}, which no weight can hold"
+                f"must be false with adapter.kind = {adapter.kind}, which cannot be merged"
             )
         return value
 
@@ -203,41 +203,41 @@ class Recipe(Section):
         adds_tokens = model is not None and bool(model.add_tokens)
         if rate_key(value) not in cls.rates:
             stage = info.data.get("stage", "")
-            kinds = ", or ".join(kind for kind in ("lora", "full") if kind in cls.rates)
+            kinds = " or ".join(kind for kind in ("lora", "full") if kind in cls.rates)
             raise ValueError(f"has kind = {value.kind}, which {stage} does not train: use {kinds}")
         check_adapter(value, quantization, adds_tokens=adds_tokens)
         return value
 
 
 class SupervisedRecipe(Recipe):
-    """What the recipes of stages that learn from rows have in common."""
+    """Base of the recipes of stages that learn from rows."""
 
     training: TrainingSpec = TrainingSpec()
     """The optimizer step and the loop around it."""
 
     @property
     def examples_per_step(self) -> int:
-        """Rows that one step reads, over all processes together."""
+        """Rows per step, over all processes together."""
         return self.training.batch_size
 
 
 def refuse_continuing(adapter: Any) -> None:
-    """Where the reference is the base with adapters off, the policy must start there.
+    """Refuse an adapter with which training would not start at the reference, the bare base.
 
     Args:
-        adapter: of the recipe; None where it is wrong itself.
+        adapter: the recipe's; None if it is invalid.
 
     Raises:
-        ValueError: it would start elsewhere.
+        ValueError: training would start elsewhere.
     """
     if adapter is not None and continues(adapter):
         raise ValueError(
-            "is compared with a reference, which `adapter.from` would make the bare base: "
+            "must not use `adapter.from`: the reference would be the bare base; "
             + (
                 "set model.base to the run instead, which is merged first"
                 if is_mergeable(adapter)
-                else "a prefix has no merge, so train with kind: lora"
+                else "a prefix cannot be merged, so train with kind: lora"
             )
         )
     if isinstance(adapter, LoraSpec) and adapter.init == "loftq":
-        raise ValueError("is compared with a reference, from which adapter.init = loftq starts off")
+        raise ValueError("must not use adapter.init = loftq: it does not start at the reference")

@@ -1,4 +1,4 @@
-"""The stages that come with alignkit: a new one is an entry here. Imports nothing."""
+"""The stages that come with alignkit; a new one is an entry here. Imports nothing."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ BUILT_IN = {
     ),
     "kto": (
         "alignkit.recipe.stages.kto:KtoRecipe",
-        "Optimize preferences on single answers labelled good or bad.",
+        "Optimize preferences on single completions labelled good or bad.",
     ),
     "ppo": (
         "alignkit.recipe.stages.ppo:PpoRecipe",
         "Reinforcement learning from a reward model, a rule or a function, with a KL penalty.",
     ),
 }
-"""Name -> `module:class` of its recipe, and what its command says about itself."""
+"""Name -> `module:class` of its recipe, and the help text of its command."""
 
 GROUP = "alignkit.stages"
 """Entry-point group in which packages name the recipe classes of further stages."""

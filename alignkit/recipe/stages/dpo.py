@@ -1,4 +1,4 @@
-"""Preference optimization on pairs, as recipes name it."""
+"""The recipe of preference optimization on pairs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class DpoRecipe(SupervisedRecipe):
     objective: PreferenceSpec = Field(default=DpoSpec(kind="dpo"), validate_default=True)
     """The loss; each kind has its own fields."""
     reference: ReferenceSpec | None = None
-    """The model to compare with; none for `simpo`, `orpo` and `cpo`."""
+    """The reference model; not used by `simpo`, `orpo` and `cpo`."""
 
     @field_validator("objective")
     @classmethod
@@ -42,7 +42,7 @@ class DpoRecipe(SupervisedRecipe):
     ) -> ReferenceSpec | None:
         objective = info.data.get("objective")
         if value is not None and objective is not None and not objective.needs_reference:
-            raise ValueError(f"has no use: `{objective.kind}` compares with no reference model")
+            raise ValueError(f"is not used: `{objective.kind}` has no reference model")
         return value
 
     definition: ClassVar[str] = "alignkit.stages.supervised.preference:DPO"
@@ -54,11 +54,11 @@ class DpoRecipe(SupervisedRecipe):
         "projection": Rate(1.0e-4, 1e-6, 1e-3),
         "full": Rate(5.0e-7, 5e-8, 1e-5),
     }
-    """Preference losses move all answers of a kind at once: far smaller steps than imitation."""
+    """Preference losses shift all similar completions at once: far lower rates than in SFT."""
     hints: ClassVar[dict[str, str]] = {
         "objective.beta": "0.1 is the value of the DPO paper; smaller lets the policy move further "
         "from the reference",
-        "objective.tau": "the margin that is aimed at is 1 / (2 tau) nats; 0.01 to 1 is usual",
+        "objective.tau": "the target margin is 1 / (2 tau) nats; 0.01 to 1 is usual",
         "objective.label_smoothing": "the share of wrong labels; 0.1 is usual",
         "reference": "remove the key, or choose an objective with a reference, such as dpo",
     }
@@ -67,11 +67,11 @@ class DpoRecipe(SupervisedRecipe):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the kind of objective compares with a reference model."""
+        """Whether the kind of objective uses a reference model."""
         return self.objective.needs_reference
 
     def with_defaults(self) -> Self:
-        """The recipe with its defaults, the reference among them where there is one."""
+        """The recipe with its defaults, including the reference if the objective uses one."""
         filled = super().with_defaults()
         if filled.needs_reference and filled.reference is None:
             return filled.model_copy(update={"reference": ReferenceSpec()})

@@ -1,4 +1,4 @@
-"""Preference optimization on labelled answers, as recipes name it."""
+"""The recipe of preference optimization on labelled completions."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from alignkit.recipe.stages.base import (
 from alignkit.recipe.stages.dpo import DpoRecipe
 
 _BALANCE = (1.0, 4.0 / 3.0)
-"""Range of weight × count of desirable over undesirable rows."""
+"""Range of the ratio of weight × count, desirable to undesirable rows."""
 
 
 class KtoRecipe(SupervisedRecipe):
-    """Preference optimization on single answers labelled good or bad."""
+    """Preference optimization on single completions labelled good or bad."""
 
     stage: Literal["kto"]
     """The training stage."""
     objective: KtoSpec = KtoSpec()
     """The loss."""
     reference: ReferenceSpec = ReferenceSpec()
-    """The model to compare with."""
+    """The reference model."""
 
     @field_validator("adapter")
     @classmethod
@@ -50,7 +50,7 @@ class KtoRecipe(SupervisedRecipe):
         return True
 
     def warnings(self, data: DataFacts) -> list[str]:
-        """Labels that are out of balance, against section 4 of the KTO paper."""
+        """Unbalanced labels, by section 4 of the KTO paper."""
         if not data.chosen or not data.rejected:
             side = "desirable" if data.chosen else "undesirable"
             return [f"all {data.rows} rows are {side}: there is nothing to tell apart"]
@@ -64,6 +64,6 @@ class KtoRecipe(SupervisedRecipe):
         return [
             f"desirable_weight × {data.chosen} desirable rows is {good / bad:.2f} times "
             f"undesirable_weight × {data.rejected} undesirable rows; the paper keeps this between "
-            f"1 and 4/3: objective.desirable_weight between {wanted:.3g} and "
-            f"{wanted * 4 / 3:.3g} does"
+            f"1 and 4/3: set objective.desirable_weight between {wanted:.3g} and "
+            f"{wanted * 4 / 3:.3g}"
         ]

@@ -1,4 +1,4 @@
-"""Proximal policy optimization, as recipes name it."""
+"""The recipe of proximal policy optimization."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from alignkit.recipe.stages.base import (
 from alignkit.recipe.stages.rollouts import RolloutRecipe
 
 SAMPLING_TOKENS = 16384
-"""Tokens, prompts and room for responses together, that are sampled at once."""
+"""Tokens sampled at once: prompts plus space for responses."""
 
 
 class PpoSpec(Section):
@@ -30,43 +30,43 @@ class PpoSpec(Section):
     kind: Literal["ppo"] = "ppo"
     """`ppo` is the only objective of this stage."""
     clip: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """The ratio of new to old probability counts only within 1 ± clip."""
+    """The ratio of new to old probability is clipped to 1 ± clip."""
     value_clip: Annotated[float, Field(gt=0.0)] | None = 0.2
-    """A new value counts only within this distance of the old one; null does not clip."""
+    """A new value is clipped to this distance from the old one; null does not clip."""
     value_weight: Positive = 0.1
-    """Weight of the value loss beside the policy loss."""
+    """Weight of the value loss relative to the policy loss."""
     kl_coef: Annotated[float, Field(ge=0.0)] = 0.05
-    """Price of one nat of k1 = log π - log π_ref at a token, taken from its reward."""
+    """Penalty per nat of k1 = log π - log π_ref at a token, subtracted from its reward."""
     kl_target: Positive | None = None
-    """KL of a whole response, in nats, that an adaptive coefficient aims at
+    """Target KL per response, in nats, for an adaptive coefficient
     (https://arxiv.org/abs/1909.08593); null keeps kl_coef fixed."""
     kl_horizon: PositiveInt = 10000
-    """Responses over which the adaptive coefficient follows; smaller is faster."""
+    """Responses over which the adaptive coefficient changes; smaller is faster."""
     gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Discount of a reward one token later."""
+    """Discount per token."""
     gae_lambda: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
     """Mix of one-step (0) and whole-response (1) advantages (https://arxiv.org/abs/1506.02438)."""
     epochs: PositiveInt = 4
-    """Passes over the responses of one step."""
+    """Passes over the responses of each step."""
     minibatches: PositiveInt = 1
-    """Optimizer steps of one pass."""
+    """Optimizer steps per pass."""
 
 
 class ValueSpec(Section):
-    """The value model, which predicts the reward still to come at each token."""
+    """The value model, which predicts the remaining reward at each token."""
 
     kind: Literal["auto", "adapter", "head"] = "auto"
-    """`adapter` has low-rank weights of its own over the same base; `head` is a linear layer on the
-    policy's hidden states, which costs half the training passes and some quality. With all
-    weights trained the value model is a second model, or such a head. `auto` is `adapter`."""
+    """`adapter` is a separate LoRA adapter over the same base; `head` is a linear layer on the
+    policy's hidden states, which needs half the training passes but costs some quality. With full
+    weights the value model is a second model, or such a head. `auto` is `adapter`."""
     init: Literal["auto", "reward", "fresh"] = "auto"
-    """`reward` starts from the reward model's weights; `auto` does where there is one."""
+    """`reward` starts from the reward model's weights; so does `auto` if there is one."""
     learning_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Peak learning rate. Unset: three times that of the policy."""
+    """Peak learning rate. Unset: three times the policy's."""
 
 
 class PpoRecipe(RolloutRecipe):
-    """Reinforcement learning from a reward: policy, reference, reward and value over one base."""
+    """Reinforcement learning from rewards: policy, reference, reward and value over one base."""
 
     stage: Literal["ppo"]
     """The training stage."""
@@ -81,9 +81,9 @@ class PpoRecipe(RolloutRecipe):
     @classmethod
     def _no_float16(cls, value: ModelSpec) -> ModelSpec:
         if value.add_tokens:
-            raise ValueError("has add_tokens, which ppo cannot train: add them in the sft before")
+            raise ValueError("has add_tokens, which ppo cannot train: add them in sft first")
         if value.dtype == "float16":
-            raise ValueError("has dtype = float16, whose loss scaling ppo has not: use bfloat16")
+            raise ValueError("has dtype = float16, but ppo has no loss scaling: use bfloat16")
         return value
 
     @field_validator("rollout")
@@ -102,9 +102,9 @@ class PpoRecipe(RolloutRecipe):
     def _no_dropout(cls, value: AdapterSpec) -> AdapterSpec:
         refuse_continuing(value)
         if isinstance(value, LoraSpec) and value.init not in ("default", "eva"):
-            raise ValueError(f"has init = {value.init}, which ppo does not take: use default, eva")
+            raise ValueError(f"has init = {value.init}, not supported by ppo: use default or eva")
         if isinstance(value, LoraSpec) and value.modules_to_save:
-            raise ValueError("has modules_to_save, which ppo does not train: use full")
+            raise ValueError("has modules_to_save, which ppo does not train: use kind: full")
         if isinstance(value, LoraSpec) and value.dropout > 0:
             raise ValueError(
                 f"has dropout = {value.dropout:g}: the policy that samples and the policy that is "
@@ -118,18 +118,18 @@ class PpoRecipe(RolloutRecipe):
         "full": Rate(1.0e-6, 5e-8, 1e-5),
     }
     processor_tokens = 8192
-    """Each token is read some twelve times, which fewer and larger passes made 8% faster; and where
-    a step is one pass, the policy reads it once less."""
+    """Each token is read about twelve times; fewer and larger passes made that 8% faster, and the
+    policy reads each token once less if a step is one pass."""
     hints: ClassVar[dict[str, str]] = {
         **RolloutRecipe.hints,
         "objective.clip": "0.2 is the value of the PPO paper",
         "objective.kl_coef": "0.01 to 0.1 is usual; larger holds the policy closer to the "
         "reference",
         "objective.kl_target": "3 to 10 nats a response is usual; null keeps kl_coef fixed",
-        "objective.gae_lambda": "0.95 is usual; 1 takes the reward of the whole response",
+        "objective.gae_lambda": "0.95 is usual; 1 uses the reward of the whole response",
         "objective.minibatches": "1 to 4 is usual",
         "value": "as in {kind: adapter, init: reward}",
-        "value.learning_rate": "unset, it is three times that of the policy",
+        "value.learning_rate": "unset, it is three times the policy's",
     }
 
     @property
@@ -150,31 +150,31 @@ class PpoRecipe(RolloutRecipe):
         )
 
     def further_memory(self, terms: MemoryTerms) -> FurtherMemory:
-        """Reference, value model, reward models, and keys and values while sampling."""
+        """Memory of reference, value model and reward models, and of sampled keys and values."""
         model, own_value = terms.model, self.value.kind != "head"
         models = terms.reward_models * model.parameters * terms.wide
         state = 0
         if has_adapter(self.adapter):
-            # The value adapter is trained too; a reward adapter over the same base is not.
+            # The value adapter is trained as well; a reward adapter over the same base is not.
             models += model.trainable * 4
             state = round(model.trainable * (4 + terms.per_weight)) if own_value else 0
         else:
-            models += model.parameters * 4  # the reference, stored as the policy is
+            models += model.parameters * 4  # the reference, stored like the policy
             state = round(terms.weights + model.parameters * terms.per_weight) if own_value else 0
         sampling = SAMPLING_TOKENS * 2 * model.layers * model.key_value_width * terms.wide
         return FurtherMemory(models, state, sampling)
 
     def warnings(self, data: DataFacts) -> list[str]:
-        """Too many updates on one batch, and nothing that holds the policy."""
-        found, objective = [], self.objective
+        """Too many updates per batch, and a policy without a KL penalty."""
+        warnings, objective = [], self.objective
         updates = objective.epochs * objective.minibatches
         if updates > 16:
-            found.append(
+            warnings.append(
                 f"{updates} updates on each batch of responses: beyond 16 the policy usually "
                 "leaves the clipping range"
             )
         if objective.kl_coef == 0 and objective.kl_target is not None:
-            found.append("objective.kl_target does nothing while kl_coef starts at 0")
+            warnings.append("objective.kl_target does nothing while kl_coef starts at 0")
         elif objective.kl_coef == 0:
-            found.append("objective.kl_coef = 0: nothing keeps the policy near the reference")
-        return found
+            warnings.append("objective.kl_coef = 0: nothing keeps the policy near the reference")
+        return warnings

@@ -1,7 +1,7 @@
-"""The stages there are: name -> its recipe class.
+"""All stages: name -> recipe class.
 
-Packages add theirs through the entry-point group `alignkit.stages`, which names a recipe class
-without torch; that names its definition as a string.
+Packages add stages through the entry-point group `alignkit.stages`, which names a recipe class that
+does not import torch and names its definition as a string.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from alignkit.recipe.stages.built_in import BUILT_IN, GROUP
 
 
 def stages() -> dict[str, type[Recipe]]:
-    """Name -> recipe class of every stage that can be used, those of installed packages last."""
+    """Name -> recipe class of every usable stage, those of installed packages last."""
     return _find()[0]
 
 
 def broken_stages() -> dict[str, AlignkitError]:
-    """Name -> what is wrong with it, of stages that a package brings and nobody can use."""
+    """Name -> error, for stages of installed packages that cannot be used."""
     return _find()[1]
 
 
 def find_stage(name: str) -> type[Recipe]:
-    """The recipe class of a stage; names near to one are taken for it.
+    """The recipe class of a stage, or of the one with the closest name.
 
     Raises:
-        AlignkitError: its package is broken.
-        KeyError: there is nothing near.
+        AlignkitError: the stage's package is broken.
+        KeyError: no name is close.
     """
     known, broken = _find()
     near = difflib.get_close_matches(name, [*known, *broken], n=1)
@@ -73,7 +73,7 @@ def _find() -> tuple[dict[str, type[Recipe]], dict[str, AlignkitError]]:
 
 
 def _fault(recipe: Any) -> str:
-    """What a class lacks to be the recipe of a stage; empty if nothing."""
+    """Why an object cannot be the recipe class of a stage; empty if it can."""
     if not (isinstance(recipe, type) and issubclass(recipe, Recipe)):
         return "is not a class that extends Recipe"
     if not re.fullmatch(r"[\w.]+:\w+", getattr(recipe, "definition", "")):

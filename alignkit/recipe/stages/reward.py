@@ -1,4 +1,4 @@
-"""Reward models, as recipes name them."""
+"""The recipe of reward models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from alignkit.recipe.stages.base import Rate, Rates, SupervisedRecipe
 
 
 class RewardRecipe(SupervisedRecipe):
-    """A reward model: one number for each answer, learned from preference pairs."""
+    """A reward model: one number per completion, learned from preference pairs."""
 
     stage: Literal["reward"]
     """The training stage."""

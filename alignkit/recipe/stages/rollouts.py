@@ -1,4 +1,4 @@
-"""What the recipes of stages that sample responses have in common."""
+"""The base class of the recipes of stages that sample responses."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from alignkit.recipe.training import LoopSpec
 
 
 class RolloutRecipe(Recipe):
-    """Reinforcement learning from a reward."""
+    """Reinforcement learning from rewards."""
 
     reward: RewardSources
-    """What responses are worth: a reward model, a Python function, a server, a rule, or a list of
-    these whose weighted scores are added up."""
+    """Source of rewards: a reward model, a Python function, a server, a rule, or a list of these
+    whose weighted scores are added up."""
     rollout: RolloutSpec = RolloutSpec()
     """How responses are sampled."""
     training: LoopSpec = LoopSpec(save_every=10)
@@ -36,10 +36,10 @@ class RolloutRecipe(Recipe):
 
     @property
     def examples_per_step(self) -> int:
-        """Prompts of one step, over all processes together."""
+        """Prompts per step, over all processes together."""
         return self.rollout.prompts_per_step
 
     @property
     def reward_sources(self) -> tuple[RewardSource, ...]:
-        """What responses are worth."""
+        """Sources of the responses' rewards."""
         return self.reward

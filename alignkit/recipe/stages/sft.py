@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, as recipes name it."""
+"""The recipe of supervised fine-tuning."""
 
 from __future__ import annotations
 
