@@ -20,7 +20,7 @@ CHECK_SETTINGS = TokenizeSettings(1024, "truncate_right", "completions")
 
 
 def check_rows(dataset: TokenDataset) -> Sequence[IntArray]:
-    """Token ids of the first eight rows of a dataset, each with its first answer."""
+    """Token ids of the first eight rows of a dataset, each with its first completion."""
     documents = [dataset[item] for item in range(min(8, len(dataset)))]
     pieces = [(document.prompt, document.branches[0].ids) for document in documents]
     return [np.concatenate(piece).astype(np.int64) for piece in pieces]
@@ -30,7 +30,7 @@ def file_rows(path: str | None, tokenizer: PreTrainedTokenizerBase) -> Sequence[
     """Token ids of rows from a file.
 
     Args:
-        path: rows of single answers; None takes shipped ones, or plain text where the tokenizer
+        path: rows of single completions; None takes shipped ones, or plain text if the tokenizer
             has no chat template.
         tokenizer: of the model.
     """
