@@ -1,6 +1,6 @@
-"""Several answers to each prompt, and what a reward model says of them: for best-of-n and pairs.
+"""Several responses to each prompt and their rewards: for best-of-n and preference pairs.
 
-All answers are sampled before the reward model is loaded, so only one of the two is in memory.
+All are sampled before the reward model is loaded, so only one of the two models is in memory.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One answer with its reward.
+class Candidate:
+    """One response with its reward.
 
     Args:
         text: without special tokens.
         reward: raw, at its last token.
         tokens: that were sampled, the stop token included.
-        finish: `stop`, or `length` where it was cut off.
+        finish: `stop`, or `length` if it was cut off.
     """
 
     text: str
@@ -55,14 +55,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How many answers, and how they are drawn.
+    """How many responses are sampled, and how.
 
     Args:
-        samples: answers to each prompt, from 1.
-        max_new_tokens: of an answer at most, from 1.
+        samples: responses to each prompt, from 1.
+        max_new_tokens: of a response at most, from 1.
         temperature: divides the logits, above 0.
-        seed: of the draw; each answer has random numbers of its own.
-        dtype: of the weights and of computing.
+        seed: of the sampling; each response has random numbers of its own.
+        dtype: of the weights and of the computation.
     """
 
     samples: int
@@ -73,7 +73,7 @@ class SampleSettings:
 
 
 def open_answering(model: str, reward: str, dtype: str, base: str | None = None) -> OpenModel:
-    """The model that answers, once it is sure that the reward model can judge its tokens.
+    """The model that answers, after a check that the reward model can judge its tokens.
 
     Args:
         model: anything that writes text.
@@ -82,7 +82,7 @@ def open_answering(model: str, reward: str, dtype: str, base: str | None = None)
         base: of an adapter that names another.
 
     Raises:
-        ModelError: either is not what it should be, or they read other tokens.
+        ModelError: either is not what it should be, or their tokens differ.
     """
     tune_processor()
     place = require_reward_model(reward)
@@ -98,16 +98,16 @@ def prompts_of(opened: OpenModel, conversations: Sequence[Turns]) -> PromptSet:
         opened: model and tokenizer.
         conversations: turns that end with the user's.
     """
-    found = []
+    prompts = []
     for number, turns in enumerate(conversations, start=1):
         plain = not opened.tokenizer.chat_template
         ids = opened.tokenizer(render_prompt(opened, turns), add_special_tokens=plain)["input_ids"]
-        found.append(Prompt(np.asarray(ids, np.int32), turns, None, {}, f"prompt {number}"))
-    return PromptSet(tuple(found), DataReport(prompts=True), "")
+        prompts.append(Prompt(np.asarray(ids, np.int32), turns, None, {}, f"prompt {number}"))
+    return PromptSet(tuple(prompts), DataReport(prompts=True), "")
 
 
 def room_for_prompts(opened: OpenModel, max_new_tokens: int) -> int:
-    """Longest prompt in tokens that leaves room for an answer in the model's context.
+    """Longest prompt in tokens that leaves room for a response in the model's context.
 
     Raises:
         ModelError: no prompt fits.
@@ -118,7 +118,7 @@ def room_for_prompts(opened: OpenModel, max_new_tokens: int) -> int:
         raise ModelError(
             f"{max_new_tokens} new tokens leave no room for a prompt in the context of "
             f"{opened.name}, which is {context}",
-            hint="ask for shorter answers",
+            hint="lower max_new_tokens",
         )
     return room
 
@@ -126,13 +126,13 @@ def room_for_prompts(opened: OpenModel, max_new_tokens: int) -> int:
 def sample_answers(
     opened: OpenModel, prompts: PromptSet, settings: SampleSettings, say: Say
 ) -> list[Rollout]:
-    """Answers to every prompt, not yet judged.
+    """Responses to every prompt, not yet judged.
 
     Args:
         opened: model and tokenizer.
-        prompts: at least one; each leaves room for its answers.
-        settings: of the draw. Answer `k` to a prompt does not depend on how many there are.
-        say: told how far it has come.
+        prompts: at least one; each leaves room for its responses.
+        settings: of the sampling. Response `k` to a prompt does not depend on how many there are.
+        say: gets lines of progress.
 
     Returns:
         One rollout for each prompt, in order.
@@ -142,9 +142,9 @@ def sample_answers(
     limits = RolloutSettings(settings.max_new_tokens, settings.temperature, stops)
     prefix = prefix_states(opened.model)
     engine = TransformersEngine(inner, DTYPES[settings.dtype], limits, SAMPLING_TOKENS, prefix)
-    found: list[Rollout] = []
+    rollouts: list[Rollout] = []
     for items in _blocks(len(prompts), _PROMPTS):
-        found += sample(
+        rollouts += sample(
             prompts,
             items,
             engine,
@@ -153,20 +153,20 @@ def sample_answers(
             seed=(settings.seed,),
         )
         if len(prompts) > _PROMPTS:
-            say(f"{len(found):,} of {len(prompts):,} prompts answered")
-    return found
+            say(f"{len(rollouts):,} of {len(prompts):,} prompts answered")
+    return rollouts
 
 
 def judge_answers(
     rollouts: Sequence[Rollout], reward: str, dtype: str, say: Say
-) -> list[tuple[Answer, ...]]:
-    """The answers to each prompt with their rewards, in the order in which they were drawn.
+) -> list[tuple[Candidate, ...]]:
+    """The responses to each prompt with their rewards, in the order in which they were sampled.
 
     Args:
-        rollouts: at least one, tokenized as the reward model reads.
+        rollouts: at least one, in the reward model's tokens.
         reward: a reward model.
-        dtype: of its weights and of computing.
-        say: told where packed rows cannot be used.
+        dtype: of its weights and of the computation.
+        say: gets a line if packed rows cannot be used.
 
     Raises:
         RewardError: a reward is not finite.
@@ -175,7 +175,7 @@ def judge_answers(
     scorer: Any = build_scorer(opened.model, DTYPES[dtype], "auto", say, opened.head).eval()
     part = RewardPart("model", 1.0, ScoringModel(Role(scorer, POLICY), 0.0, 1.0))
     judge = Judge((part,), None, MAX_TOKENS, SINGLE)
-    found = []
+    candidates = []
     for items in _blocks(len(rollouts), _PROMPTS):
         block = [rollouts[item] for item in items]
         try:
@@ -185,8 +185,9 @@ def judge_answers(
             raise RewardError(error.message, hint=hint) from None
         for rollout in block:
             pairs = zip(rollout.texts, rollout.sampled, strict=True)
-            found.append(tuple(Answer(t, next(rewards), len(c.ids), c.finish) for t, c in pairs))
-    return found
+            own = (Candidate(t, next(rewards), len(c.ids), c.finish) for t, c in pairs)
+            candidates.append(tuple(own))
+    return candidates
 
 
 def _blocks(count: int, size: int) -> Iterator[range]:
@@ -196,7 +197,7 @@ def _blocks(count: int, size: int) -> Iterator[range]:
 def best_of(
     opened: OpenModel, conversations: Sequence[Turns], settings: SampleSettings, say: Say
 ) -> list[Rollout]:
-    """Answers to conversations, for `judge_answers` to choose from.
+    """Responses to conversations, for `judge_answers`.
 
     Raises:
         ModelError: a prompt does not fit the model's context.

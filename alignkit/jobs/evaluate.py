@@ -48,19 +48,19 @@ from alignkit.stages.running.definition import definition_of
 from alignkit.stages.supervised.pairs import pair_hooks
 from alignkit.stages.supervised.preference import preference_scores
 from alignkit.stages.supervised.reference import Reference
-from alignkit.stages.supervised.reward import answer_rewards, reward_scores
+from alignkit.stages.supervised.reward import completion_rewards, reward_scores
 
 _MAX_LENGTH = 1024
-"""Longest row where nothing else is said."""
+"""Default for the longest row, in tokens."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found about one model.
+    """What was measured of one model.
 
     Args:
         values: name -> number.
-        scores: `(place, reward)` of each single answer that a reward model has scored.
+        scores: `(place, reward)` of each single completion that a reward model has scored.
     """
 
     values: dict[str, float]
@@ -75,17 +75,17 @@ def evaluate_models(names: list[str], question: Question) -> dict[str, Evaluatio
         question: rows and precision.
 
     Returns:
-        Name -> for a language model loss, perplexity and accuracy on answers, or implicit rewards
-        on pairs and labelled answers; for a reward model the rewards of pairs, or the score of
-        each single answer.
+        Name -> for a language model loss, perplexity and accuracy on completions, or implicit
+        rewards on pairs and labelled completions; for a reward model the rewards of pairs, or the
+        score of each single completion.
 
     Raises:
-        ModelError: no rows to evaluate on, or rows that the model cannot be measured on.
+        ModelError: there are no rows to evaluate on, or the model cannot be measured on them.
     """
     question.check()
     tune_processor()
     run = None if question.data else run_with_recipe(names)
-    found: dict[str, Evaluation] = {}
+    evaluations: dict[str, Evaluation] = {}
     used: set[int] = set()
     room = sys.maxsize
     for name in names:
@@ -102,15 +102,15 @@ def evaluate_models(names: list[str], question: Question) -> dict[str, Evaluatio
             )
         scorer = _scorer(opened, question)
         if opened.head is not None:
-            found[name] = _evaluate_reward(name, scorer, kind, rows, question)
+            evaluations[name] = _evaluate_reward(name, scorer, kind, rows, question)
         elif kind == "answers":
-            found[name] = Evaluation(evaluate_heldout(scorer, rows, MAX_TOKENS), [])
+            evaluations[name] = Evaluation(evaluate_heldout(scorer, rows, MAX_TOKENS), [])
         else:
-            found[name] = _evaluate_preference(opened, scorer, kind, rows, question)
+            evaluations[name] = _evaluate_preference(opened, scorer, kind, rows, question)
     if len(used) > 1:
         longest = min(room, question.max_length or _MAX_LENGTH)
-        question.say(f"the models have not read the same rows: compare with --max-length {longest}")
-    return found
+        question.say(f"the models did not read the same rows: compare with --max-length {longest}")
+    return evaluations
 
 
 def score_answers(
@@ -120,7 +120,7 @@ def score_answers(
 
     Args:
         name: a reward model.
-        prompt: the user's turn, or plain text where the model has no chat template.
+        prompt: the user's turn, or plain text if the model has no chat template.
         answers: at least one.
         question: precision and base.
 
@@ -128,7 +128,7 @@ def score_answers(
         `(answer, reward)` in order.
 
     Raises:
-        ModelError: the model is not a reward model, or an option has no use.
+        ModelError: the model is not a reward model, or an option would be ignored.
     """
     question.check()
     if question.reference is not None:
@@ -153,7 +153,7 @@ def score_answers(
     examples = parse_rows(rows, "prompt_completion", "answers")
     settings = TokenizeSettings(10**9, "error")
     documents, _ = tokenize_examples(examples, opened.tokenizer, settings)
-    columns = score_documents(answer_rewards, _scorer(opened, question), documents, MAX_TOKENS)
+    columns = score_documents(completion_rewards, _scorer(opened, question), documents, MAX_TOKENS)
     return list(zip(answers, columns["reward"].tolist(), strict=True))
 
 
@@ -194,7 +194,7 @@ def _rows(opened: OpenModel, question: Question, run: Path | None) -> tuple[RowK
 
 
 def _room(opened: OpenModel) -> int:
-    """Tokens that a row may have: the model's context less its prefix."""
+    """Tokens that a row may have: the model's context minus its prefix."""
     context = getattr(opened.model.config.get_text_config(), "max_position_embeddings", 0)
     return int(context) - prefix_length(opened.model) if context else sys.maxsize
 
@@ -213,7 +213,7 @@ def _evaluate_reward(
             return Evaluation(_as_trained(recipe, scorer, rows, None), [])
         hooks = pair_hooks(reward_scores(partial(bradley_terry_loss, center=0.0)), len(rows))
         return Evaluation(hooks.evaluate(scorer, rows, MAX_TOKENS, SINGLE), [])
-    rewards = score_documents(answer_rewards, scorer, rows, MAX_TOKENS)["reward"]
+    rewards = score_documents(completion_rewards, scorer, rows, MAX_TOKENS)["reward"]
     places = [rows.places[int(row)] for row in rows.order]
     values = {
         "rewards/mean": float(rewards.mean()),
@@ -239,7 +239,7 @@ def _evaluate_preference(
         say_if_changed(name, reference, question)
     if kind == "labelled" and (recipe is None or recipe.row_kind != kind):
         raise ModelError(
-            f"{name} is not a kto run, and the rows are labelled answers",
+            f"{name} is not a kto run, and the rows are labelled completions",
             hint="name a run of the kto stage or a reward model, or rows of another format",
         )
     compare = None if reference is None else _reference(reference, opened.tokenizer, question)

@@ -80,17 +80,19 @@ def gguf_of(source: str, *, output: Path | None, kind: str, overwrite: bool) -> 
     tokenizer = load_tokenizer(base)
     rows, _ = file_rows(None, tokenizer)
     report = export_gguf(base, output, kind=kind, rows=rows, title=name, overwrite=overwrite)
-    found = recognise(tokenizer)
+    template = recognise(tokenizer)
     stops = [tokenizer.convert_ids_to_tokens(number) for number in stop_ids(base, tokenizer)]
-    write_text(modelfile, write_modelfile(output.name, found, stops))
+    write_text(modelfile, write_modelfile(output.name, template, stops))
     notes = [f"wrote {modelfile}"]
-    if found is None:
+    if template is None:
         notes.append(
-            "the chat template is none that is known here: the Modelfile has no TEMPLATE, so "
-            "Ollama guesses one or sends plain text"
+            "alignkit does not know the chat template: the Modelfile has no TEMPLATE, so Ollama "
+            "guesses one or sends plain text"
         )
-    elif found.system:
-        notes.append(f"the chat template's own system text is in the Modelfile: {found.system!r}")
+    elif template.system:
+        notes.append(
+            f"the chat template's own system text is in the Modelfile: {template.system!r}"
+        )
     title = shlex.quote(name.lower())
     commands = [
         f"ollama create {title} -f {shlex.quote(str(modelfile))}",
@@ -131,7 +133,7 @@ def quantized_of(source: str, *, output: Path | None, bits: int, overwrite: bool
 
 
 def short_name(base: BaseModel) -> str:
-    """A name for files: the last part of the place that says something."""
+    """A name for files: the last part of the path that identifies the model."""
     place = Path(base.location)
     if place.is_dir():
         place = place.resolve()

@@ -1,4 +1,4 @@
-"""A model's own answers -> preference pairs, as a reward model sees them: best against worst."""
+"""A model's own responses -> preference pairs by a reward model: best against worst."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alignkit.data.report import DataReport, describe_rows
 from alignkit.errors import DataError, RunError
 from alignkit.files import replace_file
 from alignkit.jobs.candidates import (
-    Answer,
+    Candidate,
     SampleSettings,
     Say,
     judge_answers,
@@ -35,19 +35,19 @@ OTHER_TOKENS = "its prompt is read back as other tokens than the model answered"
 
 @dataclass(frozen=True)
 class LabelSummary:
-    """What labelling made.
+    """What labelling wrote and measured.
 
     Args:
         output: the file of pairs.
-        prompts: that were answered.
-        pairs: that were written.
-        answers: that were sampled.
-        cut_off: answers that did not end within max_new_tokens.
-        mean: reward of all answers.
+        prompts: number of prompts that were answered.
+        pairs: number of pairs that were written.
+        answers: number of responses that were sampled.
+        cut_off: number of responses that did not end within max_new_tokens.
+        mean: mean reward of all responses.
         best: mean over the prompts of their best reward.
         worst: the same of their worst.
-        left_out: reason -> prompts without a pair.
-        notes: doubt -> pairs that are written all the same.
+        left_out: reason -> number of prompts without a pair.
+        notes: doubt -> number of pairs that are written anyway.
     """
 
     output: str
@@ -85,14 +85,14 @@ def label_prompts(
 
     Args:
         spec: models, prompts and sampling.
-        path: of the file, which ends with .jsonl; its folder is made.
-        say: told what happens.
+        path: of the file, which ends with .jsonl; its folder is created.
+        say: gets lines about what happens.
         base: of an adapter as `spec.model`, if it names another.
         overwrite: replace the file.
 
     Raises:
         RunError: the file exists.
-        ModelError: a model is not what it should be, or they read other tokens.
+        ModelError: a model is not what it should be, or their tokens differ.
         DataError: no prompt is left, or no pair.
     """
     check_target(path, overwrite=overwrite)
@@ -108,8 +108,8 @@ def label_prompts(
     )
     rollouts = sample_answers(opened, prompts, settings, say)
     del opened  # the reward model takes its place in memory
-    answers = judge_answers(rollouts, spec.reward, spec.dtype, say)
-    rows, report = _make_rows(spec, prompts.prompts, answers)
+    candidates = judge_answers(rollouts, spec.reward, spec.dtype, say)
+    rows, report = _make_rows(spec, prompts.prompts, candidates)
     if not rows:
         raise DataError(
             f"no pair is left of {len(prompts):,} prompts: {'; '.join(report.lines()[1:])}",
@@ -118,7 +118,7 @@ def label_prompts(
     _write_rows(path, rows, prompts, tokenizer, report)
     for line in report.lines()[1:]:
         say(f"pairs: {line}")
-    return _summary(path, answers, report)
+    return _summary(path, candidates, report)
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
@@ -142,32 +142,32 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         raise RunError(f"{path} exists already", hint="add --overwrite, or name another file")
 
 
-def pick_pair(answers: Sequence[Answer], margin: float) -> tuple[Answer, Answer] | str:
-    """The best and the worst answer, or why they make no pair. Of equal ones the first counts.
+def pick_pair(candidates: Sequence[Candidate], margin: float) -> tuple[Candidate, Candidate] | str:
+    """The best and the worst response, or why they make no pair. Of equal ones the first counts.
 
     Args:
-        answers: to one prompt.
+        candidates: for one prompt.
         margin: rewards no further apart make no pair.
     """
-    said = [answer for answer in answers if answer.text]
-    if len(said) < 2:
+    texts = [candidate for candidate in candidates if candidate.text]
+    if len(texts) < 2:
         return EMPTY
-    best = max(said, key=lambda answer: answer.reward)
-    others = [answer for answer in said if answer.text != best.text]
+    best = max(texts, key=lambda candidate: candidate.reward)
+    others = [candidate for candidate in texts if candidate.text != best.text]
     if not others:
         return EQUAL
-    worst = min(others, key=lambda answer: answer.reward)
+    worst = min(others, key=lambda candidate: candidate.reward)
     if best.reward - worst.reward <= margin:
         return f"best and worst reward differ by no more than {margin:g}"
     return best, worst
 
 
 def _make_rows(
-    spec: LabelSpec, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer]]
+    spec: LabelSpec, prompts: Sequence[Prompt], candidates: Sequence[Sequence[Candidate]]
 ) -> tuple[list[tuple[int, dict[str, Any]]], DataReport]:
-    """Number of the prompt and row of each pair, and the count of prompts that gave none."""
+    """Number of the prompt and row of each pair, and the counts of prompts without one."""
     report, rows = DataReport(rows=len(prompts), prompts=True), []
-    for number, (prompt, own) in enumerate(zip(prompts, answers, strict=True)):
+    for number, (prompt, own) in enumerate(zip(prompts, candidates, strict=True)):
         picked = pick_pair(own, spec.margin)
         if isinstance(picked, str):
             report.drop(picked, prompt.place)
@@ -177,12 +177,12 @@ def _make_rows(
         row: dict[str, Any] = {"prompt": prompt.shown}
         if prompt.columns.get("tools") and not isinstance(prompt.shown, str):
             row["tools"] = prompt.columns["tools"]
-        for name, answer in zip(("chosen", "rejected"), picked, strict=True):
-            text = answer.text
+        for name, candidate in zip(("chosen", "rejected"), picked, strict=True):
+            text = candidate.text
             plain = isinstance(prompt.shown, str)
             row[name] = text if plain else [{"role": "assistant", "content": text}]
-        for name, answer in zip(("chosen", "rejected"), picked, strict=True):
-            row[f"{name}_reward"] = round(answer.reward, 6)
+        for name, candidate in zip(("chosen", "rejected"), picked, strict=True):
+            row[f"{name}_reward"] = round(candidate.reward, 6)
         rows.append((number, {**row, "model": spec.model, "reward_model": spec.reward}))
     report.kept = len(rows)
     return rows, report
@@ -195,26 +195,28 @@ def _write_rows(
     tokenizer: PreTrainedTokenizerBase,
     report: DataReport,
 ) -> None:
-    """Write, and read back before it counts."""
+    """Write the rows, and read them back before the file is in place."""
     with replace_file(path) as written:
         with open(written, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows)
         source = SourceSpec(path=str(written.resolve()))
-        found = load_prompts([source], tokenizer, max_length=10**9, too_long="error", seed=0)
-        for (number, _), read in zip(rows, found.prompts, strict=True):
+        stored = load_prompts([source], tokenizer, max_length=10**9, too_long="error", seed=0)
+        for (number, _), read in zip(rows, stored.prompts, strict=True):
             asked = prompts.prompts[number]
             if not np.array_equal(asked.ids, read.ids):
                 report.note(OTHER_TOKENS, asked.place)
 
 
-def _summary(path: Path, answers: Sequence[Sequence[Answer]], report: DataReport) -> LabelSummary:
-    rewards = np.asarray([[answer.reward for answer in own] for own in answers])
+def _summary(
+    path: Path, candidates: Sequence[Sequence[Candidate]], report: DataReport
+) -> LabelSummary:
+    rewards = np.asarray([[candidate.reward for candidate in own] for own in candidates])
     return LabelSummary(
         output=str(path),
-        prompts=len(answers),
+        prompts=len(candidates),
         pairs=report.kept,
         answers=rewards.size,
-        cut_off=sum(answer.finish == "length" for own in answers for answer in own),
+        cut_off=sum(candidate.finish == "length" for own in candidates for candidate in own),
         mean=float(rewards.mean()),
         best=float(rewards.max(1).mean()),
         worst=float(rewards.min(1).mean()),

@@ -29,15 +29,15 @@ from alignkit.stages.running.card import write_card
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """What the command line says about a merge.
+    """What the command line sets for a merge.
 
     Args:
         base: the base to merge into; None takes what the adapter records.
-        output: folder to write; None is `merged/` beside the adapter.
+        output: folder to write; None is `merged/` next to the adapter.
         dtype: of the written weights; None keeps the base's.
         data: rows to compare on; None takes shipped ones.
         overwrite: replace an existing output.
-        any_base: accept other weights than those that the adapter was trained over.
+        any_base: accept a base with weights other than those the adapter was trained over.
         onto: for a base that was quantized in training; see `merge_adapter`.
         weights: one for each of several adapters; None is 1 for each.
         method: how several adapters become one change.
@@ -71,7 +71,7 @@ def merge_run(
         The measured differences.
 
     Raises:
-        ModelError: no adapter, no base, an unknown dtype, or a merge that is not faithful.
+        ModelError: no adapter, no base, an unknown option, or a merge that is not faithful.
     """
     options = options or MergeOptions()
     adapters = [_adapter(source) for source in sources]
@@ -82,8 +82,8 @@ def merge_run(
         value = getattr(options, key)
         if value is not None and value not in allowed:
             raise ModelError(f"--{key} cannot be {value!r}", hint=f"one of {', '.join(allowed)}")
-    made = all((first.parent / name).is_file() for name in (NAME, "run.json"))
-    run = first.parent if made else None
+    is_run = all((first.parent / name).is_file() for name in (NAME, "run.json"))
+    run = first.parent if is_run else None
     output = _output(run or first, adapters, options)
     model = _base(adapters, options)
     if Path(model.location).resolve().is_relative_to(output.resolve()):

@@ -1,4 +1,4 @@
-"""What an evaluation is asked, and what the runs among its models say."""
+"""What an evaluation measures, and the recipes of the runs among its models."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Question:
     Args:
         data: file of rows; None takes the held-out rows of the first run folder.
         max_length: longest row of `data` in tokens; longer ones are dropped and counted.
-        take: only the first so many rows of `data`.
+        take: only this many rows of `data`, the first ones.
         dtype: compute precision.
-        base: base of adapters that name another.
+        base: of adapters that name another.
         reference: model to compare log-probs of pairs with; None takes the base of a dpo or kto
             run, and plain log-probs for any other model.
         trust_recipe: read what the recipe of a run names though the run was not made here.
         trust_remote_code: run code that comes with the base of a run.
-        say: told what is measured.
+        say: gets lines about what is measured.
     """
 
     data: str | None = None
@@ -50,7 +50,7 @@ class Question:
         """Refuse what would be ignored.
 
         Raises:
-            ModelError: an unknown precision, or options that go with a file.
+            ModelError: an unknown precision, or options that need a file.
         """
         if self.dtype not in DTYPES:
             raise ModelError(
@@ -64,7 +64,7 @@ class Question:
 
 
 def useless_reference(what: str) -> ModelError:
-    """The error of a --reference that nothing would be compared with."""
+    """The error for a --reference that nothing would be compared with."""
     return ModelError(
         f"--reference has no use for {what}: it is what log-probs of preferences are compared with",
         hint="leave it out",
@@ -75,7 +75,7 @@ def run_with_recipe(names: list[str]) -> Path:
     """The first run folder among the names.
 
     Raises:
-        ModelError: there is none, so nobody says what to evaluate on.
+        ModelError: there is none, so there are no rows to evaluate on.
     """
     for name in names:
         folder = run_of(name)
@@ -88,14 +88,14 @@ def run_with_recipe(names: list[str]) -> Path:
 
 
 def run_of(name: str) -> Path | None:
-    """The run folder that a name is, or stands in."""
+    """The run folder that a name is, or is inside."""
     path = Path(name).expanduser()
-    found = (folder for folder in (path, path.parent) if (folder / NAME).is_file())
-    return next(found, None)
+    folders = (folder for folder in (path, path.parent) if (folder / NAME).is_file())
+    return next(folders, None)
 
 
 def recipe_of(name: str, question: Question) -> Recipe | None:
-    """The recipe of a run, whether or not its rows are still there; None of any other model.
+    """The recipe of a run, whether or not its rows are still there; None for any other model.
 
     Raises:
         ModelError: measuring would run a file that the recipe names, and the run was not made here.
@@ -133,13 +133,13 @@ def _require_own(run: Path, question: Question, act: str) -> None:
 
 
 def say_if_changed(name: str, base: str, question: Question) -> None:
-    """Say so where the base of a run is no longer the one it was trained from."""
+    """Warn if the base of a run is no longer the one it was trained from."""
     run = run_of(name)
     if run is None or not (run / "run.json").is_file():
         return
     recorded = read_about(run).get("base", {}).get("fingerprint")
-    found = weights_fingerprint(start_model(ModelSpec(base=base)))
-    if recorded is not None and not same_weights(recorded, found):
+    current = weights_fingerprint(start_model(ModelSpec(base=base)))
+    if recorded is not None and not same_weights(recorded, current):
         question.say(
             f"warning: {base} has changed since {name} was trained from it: its implicit rewards "
             "are relative to another model"

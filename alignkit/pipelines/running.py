@@ -1,6 +1,6 @@
-"""Pipeline -> its stages, one after another: what is done is skipped, what was stopped resumed.
+"""Pipeline -> its stages, one after another: what is done is skipped, what was stopped is resumed.
 
-A stage is done if its run finished and was made of what it would be made of now: see
+A stage is done if its run finished, from the same inputs that it would have now: see
 `fingerprints`. It is started with a record in pipeline.json, so a kill at any moment leaves either
 the record of a run that can be resumed, or the mark of the older run that it was to replace.
 """
@@ -35,9 +35,9 @@ class Result:
     Args:
         name: of the stage in the pipeline.
         stage: `sft`, `reward`, …: the recipe's stage, or the kind of the step.
-        output: what it made.
+        output: the folder that it writes.
         status: `done`, `resumed`, `skipped`, `failed`, `interrupted` or `not run`.
-        seconds: that it took now.
+        seconds: that it took this time.
         numbers: its results, those of an earlier run if it was skipped.
     """
 
@@ -58,8 +58,8 @@ class PipelineRun:
             its folder; `resume` is not used.
 
     Raises:
-        AlignkitError: a stage could not run, or would replace a run that is not the pipeline's.
-            Nothing has been run then.
+        AlignkitError: a stage could not run, or would replace a run that is not the pipeline's;
+            nothing has been run.
     """
 
     def __init__(self, pipeline: Pipeline, options: RunOptions) -> None:
@@ -79,10 +79,10 @@ class PipelineRun:
                 raise
 
     def run(self) -> None:
-        """Run every stage that is not done; `results` say how far it came.
+        """Run every stage that is not done; `results` show how far it came.
 
         Raises:
-            AlignkitError: of the stage that failed; the later ones have not run.
+            AlignkitError: a stage failed; the later ones have not run.
             Interrupted: the user pressed Ctrl-C.
         """
         try:
@@ -110,13 +110,14 @@ class PipelineRun:
 
     def _run_step(self, step: Step, result: Result) -> None:
         runner, settings = RUNNERS[step.kind], step.settle()
-        inputs, found = runner.inputs(settings), runner.look(settings)
+        inputs, output = runner.inputs(settings), runner.look(settings)
         record = self._record(step)
-        action, why = self._decide(step, record, found, inputs)
-        if action == "skip" and found is not None and record is not None:
+        action, why = self._decide(step, record, output, inputs)
+        if action == "skip" and output is not None and record is not None:
             self._say("nothing has changed", "skipped")
             if record.status != "finished":  # killed after the run and before this was written
-                record = replace(record, status="finished", mark=found.mark, numbers=found.numbers)
+                mark, numbers = output.mark, output.numbers
+                record = replace(record, status="finished", mark=mark, numbers=numbers)
                 self.state.write(step.name, record)
             result.status, result.numbers = "skipped", record.numbers
             return
@@ -127,7 +128,7 @@ class PipelineRun:
         if action == "resume" and record is not None:
             record = replace(record, status="running", mark="")
         else:
-            older = found.mark if found is not None else ""
+            older = output.mark if output is not None else ""
             record = Record(step.output, inputs, replaces=older)
         self.state.write(step.name, record)
         started = time.monotonic()
@@ -135,8 +136,8 @@ class PipelineRun:
         status, numbers, mark = "failed", {}, ""
         try:
             numbers = runner.run(settings, options)
-            made = runner.look(settings)
-            status, mark = "finished", "" if made is None else made.mark
+            output = runner.look(settings)
+            status, mark = "finished", "" if output is None else output.mark
         except (Interrupted, KeyboardInterrupt):
             status = "interrupted"
             raise
@@ -149,13 +150,13 @@ class PipelineRun:
         result.numbers = numbers
 
     def _decide(
-        self, step: Step, record: Record | None, found: StageOutput | None, inputs: dict[str, str]
+        self, step: Step, record: Record | None, output: StageOutput | None, inputs: dict[str, str]
     ) -> tuple[str, str]:
         """`run`, `replace`, `resume` or `skip`, and why."""
-        if found is None:
+        if output is None:
             gone = record is not None and record.status == "finished"
             return "run", "its output is gone: it runs again" if gone else ""
-        if record is None or (record.mark and record.mark != found.mark):
+        if record is None or (record.mark and record.mark != output.mark):
             if not self.options.overwrite:
                 raise _foreign(step)
             return "replace", "holds a run that this pipeline did not make"
@@ -163,11 +164,11 @@ class PipelineRun:
         if changes:
             more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
             why = f"{'; '.join(changes[:3])}{more}"
-        elif found.mark == record.replaces:
+        elif output.mark == record.replaces:
             why = "it was to be replaced when the pipeline was stopped"
-        elif found.status == "finished":
+        elif output.status == "finished":
             return "skip", ""
-        elif found.resumable:
+        elif output.resumable:
             return "resume", ""
         else:
             why = "its run cannot be resumed"
@@ -184,8 +185,8 @@ class PipelineRun:
         return record if record is not None and record.output == step.output else None
 
     def _check_known(self, step: Step) -> None:
-        found, record = RUNNERS[step.kind].look(step.settings), self._record(step)
-        if found is not None and (record is None or (record.mark and record.mark != found.mark)):
+        output, record = RUNNERS[step.kind].look(step.settings), self._record(step)
+        if output is not None and (record is None or (record.mark and record.mark != output.mark)):
             raise _foreign(step)
 
     def _say(self, text: str, label: str = "") -> None:
@@ -209,9 +210,9 @@ def _problem(check: Callable[[Step], None], step: Step) -> AlignkitError | None:
 
 
 def _raise_all(problems: list[AlignkitError | None]) -> None:
-    found = [problem for problem in problems if problem is not None]
-    if found:
-        raise RecipeError(found)
+    errors = [problem for problem in problems if problem is not None]
+    if errors:
+        raise RecipeError(errors)
 
 
 def _release() -> None:

@@ -1,4 +1,4 @@
-"""pipeline.json: what a pipeline has started and finished. Whole at any moment, even of a kill."""
+"""pipeline.json: what a pipeline has started and finished; whole even after a kill."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Record:
     """What is known of a stage since it was last started.
 
     Args:
-        output: the folder or file that it makes.
-        inputs: what it is made of.
+        output: the folder that it writes.
+        inputs: everything that decides its result.
         status: `running`, `finished`, `failed` or `interrupted`.
-        replaces: mark of what stood in its output and is replaced; empty if there was nothing.
-        mark: of what stood there when it had finished.
-        seconds: that its runs took, those before a resume too, as far as they could be counted.
+        replaces: mark of the output that it replaces; empty if there was none.
+        mark: of its output when it had finished.
+        seconds: that its runs took, those before a resume included, as far as known.
         numbers: its results.
     """
 
@@ -65,7 +65,8 @@ class PipelineState:
         except BlockingIOError:
             self.lock.close()
             raise RunError(
-                f"{folder} is in use by another process", hint="wait for it, or choose another"
+                f"{folder} is in use by another process",
+                hint="wait for it, or choose another output",
             ) from None
         except RunError:
             self.lock.close()

@@ -29,12 +29,12 @@ from alignkit.stages.running.session import RunOptions
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What stands in the output of a stage.
+    """What is in the output folder of a stage.
 
     Args:
         mark: a hash that every run of the stage changes.
         status: `finished`, or anything else.
-        resumable: whether the stage can go on with it.
+        resumable: whether the stage can continue from it.
         numbers: its results, if it finished.
     """
 
@@ -46,12 +46,12 @@ class StageOutput:
 
 @dataclass(frozen=True)
 class Runner:
-    """How stages of one kind are run; `settings` are what the kind's reader has made.
+    """How stages of one kind are run; `settings` are what the kind's reader returns.
 
     Args:
         check: raises an AlignkitError for what is wrong with a step before anything has run.
         inputs: settings -> flat entries of everything that decides the result.
-        look: settings -> what stands in their output; None for nothing.
+        look: settings -> what is in the output folder; None if nothing is.
         run: settings and options -> numbers, such as `steps`, `loss`, `before` and `after`.
     """
 
@@ -84,9 +84,9 @@ def _look_at_run(recipe: Recipe) -> StageOutput | None:
     except ValueError:  # a power cut: the run starts anew
         about = {"status": "unreadable"}
     full = isinstance(recipe.adapter, FullSpec)
-    made = [*([] if full else ["adapter"]), *(["merged"] if full or recipe.merge else [])]
+    folders = [*([] if full else ["adapter"]), *(["merged"] if full or recipe.merge else [])]
     status = about["status"]
-    if status == "finished" and not all((folder / name).is_dir() for name in made):
+    if status == "finished" and not all((folder / name).is_dir() for name in folders):
         status = "incomplete"
     resumable = status != "unreadable"
     try:
@@ -108,7 +108,7 @@ def _numbers(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 PAIRS, ABOUT = "pairs.jsonl", "label.json"
-"""What a label stage leaves: the pairs, and then what made them and when."""
+"""The files of a label stage: the pairs, and then their settings, summary and time."""
 
 
 def _check_label(step: Step) -> None:
@@ -132,16 +132,16 @@ def _check_label(step: Step) -> None:
 
 
 def _look_at_pairs(spec: LabelSpec) -> StageOutput | None:
-    digest, found, about = hashlib.sha256(), [], b""
+    digest, names, about = hashlib.sha256(), [], b""
     for name in (PAIRS, ABOUT):
         path = Path(spec.output) / name
         if path.is_file():
             about = path.read_bytes()
             digest.update(about)
-            found.append(name)
-    if not found:
+            names.append(name)
+    if not names:
         return None
-    if found != [PAIRS, ABOUT]:
+    if names != [PAIRS, ABOUT]:
         return StageOutput(digest.hexdigest(), "incomplete", False, {})
     try:
         numbers = _label_numbers(json.loads(about)["summary"])
@@ -153,7 +153,7 @@ def _look_at_pairs(spec: LabelSpec) -> StageOutput | None:
 def _label(spec: LabelSpec, options: RunOptions) -> dict[str, Any]:
     folder = Path(spec.output)
     about = folder / ABOUT
-    about.unlink(missing_ok=True)  # its pairs count only once it stands there
+    about.unlink(missing_ok=True)  # the pairs count only once this file is there
     (folder / PAIRS).unlink(missing_ok=True)
 
     def say(text: str) -> None:

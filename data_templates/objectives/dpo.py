@@ -2,9 +2,9 @@
 
 objective: {kind: custom, file: dpo.py, name: loss, parameters: {beta: 0.1}, scale: 0.1}
 
-`pairs` has, for B pairs, `[B]` log-probs of whole answers in nats: `chosen`, `rejected`; the same
-under the reference model: `reference_chosen`, `reference_rejected`; their differences
-`chosen_ratio`, `rejected_ratio`; and the answers' tokens `chosen_tokens`, `rejected_tokens`.
+`pairs` has, for B pairs, `[B]` log-probs of whole completions in nats: `chosen`, `rejected`; the
+same under the reference model: `reference_chosen`, `reference_rejected`; their differences
+`chosen_ratio`, `rejected_ratio`; and numbers of tokens: `chosen_tokens`, `rejected_tokens`.
 """
 
 import torch

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 def loss(
     chosen: torch.Tensor, rejected: torch.Tensor, margins: torch.Tensor, least: float
 ) -> torch.Tensor:
-    """`[B]` losses of the `[B]` rewards of chosen and rejected answers.
+    """`[B]` losses of the `[B]` rewards of chosen and rejected completions.
 
-    `margins` are those of the rows, 0 where a row has none.
+    `margins` are those of the rows, 0 if a row has none.
     """
     return -F.logsigmoid(chosen - rejected - margins.clamp(min=least))

@@ -29,7 +29,7 @@ class Recording:
 
     @classmethod
     def read(cls, file: Path, tree: Path) -> Recording:
-        """What `record` has written, of the tree as it is now."""
+        """What `record` wrote, for the tree as it is now."""
         about = json.loads(Path(f"{file}.json").read_text(encoding="utf-8"))
         if package_hashes(tree) != about["hashes"]:
             raise SystemExit("the package has changed since the recording: record again")
@@ -49,8 +49,8 @@ class Recording:
         ]
 
     def ordered(self, names: list[str], seconds: float) -> list[str]:
-        """As many tests as fit the time, the quickest first; those that share a fixture together,
-        since it would be made anew for each."""
+        """The quickest tests that fit in the time, in order; those that share a fixture together,
+        since it would be set up again for each."""
         groups: dict[str, list[str]] = {}
         for name in names:
             shares = any(not s.startswith("session") for s in self.tests[name]["shares"])
@@ -69,7 +69,7 @@ class Recording:
 def record(tree: Path, file: Path, workers: int, arguments: list[str], *, more: bool) -> int:
     """Run the suite with every process measured; write `file`, and `file.json` about the tests.
 
-    `arguments` are pytest's, such as folders. `more` adds to what is there, of the same package.
+    `arguments` are pytest's, such as folders. `more` adds to the recording of the same package.
     """
     tests: dict[str, Any] = Recording.read(file, tree).tests if more else {}
     with tempfile.TemporaryDirectory(prefix="breaks-") as scratch, fresh_home() as home:
@@ -99,7 +99,7 @@ def record(tree: Path, file: Path, workers: int, arguments: list[str], *, more: 
 
 
 def environment(tree: Path, home: Path) -> dict[str, str]:
-    """In which a copy's own package and the hooks are found."""
+    """The environment in which a copy's own package and the hooks are found."""
     found = os.pathsep.join([str(HERE / "hooks"), str(tree)])
     plain = {"PYTHONHASHSEED": "0"}  # names of tests hold sets
     return {**os.environ, **plain, "PYTHONPATH": found, "ALIGNKIT_TEST_HOME": str(home)}

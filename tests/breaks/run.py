@@ -3,7 +3,7 @@
     python tests/breaks/run.py record --coverage FILE    # the suite once, measured
     python tests/breaks/run.py --coverage FILE           # the breaks of breaks.yaml
 
-The recording says which tests reach which line, those included whose commands run in forked
+The recording holds which tests reach which line, including tests whose commands run in forked
 processes or whose shared fixtures do. Each break is made in a copy of the tree; of the tests that
 reach it the quickest run first, until one fails. Needs coverage, and pytest-xdist for `-n`.
 """
@@ -56,7 +56,7 @@ def copy_tree(tree: Path, copy: Path) -> Path:
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=tree, check=True, capture_output=True, text=True).stdout
     for name in filter(None, listed.split("\0")):
-        if (tree / name).is_file():  # else it was removed and still stands in the index
+        if (tree / name).is_file():  # else it was removed but is still in the index
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(tree / name, copy / name)
     return copy
@@ -133,7 +133,7 @@ def judge(
     tail: str,
     recording: Recording,
 ) -> None:
-    """Say whether tests noticed; None is the code of a run that was stopped at its limit."""
+    """Whether tests noticed; the code is None if the run was stopped at its limit."""
     failed = [name for what, name, _ in noted if what == "failed"]
     if failed:
         outcome.noticed, outcome.by = True, failed[0]

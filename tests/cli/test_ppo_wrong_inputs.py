@@ -71,7 +71,7 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
     "no room for prompts": (
         ["data.max_length=32", "rollout.max_new_tokens=32"],
         [
-            "data.max_length = 32 leaves no room for prompts beside rollout.max_new_tokens = 32",
+            "data.max_length = 32 leaves no room for prompts with rollout.max_new_tokens = 32",
             "hint: raise data.max_length or lower rollout.max_new_tokens",
         ],
     ),
@@ -92,7 +92,7 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "no reward model there": (
         ["reward={model: runs/none}"],
-        ["reward.model names nothing: 'runs/none'", "hint: name a run of the reward stage"],
+        ["reward.model does not exist: 'runs/none'", "hint: name a run of the reward stage"],
     ),
     "no reward function there": (
         ["reward={function: none.py:score}"],
@@ -106,7 +106,7 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
         ["reward={model: REWARD}", "model.base=OTHER"],
         [
             "was trained over another base",
-            "so that it cannot share its weights",
+            "so it cannot share its weights",
             "reward.separate=true",
         ],
     ),

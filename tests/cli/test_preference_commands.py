@@ -372,7 +372,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "labelled rows and no kto run": (
         ["eval", "dpo/run", "--data", "kto/held.jsonl"],
-        "error: dpo/run is not a kto run, and the rows are labelled answers\n"
+        "error: dpo/run is not a kto run, and the rows are labelled completions\n"
         "hint: name a run of the kto stage or a reward model, or rows of another format\n",
     ),
     "generate": (

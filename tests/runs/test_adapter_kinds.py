@@ -60,7 +60,7 @@ ROWS = torch.arange(5, 65).view(3, 20)
 
 STAGES = ("sft", "dpo", "reward")
 # Each kind in each stage and over each base, and each stage over each base: an adapter meets every
-# stage over another base, and the next adapter takes the next of the pairings.
+# stage over another base, and the next adapter takes the next pairing.
 cases = [
     (STAGES[(number + place) % 3], kind, quantization)
     for number, kind in enumerate(ADAPTERS)

@@ -4,7 +4,7 @@ One prompt, responses of one token a with the reward r(a), and a price β of KL.
 
     E_π[r(a)] - β KL(π ‖ π_ref)    is largest at    π*(a) = π_ref(a) exp(r(a) / β) / Z
 
-and a wrong sign, a wrong place or a wrong size of the KL term leads elsewhere.
+and a KL term with a wrong sign, in a wrong place or of a wrong size leads elsewhere.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def test_a_bandit_reaches_its_optimum(tmp_path: Path) -> None:
         other = (reference + torch.tensor(WORTH, dtype=torch.float64) / price).softmax(-1)
         assert distance(other, optimum) > 0.1
     assert distance(reference.exp(), optimum) > 0.3
-    # 2 %: the last steps of 48 samples each still rock the policy; 0.8 % was measured.
+    # 2 %: the last steps of 48 samples each still move the policy; 0.8 % was measured.
     assert distance(found, optimum) < 0.02
     exact = float((optimum * (optimum.log() - reference)).sum())
     last = sum(step["kl/k1"] for step in steps_of(tmp_path / "run")[-10:]) / 10

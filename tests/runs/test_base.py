@@ -43,7 +43,7 @@ READERS = (
     (safetensors.torch, "load_file"),
     (torch, "load"),
 )
-"""All that reads weights."""
+"""Everything that reads weights."""
 
 
 def refuse_to_read(*_: Any, **__: Any) -> None:
@@ -112,7 +112,7 @@ def test_a_plan_merges_nothing(
     for name, dataset in (("train", rows.train), ("eval", rows.held_out)):
         assert dataset is not None
         assert about["data"][name]["fingerprint"] == dataset.fingerprint
-    # The run's own tokens were those of the plan; what is new are the rows of the merge's check.
+    # The run's own tokens were those of the plan; only the rows of the merge's check are new.
     assert set(kept) < set((tmp_path / "home" / "cache" / "tokens").iterdir())
     stored = json.loads((run / "plan.json").read_text(encoding="utf-8"))
     expected = json.loads(json.dumps(planned.to_json()))
@@ -127,7 +127,7 @@ def test_a_plan_merges_nothing(
 def test_a_plan_of_ppo_merges_nothing(
     separate: bool, adapter_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether a reward model stands over the same weights is known once they are there."""
+    """Whether a reward model has the same base weights is known only once they are there."""
     monkeypatch.setenv("ALIGNKIT_HOME", str(tmp_path / "home"))
     fields: dict[str, Any] = {"training__max_steps": 1, "merge": True}
     train(make_preference_recipe(tmp_path / "reward", adapter_run, "reward", **fields))
@@ -177,7 +177,7 @@ def test_a_changed_adapter_is_merged_again(adapter_run: Path, tmp_path: Path) ->
     assert start_model(ModelSpec(base=str(other))).location != first.location
 
 
-def test_a_reward_model_is_no_start(tmp_path: Path, tiny_base: Path) -> None:
+def test_training_cannot_start_from_a_reward_model(tmp_path: Path, tiny_base: Path) -> None:
     recipe = make_recipe(
         tmp_path,
         tiny_base,

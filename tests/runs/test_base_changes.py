@@ -1,4 +1,4 @@
-"""Longer context and further tokens: trained, stored with the adapter, read again and merged."""
+"""Longer context and added tokens: trained, stored with the adapter, read again and merged."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_scaled_positions(kind: str, short: Path, tmp_path: Path) -> None:
     opened = open_model(str(run / "adapter"), dtype=torch.float32, base=str(short))
     exact = logits(opened.model)
     torch.testing.assert_close(logits(merged_of(run)), exact, rtol=1e-5, atol=3e-4)
-    # The scaling says something there.
+    # The scaling makes a difference there.
     unscaled = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(short, dtype=torch.float32), str(run / "adapter")
     ).eval()
@@ -202,7 +202,7 @@ def test_a_token_that_is_one_already(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "reward"])
-def test_whole_modules_beside_lora(stage: str, tmp_path: Path) -> None:
+def test_whole_modules_next_to_lora(stage: str, tmp_path: Path) -> None:
     save_tiny(tmp_path / "base", tie_word_embeddings=False)
     names = ["embed_tokens"] if stage == "reward" else ["embed_tokens", "lm_head"]
     spec = {"kind": "lora", "rank": 4, "modules_to_save": names}
@@ -222,7 +222,7 @@ def test_whole_modules_beside_lora(stage: str, tmp_path: Path) -> None:
         assert first.get("rewards/margins", 0.0) == pytest.approx(0.0, abs=1e-4)
 
 
-def test_modules_that_are_none(tmp_path: Path) -> None:
+def test_modules_that_do_not_exist(tmp_path: Path) -> None:
     save_tiny(tmp_path / "base")
     for names, message in (
         (["embed_token"], r"adapter\.modules_to_save matches no module with weights"),

@@ -1,4 +1,4 @@
-"""Which micro-batch is rehearsed."""
+"""Which micro-batch the dry run takes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def rows(prompts: list[list[int]], answer: int) -> MicroBatch:
     return MicroBatch(documents, 1.0)
 
 
-def test_the_largest_is_that_of_which_most_is_read() -> None:
+def test_the_largest_is_the_one_with_the_most_tokens_read() -> None:
     alike = rows([[*range(40)]] * 5, 3)
     apart = rows([[n, *range(40)] for n in range(3)], 3)
     assert (alike.num_tokens, alike.num_read) == (5 * 43, 40 + 5 * 3)

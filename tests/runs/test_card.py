@@ -1,4 +1,4 @@
-"""Model cards: what a merged model says of itself."""
+"""Model cards: what a merged model states about itself."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_merging_again_writes_the_same_card(alignkit: CommandLine, tmp_path: Pat
     done = alignkit("merge-lora", "run", "--overwrite", cwd=tmp_path)
     assert done.code == 0
     assert (tmp_path / "run/merged/README.md").read_text(encoding="utf-8") == first
-    assert "do not say its licence: look it up" in first
+    assert "do not name its licence: look it up" in first
 
 
 @pytest.mark.parametrize("adapter", [{"kind": "lora", "rank": 4}, {"kind": "full"}])
@@ -113,7 +113,7 @@ def test_licences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert licence_of(BaseModel(str(tmp_path))) == "llama3.1"
 
 
-def test_what_was_no_finite_number_stays_empty(tiny_base: Path, tmp_path: Path) -> None:
+def test_what_was_not_finite_stays_empty(tiny_base: Path, tmp_path: Path) -> None:
     before: dict[str, Any] = {"loss": None, "accuracy": 0.5}  # as metrics.jsonl keeps NaN
     write_card(tmp_path, BaseModel(str(tiny_base)), before=before, after={"loss": 2.0, "kl": None})
     _, text = card_of(tmp_path)

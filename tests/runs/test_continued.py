@@ -1,4 +1,4 @@
-"""`adapter.from`: an adapter is trained on from where it was, and nothing else may be meant."""
+"""`adapter.from`: training continues exactly where the adapter was, or is refused."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_it_starts_where_the_other_ended(
     first = run_of(tmp_path / "a", tiny_base, KINDS[kind], stage)
     plain = {"kind": KINDS[kind]["kind"], "from": str(first)}
     second = run_of(tmp_path / "b", tiny_base, plain, stage)
-    # A reward model's head is read too: else its rewards would start anew.
+    # A reward model's head is read too: otherwise its rewards would start from scratch.
     assert values(second, "before") == values(first, "after")
     assert values(second, "after") != values(second, "before")
     assert values(first, "before") != values(first, "after")

@@ -1,4 +1,4 @@
-"""A loss of the user's: trained with like our own, checked before step 1, and known by its hash."""
+"""A user's loss: trained with like our own, checked before step 1, and identified by its hash."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def about(run: Path) -> dict[str, Any]:
 
 
 def a_of(run: Path, step: int = 1) -> dict[str, torch.Tensor]:
-    """A of each layer in a checkpoint, by its name in the base."""
+    """Factor A of each layer in a checkpoint, by the layer's name in the base."""
     path = run / f"checkpoints/step-{step:06d}/trainable.safetensors"
     return {
         name.partition("base_model.model.")[2].removesuffix(".lora_A.default.weight"): weight
@@ -91,7 +91,7 @@ def test_every_stage(stage: str, tiny_base: Path, tmp_path: Path) -> None:
     assert len(set(ranks)) > 1
     assert len(config["rank_pattern"]) == sum(rank != 4 for rank in ranks)
     first = steps_of(run)[0]
-    if stage == "dpo":  # the start is no update: the policy is its reference
+    if stage == "dpo":  # the start is not an update: the policy equals its reference
         assert first["rewards/margins"] == 0.0
     if stage == "ppo":
         assert first["kl/k1"] == pytest.approx(0.0, abs=1e-5)
@@ -155,7 +155,7 @@ def test_over_quantized_bases(
     narrow = starts(
         tmp_path / "narrow", tiny_base, "sft", adapter=adapter, model__quantization=quantization
     )
-    # What the quantized layers pass on is what is looked at.
+    # The states are those that the quantized layers pass on.
     last = "model.layers.1.mlp.down_proj"
     assert plain[last].shape != narrow[last].shape or not torch.equal(plain[last], narrow[last])
 
@@ -179,7 +179,7 @@ def test_each_pass_has_enough_states(
     assert [len(one.rows) for one in passes_of(rows, plan, 0, few, 10 * states)] == [11]
     for limit, hint in ((260, "raise adapter.eva.max_tokens"), (10_000, "give more rows")):
         less = how.model_copy(update={"max_tokens": limit})
-        with pytest.raises(ModelError, match=r"wants 1000 (states|tokens).* have ") as caught:
+        with pytest.raises(ModelError, match=r"needs 1000 (states|tokens).* have ") as caught:
             passes_of(rows, plan, 0, less, 1000)
         assert hint in str(caught.value.hint)
 
@@ -241,7 +241,7 @@ if "RANK" in os.environ:
         return model
     adapters.attach_adapter = attach_and_keep
 """
-"""Each process finds a start of its own, and keeps the one that it attaches."""
+"""Each process computes a start of its own, and stores the one that it attaches."""
 
 
 @pytest.mark.slow
@@ -339,7 +339,7 @@ def test_the_user_sees_what_it_was_found_from(
         ({"adapter": {**EVA, "eva": {"label_mask_value": -100}}}, "label_mask_value"),
         ({"adapter": {**EVA, "targets": ["lm_head", "q_proj"]}}, "not called as a layer"),
         ({"adapter": {**EVA, "rank": 32, "eva": {"rho": 64.0}}}, "follows 2048 directions"),
-        ({"adapter": {**EVA, "rank": 16, "eva": {"rho": 2.0, "max_tokens": 1}}}, "wants 64 states"),
+        ({"adapter": {**EVA, "rank": 16, "eva": {"rho": 2.0, "max_tokens": 1}}}, "needs 64 states"),
     ],
 )
 def test_what_does_not_go_together(

@@ -1,6 +1,6 @@
-"""What every stage computes stays what it was, to the bit, unless a change means to move it.
+"""What every stage computes stays the same, to the bit, unless a change means to move it.
 
-After such a change: `python tests/golden/record.py --write`, and the commit says by how much.
+After such a change: `python tests/golden/record.py --write`, and state in the commit by how much.
 """
 
 from __future__ import annotations

@@ -153,8 +153,8 @@ def test_everything_learns(
 
 
 def test_the_first_loss_is_plain_transformers(tiny_base: Path, tmp_path: Path) -> None:
-    # B = 0, so the first step's loss is the base's: Σ -log p over the answers of all rows,
-    # divided by the number of their tokens. Here prompt and answer are tokenized apart.
+    # B = 0, so the first step's loss is the base's: Σ -log p over the completions of all rows,
+    # divided by the number of their tokens. Here prompt and completion are tokenized apart.
     rows = make_rows(16)
     run = run_of(tmp_path, tiny_base, training__batch_size=16, training__max_steps=1)
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)

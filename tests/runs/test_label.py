@@ -1,4 +1,4 @@
-"""Preference pairs of a model's own answers: what is written, what is left out, what follows."""
+"""Preference pairs of a model's own responses: what is written, left out and trained on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from alignkit.data.report import DataReport
 from alignkit.errors import AlignkitError, DataError, RecipeError
 from alignkit.jobs import label as module
 from alignkit.jobs.candidates import (
-    Answer,
+    Candidate,
     SampleSettings,
     judge_answers,
     prompts_of,
@@ -88,7 +88,7 @@ def test_each_answer_has_the_reward_it_has_alone(models: Path) -> None:
         )
         for answer, (_, reward), sampled in zip(answers, alone, rollout.sampled, strict=True):
             ids = [*opened.tokenizer(answer.text, add_special_tokens=False)["input_ids"], stop]
-            if sampled.ids.tolist() == ids:  # the text alone may be read as other tokens
+            if sampled.ids.tolist() == ids:  # the text alone may become other tokens
                 compared += 1
                 assert answer.reward == pytest.approx(reward, abs=1e-4)
                 assert (answer.finish, answer.tokens) == ("stop", len(ids))
@@ -98,8 +98,8 @@ def test_each_answer_has_the_reward_it_has_alone(models: Path) -> None:
 # Pairs -----------------------------------------------------------------------------------------
 
 
-def answers_of(*pairs: tuple[str, float]) -> list[Answer]:
-    return [Answer(text, reward, 3, "stop") for text, reward in pairs]
+def answers_of(*pairs: tuple[str, float]) -> list[Candidate]:
+    return [Candidate(text, reward, 3, "stop") for text, reward in pairs]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def answers_of(*pairs: tuple[str, float]) -> list[Answer]:
         ([("a", 1.0), ("b", 3.0)], 1.9, (1, 0)),
         ([("a", 1.0), ("b", 1.0)], 0.0, "best and worst reward differ by no more than 0"),
         ([("a", 1.0), ("a", 3.0)], 0.0, EQUAL),
-        # The same text in other tokens: the worst answer is another text.
+        # The same text in other tokens: the worst response is another text.
         ([("a", 3.0), ("a", 0.0), ("b", 1.0)], 0.0, (0, 2)),
         ([("", 9.0), ("a", 1.0), ("b", 0.0), ("", -9.0)], 0.0, (1, 2)),
         ([("", 9.0), ("a", 1.0)], 0.0, EMPTY),
@@ -234,7 +234,7 @@ def test_stages_train_on_the_file_as_it_is(stage: str, models: Path, tmp_path: P
     about = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     report = about["data"]["train"]
     assert report["kept"] == report["rows"] == found.pairs
-    # Of the row with tools alone: nothing else is doubtful in what was written.
+    # Only for the row with tools: nothing else that was written is doubtful.
     assert report["notes"].keys() <= {"tool calls written as text: the template has none"}
 
 
@@ -337,7 +337,7 @@ def test_a_misspelled_file(alignkit: CommandLine, models: Path) -> None:
 
 
 def make_pipeline(folder: Path, models: Path) -> Path:
-    """Labelling with models that are there, and DPO on the pairs."""
+    """Labelling with existing models, and DPO on the pairs."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prompts.jsonl").write_bytes((models / "prompts.jsonl").read_bytes())
     asked = ask(models).model_dump(mode="json", include={"model", "reward", "max_new_tokens"})

@@ -36,7 +36,7 @@ LOOP = {
 
 
 def make_pipeline(folder: Path, base: Path) -> Path:
-    """SFT and DPO from its merged model; rows and output stand beside the file."""
+    """SFT and DPO from its merged model; rows and output are next to the file."""
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "rows.jsonl", make_rows())
     write_rows(folder / "pairs.jsonl", make_pairs())
@@ -150,7 +150,7 @@ def test_a_reproduced_base_changes_nothing(folder: Path) -> None:
 
 def test_runs_of_others_are_not_replaced(folder: Path) -> None:
     pipeline, sft = folder / "p.yaml", folder / "out" / "sft"
-    # Another command has trained in the folder since: not what the record says.
+    # Another command has trained in the folder since: it no longer matches the record.
     about = json.loads((sft / "run.json").read_text(encoding="utf-8"))
     (sft / "run.json").write_text(json.dumps({**about, "started": "later"}), encoding="utf-8")
     # And the second stage has a run of someone else in a folder of its own.
@@ -162,7 +162,7 @@ def test_runs_of_others_are_not_replaced(folder: Path) -> None:
         f"{place} holds a run that this pipeline did not make" for place in (sft, folder / "mine")
     ]
     assert what(run(pipeline, mine, overwrite=True)) == ["done", "done"]
-    # Now it is the pipeline's, but outside of its folder: changed ones wait for --overwrite.
+    # Now it is the pipeline's, but outside its folder: a changed one needs --overwrite.
     assert what(run(pipeline, mine)) == ["skipped", "skipped"]
     with pytest.raises(RunError, match=r"older run of stage dpo: seed was 0, is 1\n") as refused:
         run(pipeline, mine, "dpo.seed=1")
@@ -246,7 +246,7 @@ def test_a_stage_that_fails_stops_the_rest(folder: Path, monkeypatch: pytest.Mon
     assert what(running.results) == ["failed", "not run"]
     assert state(folder)["sft"]["status"] == "failed"
     monkeypatch.undo()
-    # The older run still stands there: it is neither taken for the new one nor resumed.
+    # The older run is still there: it is neither mistaken for the new one nor resumed.
     assert what(run(folder / "p.yaml", "sft.seed=1")) == ["done", "done"]
 
 

@@ -92,9 +92,9 @@ def test_rows_of_the_responses_of_each_rollout() -> None:
     assert [r.tolist() for r in response_rows([rollout(1, 2)])] == [[0]]
 
 
-def test_flat_values_stand_in_the_order_of_the_packed_targets() -> None:
-    # The matrix holds at each response token its own id: picked for a group of rollouts they must
-    # be the ids that the packed batch of this group predicts.
+def test_flat_values_are_in_the_order_of_the_packed_targets() -> None:
+    # The matrix holds the token id at each response token: picked for a group of rollouts, the ids
+    # must be those that the packed batch of this group predicts.
     rollouts = [rollout(3, 2, 4), rollout(2, 1), rollout(5, 3, 2)]
     own = [c.ids for r in rollouts for c in r.sampled]
     mask = torch.arange(4) < torch.tensor([len(ids) for ids in own])[:, None]
@@ -173,7 +173,7 @@ HEALTHY = {
 }
 
 
-def test_nothing_is_said_of_a_healthy_run() -> None:
+def test_nothing_is_reported_about_a_healthy_run() -> None:
     assert set(HEALTHY) == {band.metric for band in BANDS}
     health = Health()
     assert [health.look(HEALTHY) for _ in range(8)] == [[]] * 8
@@ -195,7 +195,7 @@ def test_nothing_is_said_of_a_healthy_run() -> None:
         ("entropy", 0.01, 2, "entropy of a token 0.01 is below the usual 0.1: ", "exploring"),
     ],
 )
-def test_a_metric_outside_its_band_is_said_once_after_its_patience(
+def test_a_metric_outside_its_band_is_reported_once_after_its_patience(
     metric: str, value: float, patience: int, start: str, advice: str
 ) -> None:
     health, ill = Health(), {**HEALTHY, metric: value}
@@ -230,7 +230,7 @@ def test_the_ends_of_a_band_belong_to_it() -> None:
                     assert health.look({**HEALTHY, band.metric: end}) == []
 
 
-def test_what_is_not_known_says_nothing_and_forgets_nothing() -> None:
+def test_an_unknown_value_reports_nothing_and_resets_nothing() -> None:
     health = Health()
     assert health.look({}) == []
     assert health.summary({}) == ""

@@ -259,7 +259,7 @@ def test_the_value_model_starts_from_the_reward_model(
     assert float(bias) == pytest.approx(-statistics["mean"] / statistics["std"], rel=1e-6)
     expected = {**reward, HEAD_KEY: reward[HEAD_KEY] / statistics["std"]}
     assert furthest(value, expected) < 1e-6
-    # A value at the last token but one is near the normalized reward of the whole response.
+    # The value at the last token but one is near the normalized reward of the whole response.
     fresh = {**STILL, "value": {"init": "fresh", "learning_rate": 1e-30}}
     plain = run_of(tmp_path / "fresh", tiny_base, reward={"model": str(reward_run)}, **fresh)
     assert steps_of(plain)[0]["explained_variance"] == pytest.approx(0.0, abs=1e-6)
@@ -287,7 +287,7 @@ Recorded = list[tuple[Sequence[Any], Any]]
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
-    """Fills with the rollouts of every step, and their log-probs and values."""
+    """A list that fills with the rollouts of every step, and their log-probs and values."""
     found: Recorded = []
     score = ppo_step.score_rollouts
 
@@ -349,7 +349,7 @@ class Naive:
         self.mask = torch.arange(max(self.lengths)) < torch.tensor(self.lengths)[:, None]
 
     def responses(self, whole: torch.Tensor) -> torch.Tensor:
-        """`[B, T]` of what stands one place before each response token."""
+        """`[B, T]` of the values one place before each response token."""
         out = torch.zeros(self.mask.shape, dtype=whole.dtype)
         for row, (start, n) in enumerate(zip(self.starts, self.lengths, strict=True)):
             out[row, :n] = whole[row, start - 1 : start - 1 + n]
@@ -487,7 +487,7 @@ def test_only_the_same_pass_is_taken_over(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """After another minibatch's step, what the policy gave before is of another policy."""
+    """After another minibatch's step, earlier outputs are those of another policy."""
     found: list[bool] = []
     score = ppo_step.score_rollouts
 
@@ -632,7 +632,7 @@ def test_a_policy_that_carries_the_value_head_is_written_as_a_language_model(
         assert stored["task_type"] == "CAUSAL_LM"
 
 
-# Resuming: every kind of PPO run is broken off in test_resume_kinds.py -------------------------
+# Resuming: every kind of PPO run is interrupted in test_resume_kinds.py ------------------------
 
 RARELY = "training.save_every=100"
 
@@ -694,7 +694,7 @@ def test_a_signal_saves_and_exits_130(
 # Guard and rewards that fail -------------------------------------------------------------------
 
 FAR = {"training__learning_rate": 2e-2, "training__schedule": "constant", "seed": 1}
-"""Steps that soon leave the reference behind."""
+"""Steps that soon move the policy far from the reference."""
 
 
 def test_the_guard_stops(alignkit: CommandLine, tiny_base: Path, tmp_path: Path) -> None:
@@ -728,7 +728,7 @@ def test_the_guard_raises_the_price(tiny_base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_kl_that_is_not_bounded_only_warns(tiny_base: Path, tmp_path: Path) -> None:
+def test_kl_without_a_limit_only_warns(tiny_base: Path, tmp_path: Path) -> None:
     far = {**FAR, "training__max_steps": 3}
     free = steps_of(run_of(tmp_path / "free", tiny_base, **far))
     bounded = {"guard": {"max_kl": 1e6}, **far}

@@ -1,4 +1,4 @@
-"""Runs of the stages on pairs and labelled answers: what must not change them, what they leave."""
+"""Runs on pairs and labelled completions: what must not change them, and what they leave."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def several_passes(folder: Path, base: Path, case: str, **fields: Any) -> Path:
     stage, more = INVARIANT[case]
     folder.mkdir(parents=True)
     rows = make_pairs(ROWS)
-    if stage == "kto":  # mostly good answers, all alike, so that the baseline leaves zero
+    if stage == "kto":  # mostly good completions, all alike, so that the baseline leaves zero
         rows = make_labelled(ROWS, evident=True)
         rows = [{**row, "label": number % 4 > 0} for number, row in enumerate(rows)]
     write_rows(folder / "rows.jsonl", rows)
@@ -179,7 +179,7 @@ def test_processes(
 
 LN2 = math.log(2.0)
 AT_THE_START: dict[str, tuple[dict[str, Any], float]] = {
-    # The loss where policy and reference agree, with the defaults but where a number is given.
+    # The loss if policy and reference agree, with the defaults except for the numbers named here.
     "dpo": ({}, LN2),
     "ipo": ({"tau": 0.2}, (1 / (2 * 0.2)) ** 2),
     "cdpo": ({}, LN2),
@@ -222,7 +222,7 @@ def test_first_step_of_kto(tiny_base: Path, tmp_path: Path) -> None:
 
 
 def test_weights_of_kto(tiny_base: Path, tmp_path: Path) -> None:
-    # Half of the weight of each answer where policy and reference agree.
+    # Half the weight of each completion if policy and reference agree.
     objective = {"desirable_weight": 3.0, "undesirable_weight": 0.5}
     reference = {"kind": "adapter_off"}
     shape = {"training__batch_size": 16, "training__max_steps": 1}
@@ -312,7 +312,7 @@ OTHER_QUESTIONS: dict[str, list[str]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", OTHER_QUESTIONS)
-def test_not_reused_for_another_question(
+def test_not_reused_for_another_model_or_other_rows(
     case: str, tiny_base: Path, tmp_path: Path, home: Path, no_scoring: Any
 ) -> None:
     save_tiny(tmp_path / "other", seed=1)
@@ -327,7 +327,7 @@ def test_not_reused_for_another_question(
         train(recipe, "seed=1", "training.max_steps=3", "output=" + str(tmp_path / "four"))
 
 
-def test_bfloat16_of_lora_and_of_full_weights_are_two_questions(
+def test_bfloat16_of_lora_and_of_full_weights_are_stored_apart(
     tiny_base: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A frozen base is stored in bfloat16, weights that are trained in float32.
@@ -349,7 +349,7 @@ def test_a_frozen_copy_of_full_weights_starts_as_the_policy(
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other rows", "not a number"])
-def test_a_torn_file_is_scored_again(
+def test_an_incomplete_file_is_scored_again(
     damage: str, tiny_base: Path, tmp_path: Path, home: Path
 ) -> None:
     run_of(tmp_path / "one", tiny_base, "dpo", **CACHED)
@@ -577,7 +577,9 @@ def reward_run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "kto", "reward"])
 @pytest.mark.parametrize("name", [".", "merged"])
-def test_a_reward_model_is_no_base(stage: str, name: str, reward_run: Path, tmp_path: Path) -> None:
+def test_a_reward_model_is_not_a_base(
+    stage: str, name: str, reward_run: Path, tmp_path: Path
+) -> None:
     make = make_recipe if stage == "sft" else make_preference_recipe
     arguments = [tmp_path, reward_run / name, *[stage] * (stage != "sft")]
     recipe = make(*arguments)
@@ -587,7 +589,9 @@ def test_a_reward_model_is_no_base(stage: str, name: str, reward_run: Path, tmp_
 
 
 @pytest.mark.parametrize("label", [True, False])
-def test_kto_with_one_kind_of_answer_warns(label: bool, tiny_base: Path, tmp_path: Path) -> None:
+def test_kto_with_one_kind_of_completion_warns(
+    label: bool, tiny_base: Path, tmp_path: Path
+) -> None:
     rows = [{**row, "label": label} for row in make_labelled(8)]
     write_rows(tmp_path / "rows.jsonl", rows)
     run = run_of(tmp_path, tiny_base, "kto", training__max_steps=2)
@@ -649,7 +653,7 @@ def test_a_reward_model_that_narrow_weights_would_change_is_merged_wide(
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     (line,) = (line for line in said if "is not faithful" in line)
     assert line.endswith("merging into float32 weights instead")
-    # What is no rounding is not helped by wider weights.
+    # Wider weights do not help against what is not rounding.
     monkeypatch.setattr(classifier, "MIN_SHIFT", -1.0)
     with pytest.raises(ModelError, match="is not faithful"):
         run_of(tmp_path / "other", tiny_base, "reward", merge=True, training__max_steps=1)

@@ -99,7 +99,7 @@ def test_trained_saved_and_read(
         torch.testing.assert_close(opened.model(input_ids=ids).logits, found, rtol=0, atol=1e-6)
     assert float((found - plain).abs().max()) > 0.05
     if (stage, quantization) == ("dpo", "none"):
-        # The reference is the base alone, from which a prefix starts off.
+        # The reference is the base alone; a prefix does not start there.
         assert abs(losses(run)[0] - 0.6931) > 1e-3
 
 
@@ -281,14 +281,14 @@ def test_what_needs_a_whole_model_refuses(alignkit: CommandLine, folder: Path) -
     assert not (folder / "out").exists()
 
 
-def test_it_is_no_base_of_a_further_run(folder: Path) -> None:
+def test_it_is_not_a_base_for_another_run(folder: Path) -> None:
     with pytest.raises(ModelError, match="is a prefix, which cannot be merged"):
         start_model(load_recipe(str(folder / "next/recipe.yaml")).recipe.model)
     over = json.loads((folder / "run/adapter/trained_over.json").read_text(encoding="utf-8"))
     assert over["fingerprint"] == weights_fingerprint(BaseModel(over["name"]))
 
 
-def test_rows_beyond_the_room_behind_a_prefix(alignkit: CommandLine, tmp_path: Path) -> None:
+def test_rows_beyond_the_room_after_a_prefix(alignkit: CommandLine, tmp_path: Path) -> None:
     save_tiny(tmp_path / "base", max_position_embeddings=64)
     run_of(tmp_path, tmp_path / "base", data__max_length=58, training__max_steps=1)
     long = {"prompt": "the cat", "completion": " ".join(["sat"] * 70)}
@@ -298,12 +298,12 @@ def test_rows_beyond_the_room_behind_a_prefix(alignkit: CommandLine, tmp_path: P
     assert "run has room for 58 tokens: longer rows are left out" in done.stderr
     assert "base has room for 64 tokens: longer rows are left out" in done.stderr
     assert "1 of 2 rows used" in done.stderr
-    assert "have not read the same rows" not in done.stderr
+    assert "did not read the same rows" not in done.stderr
     middle = {"prompt": "the cat", "completion": " ".join(["sat"] * 28)}
     write_rows(tmp_path / "rows.jsonl", [{"prompt": "the cat", "completion": "sat"}, middle])
     done = alignkit("eval", "run", "base", "--data", "rows.jsonl", cwd=tmp_path)
     assert done.code == 0, done.stderr
-    assert "have not read the same rows: compare with --max-length 58" in done.stderr
+    assert "did not read the same rows: compare with --max-length 58" in done.stderr
 
 
 def test_rows_of_another_run_beyond_the_room(alignkit: CommandLine, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_merged_answers_like_base_and_adapter(run: Path, real_base: Path) -> Non
         assert len(answers[0]) > ids.shape[1]
 
 
-def test_the_mask_decodes_to_the_answers(
+def test_the_mask_decodes_to_the_completions(
     alignkit: CommandLine, real_base: Path, tmp_path: Path
 ) -> None:
     options = [*FEW, "--json", "--rows", str(ROWS)]

@@ -52,7 +52,7 @@ def test_a_policy_starts_at_its_reference_and_learns(
     real_base: Path,
     tmp_path: Path,
 ) -> None:
-    # In bfloat16 too policy and reference are the same numbers before the first step.
+    # In bfloat16 too, policy and reference are the same numbers before the first step.
     steps = train(alignkit, stage, recipe, tmp_path, "merge=false")
     assert steps[0]["loss"] == pytest.approx(start, rel=1e-5)
     assert steps[2]["loss"] < steps[0]["loss"]

@@ -1,4 +1,4 @@
-"""A merge has the memory of the weights that were trained: nothing of a run holds them any more."""
+"""A merge has the memory of the trained weights: nothing in a run holds them any more."""
 
 from __future__ import annotations
 

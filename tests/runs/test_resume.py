@@ -1,4 +1,4 @@
-"""A run that was stopped, in whatever way, ends as if it never had been: byte for byte."""
+"""A run that was stopped, in any way, ends as if it had not been: byte for byte."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def whole(alignkit: CommandLine, tiny_base: Path, tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def broken(whole: Any, tmp_path: Path) -> Path:
-    """A folder whose `run` ended in the second step after step 8, with the recipe beside it."""
+    """A folder whose `run` ended in the second step after step 8, with the recipe next to it."""
     shutil.copytree(whole("lora").parent, tmp_path, dirs_exist_ok=True)
     break_off(tmp_path / "run", 8)
     return tmp_path
@@ -84,7 +84,7 @@ def test_kill_after_step_six(
 
 
 def test_different_runs_differ(whole: Any) -> None:
-    # Otherwise "the same bytes" would say nothing.
+    # Otherwise "the same bytes" would prove nothing.
     name = "adapter/adapter_model.safetensors"
     one, two = ((whole(kind) / name).read_bytes() for kind in KINDS)
     assert one != two

@@ -1,4 +1,4 @@
-"""Every kind of run that keeps a state of its own, broken off and resumed in another process."""
+"""Every kind of run that keeps a state of its own, interrupted and resumed in another process."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def make(case: str, folder: Path, base: Path) -> Path:
 
 
 def assert_moved(run: Path) -> None:
-    """Every weight was trained after the checkpoint: otherwise the same bytes would say nothing."""
+    """Every weight was trained after the checkpoint: else the same bytes would prove nothing."""
     before, after = (
         load_file(run / f"checkpoints/step-{step:06d}/trainable.safetensors")
         for step in (RESUMED_AT, STEPS)

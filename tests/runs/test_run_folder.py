@@ -1,5 +1,5 @@
-"""One run at a time in a folder, from before its weights are read; nothing of one that fails to
-start."""
+"""One run at a time in a folder, from before its weights are read; a run that fails to start leaves
+nothing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_weights_that_cannot_be_read_leave_nothing(make: Any, tmp_path: Path) ->
     output.mkdir(parents=True)
     with pytest.raises(ModelError, match="the weights of"):
         train(recipe)
-    assert list(output.iterdir()) == []  # what somebody else has made stays
+    assert list(output.iterdir()) == []  # what somebody else created stays
 
 
 def spoil(base: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_run_is_not_resumed_over_other_weights(tmp_path: Path) -> None:
     assert contents(tmp_path / "run") == before
 
 
-def test_a_lock_that_its_last_owner_removes_is_none(
+def test_a_lock_that_its_last_owner_removes_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two runs that lock two files of one name would both own the folder."""

@@ -75,7 +75,7 @@ def test_the_run_folder_is_whole(run: Path) -> None:
     ]  # fmt: skip
 
 
-def test_run_json_says_what_made_it(run: Path, folder: Path) -> None:
+def test_run_json_records_what_made_it(run: Path, folder: Path) -> None:
     about = read_json(run / "run.json")
     assert about["status"] == "finished"
     assert about["versions"].keys() >= {"python", "alignkit", "torch", "transformers", "peft"}
@@ -193,7 +193,7 @@ def test_resuming_with_another_recipe_is_refused(
     assert "hint: put these keys back to resume, or start anew with --overwrite" in text
 
 
-def test_quiet_says_nothing(alignkit: CommandLine, tmp_path: Path, tiny_base: Path) -> None:
+def test_quiet_prints_nothing(alignkit: CommandLine, tmp_path: Path, tiny_base: Path) -> None:
     recipe = make_recipe(tmp_path, tiny_base, training__max_steps=1)
     done = alignkit("sft", recipe, "--quiet", cwd=tmp_path)
     assert (done.code, done.stdout, done.stderr) == (0, "", "")

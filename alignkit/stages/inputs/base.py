@@ -1,8 +1,8 @@
 """The model that a recipe starts from.
 
 A run that was not merged, or an adapter folder, is merged first, once, under `$ALIGNKIT_HOME`: the
-model to start from, and with it the reference of a preference stage, is the adapted one, never the
-bare base in silence. It stays there: the adapters trained on it name it as their base. Only a run
+model to start from, and with it the reference of a preference stage, is the adapted one, never
+silently the bare base. It stays there: the adapters trained on it name it as their base. Only a run
 merges; a plan reads the tokenizer and the configuration that the merge will write.
 """
 
@@ -35,13 +35,13 @@ def start_model(spec: ModelSpec, *, merge: bool = True) -> BaseModel:
 
     Args:
         spec: names a hub id, a folder, a file, a run folder, an adapter or a known name.
-        merge: merge an adapter first; else it is only said, and what is found has no weights.
+        merge: merge an adapter first; otherwise only print a note: the result has no weights.
 
     Returns:
         A language model.
 
     Raises:
-        ModelError: there is no such model, it is a reward model, or an adapter without a merge.
+        ModelError: there is no such model, or it is a reward model or cannot be merged.
     """
     place = resolve(spec.base, trust_remote_code=spec.trust_remote_code)
     if place.unmerged is not None:
@@ -55,7 +55,7 @@ def start_model(spec: ModelSpec, *, merge: bool = True) -> BaseModel:
 
 
 def _source(adapter: Path, *, trust_remote_code: bool) -> BaseModel:
-    """What an adapter is merged into."""
+    """The base that an adapter is merged into."""
     require_mergeable(adapter)
     if has_head(adapter):
         raise ModelError(
@@ -79,16 +79,16 @@ def _merged(source: BaseModel, adapter: Path, *, merge: bool) -> BaseModel:
         digest.update(path.read_bytes() if path.is_file() else b"")
     name = digest.hexdigest()[:32]
     folder = alignkit_home() / "merged" / digest.hexdigest()[:32]
-    found = BaseModel(str(folder), None, source.trust_remote_code)
+    merged = BaseModel(str(folder), None, source.trust_remote_code)
     if (folder / "config.json").is_file():
-        return found
+        return merged
     tokenizer = load_tokenizer(tokenizer_of(adapter, source))
     why = "training starts from it, not from its base"
     if not merge:
         print_line(f"{adapter} is merged first when the run starts: {why}", "note")
         settings = alignkit_home() / "cache" / "unmerged" / folder.name
         write_merged_settings(source, adapter, settings, tokenizer)
-        return replace(found, location=str(settings), unmerged=adapter)
+        return replace(merged, location=str(settings), unmerged=adapter)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f"{folder.name}.lock", "a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process merges, the others wait for it
@@ -104,4 +104,4 @@ def _merged(source: BaseModel, adapter: Path, *, merge: bool) -> BaseModel:
                 tokenizer=tokenizer,
                 stop_tokens=stops,
             )
-    return found
+    return merged

@@ -20,7 +20,7 @@ SHIPPED_ROWS = "data_templates/sft/messages_eval.jsonl"
 
 
 def check_rows(dataset: TokenDataset) -> Sequence[IntArray]:
-    """Token ids of the first eight rows of a dataset, each with its first answer."""
+    """Token ids of the first eight rows of a dataset, each with its first completion."""
     documents = [dataset[item] for item in range(min(8, len(dataset)))]
     pieces = [(document.prompt, document.branches[0].ids) for document in documents]
     return [np.concatenate(piece).astype(np.int64) for piece in pieces]
@@ -32,8 +32,8 @@ def file_rows(
     """Rows from a file, of any format but prompts.
 
     Args:
-        path: of the file; None takes shipped rows, or plain text where the tokenizer has no chat
-            template.
+        path: of the file; None takes shipped ones, or plain text if the tokenizer
+            has no chat template.
         tokenizer: of the model.
 
     Returns:

@@ -35,9 +35,9 @@ def training_inputs(recipe: Recipe) -> dict[str, str]:
         recipe: with its defaults; every file that it names exists.
 
     Returns:
-        Flat entries, of which one differs where the result may: each key of the recipe but
-        `output`, with its value as JSON, and hashes of the rows, the base, the chat template, the
-        reward models and the reward functions, and alignkit's major and minor version.
+        Flat entries, one of which differs if the result may: each key of the recipe but `output`,
+        with its value as JSON, and hashes of the rows, the base, the chat template, the reward
+        models and the reward functions, and alignkit's major and minor version.
 
     Raises:
         ModelError: a model that it names does not exist.
@@ -75,7 +75,7 @@ def training_inputs(recipe: Recipe) -> dict[str, str]:
 
 
 def objective_fingerprint(objective: Section) -> str | None:
-    """Hash of the file of a loss of the user's; None for one of our own."""
+    """Hash of the file of a user's loss; None for one of our own."""
     return _hash_file(Path(objective.file)) if isinstance(objective, CustomSpec) else None
 
 
@@ -100,7 +100,7 @@ def reward_inputs(rewards: Sequence[RewardSource]) -> dict[str, str]:
 
 
 def label_inputs(spec: LabelSpec) -> dict[str, str]:
-    """The same of a stage that labels a model's answers.
+    """The same as `training_inputs`, for a stage that labels a model's responses.
 
     Args:
         spec: every file that it names exists.
@@ -130,8 +130,8 @@ def _settings(values: dict[str, Any]) -> dict[str, str]:
 def model_identity(name: str, *, trust_remote_code: bool = False) -> str:
     """A hash of a model's contents, the same wherever and whenever they were written.
 
-    Large weight files are sampled. The adapter beside or under them, the tokenizer and a reward
-    model's statistics are read whole, so nothing that a training run changes can pass.
+    Large weight files are sampled. The adapter next to or under them, the tokenizer and a reward
+    model's statistics are read whole, so nothing that a training run changes goes unnoticed.
 
     Args:
         name: hub id, folder, `.gguf` file, known name, run folder or adapter folder.
@@ -157,7 +157,7 @@ def adapter_identity(adapter: Path) -> str:
         adapter: PEFT adapter folder.
     """
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    config.pop("base_model_name_or_path", None)  # a place
+    config.pop("base_model_name_or_path", None)  # a path, not contents
     lists = {key: sorted(map(str, v)) for key, v in config.items() if isinstance(v, list)}
     digest = hashlib.sha256(json.dumps(config | lists, sort_keys=True).encode())  # PEFT writes sets
     digest.update(_small_files(adapter).encode())
@@ -165,7 +165,7 @@ def adapter_identity(adapter: Path) -> str:
 
 
 def _small_files(folder: Path) -> str:
-    """What training changes beside large weights, read whole."""
+    """Hash of the small files that training changes, read whole."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         whole = path.name.startswith(("tokenizer", "adapter_model"))
@@ -176,19 +176,19 @@ def _small_files(folder: Path) -> str:
 
 def describe_changes(old: dict[str, str], new: dict[str, str]) -> list[str]:
     """What differs between two runs of a stage, in words: changed files first, then keys."""
-    found = []
+    changes = []
     for key in dict.fromkeys([*new, *old]):
         before, after = old.get(key), new.get(key)
         if before == after:
             continue
         hashed = all(value is None or len(value) == 64 for value in (before, after))
         if before is None or after is None:
-            found.append(f"{key} is {'new' if before is None else 'gone'}")
+            changes.append(f"{key} is {'new' if before is None else 'gone'}")
         elif hashed:
-            found.append(f"{key} changed")
+            changes.append(f"{key} changed")
         else:
-            found.append(f"{key} was {before}, is {after}")
-    return found
+            changes.append(f"{key} was {before}, is {after}")
+    return changes
 
 
 def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:

@@ -60,7 +60,7 @@ class Rows:
 
     @property
     def stop_tokens(self) -> list[int]:
-        """Ids that end the trained answers."""
+        """Ids that end the trained completions."""
         return self.train.report.stop_tokens
 
 
@@ -71,7 +71,7 @@ class PromptRows:
     Args:
         base: where the model is.
         tokenizer: with the recipe's chat template.
-        train: prompts to answer in training.
+        train: prompts to train on.
         held_out: prompts to measure on; None without `data.eval` and `data.eval_fraction`.
         rewards: hashes of the reward models and functions.
     """
@@ -151,7 +151,7 @@ def load_prompt_rows(recipe: RolloutRecipe, base: BaseModel) -> PromptRows:
     room = data.max_length - recipe.rollout.max_new_tokens
     if room < 1:
         raise AlignkitError(
-            f"data.max_length = {data.max_length} leaves no room for prompts beside "
+            f"data.max_length = {data.max_length} leaves no room for prompts with "
             f"rollout.max_new_tokens = {recipe.rollout.max_new_tokens}",
             hint="raise data.max_length or lower rollout.max_new_tokens",
         )
@@ -177,9 +177,9 @@ def row_settings(recipe: Recipe) -> TokenizeSettings:
     data = recipe.data
     if recipe.row_kind == "prompts":
         raise AlignkitError(
-            f"the rows of a {recipe.stage} run are prompts without answers",
-            hint="name a file of answers or pairs with --data; what its answers earn on held-out "
-            "prompts is in metrics.jsonl",
+            f"the rows of a {recipe.stage} run are prompts without completions",
+            hint="name a file of completions or pairs with --data; what the run's responses to "
+            "held-out prompts earn is in metrics.jsonl",
         )
     train_on = data.train_on if isinstance(data, SftDataSpec) else "completions"
     return TokenizeSettings(data.max_length, data.too_long, train_on, recipe.row_kind)
@@ -215,7 +215,7 @@ def plan_rollouts(
         recipe: with its defaults.
         rows: its prompts.
         processes: training processes.
-        reward_models: those that are loaded beside the policy's base.
+        reward_models: those that are loaded in addition to the policy's base.
         roles: which model plays which part, one sentence each.
     """
     config = load_config(rows.base)
@@ -260,7 +260,7 @@ def data_facts(rows: Rows) -> DataFacts:
 def keep_plan(plan: Plan, stored: dict[str, Any]) -> Plan:
     """The plan with the micro-batches of the run that is resumed.
 
-    They follow the free memory, and sums in another order differ in the last bit.
+    They depend on free memory, and sums in another order differ in the last bit.
     """
     return dataclasses.replace(
         plan,

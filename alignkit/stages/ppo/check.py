@@ -21,7 +21,7 @@ PROMPTS = 4
 """Prompts of the dry run."""
 
 ANSWERS = 64
-"""Answers of the data that are scored, at most."""
+"""The most answers of the data that are scored."""
 
 DRY_RUN = 13
 """First number of the dry run's seed."""
@@ -41,7 +41,7 @@ def dry_run(run: PpoRun, first_step: int) -> None:
         first_step: steps already done; a resumed policy may differ from the reference.
 
     Raises:
-        TrainingError: the ratio is not 1, the KL is not 0, or other weights than the expected
+        TrainingError: the ratio is not 1, the KL is not 0, or weights other than the expected
             ones would be trained.
         RewardError: the reward cannot score responses.
     """
@@ -53,12 +53,12 @@ def dry_run(run: PpoRun, first_step: int) -> None:
     scored = score_rollouts(run.roles, rollouts, groups)[0]
     again = score_rollouts(run.roles, rollouts, groups)[0]
     ratio = _largest(log_ratio(again.policy, scored.policy))
-    _must_vanish(ratio, "two passes of the policy over the same responses differ", "a bug")
+    _must_vanish(ratio, "two passes of the policy over the same responses differ", "this is a bug")
     line = f"ratio 1 (largest log-ratio {ratio:.1g})"
     if first_step == 0:
         kl = _largest(scored.policy - scored.reference)
         _must_vanish(
-            kl, "the policy differs from the reference before it is trained", "other weights"
+            kl, "the policy differs from the reference before it is trained", "their weights differ"
         )
         line += f", KL 0 (largest difference {kl:.1g})"
     drift = (_sampled_logprobs(rollouts, scored) - scored.policy)[scored.mask].abs()
@@ -77,31 +77,31 @@ def _largest(values: torch.Tensor) -> float:
     return float(values.abs().max())
 
 
-def _must_vanish(found: float, what: str, why: str) -> None:
-    if not found <= SAME:
+def _must_vanish(difference: float, what: str, why: str) -> None:
+    if not difference <= SAME:
         raise TrainingError(
-            f"{what}: by up to {found:.3g} nats at a token",
+            f"{what}: by up to {difference:.3g} nats at a token",
             hint=f"{why}; set model.attention=sdpa, or report it",
         )
 
 
 def _check_drift(mean: float, dtype: str) -> None:
-    """Rounding apart, the engine must sample from the distribution that is scored."""
+    """Apart from rounding, the engine must sample from the distribution that is scored."""
     if not mean <= DRIFT[dtype]:
         raise TrainingError(
             f"sampling and scoring differ by {mean:.3g} nats a token, more than rounding to "
             f"{dtype} explains",
-            hint="the model's logits are transformed in a way that alignkit does not know",
+            hint="alignkit does not know how this model transforms its logits; please report it",
         )
 
 
 def _sampled_logprobs(rollouts: Sequence[Rollout], scored: Scored) -> torch.Tensor:
-    """Log-probs as the engine gave them, in the place of the scored ones."""
-    found = scored.policy.clone()
+    """Log-probs from the engine, in the places of the scored ones."""
+    logprobs = scored.policy.clone()
     rows = [c for rollout in rollouts for c in rollout.sampled]
     for row, response in enumerate(rows):
-        found[row, : len(response.logprobs)] = torch.from_numpy(response.logprobs)
-    return found
+        logprobs[row, : len(response.logprobs)] = torch.from_numpy(response.logprobs)
+    return logprobs
 
 
 def check_gradients(
@@ -127,27 +127,27 @@ def check_gradients(
         if (id(weight) in expected) != (weight.grad is not None):
             fault = "gets no gradient" if id(weight) in expected else "gets a gradient"
             raise TrainingError(
-                f"{name} {fault} from the PPO losses", hint="a bug; please report it"
+                f"{name} {fault} from the PPO losses", hint="this is a bug; please report it"
             )
     for part in updater.optimizers.parts.values():
         part.zero_grad(set_to_none=True)
 
 
 def _end_of_turn(run: PpoRun) -> int:
-    """The token that ends an answer in the chat template, else the tokenizer's EOS."""
+    """The token that ends an assistant turn in the chat template, else the tokenizer's EOS."""
     tokenizer, stops = run.rows.tokenizer, run.engine.settings.stop_tokens
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        found = next((i for i in reversed(ids) if i in stops), None)
-        if found is not None:
-            return int(found)
+        end = next((i for i in reversed(ids) if i in stops), None)
+        if end is not None:
+            return int(end)
     return int(tokenizer.eos_token_id)
 
 
 def _say_reference_rewards(run: PpoRun) -> None:
-    """What the data's own answers earn, where the rows have any."""
+    """Print what the data's own answers earn, if the rows have any."""
     chosen = [prompt for prompt in run.rows.train.prompts if prompt.answer][:ANSWERS]
     if not chosen or not run.engine.settings.stop_tokens:
         return
@@ -158,9 +158,9 @@ def _say_reference_rewards(run: PpoRun) -> None:
         ids = [*run.rows.tokenizer(prompt.answer, add_special_tokens=False)["input_ids"], end]
         tokens = np.asarray(ids, np.int64)
         branch = Branch(tokens.astype(np.int32), np.ones(len(tokens), np.bool_))
-        made = SampledResponse(tokens, np.zeros(len(tokens), np.float32), "stop", 0.0)
+        response = SampledResponse(tokens, np.zeros(len(tokens), np.float32), "stop", 0.0)
         document = Document(prompt.ids, (branch,), 0)
-        answered.append(Rollout(prompt, document, (made,), (prompt.answer,)))
+        answered.append(Rollout(prompt, document, (response,), (prompt.answer,)))
     mean, low, high = mean_interval(run.judge(answered).plain.double().numpy())
     run.progress.say(
         f"the data's own answers earn {mean:.3f} ({low:.3f} to {high:.3f}, {len(chosen)} answers)"

@@ -37,14 +37,14 @@ def evaluate_policy(run: PpoRun, step: int) -> tuple[dict[str, float], str] | No
     columns = torch.zeros(len(held_out), 5, dtype=torch.float64)
     for number, (item, rollout) in enumerate(zip(items, rollouts, strict=True)):
         own = slice(number * samples, (number + 1) * samples)
-        found = rollout.sampled
+        responses = rollout.sampled
         columns[item] = torch.tensor(
             [
                 rewards.plain[own].mean(),
                 kl[own].mean(),
-                np.mean([len(c.ids) for c in found]),
-                np.mean([c.finish == "stop" for c in found]),
-                np.mean([c.entropy for c in found]),
+                np.mean([len(c.ids) for c in responses]),
+                np.mean([c.finish == "stop" for c in responses]),
+                np.mean([c.entropy for c in responses]),
             ],
             dtype=torch.float64,
         )
@@ -63,7 +63,7 @@ def evaluate_policy(run: PpoRun, step: int) -> tuple[dict[str, float], str] | No
 def _gain(run: PpoRun, step: int) -> dict[str, float]:
     """Difference to the first evaluation, prompt by prompt.
 
-    Nothing where several processes divide the prompts: the file holds those of the first alone.
+    Empty if several processes divide the prompts: the file holds only those of the first.
     """
     if step == 0 or run.samples is None or run.processes.world > 1:
         return {}

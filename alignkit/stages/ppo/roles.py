@@ -58,9 +58,9 @@ class Roles:
     """Who plays what.
 
     Args:
-        policy: gives log-probs, and values too where it carries the value head.
+        policy: gives log-probs, and values too if it carries the value head.
         reference: gives log-probs.
-        value: gives values; None where the policy does.
+        value: gives values; None if the policy does.
         rewards: the reward models, in the recipe's order.
         trained: all trained weights.
         policy_weights: names and weights of the policy.
@@ -76,41 +76,47 @@ class Roles:
     value_weights: list[tuple[str, nn.Parameter]]
 
 
-def describe_roles(recipe: PpoRecipe, found: Sequence[RewardModel]) -> list[str]:
+def describe_roles(recipe: PpoRecipe, reward_models: Sequence[RewardModel]) -> list[str]:
     """What plays each part and what it costs, one sentence each.
 
     Args:
         recipe: with its defaults.
-        found: its reward models.
+        reward_models: those that it names.
     """
     lora, head = has_adapter(recipe.adapter), recipe.value.kind == "head"
     lines = [
         f"policy: {'a LoRA adapter' if lora else 'all weights'}",
         "reference: the same base with adapters off" if lora else "reference: a second model",
     ]
-    start = "the reward model" if starts_from_reward(recipe, found) else "zero"
+    start = "the reward model" if starts_from_reward(recipe, reward_models) else "zero"
     if head:
         lines.append("value: a linear head on the policy's hidden states")
     elif lora:
         lines.append(f"value: a second adapter over the same base, started from {start}")
     else:
         lines.append(f"value: a further model with all weights trained, started from {start}")
-    for model in found:
+    for model in reward_models:
         how = "a further adapter over the same base" if model.shared else "a model of its own"
         lines.append(f"reward: {model.spec.model}, {how}")
     return lines
 
 
-def starts_from_reward(recipe: PpoRecipe, found: Sequence[RewardModel]) -> RewardModel | None:
+def starts_from_reward(
+    recipe: PpoRecipe, reward_models: Sequence[RewardModel]
+) -> RewardModel | None:
     """The reward model whose weights the value model starts from."""
     if recipe.value.kind == "head" or recipe.value.init == "fresh":
         return None
     lora = has_adapter(recipe.adapter)
-    return next((model for model in found if model.shared == lora), None)
+    return next((model for model in reward_models if model.shared == lora), None)
 
 
 def build_roles(
-    session: Session, recipe: PpoRecipe, rows: PromptRows, plan: Plan, found: Sequence[RewardModel]
+    session: Session,
+    recipe: PpoRecipe,
+    rows: PromptRows,
+    plan: Plan,
+    reward_models: Sequence[RewardModel],
 ) -> Roles:
     """Load the weights and put every part in its place.
 
@@ -119,13 +125,13 @@ def build_roles(
         recipe: with its defaults.
         rows: name the base.
         plan: whether activations are recomputed.
-        found: the reward models.
+        reward_models: in the recipe's order.
 
     Returns:
         The parts, in training mode; only the policy's and the value model's weights are trained.
     """
     build = _over_one_base if has_adapter(recipe.adapter) else _apart
-    roles = build(session, recipe, rows, plan, found)
+    roles = build(session, recipe, rows, plan, reward_models)
     report = trainable_report(roles.trained)
     session.say(
         f"trains {report.trainable:,} weights: {sum(p.numel() for _, p in roles.policy_weights):,} "
@@ -135,19 +141,23 @@ def build_roles(
 
 
 def _over_one_base(
-    session: Session, recipe: PpoRecipe, rows: PromptRows, plan: Plan, found: Sequence[RewardModel]
+    session: Session,
+    recipe: PpoRecipe,
+    rows: PromptRows,
+    plan: Plan,
+    reward_models: Sequence[RewardModel],
 ) -> Roles:
     spec, device = recipe.model, session.accelerator.device
     model = load_model(rows.base, session.weights_dtype, device, spec.quantization)
     started, given = find_adapter_start(session, model, rows, plan)
     model = attach_adapter(model, started, recipe.seed, given=given)
-    own_value, source = recipe.value.kind != "head", starts_from_reward(recipe, found)
+    own_value, source = recipe.value.kind != "head", starts_from_reward(recipe, reward_models)
     if own_value and source is not None:
         add_stored_adapter(model, VALUE, source.folder)
     elif own_value:
         config: LoraConfig = copy.deepcopy(model.peft_config[POLICY])
         add_adapter(model, VALUE, config, recipe.seed + 1)
-    for number, reward in enumerate(found):
+    for number, reward in enumerate(reward_models):
         if reward.shared:
             add_stored_adapter(model, f"reward{number}", reward.folder)
     train_only(model, {POLICY, VALUE} if own_value else {POLICY})
@@ -170,7 +180,7 @@ def _over_one_base(
             reward.mean,
             reward.factor,
         )
-        for number, reward in enumerate(found)
+        for number, reward in enumerate(reward_models)
     ]
     trained = TrainedWeights(model, None, head)
     named = [(n, p) for n, p in trained.named_parameters() if p.requires_grad]
@@ -180,18 +190,22 @@ def _over_one_base(
 
 
 def _apart(
-    session: Session, recipe: PpoRecipe, rows: PromptRows, plan: Plan, found: Sequence[RewardModel]
+    session: Session,
+    recipe: PpoRecipe,
+    rows: PromptRows,
+    plan: Plan,
+    reward_models: Sequence[RewardModel],
 ) -> Roles:
-    """All weights are trained: every part is a model."""
+    """All weights are trained: every part is a model of its own."""
     device = session.accelerator.device
 
     def load() -> Any:
         return load_model(rows.base, torch.float32, device, "none")
 
     model = attach_adapter(load(), recipe.adapter, recipe.seed)
-    # As wide as the policy: narrower weights would round its every sum otherwise.
+    # As wide as the policy: narrower weights would round every sum differently.
     frozen = load().requires_grad_(False)
-    own_value, source = recipe.value.kind != "head", starts_from_reward(recipe, found)
+    own_value, source = recipe.value.kind != "head", starts_from_reward(recipe, reward_models)
     second = None
     if own_value:
         second = load() if source is None else _open(session, source, torch.float32)
@@ -209,7 +223,7 @@ def _apart(
     value = None
     if second is not None:
         value = Role(_scorers(session, recipe, second)(head, "targets", sampled=False))
-    rewards = tuple(ScoringModel(_alone(session, r), r.mean, r.factor) for r in found)
+    rewards = tuple(ScoringModel(_alone(session, r), r.mean, r.factor) for r in reward_models)
     trained = TrainedWeights(model, second, head)
     of_policy = [(f"policy.{n}", p) for n, p in model.named_parameters() if p.requires_grad]
     rest = {id(p) for _, p in of_policy}
@@ -234,16 +248,17 @@ def _scorers(session: Session, recipe: PpoRecipe, model: Any) -> Callable[..., A
 
 def _value_head(model: Any, source: RewardModel | None) -> nn.Linear:
     """`[1, H]` float32 head with a bias: zero, or what predicts the normalized reward."""
-    head = new_head(model, 0)
-    made = nn.Linear(head.in_features, 1, bias=True, dtype=torch.float32, device=head.weight.device)
+    plain = new_head(model, 0)
+    device = plain.weight.device
+    head = nn.Linear(plain.in_features, 1, bias=True, dtype=torch.float32, device=device)
     with torch.no_grad():
-        made.weight.zero_()
-        made.bias.zero_()
+        head.weight.zero_()
+        head.bias.zero_()
         if source is not None:
             scale = source.spec.weight * source.factor
-            made.weight.copy_(source.head().weight * scale)
-            made.bias.fill_(-source.mean * scale)
-    return made
+            head.weight.copy_(source.head().weight * scale)
+            head.bias.fill_(-source.mean * scale)
+    return head
 
 
 def _open(session: Session, reward: RewardModel, stored: torch.dtype) -> Any:
@@ -252,7 +267,7 @@ def _open(session: Session, reward: RewardModel, stored: torch.dtype) -> Any:
 
 
 def _alone(session: Session, reward: RewardModel) -> Role:
-    """A reward model that shares nothing."""
+    """A reward model that shares no weights."""
     dtype = DTYPES[session.recipe.model.dtype]
     model = _open(session, reward, dtype)
     model.requires_grad_(False)

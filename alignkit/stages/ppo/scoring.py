@@ -35,15 +35,15 @@ class Scored:
 
 
 Outputs = tuple[torch.Tensor, torch.Tensor | None]
-"""`[N]` log-probs, and `[N]` values where the policy carries the head."""
+"""`[N]` log-probs, and `[N]` values if the policy carries the head."""
 
 
 def forward_policy(roles: Roles, batch: PackedBatch) -> Outputs:
-    """`[N]` log-probs of a batch, and `[N]` values where the policy carries the head."""
-    found: Any = roles.policy(batch)
+    """`[N]` log-probs of a batch, and `[N]` values if the policy carries the head."""
+    scores: Any = roles.policy(batch)
     if roles.value is None:
-        return found[0].logprobs, found[1]
-    return found.logprobs, None
+        return scores[0].logprobs, scores[1]
+    return scores.logprobs, None
 
 
 def score_rollouts(
@@ -57,13 +57,13 @@ def score_rollouts(
 
     Args:
         roles: who scores.
-        rollouts: of this process; none where a short step leaves it nothing.
+        rollouts: of this process; empty if a short step leaves it no prompts.
         groups: rollouts of each pass; the same as in training, so that the ratio starts at 1.
-        keep: all of them come before the first optimizer step.
+        keep: also return the policy's outputs; only for passes before the first optimizer step.
 
     Returns:
-        What they gave, without gradients. And where that is one pass and is kept, what the policy
-        gave with its graph: the first update would compute the same again.
+        Log-probs and values, without gradients. And with `keep` and a single pass, the policy's
+        outputs with their graph: the first update would compute them again.
     """
     keep = keep and len(groups) == 1
     if not rollouts:
@@ -78,8 +78,8 @@ def score_rollouts(
         with torch.no_grad():
             reference: Any = roles.reference(batch)
             values: Any = outputs[1] if roles.value is None else roles.value(batch)
-        found = (outputs[0].detach(), reference.logprobs, values.detach().float())
-        columns = torch.stack(found).cpu()
+        scores = (outputs[0].detach(), reference.logprobs, values.detach().float())
+        columns = torch.stack(scores).cpu()
         parts = iter(columns.split([n for i in group for n in lengths[i]], dim=1))
         for i in group:
             rows[i] = [next(parts) for _ in lengths[i]]
@@ -100,12 +100,12 @@ def mean_kl(roles: Roles, rollouts: Sequence[Rollout], max_tokens: int) -> torch
         max_tokens: tokens of one pass.
     """
     lengths = [rollout.document.num_tokens for rollout in rollouts]
-    rows, found = response_rows(rollouts), torch.zeros(sum(len(r.texts) for r in rollouts))
+    rows, kl = response_rows(rollouts), torch.zeros(sum(len(r.texts) for r in rollouts))
     for group in split_documents(lengths, max_tokens):
         batch = pack_documents([rollouts[i].document for i in group])
         with torch.no_grad():
             policy, _ = forward_policy(roles, batch)
             reference: Any = roles.reference(batch)
             sums = sum_by_sequence(policy - reference.logprobs, batch).float().cpu()
-        found[torch.from_numpy(np.concatenate([rows[i] for i in group]))] = sums
-    return found
+        kl[torch.from_numpy(np.concatenate([rows[i] for i in group]))] = sums
+    return kl

@@ -44,14 +44,14 @@ from alignkit.stages.running.session import RunOptions, Session
 
 METRICS = {
     "reward": "mean reward of a response, without the penalty for a missing end",
-    "score": "the same with the penalty: what is learned from",
+    "score": "the same with the penalty: what the policy learns from",
     "reward_std": "its standard deviation over responses",
     "kl/k1": "mean of log π - log π_ref, summed over a response, in nats",
     "kl/k3": "the same divergence by an estimator that is never negative",
     "kl_coef": "price of a nat of k1 at a token",
     "value_learning_rate": "of the value model in this step",
     "value_grad_norm": "norm of the value model's gradient before clipping",
-    "sampling_seconds": "time that sampling took of the step",
+    "sampling_seconds": "the part of the step's time spent on sampling",
     "responses": "responses of the step, over all processes",
     "reward/<name>": "mean score of one source, before its weight",
     "policy_loss": "clipped policy loss, mean over tokens and passes",
@@ -61,7 +61,7 @@ METRICS = {
     "explained_variance": "share of the returns' variance that the values predict",
     "entropy": "mean entropy of a sampled token's distribution, in nats",
     "response_length": "tokens of a response, its end included",
-    "eos_rate": "share of responses that ended by themselves",
+    "eos_rate": "share of responses that ended on their own",
     "distinct_2": "share of different word pairs among the first process's responses",
 }
 
@@ -75,17 +75,17 @@ class Prepared:
 
     Args:
         rows: the prompts.
-        found: the reward models, in the recipe's order.
+        reward_models: in the recipe's order.
         plan: the decisions.
     """
 
     rows: PromptRows
-    found: list[RewardModel]
+    reward_models: list[RewardModel]
     plan: Plan
 
 
 def prepare_ppo(recipe: PpoRecipe, base: BaseModel, processes: int) -> Prepared:
-    """Read prompts, look for reward models and plan the run.
+    """Read the prompts, find the reward models and plan the run.
 
     Args:
         recipe: with its defaults.
@@ -94,23 +94,22 @@ def prepare_ppo(recipe: PpoRecipe, base: BaseModel, processes: int) -> Prepared:
     """
     rows = load_prompt_rows(recipe, base)
     can_share = has_adapter(recipe.adapter)
-    found = [
+    reward_models = [
         find_reward_model(spec, rows.base, rows.tokenizer, can_share=can_share)
         for spec in recipe.reward
         if isinstance(spec, ModelReward)
     ]
-    if recipe.value.init == "reward" and starts_from_reward(recipe, found) is None:
+    if recipe.value.init == "reward" and starts_from_reward(recipe, reward_models) is None:
         raise ModelError(
-            "value.init = reward, and no reward model can be the value model's start: it must be "
-            "an adapter over the policy's base, or with all weights trained a model of its own",
+            "value.init = reward, but the value model can start from no reward model: it must be "
+            "an adapter over the policy's base or, if all weights are trained, a model of its own",
             hint="set value.init=auto",
         )
-    alone = sum(not model.shared for model in found)
-    roles = describe_roles(recipe, found)
+    alone = sum(not model.shared for model in reward_models)
+    roles = describe_roles(recipe, reward_models)
     rows = replace(rows, rewards=reward_inputs(recipe.reward))
-    return Prepared(
-        rows, found, plan_rollouts(recipe, rows, processes, reward_models=alone, roles=roles)
-    )
+    plan = plan_rollouts(recipe, rows, processes, reward_models=alone, roles=roles)
+    return Prepared(rows, reward_models, plan)
 
 
 class PpoStage:
@@ -122,16 +121,16 @@ class PpoStage:
         self, recipe: PpoRecipe, base: BaseModel, processes: int
     ) -> tuple[PromptRows, Plan]:
         """Prompts and plan, without weights; see `StageDef.prepare`."""
-        made = prepare_ppo(recipe, base, processes)
-        return made.rows, made.plan
+        prepared = prepare_ppo(recipe, base, processes)
+        return prepared.rows, prepared.plan
 
     def run(self, recipe: PpoRecipe, options: RunOptions) -> RunSummary | None:
         """Train, from prompts to merged checkpoint; see `StageDef.run`."""
         session = Session(recipe, options)
         with session.running() as base:
-            made = prepare_ppo(recipe, base, session.accelerator.num_processes)
-            rows, plan = made.rows, session.announce(made.plan, made.rows)
-            roles = build_roles(session, recipe, rows, plan, made.found)
+            prepared = prepare_ppo(recipe, base, session.accelerator.num_processes)
+            rows, plan = prepared.rows, session.announce(prepared.plan, prepared.rows)
+            roles = build_roles(session, recipe, rows, plan, prepared.reward_models)
             judge = build_judge(
                 recipe.reward,
                 roles.rewards,
@@ -163,10 +162,10 @@ class PpoStage:
         reference: Any,
         max_tokens: int,
     ) -> dict[str, float]:
-        """Nothing: the rows of a run are prompts without answers."""
+        """Not possible: the rows of a run are prompts without completions."""
         raise DataError(
-            f"the rows of a {recipe.stage} run are prompts without answers",
-            hint="what they earn is in the run's metrics.jsonl",
+            f"the rows of a {recipe.stage} run are prompts without completions",
+            hint="what the policy's responses earn is in the run's metrics.jsonl",
         )
 
 
@@ -264,7 +263,7 @@ def save_ppo(run: PpoRun, step: int) -> None:
 
 
 def save_value(session: Session, run: PpoRun) -> None:
-    """Keep the value model beside the policy: as an adapter with its head where it is one."""
+    """Save the value model next to the policy, if it is an adapter: with its head."""
     folder, recipe = session.folder, run.recipe
     if folder is None or not has_adapter(recipe.adapter) or run.roles.value is None:
         return

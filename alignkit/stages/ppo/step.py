@@ -44,7 +44,7 @@ class PpoRun(Loop):
         judge: scores responses.
         engine: samples responses.
         updater: takes optimizer steps.
-        processes: this one and how sums go over all.
+        processes: this one, and sums over all of them.
         samples: samples.jsonl; None on every process but the first.
         health: watches the metrics.
         kl_coef: price of KL in the next step.
@@ -74,7 +74,7 @@ class PpoRun(Loop):
 
     @property
     def written_head(self) -> None:
-        """A policy is a language model, even where it carries the value head."""
+        """None: a policy is a language model, even if it carries the value head."""
         return None
 
     @property
@@ -142,7 +142,7 @@ def train_step(run: PpoRun, step: int) -> dict[str, float]:
         for epoch in range(spec.epochs)
     ]
     first = [group for part in passes[0] for group in part]
-    # Of several minibatches, another process may step before this one's only group has its turn.
+    # With several minibatches, another process may step before this one's only group has its turn.
     keep = spec.minibatches == 1
     scored, outputs = score_rollouts(run.roles, rollouts, first, keep=keep)
     kl = k1(scored.policy, scored.reference) * scored.mask
@@ -189,7 +189,7 @@ def _rollout_metrics(
     returns: torch.Tensor,
 ) -> dict[str, float]:
     """Means over all responses of all processes."""
-    mask, found = scored.mask, [c for r in rollouts for c in r.sampled]
+    mask, responses = scored.mask, [c for r in rollouts for c in r.sampled]
     reads = sum(r.document.num_tokens for r in rollouts)
     per_response = {
         "reward": rewards.plain,
@@ -198,12 +198,12 @@ def _rollout_metrics(
         "kl/k1": kl.sum(1),
         "kl/k3": (k3(scored.policy, scored.reference) * mask).sum(1),
         "response_length": mask.sum(1),
-        "eos_rate": torch.tensor([float(c.finish == "stop") for c in found]),
-        "entropy": torch.tensor([c.entropy for c in found]),
+        "eos_rate": torch.tensor([float(c.finish == "stop") for c in responses]),
+        "entropy": torch.tensor([c.entropy for c in responses]),
         **{f"reward/{name}": value for name, value in rewards.parts.items()},
     }
     sums = [value.double().sum() for value in per_response.values()]
-    counts = [torch.tensor(float(x), dtype=torch.float64) for x in (len(found), reads)]
+    counts = [torch.tensor(float(x), dtype=torch.float64) for x in (len(responses), reads)]
     totals = run.processes.reduce(torch.stack([*sums, *counts])).tolist()
     columns = _of_all_processes(run.processes, torch.stack([scored.values[mask], returns[mask]], 1))
     *means, count, read = totals
@@ -214,7 +214,7 @@ def _rollout_metrics(
         "reward_std": spread,
         "kl_coef": run.kl_coef,
         "explained_variance": explained_variance(*columns.unbind(1)),
-        # Of this process: pairs of words cannot be added up.
+        # Of this process only: distinct pairs cannot be added up.
         "distinct_2": distinct_pairs([text for r in rollouts for text in r.texts]),
         "responses": count,
         "tokens": read,
@@ -222,7 +222,7 @@ def _rollout_metrics(
 
 
 def _of_all_processes(processes: ProcessGroup, rows: torch.Tensor) -> torch.Tensor:
-    """`[N, C]` rows of every process, those of the first one first."""
+    """`[N, C]` rows of all processes, in the order of the processes."""
     if processes.world == 1:
         return rows
     counts = torch.zeros(processes.world, dtype=torch.float64)

@@ -51,9 +51,9 @@ def split_minibatches(
 
     Args:
         count: prompts of the step over all processes, which take them in turn.
-        minibatches: optimizer steps; over all processes together each has its part of the prompts.
-        seed: of the order; one minibatch keeps the rollouts' own.
-        processes: this one and how sums go over all.
+        minibatches: optimizer steps; each has its part of the prompts of all processes.
+        seed: of the order; with one minibatch the rollouts keep theirs.
+        processes: this one, and sums over all of them.
     """
     order = np.arange(count)
     if minibatches > 1:
@@ -89,7 +89,7 @@ class Updater:
         spec: of the objective.
         max_grad_norm: for each of the two; None never clips.
         max_tokens: tokens of one pass.
-        processes: this one and how sums go over all.
+        processes: this one, and sums over all of them.
     """
 
     roles: Roles
@@ -119,7 +119,7 @@ class Updater:
         Args:
             batch: what to learn from.
             groups: of each minibatch, the rollouts of each forward and backward pass.
-            outputs: of the policy in the only one of these, if it has run already.
+            outputs: of the policy in the only pass, if it has run already.
             step: of the run, for messages.
 
         Returns:
@@ -141,8 +141,8 @@ class Updater:
             for group in minibatch:
                 own = np.concatenate([rows[i] for i in group])
                 sums += self.backward(batch, group, own, count, outputs)
-            found = self.processes.reduce(sums).tolist()
-            policy, value = found[0] / count, found[1] / count
+            summed = self.processes.reduce(sums).tolist()
+            policy, value = summed[0] / count, summed[1] / count
             require_finite(
                 policy + value,
                 f"a PPO loss is not finite: {policy:.3g} of the policy, {value:.3g} of the value "
@@ -156,7 +156,7 @@ class Updater:
             norms = step_parts(parts, step, loss, limit=self.max_grad_norm)
             names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
             values = (
-                dict(zip(names, found, strict=True)) | norms | {"tokens": count, "updates": 1.0}
+                dict(zip(names, summed, strict=True)) | norms | {"tokens": count, "updates": 1.0}
             )
             totals = {name: totals.get(name, 0.0) + value for name, value in values.items()}
         return totals
@@ -199,8 +199,8 @@ class Updater:
             ((policy + spec.value_weight * value) / tokens).backward()
         else:
             (policy / tokens).backward()
-            found: Any = roles.value
-            value = value_loss(found(packed))
+            value_model: Any = roles.value
+            value = value_loss(value_model(packed))
             (spec.value_weight * value / tokens).backward()
         with torch.no_grad():
             clipped = clip_fraction(new, old, clip=spec.clip).sum()
@@ -213,7 +213,7 @@ def sum_gradients(weights: Sequence[nn.Parameter], processes: ProcessGroup) -> N
 
     Args:
         weights: the same in every process.
-        processes: this one and how sums go over all.
+        processes: this one, and sums over all of them.
     """
     if processes.world == 1:
         return

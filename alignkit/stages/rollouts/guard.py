@@ -9,7 +9,7 @@ from alignkit.errors import TrainingError
 from alignkit.recipe.rollouts import GuardSpec
 
 GUARD_FACTOR = 1.5
-"""By which the guard raises the price of KL."""
+"""Factor by which the guard raises the price of KL."""
 
 
 @dataclass(frozen=True)

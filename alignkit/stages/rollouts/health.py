@@ -20,7 +20,7 @@ class Band:
         high: upper end; None is open.
         below: what it means to be below.
         above: what it means to be above.
-        patience: steps outside before it is said; early steps are rough for some metrics.
+        patience: steps outside before it is reported; early steps are rough for some metrics.
     """
 
     metric: str
@@ -107,19 +107,19 @@ class Health:
     """Watches the bands over the steps of a run.
 
     Args:
-        outside: steps that each metric has been outside its band, of a run that is resumed.
+        outside: steps that each metric was outside its band before a resume.
     """
 
     def __init__(self, outside: dict[str, int] | None = None) -> None:
         self.outside = dict(outside or {})
 
     def look(self, metrics: dict[str, float]) -> list[str]:
-        """What is worth saying after a step: a metric that has left its band, or come back.
+        """What is worth reporting after a step: a metric that has left its band, or come back.
 
         Args:
             metrics: of the step.
         """
-        said = []
+        lines = []
         for band in BANDS:
             value = metrics.get(band.metric, math.nan)
             if not math.isfinite(value):
@@ -129,12 +129,12 @@ class Health:
             if fault is not None:
                 self.outside[band.metric] = steps + 1
                 if steps + 1 == band.patience:
-                    said.append(f"{band.label} {value:.3g} {fault}")
+                    lines.append(f"{band.label} {value:.3g} {fault}")
             elif steps:
                 self.outside[band.metric] = 0
                 if steps >= band.patience:
-                    said.append(f"{band.label} {value:.3g} is back in its usual range")
-        return said
+                    lines.append(f"{band.label} {value:.3g} is back in its usual range")
+        return lines
 
     def summary(self, metrics: dict[str, float]) -> str:
         """One line about the last step: every metric with its verdict."""
@@ -166,7 +166,7 @@ def distinct_pairs(texts: Sequence[str]) -> float:
         texts: responses.
 
     Returns:
-        In (0, 1]; NaN where no text has two words.
+        In (0, 1]; NaN if no text has two words.
     """
     pairs = [
         pair for text in texts for words in [text.split()] for pair in itertools.pairwise(words)

@@ -27,8 +27,8 @@ class ScoringModel:
 
     Args:
         role: gives `[S]` raw rewards.
-        mean: taken off them.
-        factor: multiplies what is left.
+        mean: subtracted from them.
+        factor: multiplies the difference.
     """
 
     role: Role
@@ -72,9 +72,9 @@ class Judge:
 
     Args:
         parts: in the recipe's order.
-        missing_eos_penalty: taken from responses that were cut off; None takes nothing.
+        missing_eos_penalty: subtracted for responses that were cut off; None subtracts nothing.
         max_tokens: tokens of one pass of a reward model.
-        processes: this one and how sums go over all; an error of one process ends all.
+        processes: this one, and sums over all of them; an error in one ends all.
     """
 
     parts: tuple[RewardPart, ...]
@@ -91,15 +91,18 @@ class Judge:
         error: RewardError | None = None
         try:
             parts = {part.name: self._score(part, rollouts) for part in self.parts}
-        except RewardError as found:
-            error = found
+        except RewardError as raised:
+            error = raised
         failed = self.processes.reduce(
             torch.tensor([float(error is not None)], dtype=torch.float64)
         )
         if error is not None:
             raise error
         if failed.item() > 0:
-            raise RewardError("another process could not score its responses")
+            raise RewardError(
+                "another process could not score its responses",
+                hint="see the error that it printed",
+            )
         plain = torch.stack([p.weight * parts[p.name] for p in self.parts]).sum(0)
         total = plain
         if self.missing_eos_penalty:
@@ -141,12 +144,12 @@ def build_judge(
     Args:
         sources: of the recipe.
         models: the reward models among them, in the same order.
-        missing_eos_penalty: taken from responses that were cut off; None takes nothing.
+        missing_eos_penalty: subtracted for responses that were cut off; None subtracts nothing.
         max_tokens: tokens of one pass of a reward model.
-        processes: this one and how sums go over all.
+        processes: this one, and sums over all of them.
 
     Raises:
-        RewardError: a function cannot be loaded, a rule needs a package.
+        RewardError: a function cannot be loaded, or a rule needs a package that is missing.
     """
     remaining = iter(models)
     parts: list[RewardPart] = []

@@ -27,8 +27,8 @@ class RewardModel:
     Args:
         spec: of the recipe.
         folder: with the head: the adapter's, or the classifier's.
-        shared: the adapter stands over the policy's own base.
-        statistics: measured by its run; None where it stored none.
+        shared: whether it is an adapter over the policy's own base.
+        statistics: measured by its run; None if it stored none.
     """
 
     spec: ModelReward
@@ -38,13 +38,13 @@ class RewardModel:
 
     @property
     def factor(self) -> float:
-        """What a raw reward is multiplied by, after the mean is taken off."""
+        """What a raw reward is multiplied by, after the mean is subtracted."""
         normalize = self.spec.normalize and self.statistics is not None
         return 1.0 / (self.statistics.std if normalize and self.statistics else 1.0)
 
     @property
     def mean(self) -> float:
-        """What is taken off a raw reward."""
+        """What is subtracted from a raw reward."""
         normalize = self.spec.normalize and self.statistics is not None
         return self.statistics.mean if normalize and self.statistics else 0.0
 
@@ -62,23 +62,23 @@ def find_reward_model(
         spec: names a run of the reward stage, its adapter or its merged model.
         base: of the policy.
         tokenizer: of the policy.
-        can_share: the policy is an adapter, so that another may stand beside it.
+        can_share: whether the policy is an adapter, so that its base can hold another.
 
     Raises:
-        ModelError: it is not a reward model, was trained over another base, reads other tokens, or
+        ModelError: it is not a reward model, was trained over another base, has other tokens, or
             lacks the statistics that `normalize` needs.
     """
     name = spec.model
     if not Path(name).expanduser().exists():
         raise ModelError(
-            f"reward.model names nothing: {name!r}",
+            f"reward.model does not exist: {name!r}",
             hint="name a run of the reward stage; `alignkit reward RECIPE` trains one",
         )
     place = resolve(name)
     if place.adapter is not None and has_head(place.adapter):
-        found = _over_adapter(spec, place.adapter, base, tokenizer, can_share)
-        if found is not None:
-            return _checked(found)
+        shared = _over_adapter(spec, place.adapter, base, tokenizer, can_share)
+        if shared is not None:
+            return _checked(shared)
     whole = place.whole()
     if not is_classifier(whole):
         raise ModelError(
@@ -91,7 +91,7 @@ def find_reward_model(
 
 
 def require_reward_model(name: str) -> BaseModel:
-    """Where a reward model that stands alone has its tokenizer.
+    """The model with the tokenizer of a reward model that is loaded on its own.
 
     Args:
         name: run of the reward stage, its adapter or its merged model.
@@ -121,9 +121,9 @@ def _over_adapter(
     tokenizer: PreTrainedTokenizerBase,
     can_share: bool,
 ) -> RewardModel | None:
-    """The model as an adapter over the policy's base; None where it has to stand alone."""
+    """The model as an adapter over the policy's base; None if it must be loaded on its own."""
     own = base_of_adapter(adapter, None)
-    # What is still to be merged has no weights to compare: the run does, before it loads any.
+    # A base that is not merged yet has no weights to compare: the run compares them later.
     same = base.unmerged is not None or weights_fingerprint(own) == weights_fingerprint(base)
     same = same and own.changes == base.changes
     if same and can_share and is_plain_lora(adapter) and not spec.separate:  # PEFT mixes no kinds
@@ -133,7 +133,7 @@ def _over_adapter(
     if not same and not spec.separate:
         raise ModelError(
             f"the reward model {spec.model} was trained over another base ({own.name}) than the "
-            f"policy's ({base.name}), so that it cannot share its weights",
+            f"policy's ({base.name}), so it cannot share its weights",
             hint="train it over the policy's base, as in `alignkit reward RECIPE "
             f"model.base={base.name}`, or set reward.separate=true to load a second model",
         )
@@ -141,12 +141,12 @@ def _over_adapter(
 
 
 def check_tokens(name: str, theirs: Any, ours: Any) -> None:
-    """The same text must be the same ids; further tokens, such as padding, do no harm.
+    """The same text must become the same ids; further tokens, such as padding, do no harm.
 
     Args:
         name: of the reward model.
         theirs: its tokenizer.
-        ours: of the model that answers.
+        ours: of the policy.
 
     Raises:
         ModelError: a token has another id, or is unknown to the reward model.
@@ -161,11 +161,11 @@ def check_tokens(name: str, theirs: Any, ours: Any) -> None:
         )
 
 
-def _checked(found: RewardModel) -> RewardModel:
-    if found.spec.normalize and found.statistics is None:
+def _checked(model: RewardModel) -> RewardModel:
+    if model.spec.normalize and model.statistics is None:
         raise ModelError(
-            f"the reward model {found.spec.model} stores no mean and standard deviation to "
+            f"the reward model {model.spec.model} stores no mean and standard deviation to "
             "normalize by",
             hint="set reward.normalize=false to use its rewards as they are",
         )
-    return found
+    return model

@@ -39,11 +39,11 @@ class SamplesFile:
 
         Args:
             step: steps done.
-            rollouts: whose responses.
+            rollouts: prompts with their responses.
             rewards: of all of them.
             kl: `[B]` k1 of each response, in nats.
             rows: `train` or `held_out`.
-            limit: only the first so many.
+            limit: only this many, the first ones; None appends all.
         """
         lines = []
         number = 0
@@ -77,8 +77,8 @@ def read_rewards(path: Path, step: int, rows: str) -> dict[str, list[float]]:
         step: steps done.
         rows: `train` or `held_out`.
     """
-    found: dict[str, list[float]] = {}
+    rewards: dict[str, list[float]] = {}
     for line in read_metrics(path):
         if line["step"] == step and line["rows"] == rows:
-            found.setdefault(line["place"], []).append(line["reward"])
-    return found
+            rewards.setdefault(line["place"], []).append(line["reward"])
+    return rewards

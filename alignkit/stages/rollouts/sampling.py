@@ -1,4 +1,4 @@
-"""Prompts -> responses -> rewards, log-probs, values and advantages of one PPO step."""
+"""Prompts -> responses of the policy."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def sample(
         One rollout for each item, in order.
     """
     asked = [(item, number) for item in items for number in range(samples)]
-    found = engine.generate(
+    responses = engine.generate(
         [prompts.prompts[item].ids for item, _ in asked],
         [(*seed, item, number) for item, number in asked],
     )
     rollouts = []
     for position, item in enumerate(items):
-        own = tuple(found[position * samples : (position + 1) * samples])
+        own = tuple(responses[position * samples : (position + 1) * samples])
         branches = tuple(Branch(c.ids.astype(np.int32), np.ones(len(c.ids), np.bool_)) for c in own)
         document = Document(prompts.prompts[item].ids, branches, int(item))
         texts = tuple(tokenizer.decode(c.ids, skip_special_tokens=True).strip() for c in own)
@@ -74,6 +74,6 @@ def sample(
 
 
 def response_rows(rollouts: Sequence[Rollout]) -> list[np.ndarray]:
-    """Of each rollout, the rows of its responses among all responses."""
+    """For each rollout, the rows of its responses among all responses."""
     counts = [len(rollout.sampled) for rollout in rollouts]
     return np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])

@@ -37,16 +37,16 @@ from alignkit.runtime.checkpoint import find_checkpoint, stored_shapes
 from alignkit.stages.inputs.rows import AnyRows
 
 SHOWN = 4
-"""Layers that a line names."""
+"""The most layers that a line names."""
 
 InitialValues = Callable[[str], torch.Tensor]
-"""Name of a weight -> what it, or the factors beside it, start from."""
+"""Name of a weight -> values that it, or its LoRA factors, start from."""
 
 
 def find_adapter_start(
     session: Any, model: Any, rows: AnyRows, plan: Plan
 ) -> tuple[AnySpec, InitialValues | None]:
-    """What is trained, as it can be attached to the model.
+    """The adapter to train, ready to be attached to the model.
 
     Args:
         session: of the run.
@@ -55,11 +55,11 @@ def find_adapter_start(
         plan: which of them it reads.
 
     Returns:
-        The adapter with its shape, and what its start is made from. A run that goes on has its
-        factors in the checkpoint: only their shapes are read here.
+        The adapter with its shape, and what it starts from. A resumed run has its factors in the
+        checkpoint: only their shapes are read here.
 
     Raises:
-        ModelError: the adapter does not fit, or the rows give no start.
+        ModelError: the adapter does not fit, or there are too few rows to start from.
     """
     spec = started_adapter(session.recipe.adapter, rows.base)
     if isinstance(spec, PrefixSpec):
@@ -83,7 +83,7 @@ def find_adapter_start(
 
 
 def _stored_ranks(session: Any) -> dict[str, int] | None:
-    """Name of each layer -> rank in the checkpoint from which the run goes on, if there is one."""
+    """Name of each layer -> rank in the checkpoint to resume from, if there is one."""
     if not session.options.resume:
         return None
     checkpoint, _ = find_checkpoint(session.output / "checkpoints")
@@ -98,7 +98,7 @@ def _stored_ranks(session: Any) -> dict[str, int] | None:
 
 
 def _find(session: Any, model: Any, rows: AnyRows, plan: Plan, spec: LoraSpec) -> EvaStart:
-    """The start that the rows give, the same on every process."""
+    """The start computed from the rows, the same on every process."""
     how, started = eva_of(spec), time.monotonic()
     layers = adapted_layers(model, spec)
     own = layer_ranks(layers, spec)
@@ -109,9 +109,9 @@ def _find(session: Any, model: Any, rows: AnyRows, plan: Plan, spec: LoraSpec) -
     scorer = build_scorer(model, DTYPES[settings.dtype], settings.attention, session.say)
     start = find_start(scorer, layers, spec, passes)
     del scorer
-    release_memory()  # what the passes left, before the run makes its own blocks
+    release_memory()  # of the passes, before the run allocates its own
     if session.accelerator.num_processes > 1:
-        # Each has found it from the same rows; of equal sums some kernels differ in the last bit.
+        # Each computed it from the same rows, but some kernels differ in the last bit.
         box = [start]
         broadcast_object_list(box, from_process=0)
         start = box[0]
@@ -131,36 +131,36 @@ def passes_of(dataset: Any, plan: Plan, seed: int, how: EvaSpec, wanted: int) ->
         dataset: training rows, or prompts.
         plan: the steps that read them.
         seed: of their order.
-        how: which states count; no further row is taken once there are `max_tokens`.
-        wanted: states that each pass has at least.
+        how: which states count; no further row is read after `max_tokens`.
+        wanted: least number of states in each pass.
 
     Raises:
         ModelError: all rows together have fewer.
     """
     passes: list[list[Document]] = [[]]
-    taken = tokens = states = 0
+    read = tokens = states = 0
     steps = range(min(plan.steps, plan.steps_per_epoch))
     items = (step_items(step, len(dataset), plan.batch_size, seed) for step in steps)
     for item in itertools.chain.from_iterable(items):
-        if taken >= how.max_tokens:
+        if read >= how.max_tokens:
             break
         document = _readable(dataset[int(item)])
         if tokens + document.num_tokens > MAX_TOKENS and states >= wanted:
             passes.append([])
             tokens = states = 0
         passes[-1].append(document)
-        tokens, taken = tokens + document.num_tokens, taken + document.num_tokens
+        tokens, read = tokens + document.num_tokens, read + document.num_tokens
         states += _states(document, how)
     if states < wanted and len(passes) > 1:
         left = passes.pop()
         passes[-1] += left
     elif states < wanted:
-        _refuse_few(states, wanted, how, limited=taken >= how.max_tokens)
+        _refuse_few(states, wanted, how, limited=read >= how.max_tokens)
     return [pack_documents(documents) for documents in passes]
 
 
 def _readable(document: Document) -> Document:
-    """The document with the answers that are trained; of a prompt alone every token counts."""
+    """The document with its trained completions; in a prompt alone every token counts."""
     if document.branches:
         return document.only(Role.CHOSEN, Role.REJECTED)
     trained = np.arange(len(document.prompt)) > 0
@@ -176,13 +176,13 @@ def _states(document: Document, how: EvaSpec) -> int:
     )
 
 
-def _refuse_few(found: int, wanted: int, how: EvaSpec, *, limited: bool) -> None:
+def _refuse_few(states: int, wanted: int, how: EvaSpec, *, limited: bool) -> None:
     what = "states that predict a trained token" if how.use_label_mask else "tokens"
     ways = ["lower adapter.rank", "raise adapter.eva.max_tokens" if limited else "give more rows"]
     ways += ["lower adapter.eva.rho"] if how.rho > 1 else []
     ways += ["set adapter.eva.use_label_mask=false"] if how.use_label_mask else []
     raise ModelError(
-        f"adapter.init = eva wants {wanted} {what}, and the rows that are read have {found}",
+        f"adapter.init = eva needs {wanted} {what}, but the rows that are read have {states}",
         hint=", or ".join(ways),
     )
 
@@ -190,10 +190,10 @@ def _refuse_few(found: int, wanted: int, how: EvaSpec, *, limited: bool) -> None
 def describe_start(
     start: EvaStart, own: dict[str, int], seconds: float, *, used_up: bool
 ) -> Iterator[tuple[str, str]]:
-    """What was found, in lines with their labels.
+    """The start in lines with their labels.
 
     Args:
-        start: as it was found.
+        start: as it was computed.
         own: name of each layer -> rank in the recipe.
         seconds: that it took.
         used_up: whether all rows of the run were read.
@@ -207,7 +207,7 @@ def describe_start(
     if moved:
         ranks = sorted(start.ranks.values())
         yield (
-            f"eva: ranks are now {ranks[0]} to {ranks[-1]}, others than the recipe's in "
+            f"eva: ranks are now {ranks[0]} to {ranks[-1]}, different from the recipe's in "
             f"{len(moved)} of {len(own)} layers",
             "",
         )

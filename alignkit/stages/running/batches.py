@@ -33,7 +33,7 @@ class MicroBatch:
 
     @property
     def num_read(self) -> int:
-        """Tokens the model reads: those of a start that documents share count once."""
+        """Tokens the model reads: a start that documents share counts once."""
         starts = common_starts(self.documents)
         return self.num_tokens - sum(n * (len(members) - 1) for members, n in starts)
 
@@ -93,7 +93,7 @@ class Batches:
         return StepBatches(items, weight, [filler] * missing + mine)
 
     def largest(self) -> MicroBatch:
-        """The micro-batch of which the model reads most tokens among the steps to come."""
+        """The micro-batch with the most tokens for the model to read, in the steps to come."""
         best: tuple[int, int, int] | None = None
         for step in range(min(self.plan.steps, self.plan.steps_per_epoch, _LOOKAHEAD)):
             for number, batch in enumerate(self.step(step).micro_batches):

@@ -1,6 +1,6 @@
 """The model card: origin, settings, measured results, licence.
 
-Of a merged or quantized model, or of an adapter that has no merge. It names files and folders
+For a merged or quantized model, or for an adapter that cannot be merged. It names files and folders
 without the path to them: a card is made to be shared.
 """
 
@@ -51,12 +51,12 @@ def write_card(
 
     Args:
         folder: of the model, or of an adapter.
-        base: that was trained or quantized.
+        base: the model that was trained or quantized.
         recipe: of the run; None for an adapter from elsewhere.
         before: held-out values before training.
         after: the same at the end.
-        report: of the merge; None where all weights were trained.
-        quantized: report of the export, where only the precision has changed.
+        report: of the merge; None if all weights were trained.
+        quantized: report of the export, if only the precision has changed.
         classifier: a reward model.
     """
     licence, adapter = licence_of(base), peft_kind(folder) != ""
@@ -94,13 +94,13 @@ def write_card(
         "## Licence",
         f"That of the base: {licence}."
         if licence
-        else "The base's files do not say its licence: look it up before sharing this model.",
+        else "The base's files do not name its licence: look it up before sharing this model.",
     ]
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
 def _short(name: str) -> str:
-    """A hub id as it is; of a local place the last part that says something."""
+    """A hub id as it is; of a local path the last part that identifies the model."""
     path = Path(name)
     if not path.exists():
         return name
@@ -121,5 +121,5 @@ def _table(before: dict[str, float], after: dict[str, float]) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Nothing for what was not measured, or was no finite number: metrics keep that as null."""
+    """Empty for what was not measured or is not finite: metrics store that as null."""
     return "" if value is None else f"{value:.4g}"

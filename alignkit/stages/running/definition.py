@@ -1,4 +1,4 @@
-"""What a stage is to everything that runs stages."""
+"""The interface of a stage, for everything that runs stages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StageDef(Protocol):
 
     @property
     def metrics(self) -> Mapping[str, str]:
-        """Name of each metric that is the stage's own -> what it means."""
+        """Name of each metric of the stage's own -> what it means."""
 
     def prepare(self, recipe: Any, base: BaseModel, processes: int) -> tuple[AnyRows, Plan]:
         """Rows and plan, without weights.
@@ -54,7 +54,7 @@ class StageDef(Protocol):
             recipe: of the run.
             scorer: of its model.
             rows: to measure on.
-            reference: log-probs to compare with; None where the recipe needs none.
+            reference: log-probs to compare with; None if the recipe needs none.
             max_tokens: tokens of one pass.
         """
 
@@ -66,10 +66,10 @@ def definition_of(recipe: Recipe) -> StageDef:
         AlignkitError: it cannot be imported.
     """
     try:
-        found: StageDef = EntryPoint(recipe.stage, recipe.definition, "").load()
+        definition: StageDef = EntryPoint(recipe.stage, recipe.definition, "").load()
     except (ImportError, AttributeError) as error:
         raise AlignkitError(
             f"stage {recipe.stage} cannot be loaded: {error}",
             hint=f"its definition is {recipe.definition}; reinstall the package it comes from",
         ) from error
-    return found
+    return definition

@@ -40,7 +40,7 @@ class FinishedRun(Protocol):
 
     @property
     def written_head(self) -> Any:
-        """The scalar head that belongs into the written model, or None."""
+        """The scalar head of the written model, or None."""
 
     @property
     def say(self) -> Callable[[dict[str, float]], str]:
@@ -56,7 +56,7 @@ class RunSummary:
 
     Args:
         output: run folder.
-        steps: done in all.
+        steps: done in total.
         loss: of the last step.
         before: held-out values before training; empty without held-out rows.
         after: held-out values at the end.
@@ -175,7 +175,7 @@ def _write_models(
     except RoundingError as error:
         if settings["dtype"] == torch.float32:
             raise
-        # Nobody asked for narrow weights: a run that is trained ends in a model that is faithful.
+        # Nobody asked for narrow weights: a finished run must leave a faithful model.
         session.say(f"{error.message}: merging into float32 weights instead")
         report = merge(*folders, **{**settings, "dtype": torch.float32})
     if report.quantized is not None:
@@ -208,8 +208,8 @@ def _summarise(
     evaluations = [m for m in metrics if any(key.startswith("eval/") for key in m)]
     losses = [m["loss"] for m in metrics if "loss" in m]
 
-    def values(found: dict[str, Any]) -> dict[str, float]:
-        return {k.removeprefix("eval/"): v for k, v in found.items() if k.startswith("eval/")}
+    def values(line: dict[str, Any]) -> dict[str, float]:
+        return {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")}
 
     before = values(evaluations[0]) if evaluations else {}
     after = values(evaluations[-1]) if evaluations else {}

@@ -33,15 +33,15 @@ class RowHooks:
     """What a stage that learns from rows brings to each step.
 
     Args:
-        loss: forward pass and objective of one micro-batch, given what `measure` found.
+        loss: forward pass and objective of one micro-batch, with the sums of `measure`.
         weights: weight of each training item; the step's loss is the sum of its losses over the
             sum of its weights.
         evaluate: values of held-out rows: scorer, rows, token budget and processes.
         say: these values in one line.
         measure: sums of one micro-batch, without gradients, that are added up over the step and
-            all processes before the first loss; None where the loss needs none.
-        finish: from the step's means, and what was measured, to the metrics that are logged;
-            None logs the means.
+            all processes before the first loss; None if the loss needs none.
+        finish: the step's means and what was measured -> the metrics that are logged; None logs
+            the means.
     """
 
     loss: Callable[[nn.Module, Sequence[Document], StepSums], LossSums]

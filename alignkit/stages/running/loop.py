@@ -1,6 +1,6 @@
 """run_loop: what happens around the optimizer steps of every stage.
 
-Evaluate, step, log, save, stop on request. What a step is, the stage says.
+Evaluate, step, log, save, stop on request. The stage defines what a step is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ METRICS = {
     "learning_rate": "of this step",
     "grad_norm": "norm of the gradient before clipping",
     "epoch": "passes over the rows so far",
-    "tokens": "tokens that were read in this step, without padding",
+    "tokens": "tokens read in this step, without padding",
     "step_seconds": "time of the step",
     "tokens_per_second": "of this step",
     "memory_gb": "largest memory that a process has held so far",
@@ -73,11 +73,11 @@ class StageHooks:
 
     Args:
         dry_run: before the first step of this process: finds what would fail later.
-        train: one step, from 0, its random numbers seeded and its learning rates set: the metrics
-            `loss`, `tokens` and others.
-        evaluate: held-out values after so many steps, and one line about them; None without
+        train: one step, from 0, with its random numbers seeded and its learning rates set; returns
+            the metrics `loss`, `tokens` and others.
+        evaluate: held-out values after this many steps, and one line about them; None without
             held-out rows.
-        save: a checkpoint after so many steps.
+        save: a checkpoint after this many steps.
         halt: an error that ends the run after this step, or None.
     """
 
@@ -142,7 +142,7 @@ def run_loop(loop: Loop, hooks: StageHooks, first_step: int) -> None:
 
 
 def _train_step(loop: Loop, hooks: StageHooks, step: int) -> dict[str, float]:
-    """One step of the stage, between what is the same in all stages."""
+    """One step of the stage, and what all stages do before and after it."""
     started = time.monotonic()
     plan, accelerator = loop.plan, loop.accelerator
     _seed_everything(
@@ -170,14 +170,14 @@ def _train_step(loop: Loop, hooks: StageHooks, step: int) -> dict[str, float]:
 
 
 def _seed_everything(seed: int) -> None:
-    """Dropout, and functions of the user's, draw the same numbers after an interruption."""
+    """Dropout and the user's functions draw the same numbers after an interruption."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
 
 def require_finite(loss: float, sentence: str, hint: str) -> None:
-    """End the run where a loss is not a number.
+    """End the run if a loss is not finite.
 
     Args:
         loss: of a step.
@@ -185,7 +185,7 @@ def require_finite(loss: float, sentence: str, hint: str) -> None:
         hint: what to do.
 
     Raises:
-        TrainingError: it is not finite.
+        TrainingError: the loss is not finite.
     """
     if not math.isfinite(loss):
         raise TrainingError(sentence, hint=hint)
@@ -193,10 +193,10 @@ def require_finite(loss: float, sentence: str, hint: str) -> None:
 
 @contextlib.contextmanager
 def within_memory(what: str) -> Iterator[None]:
-    """What runs out of memory ends with a sentence.
+    """Turn running out of memory into an error with a hint.
 
     Args:
-        what: does not fit, as in `step 3`.
+        what: what does not fit, as in `step 3`.
 
     Raises:
         TrainingError: memory ran out.
@@ -207,14 +207,14 @@ def within_memory(what: str) -> Iterator[None]:
         if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
             raise
         raise TrainingError(
-            f"{what} does not fit the memory",
+            f"{what} does not fit in memory",
             hint="lower training.microbatch_tokens or data.max_length, or set "
             "training.gradient_checkpointing=true",
         ) from error
 
 
 def _lacks_evaluation(loop: Loop) -> bool:
-    """Whether the last step was saved, and its evaluation failed."""
+    """Whether the last step was saved, but its evaluation failed."""
     if loop.folder is None:
         return False
     lines = read_metrics(loop.folder.path / "metrics.jsonl")
@@ -223,10 +223,10 @@ def _lacks_evaluation(loop: Loop) -> bool:
 
 
 def _evaluate(loop: Loop, hooks: StageHooks, step: int) -> None:
-    found = hooks.evaluate(step)
-    if found is None:
+    result = hooks.evaluate(step)
+    if result is None:
         return
-    values, line = found
+    values, line = result
     named = {f"eval/{name}": value for name, value in values.items()}
     if loop.metrics is not None:
         loop.metrics.write(step, named)
@@ -239,7 +239,7 @@ def save_state(loop: Loop, step: int, model: Any, optimizer: Any, state: dict[st
     """A checkpoint of the leading process; the others wait for it to begin.
 
     Args:
-        loop: says where and how many to keep.
+        loop: knows where, and how many to keep.
         step: steps done.
         model: its trained weights are stored.
         optimizer: its state is stored.

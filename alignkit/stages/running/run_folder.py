@@ -1,4 +1,4 @@
-"""The run folder: who may write into it, and what it says about how it was made."""
+"""The run folder: who may write into it, and what it records about its run."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def check_same_inputs(now: dict[str, Any], before: dict[str, Any]) -> None:
     """Refuse to go on with other weights or rows than those the run was started with.
 
     Args:
-        now: what run.json is going to say.
-        before: what it says.
+        now: what run.json is going to hold.
+        before: what it holds.
 
     Raises:
         RunError: a fingerprint differs.
@@ -149,7 +149,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        self.created = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
         lock = path / ".lock"
         try:
@@ -178,7 +178,7 @@ class RunFolder:
         Args:
             recipe: resolved.
             plan: what is going to be executed.
-            about: fingerprints and counts beside the versions that are added here.
+            about: fingerprints and counts; the versions are added here.
             overwrite: empty the folder first.
         """
         for child in self.path.iterdir() if overwrite else ():
@@ -192,7 +192,7 @@ class RunFolder:
         write_text(self.path / "plan.json", json.dumps(plan.to_json(), indent=2) + "\n")
 
     def finish(self, status: str, **values: Any) -> None:
-        """Record how the run ended; nothing of one that was not described.
+        """Record how the run ended, if it was described.
 
         Args:
             status: `finished`, `interrupted` or `failed`.
@@ -206,11 +206,11 @@ class RunFolder:
         write_text(self.path / "run.json", json.dumps(self.about, indent=2, default=str) + "\n")
 
     def close(self) -> None:
-        """Let other processes use the folder; one that was empty and still is goes again."""
+        """Let other processes use the folder; remove it if it was created and is still empty."""
         if not self.about and [child.name for child in self.path.iterdir()] == [".lock"]:
             (self.path / ".lock").unlink()
-            with contextlib.suppress(OSError):  # one of them is used by now
-                for folder in self.made:
+            with contextlib.suppress(OSError):  # one of them is in use by now
+                for folder in self.created:
                     folder.rmdir()
         self.lock.close()
 

@@ -1,4 +1,4 @@
-"""A training session: who may write, what is said at the start, where it continues, how it ends."""
+"""A training session: who may write, what it prints first, where it continues, how it ends."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ from alignkit.stages.running.steps import Run
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line says beside the recipe.
+    """What the command line sets besides the recipe.
 
     Args:
         resume: continue from the newest whole checkpoint.
         overwrite: replace what the run folder holds.
-        quiet: no progress.
+        quiet: print no progress.
         command: as typed, for run.json.
     """
 
@@ -68,7 +68,7 @@ class Session:
         options: of the command line.
 
     Raises:
-        RunError: the run folder cannot be used. Nothing has been written then.
+        RunError: the run folder cannot be used; nothing has been written.
     """
 
     def __init__(self, recipe: Recipe, options: RunOptions) -> None:
@@ -80,7 +80,7 @@ class Session:
         self.leads = bool(self.accelerator.is_main_process)
         self.quiet = options.quiet or not self.leads
         self.folder: RunFolder | None = None
-        self.about: dict[str, Any] = {}  # found on the way to the first step, for run.json
+        self.about: dict[str, Any] = {}  # for run.json, collected before the first step
 
     def say(self, text: str, label: str = "") -> None:
         """Print one line for the user."""
@@ -92,14 +92,14 @@ class Session:
         return self.announce(plan_run(self.recipe, rows, self.accelerator.num_processes), rows)
 
     def announce(self, plan: Plan, rows: AnyRows) -> Plan:
-        """Say what was read and planned.
+        """Print what was read and planned.
 
         Args:
             plan: as made now.
             rows: their reports are shown.
 
         Returns:
-            The plan; a resumed run's with the micro-batches it was started with.
+            The plan; a resumed run keeps the micro-batches it was started with.
         """
         if self.options.resume and (self.output / "plan.json").is_file():
             plan = keep_plan(plan, read_plan(self.output))
@@ -125,7 +125,7 @@ class Session:
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """What weights are kept in: those that are trained in float32, frozen ones as computed."""
+        """Dtype of the weights: float32 if they are trained, else the recipe's."""
         full = isinstance(self.recipe.adapter, FullSpec)
         return torch.float32 if full else DTYPES[self.recipe.model.dtype]
 
@@ -183,7 +183,7 @@ class Session:
                 self.folder.close()
 
     def _own_folder(self) -> None:
-        """The first process takes the folder; where it cannot, no process goes on."""
+        """The first process takes the folder; if it cannot, no process goes on."""
         refused: RunError | None = None
         try:
             self.folder = RunFolder(self.output) if self.leads else None
@@ -192,11 +192,11 @@ class Session:
         verdict = torch.tensor([float(refused is not None)])
         if process_group(self.accelerator).reduce(verdict).item():
             raise refused or RunError(
-                f"{self.output} is refused to the first process", hint="see what that one says"
+                f"the first process cannot use {self.output}", hint="see the error that it printed"
             )
 
     def begin(self, rows: AnyRows, plan: Plan) -> None:
-        """Make the folder that of this run, now that its weights could be loaded.
+        """Write the run's files into the folder, now that its weights could be loaded.
 
         Args:
             rows: of the run.
@@ -246,14 +246,14 @@ class Session:
         return run, first_step
 
     def restore(self, model: nn.Module, optimizer: Any) -> tuple[int, dict[str, Any]]:
-        """Put the newest whole checkpoint back, if this run is to be resumed.
+        """Restore the newest whole checkpoint, if this run is to be resumed.
 
         Args:
             model: gets the trained weights.
             optimizer: gets its state.
 
         Returns:
-            Steps already done, and what the loop stored beside the tensors.
+            Steps already done, and what the loop stored besides the tensors.
         """
         if not self.options.resume:
             return 0, {}
@@ -265,7 +265,7 @@ class Session:
             return 0, {}
         load_checkpoint(checkpoint, model, optimizer)
         if checkpoint.state.get("processes") != self.accelerator.num_processes:
-            self.say("other number of processes: sums may differ in the last bits", "note")
+            self.say("the number of processes changed: sums may differ in the last bits", "note")
         self.say(f"resuming after step {checkpoint.step}")
         return checkpoint.step, checkpoint.state
 
@@ -282,7 +282,7 @@ class Session:
             plan: the decisions.
             first_step: steps already done; what an interrupted run logged later is dropped.
             parts: what is trained, each part with its optimizer.
-            describe: what a step's metrics say on the progress line; None tells the loss.
+            describe: a step's metrics -> text on the progress line; None shows the loss.
         """
         training = self.recipe.training
         metrics = None

@@ -52,7 +52,7 @@ class Run(Loop):
 
     @property
     def written_head(self) -> Any:
-        """The scalar head that belongs into the written model, or None."""
+        """The scalar head of the written model, or None."""
         return self.accelerator.unwrap_model(self.scorer).head
 
     def release(self) -> None:
@@ -79,7 +79,7 @@ def run_steps(run: Run, first_step: int) -> None:
 
 
 def _dry_run(run: Run) -> None:
-    """Run the largest micro-batch once and forget its gradients.
+    """Run the largest micro-batch once and drop its gradients.
 
     Memory that would run out after hours runs out now, and the allocator's blocks fit every
     later batch.
@@ -164,10 +164,10 @@ def _over_processes(run: Run, sums: dict[str, torch.Tensor]) -> dict[str, float]
 def _evaluate(run: Run, step: int) -> tuple[dict[str, float], str] | None:
     if run.held_out is None:
         return None
-    found = run.hooks.evaluate(
+    values = run.hooks.evaluate(
         run.scorer, run.held_out, run.plan.microbatch_tokens, process_group(run.accelerator)
     )
-    return found, run.say(found)
+    return values, run.say(values)
 
 
 def _save(run: Run, step: int) -> None:

@@ -1,4 +1,4 @@
-"""A loss of the user's: found, checked before anything is read, and called like our own."""
+"""A user's loss: loaded, checked before any row is read, and called like our own."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def custom_loss(spec: CustomSpec, shape: CustomShape) -> Callable[..., torch.Ten
 
     Returns:
         A function of the same tensors as our own losses of that stage. Each call raises
-        TrainingError where the user's raises anything, or gives anything but one number an item.
+        TrainingError if the user's raises anything, or returns anything but one number an item.
 
     Raises:
-        TrainingError: the file cannot be run, or holds no such function.
+        TrainingError: the file cannot be run, or has no such function.
     """
     path = Path(spec.file)
     with _kept():
@@ -40,13 +40,13 @@ def custom_loss(spec: CustomSpec, shape: CustomShape) -> Callable[..., torch.Ten
             path, spec.name, TrainingError, what="loss function", shape=shape.written
         )
 
-    def call(*given: Any) -> torch.Tensor:
+    def call(*arguments: Any) -> torch.Tensor:
         try:
             with _kept():
-                losses = loss(*given, **spec.parameters)
+                losses = loss(*arguments, **spec.parameters)
         except (Exception, SystemExit) as error:
             raise raised(error, path, spec.name, TrainingError, shape=shape.written) from error
-        count = len(_tensors(given)[0])
+        count = len(_tensors(arguments)[0])
         if not isinstance(losses, torch.Tensor) or losses.shape != (count,):
             shown = (
                 list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
@@ -74,7 +74,7 @@ def _kept() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class CustomShape:
-    """What a loss of the user's looks like in one stage.
+    """What a user's loss looks like in one stage.
 
     Args:
         written: its first line, with `{name}` in it.
@@ -86,32 +86,32 @@ class CustomShape:
 
 
 def check_custom(objective: Section, shape: CustomShape | None) -> None:
-    """Call a loss of the user's on a few made-up items before any row is read.
+    """Call a user's loss on a few made-up items before any row is read.
 
     Args:
-        objective: of the recipe; nothing is done to one of our own.
-        shape: of the stage; None where it takes none.
+        objective: of the recipe; one of our own is not checked.
+        shape: of the stage; None if it takes no user's loss.
 
     Raises:
-        TrainingError: it is not finite, not differentiable, gives other than one number an item,
-            or another number when it is called again.
+        TrainingError: it is not finite, not differentiable, does not give one number an item, or
+            gives another number when it is called again.
     """
     if not isinstance(objective, CustomSpec):
         return
     if shape is None:
         raise _fault(objective, "is not an objective of this stage")
-    loss, given = custom_loss(objective, shape), shape.example(objective)
-    losses = loss(*given)
+    loss, arguments = custom_loss(objective, shape), shape.example(objective)
+    losses = loss(*arguments)
     if not torch.isfinite(losses).all():
         raise _fault(objective, f"is not finite on usual log-probs: {losses.tolist()}")
     if not losses.requires_grad:
-        raise _fault(objective, "is not differentiable: its result does not depend on what it got")
-    trained = [tensor for tensor in _tensors(given) if tensor.requires_grad]
+        raise _fault(objective, "is not differentiable: its result does not depend on its input")
+    trained = [tensor for tensor in _tensors(arguments) if tensor.requires_grad]
     slopes = torch.autograd.grad(losses.sum(), trained, allow_unused=True)
     known = [slope for slope in slopes if slope is not None]
     if not known or not all(torch.isfinite(slope).all() for slope in known):
         raise _fault(objective, "has no finite gradient on usual log-probs")
-    if not torch.equal(loss(*given), losses):
+    if not torch.equal(loss(*arguments), losses):
         raise _fault(objective, "gives another number when it is called again: it must be pure")
 
 
@@ -121,7 +121,7 @@ def _example_tokens(spec: CustomSpec) -> tuple[torch.Tensor]:
 
 
 def _example_pairs(spec: CustomSpec) -> tuple[PairLogprobs]:
-    """Three pairs of answers: a clear one, a close one and one the wrong way round."""
+    """Three pairs of completions: a clear one, a close one and one the wrong way round."""
     chosen = torch.tensor([-12.0, -30.5, -41.0], dtype=torch.float64).requires_grad_()
     rejected = torch.tensor([-25.0, -31.0, -22.0], dtype=torch.float64).requires_grad_()
     known = torch.tensor([[-13.0, -30.0, -40.0], [-24.0, -31.5, -23.0]], dtype=torch.float64)
@@ -131,7 +131,7 @@ def _example_pairs(spec: CustomSpec) -> tuple[PairLogprobs]:
 
 
 def _example_rewards(spec: CustomSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`[3]` rewards of chosen and of rejected answers, and margins."""
+    """`[3]` rewards of chosen and of rejected completions, and margins."""
     chosen = torch.tensor([1.5, 0.2, -0.5]).requires_grad_()
     rejected = torch.tensor([-0.5, 0.1, 0.75]).requires_grad_()
     return chosen, rejected, torch.zeros(3)
@@ -142,11 +142,11 @@ PAIRS = CustomShape("def {name}(pairs, **parameters)", _example_pairs)
 REWARDS = CustomShape("def {name}(chosen, rejected, margins, **parameters)", _example_rewards)
 
 
-def _tensors(given: tuple[Any, ...]) -> list[torch.Tensor]:
-    """What a loss got, the log-probs of pairs one by one."""
-    if isinstance(given[0], PairLogprobs):
-        return [value for value in vars(given[0]).values() if value is not None]
-    return list(given)
+def _tensors(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The tensors in a loss's arguments, those of pairs one by one."""
+    if isinstance(arguments[0], PairLogprobs):
+        return [value for value in vars(arguments[0]).values() if value is not None]
+    return list(arguments)
 
 
 def _fault(spec: CustomSpec, rule: str) -> TrainingError:

@@ -1,9 +1,9 @@
-"""KTO: how answers that are labelled good or bad move a language model.
+"""KTO: how completions that are labelled good or bad move a language model.
 
 The baseline is one number for a whole optimizer step, so it is measured before the step's losses:
-a pass without gradients scores the answers of other rows under each row's prompt. As a branch of
-the training pass they would cost a backward pass that is always zero; where the reference is scored
-beforehand, both answers are branches of one document.
+a pass without gradients scores the completions of other rows under each row's prompt. As branches
+of the training pass they would cost a backward pass that is always zero; if the reference is scored
+beforehand, both completions are branches of one document.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from alignkit.stages.supervised.stage import SupervisedStage
 
 
 def kto_hooks(recipe: KtoRecipe, rows: TokenDataset, reference: Reference | None) -> RowHooks:
-    """Loss, baseline and evaluation of labelled answers.
+    """Loss, baseline and evaluation of labelled completions.
 
     Args:
         recipe: with its defaults.
@@ -53,15 +53,15 @@ def kto_hooks(recipe: KtoRecipe, rows: TokenDataset, reference: Reference | None
         }
 
     def loss(scorer: nn.Module, documents: Sequence[Document], measured: StepSums) -> LossSums:
-        logps, ratios = _answer_ratios(scorer, documents, reference)
+        logps, ratios = _completion_ratios(scorer, documents, reference)
         desirable = torch.tensor([_is_desirable(d) for d in documents], device=ratios.device)
         baseline = torch.tensor(kl_baseline(measured["ratios"], measured["rows"]))
-        found = losses(ratios, desirable, baseline.to(ratios.device))
+        per_row = losses(ratios, desirable, baseline.to(ratios.device))
         metrics = {}
         for name, side in (("chosen", desirable), ("rejected", ~desirable)):
             metrics[f"rewards/{name}"] = (objective.beta * ratios.detach() * side).sum()
             metrics[f"logps/{name}"] = (logps.detach() * side).sum()
-        return LossSums(found.sum(), metrics)
+        return LossSums(per_row.sum(), metrics)
 
     def evaluate(
         scorer: nn.Module, documents: Sequence[Document], max_tokens: int, processes: ProcessGroup
@@ -76,17 +76,17 @@ def kto_hooks(recipe: KtoRecipe, rows: TokenDataset, reference: Reference | None
 def _finish(means: dict[str, float], measured: StepSums) -> dict[str, float]:
     """Means over all rows of the step -> means over the desirable and the undesirable ones.
 
-    A side that the step has no row of is not logged.
+    A side without rows in the step is not logged.
     """
     rows, good = measured["rows"], measured["desirable"]
-    found = {"loss": means["loss"], "kl": kl_baseline(measured["ratios"], rows)}
+    metrics = {"loss": means["loss"], "kl": kl_baseline(measured["ratios"], rows)}
     for name, count in (("chosen", good), ("rejected", rows - good)):
         if count:
             for metric in (f"rewards/{name}", f"logps/{name}"):
-                found[metric] = means[metric] * rows / count
+                metrics[metric] = means[metric] * rows / count
     if good and rows - good:
-        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-    return found
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    return metrics
 
 
 def _is_desirable(document: Document) -> bool:
@@ -96,7 +96,7 @@ def _is_desirable(document: Document) -> bool:
 def _columns(
     scorer: nn.Module, documents: Sequence[Document], reference: Reference
 ) -> dict[str, torch.Tensor]:
-    _, ratios = _answer_ratios(scorer, documents, reference)
+    _, ratios = _completion_ratios(scorer, documents, reference)
     return {
         "ratio": ratios,
         "mismatched": _mismatched_ratios(scorer, documents, reference),
@@ -104,10 +104,10 @@ def _columns(
     }
 
 
-def _answer_ratios(
+def _completion_ratios(
     scorer: nn.Module, documents: Sequence[Document], reference: Reference
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[B]` log-probs of the rows' own answers, and their log-ratios."""
+    """`[B]` log-probs of the rows' own completions, and their log-ratios."""
     own = [document.only(Role.CHOSEN, Role.REJECTED) for document in documents]
     batch = pack_documents(own)
     known = reference(scorer, batch)
@@ -118,7 +118,7 @@ def _answer_ratios(
 def _mismatched_ratios(
     scorer: nn.Module, documents: Sequence[Document], reference: Reference
 ) -> torch.Tensor:
-    """`[B]` log-ratios of the mismatched answers; no gradient."""
+    """`[B]` log-ratios of the mismatched completions; no gradient."""
     batch = pack_documents([document.only(Role.MISMATCHED) for document in documents])
     with evaluating(scorer):
         return _logprobs(scorer, batch) - reference(scorer, batch)
@@ -132,9 +132,9 @@ def _logprobs(scorer: nn.Module, batch: PackedBatch) -> torch.Tensor:
 KTO = SupervisedStage(
     kto_hooks,
     {
-        "kl": "baseline: mean log-ratio of answers to other prompts, at least 0, in nats",
-        "rewards/chosen": "mean implicit reward of the step's desirable answers",
-        "rewards/rejected": "mean implicit reward of the step's undesirable answers",
+        "kl": "baseline: mean log-ratio of completions of other prompts, at least 0, in nats",
+        "rewards/chosen": "mean implicit reward of the step's desirable completions",
+        "rewards/rejected": "mean implicit reward of the step's undesirable completions",
         "rewards/margins": "their difference, in steps with both",
         **LOGP_METRICS,
     },

@@ -18,10 +18,10 @@ ScorePairs = Callable[[nn.Module, Sequence[Document]], PairScores]
 """Forward pass and objective of a few pairs."""
 
 PAIR_METRICS = {
-    "rewards/chosen": "mean reward of chosen answers",
-    "rewards/rejected": "mean reward of rejected answers",
+    "rewards/chosen": "mean reward of chosen completions",
+    "rewards/rejected": "mean reward of rejected completions",
     "rewards/margins": "their mean difference",
-    "rewards/accuracies": "share of pairs with the chosen answer ahead; ties count half",
+    "rewards/accuracies": "share of pairs with the chosen completion ahead; ties count half",
 }
 """What the metrics of pairs mean; with a language model the rewards are implicit."""
 
@@ -50,6 +50,6 @@ def pair_hooks(score: ScorePairs, num_items: int) -> RowHooks:
 
 
 def split_roles(values: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[S]` values of all sequences -> `[B]` of the chosen and `[B]` of the rejected answers."""
+    """`[S]` values of all sequences -> `[B]` of the chosen and `[B]` of the rejected ones."""
     roles = torch.from_numpy(batch.sequence_roles).to(values.device)
     return values[roles == Role.CHOSEN], values[roles == Role.REJECTED]

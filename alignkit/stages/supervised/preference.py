@@ -38,7 +38,7 @@ def preference_hooks(
     Args:
         recipe: with its defaults.
         rows: to learn from.
-        reference: log-probs to compare with; None for kinds without.
+        reference: log-probs to compare with; None for objectives without one.
     """
     spec = recipe.objective
     if isinstance(spec, CustomPairSpec):
@@ -65,12 +65,12 @@ def preference_scores(
 
     Args:
         loss: log-probs of `B` pairs -> `[B]` losses.
-        rewards: the same -> `[B]` implicit rewards of chosen and of rejected answers.
-        reference: log-probs to compare with; None for objectives without.
+        rewards: the same -> `[B]` implicit rewards of chosen and of rejected completions.
+        reference: log-probs to compare with; None for objectives without one.
 
     Returns:
         A function from scorer and pairs to their losses, implicit rewards and `logps/chosen` and
-        `logps/rejected`, the log-probs of whole answers.
+        `logps/rejected`, the log-probs of whole completions.
     """
 
     def score(scorer: nn.Module, documents: Sequence[Document]) -> PairScores:
@@ -89,8 +89,8 @@ def preference_scores(
 
 
 LOGP_METRICS = {
-    "logps/chosen": "mean log-prob of a whole chosen answer, in nats",
-    "logps/rejected": "mean log-prob of a whole rejected answer, in nats",
+    "logps/chosen": "mean log-prob of a whole chosen completion, in nats",
+    "logps/rejected": "mean log-prob of a whole rejected completion, in nats",
 }
 
 DPO = SupervisedStage(preference_hooks, {**PAIR_METRICS, **LOGP_METRICS}, PAIRS)

@@ -2,7 +2,8 @@
 
 The reference is always the base that training starts from: with an adapter, the model with adapters
 off; in every other case it is scored, or copied, before the first step and before a checkpoint is
-loaded. A fresh LoRA adapter changes nothing, so its policy starts there; a prefix starts off it.
+loaded. A fresh LoRA adapter changes nothing, so its policy starts at the reference; a prefix does
+not.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ Reference = Callable[[nn.Module, PackedBatch], torch.Tensor]
 """Scorer and batch -> `[S]` log-probs of the sequences under the reference model."""
 
 FORMAT = 1
-"""Raised whenever the same question would be answered differently."""
+"""Raised whenever the values of the same key would differ."""
 
 
 def adapter_off(scorer: nn.Module, batch: PackedBatch) -> torch.Tensor:
@@ -62,7 +63,7 @@ def known(scorer: nn.Module, batch: PackedBatch) -> torch.Tensor:
 
 
 def frozen_copy(session: Session, rows: Rows) -> Reference:
-    """A second model, as the first one starts."""
+    """A second model with the weights that the first one starts from."""
     spec = session.recipe.model
     dtype = DTYPES[spec.dtype]
     device = session.accelerator.device
@@ -89,7 +90,7 @@ def build_reference(
         plan: names the kind.
 
     Returns:
-        The reference, and the rows, which carry their log-probs where these are kept on disk.
+        The reference, and the rows, which carry their log-probs if these are kept on disk.
     """
     if plan.reference == "adapter_off":
         return adapter_off, rows
@@ -137,7 +138,7 @@ def _with_references(
         if session.leads:
             _write(path, needed, values)
     else:
-        session.say(f"reference log-probs of {len(needed):,} rows were there already")
+        session.say(f"reference log-probs of {len(needed):,} rows were stored already")
     table = np.full((dataset.num_rows, values.shape[1]), np.nan)
     table[needed] = values
     return replace(dataset, references=table)
@@ -149,9 +150,9 @@ def score_sequences(
     """`[n, branches]` log-probs of every branch, scored without gradients.
 
     Args:
-        scorer: its training mode is put back afterwards.
+        scorer: its training mode is restored afterwards.
         documents: `n` rows with the same number of branches.
-        processes: this one and how sums go over all.
+        processes: this one, and sums over all of them.
     """
     branches = range(len(documents[0].branches))
 
@@ -172,7 +173,7 @@ def _key(
     dataset: TokenDataset,
     needed: npt.NDArray[np.int64],
 ) -> str:
-    """Hash of the question: these tokens under that model, in this precision."""
+    """Hash of what is scored: these tokens under that model, in this precision."""
     spec = session.recipe.model
     digest = hashlib.sha256()
     for array in (dataset.ids, dataset.trained, dataset.bounds, dataset.roles, needed):
@@ -204,12 +205,12 @@ def _read(
         with np.load(path) as stored:
             rows, values = stored["rows"], stored["values"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # torn: score again
+        return None  # incomplete: score again
     whole = np.array_equal(rows, needed) and values.shape == (len(needed), branches)
     return values if whole and np.isfinite(values).all() else None
 
 
 def _write(path: Path, needed: npt.NDArray[np.int64], values: npt.NDArray[np.float64]) -> None:
-    """Store the values; a cache that cannot be written is no reason to stop."""
+    """Store the values; if the cache cannot be written, go on."""
     with contextlib.suppress(OSError), replace_file(path) as written:
         np.savez(written, rows=needed, values=values)

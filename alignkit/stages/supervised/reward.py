@@ -1,4 +1,4 @@
-"""Reward models: a scalar head that puts the chosen answer of a pair ahead."""
+"""Reward models: a scalar head that puts the chosen completion of a pair ahead."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from alignkit.stages.supervised.reference import Reference
 from alignkit.stages.supervised.stage import SupervisedStage
 
 MEASURED_PAIRS = 256
-"""Training pairs whose rewards are measured where none are held out."""
+"""Training pairs whose rewards are measured if none are held out."""
 
 
 def reward_hooks(recipe: RewardRecipe, rows: TokenDataset, reference: Reference | None) -> RowHooks:
@@ -37,7 +37,7 @@ def reward_hooks(recipe: RewardRecipe, rows: TokenDataset, reference: Reference 
     Args:
         recipe: with its defaults.
         rows: to learn from.
-        reference: none.
+        reference: not used.
     """
     objective = recipe.objective
     if isinstance(objective, CustomSpec):
@@ -53,7 +53,7 @@ def reward_scores(
     """Forward pass and loss of pairs.
 
     Args:
-        loss: `[B]` rewards of chosen and of rejected answers, and margins -> `[B]` losses.
+        loss: `[B]` rewards of chosen and of rejected completions, and margins -> `[B]` losses.
     """
 
     def score(scorer: nn.Module, documents: Sequence[Document]) -> PairScores:
@@ -66,19 +66,19 @@ def reward_scores(
     return score
 
 
-def answer_rewards(scorer: nn.Module, documents: Sequence[Document]) -> dict[str, torch.Tensor]:
-    """`reward` of each single answer, read where its last trained token ends.
+def completion_rewards(scorer: nn.Module, documents: Sequence[Document]) -> dict[str, torch.Tensor]:
+    """`reward` of each single completion, read at its last trained token.
 
     Args:
         scorer: of a reward model.
-        documents: rows of one answer each.
+        documents: rows of one completion each.
     """
-    ended = [_end_at_answer(document) for document in documents]
+    ended = [_end_at_completion(document) for document in documents]
     return {"reward": scorer(pack_documents(ended))}
 
 
-def _end_at_answer(document: Document) -> Document:
-    """The document without what a template writes after its answer."""
+def _end_at_completion(document: Document) -> Document:
+    """The document without what a template writes after its completion."""
     branch = document.branches[0]
     end = int(np.flatnonzero(branch.trained)[-1]) + 1
     cut = replace(branch, ids=branch.ids[:end], trained=branch.trained[:end])

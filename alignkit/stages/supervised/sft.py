@@ -27,7 +27,7 @@ def sft_hooks(recipe: SftRecipe, rows: TokenDataset, reference: Reference | None
     Args:
         recipe: with its defaults.
         rows: to learn from.
-        reference: none.
+        reference: not used.
     """
     objective = recipe.objective
     losses = (
@@ -45,8 +45,8 @@ def token_loss(
         losses: `[N]` log-probs -> `[N]` losses.
 
     Returns:
-        A function to the sum over the trained tokens, and `accuracy`: how many were the likeliest
-        token.
+        A function that returns the sum over the trained tokens, and `accuracy`: how many of them
+        were the likeliest token.
     """
 
     def loss(scorer: nn.Module, documents: Sequence[Document], measured: StepSums) -> LossSums:
@@ -58,6 +58,6 @@ def token_loss(
 
 SFT = SupervisedStage(
     sft_hooks,
-    {"accuracy": "share of the trained tokens that were the likeliest one"},
+    {"accuracy": "share of the trained tokens that were the likeliest token"},
     TOKENS,
 )

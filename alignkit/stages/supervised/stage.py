@@ -1,4 +1,4 @@
-"""A stage that learns from rows: the one body of all of them, around their hooks.
+"""A stage that learns from rows: the body that all of them share, around their hooks.
 
 recipe -> rows -> plan -> model -> (reference) -> steps -> adapter and merged model
 """
@@ -32,7 +32,7 @@ class SupervisedStage:
     Args:
         hooks: recipe, rows and reference log-probs -> loss, weights and evaluation.
         metrics: name of each metric of its own -> what it means.
-        custom: what a loss of the user's looks like; None where the stage takes none.
+        custom: what a user's loss looks like; None if the stage takes none.
         finish: what else is kept with the model after the last step.
     """
 

@@ -33,7 +33,7 @@ def start() -> None:
 
 
 def switch(context: str) -> None:
-    """Another test runs, or a fixture that several share."""
+    """Switch to another test, or to a fixture that several share."""
     Path(os.environ["BREAKS_RUNNING"]).write_text(context, encoding="utf-8")
     assert _measured is not None
     _measured.switch_context(context)

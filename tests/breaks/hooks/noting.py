@@ -1,4 +1,4 @@
-"""A pytest plugin that notes of each test: its time, its outcome, and which fixtures it shares."""
+"""A pytest plugin that notes for each test: its time, its outcome, and which fixtures it shares."""
 
 from __future__ import annotations
 
