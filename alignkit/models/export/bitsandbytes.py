@@ -138,7 +138,7 @@ def export_quantized(
 
 def _require_fit(base: BaseModel, output: Path, bits: int, overwrite: bool) -> None:
     if bits not in KINDS:
-        raise ModelError(f"--bits cannot be {bits}", hint="choose 8 or 4")
+        raise ModelError(f"--bits cannot be {bits}", hint="8 or 4")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
             "the bitsandbytes package is not installed",
