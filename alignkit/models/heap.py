@@ -1,4 +1,4 @@
-"""Freed memory goes back: what is worked through layer by layer leaves holes of every size."""
+"""Return freed memory to the system: work layer by layer leaves holes of every size."""
 
 from __future__ import annotations
 

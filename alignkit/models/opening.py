@@ -1,4 +1,4 @@
-"""Open anything that can answer: a model, a run folder, or an adapter over its base."""
+"""Open a model for inference: a whole model, a run folder, or an adapter over its base."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def open_model(
         base: for an adapter, the base to put it on.
 
     Returns:
-        The merged model of a run if there is one, else base + adapter; the scalar head beside it
-        if it is a reward model.
+        The merged model of a run if there is one, else base + adapter; with the scalar head if it
+        is a reward model.
     """
     place = resolve(name)
     adapter = place.unmerged if base is None else place.adapter
@@ -74,7 +74,7 @@ def open_model(
 def open_language_model(
     name: str, *, dtype: torch.dtype, device: str = "cpu", base: str | None = None
 ) -> OpenModel:
-    """The same for a model that has to write text.
+    """Load a model that has to generate text, by any of its names.
 
     Raises:
         ModelError: it is a reward model.

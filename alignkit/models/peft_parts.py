@@ -1,7 +1,7 @@
-"""What alignkit touches of PEFT beside its documented classes: one door, held by contract tests.
+"""The undocumented parts of PEFT that alignkit uses, in one place; contract tests check them.
 
-The flags that say which adapter of a layer is active have no public way to be set for one pass:
-`set_adapter` and `enable_adapters` also change which weights are trained.
+PEFT has no public way to change the active adapter of a layer for one pass: `set_adapter` and
+`enable_adapters` also change which weights are trained.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _WRAPPERS = (".base_layer", ".original_module", ".token_adapter")
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:
-    """Everything that an adapter put into a model and that can be turned off."""
+    """All modules that an adapter put into a model and that can be turned off."""
     kinds = (BaseTunerLayer, ModulesToSaveWrapper, PrefixEncoder)
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def make_switchable(model: nn.Module) -> None:
-    """Give prefixes the flags that other adapters have: PEFT knows no prefix that is turned off."""
+    """Give prefixes the flags that other adapters have: PEFT cannot turn a prefix off."""
     for module in model.modules():
         if isinstance(module, PrefixEncoder):
             encoder: Any = module
@@ -58,10 +58,10 @@ def make_switchable(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def switched(layers: Sequence[Any], name: str | None) -> Iterator[None]:
-    """One adapter is active in some layers for the length of the block; nothing else changes.
+    """Activate one adapter in some layers for the length of the block; nothing else changes.
 
     Args:
-        layers: of `adapter_layers`.
+        layers: from `adapter_layers`.
         name: of the adapter; None is the base alone.
     """
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
@@ -77,7 +77,7 @@ def switched(layers: Sequence[Any], name: str | None) -> Iterator[None]:
 
 
 def active_adapter(layer: BaseTunerLayer) -> str | None:
-    """Name of the adapter that is active in a layer; None where it is turned off."""
+    """Name of the adapter that is active in a layer; None if it is turned off."""
     if layer.disable_adapters:
         return None
     name: str = layer.active_adapters[0]
@@ -85,7 +85,7 @@ def active_adapter(layer: BaseTunerLayer) -> str | None:
 
 
 def active_prefix(model: Any) -> Any:
-    """The part of a PEFT model that gives its prefix; None without one, or with one turned off."""
+    """The module that gives a PEFT model's prefix; None if there is none or it is turned off."""
     encoders = getattr(model, "prompt_encoder", None)
     if encoders is None:
         return None
@@ -94,7 +94,7 @@ def active_prefix(model: Any) -> Any:
 
 
 def forget_merge(layer: Any) -> None:
-    """Let a merged layer count as one that never was; its weights are whoever's put them there."""
+    """Mark a merged layer as not merged; restoring its weights is up to the caller."""
     layer.merged_adapters = []
     if hasattr(layer, "_caches"):  # of LoRA, such as DoRA's norms
         layer._caches.clear()

@@ -1,5 +1,5 @@
-"""What alignkit touches of transformers beside its documented names: one door, held by contract
-tests."""
+"""The undocumented parts of transformers that alignkit uses, in one place; contract tests check
+them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = [
 
 
 def attention_of(config: PreTrainedConfig) -> str:
-    """Name of the attention that a model computes with, which `set_attn_implementation` takes."""
+    """Name of a model's attention implementation, as `set_attn_implementation` takes it."""
     name: str = config._attn_implementation
     return name
 
 
 def has_classifier(config: PreTrainedConfig) -> bool:
-    """Whether transformers has a sequence classifier of an architecture."""
+    """Whether transformers has a sequence classifier for an architecture."""
     return type(config) in AutoModelForSequenceClassification._model_mapping

@@ -230,7 +230,7 @@ def test_folders_that_hold_no_lora(tmp_path: Path) -> None:
         read_adapter_config(tmp_path)
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     get_peft_model(tiny_model(), config).save_pretrained(tmp_path / "prompt")
-    with pytest.raises(ModelError, match="is a PROMPT_TUNING adapter, which is not read") as raised:
+    with pytest.raises(ModelError, match="is a PROMPT_TUNING adapter, which alignkit") as raised:
         read_adapter_config(tmp_path / "prompt")
     assert "LORA, IA3, PREFIX_TUNING" in raised.value.hint
 

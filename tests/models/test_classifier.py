@@ -400,7 +400,7 @@ def test_rewards_that_rounding_moves_are_refused(tiny_base: Path, tmp_path: Path
     paths = (tiny_base, tmp_path / "adapter", tmp_path / "merged", "llama")
     with pytest.raises(ModelError, match="the merged reward model is not faithful") as raised:
         merge(*paths, **narrow)
-    assert "0.02 is the most that rounding may do" in raised.value.message
+    assert "rounding may change it by at most 0.02" in raised.value.message
     assert raised.value.hint.startswith("merge into wider weights with --dtype float32")
     assert folder_names(tmp_path) == ["adapter"]
     # What the hint says helps.
@@ -457,8 +457,7 @@ def test_an_architecture_without_a_classifier(
         "load"
     )
     assert raised.value.hint == (
-        "set merge=false and use adapter/, which holds adapter and head; all weights cannot be "
-        "trained"
+        "train an adapter with merge=false, and use adapter/, which holds it and the head"
     )
     assert folder_names(tmp_path) == ["adapter"]
 

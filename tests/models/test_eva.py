@@ -221,7 +221,7 @@ def attached(spec: LoraSpec, ranks: dict[str, int] | None = None) -> tuple[Any, 
     if ranks is not None:
         factors = {f"{n}.weight": start.factors[n][:rank] for n, rank in ranks.items() if rank}
     made = with_ranks(model, spec, start.ranks if ranks is None else ranks)
-    return attach_adapter(model, made, 0, given=factors.__getitem__), start, made
+    return attach_adapter(model, made, 0, initial=factors.__getitem__), start, made
 
 
 @pytest.mark.parametrize("fields", [{}, {"rslora": True}, {"alpha_pattern": {"up_proj": 3.0}}])
@@ -329,7 +329,7 @@ def test_inputs_that_are_not_finite() -> None:
     model = model_like_trained()
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.fill_(torch.nan)
-    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.q_proj reads is not finite"):
+    with pytest.raises(ModelError, match=r"input of .*layers\.1\.self_attn\.q_proj is not finite"):
         start_of(LoraSpec(rank=2, init="eva"), packed(documents(), 8), model)
 
 
@@ -340,7 +340,7 @@ def test_a_head_that_is_not_called_is_refused() -> None:
 
 
 def test_without_rows_there_is_no_start() -> None:
-    with pytest.raises(ModelError, match="found from the rows of a run"):
+    with pytest.raises(ModelError, match="needs the rows of a run"):
         attach_adapter(tiny_model(), LoraSpec(init="eva"), 0)
 
 

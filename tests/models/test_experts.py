@@ -254,13 +254,13 @@ def refusals(family: str, spec: LoraSpec) -> list[ModelError]:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"dropout": 0.1}, "adapter.dropout = 0.1 goes with linear layers only"),
-        ({"dora": True}, "adapter.dora = true goes with linear layers only"),
+        ({"dropout": 0.1}, "adapter.dropout = 0.1 works with linear layers only"),
+        ({"dora": True}, "adapter.dora = true works with linear layers only"),
         *(
-            ({"init": init}, f"adapter.init = {init} goes with linear layers only")
+            ({"init": init}, f"adapter.init = {init} works with linear layers only")
             for init in ("pissa", "pissa_niter_16", "olora", "loftq", "eva")
         ),
-        ({"init": "eva", "eva": EvaSpec(rho=2.0)}, "adapter.init = eva goes with"),
+        ({"init": "eva", "eva": EvaSpec(rho=2.0)}, "adapter.init = eva works with"),
     ],
 )
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
@@ -278,13 +278,13 @@ def test_what_only_linear_layers_can_do(
 @pytest.mark.parametrize(
     ("family", "changes", "sentence", "hint"),
     [
-        ("Qwen3Moe", {"targets": ("gate_proj",)}, "names 'gate_proj', and the", "experts.gate_up"),
-        ("Qwen3Moe", {"targets": ("q_proj", "up_proj", "gate_proj")}, "'up_proj', and the", "gate"),
-        ("Mixtral", {"targets": ("w1", "w3")}, "names 'w1', and the experts", "experts.down_proj"),
+        ("Qwen3Moe", {"targets": ("gate_proj",)}, "names 'gate_proj', but the", "experts.gate_up"),
+        ("Qwen3Moe", {"targets": ("q_proj", "up_proj", "gate_proj")}, "'up_proj', but the", "gate"),
+        ("Mixtral", {"targets": ("w1", "w3")}, "names 'w1', but the experts", "experts.down_proj"),
         ("Mixtral", {"targets": ("expert",)}, "no linear layer or stack of experts", "q_proj"),
         ("Mixtral", {"targets": r".*\.w1"}, "no linear layer or stack of experts", "q_proj"),
         ("DeepseekV3", {"targets": ("mlp.up_proj",)}, "layers.0.mlp.up_proj, which PEFT", "o_proj"),
-        ("Mixtral", {"modules_to_save": ("experts",)}, "is among adapter.targets too", "one way"),
+        ("Mixtral", {"modules_to_save": ("experts",)}, "is among adapter.targets too", "remove it"),
         ("Mixtral", {"rank": 33}, "more than model.layers.0.self_attn.q_proj can hold", "most 32"),
         ("Mixtral", {"targets": ("gate",), "rank": 5}, "mlp.gate.weight can hold: 32 × 4", "most"),
     ],

@@ -232,7 +232,7 @@ def test_an_adapter_whose_base_has_gone(run: Path) -> None:
     config = json.loads(config_file.read_text(encoding="utf-8"))
     for recorded, sentence, hint in (
         ("/gone/base", "'/gone/base' is not a model", "records '/gone/base'; name the base with"),
-        (None, "does not say which base it belongs to", "add --base"),
+        (None, "does not say which base it belongs to", "name the base with --base"),
     ):
         config["base_model_name_or_path"] = recorded
         config_file.write_text(json.dumps(config), encoding="utf-8")

@@ -142,7 +142,7 @@ def test_two_labels_are_no_reward(write: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelError) as raised:
         read_head(tmp_path)
     assert raised.value.message == (
-        f"{tmp_path} is a classifier with 2 labels, a reward model has one"
+        f"{tmp_path} is a classifier with 2 labels, but a reward model has one"
     )
 
 

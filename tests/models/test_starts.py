@@ -115,7 +115,7 @@ def test_loftq_makes_up_for_quantization(kind: str, tiny_base: Path) -> None:
     narrow = load_model(source, torch.float32, quantization=kind)
     original = stored_weights(source)
     spec = LoraSpec(rank=16, alpha=8.0, init="loftq")
-    model = attach_adapter(narrow, spec, 0, given=original.__getitem__)
+    model = attach_adapter(narrow, spec, 0, initial=original.__getitem__)
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             weight = original[name.removeprefix("base_model.model.") + ".weight"]

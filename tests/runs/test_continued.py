@@ -83,7 +83,7 @@ def test_new_rows_and_whole_modules_go_on(tiny_base: Path, tmp_path: Path) -> No
         assert values(second, "after") != values(second, "before")
     again = {"kind": "lora", "from": str(tmp_path / "1/a/run")}
     with pytest.raises(
-        AlignkitError, match=r"trained with other model\.rope_scaling or model\.add"
+        AlignkitError, match=r"trained with another model\.rope_scaling or model\.add"
     ):
         run_of(tmp_path / "c", tiny_base, again)
 
@@ -103,7 +103,7 @@ def test_damaged_weights_are_not_trained_on(damage: str, tiny_base: Path, tmp_pa
     else:
         weights[name][0, 0] = float("nan")
     save_file(weights, path, metadata={"format": "pt"})
-    message = "no finite numbers" if damage == "nan" else "does not fit the base"
+    message = "values that are not finite" if damage == "nan" else "does not fit the base"
     with pytest.raises(AlignkitError, match=message):
         run_of(tmp_path / "b", tiny_base, {"kind": "lora", "from": str(first)})
 
@@ -136,10 +136,10 @@ def test_what_does_not_fit_is_a_sentence(tiny_base: Path, tmp_path: Path) -> Non
     start = {"kind": "lora", "from": str(first)}
     save_tiny(tmp_path / "other", seed=5)
     cases: list[tuple[Path, dict[str, Any], str]] = [
-        (tiny_base, {**start, "rank": 8}, r"adapter\.rank = 8, and the adapter in .* has 4"),
-        (tiny_base, {**start, "dora": True}, r"adapter\.dora = True, and the adapter in .* has F"),
+        (tiny_base, {**start, "rank": 8}, r"adapter\.rank = 8, but the adapter in .* has 4"),
+        (tiny_base, {**start, "dora": True}, r"adapter\.dora = True, but the adapter in .* has F"),
         (tiny_base, {**start, "targets": ["q_proj"]}, r"adapter\.targets = "),
-        (tiny_base, {"kind": "ia3", "from": str(first)}, "adapter.kind = ia3, and .* of kind lora"),
+        (tiny_base, {"kind": "ia3", "from": str(first)}, "adapter.kind = ia3, but .* of kind lora"),
         (tiny_base, {**start, "from": str(tmp_path)}, "holds no adapter"),
         (tmp_path / "other", start, "was trained over other weights"),
     ]

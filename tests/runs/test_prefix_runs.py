@@ -138,7 +138,7 @@ def test_a_run_starts_as_its_text(tiny_base: Path, tmp_path: Path) -> None:
         model = open_model(str(tiny_base), dtype=torch.float32).model
         spec = PrefixSpec(**adapter)
         given = {STATES: text_states(model, start_words(spec, BaseModel(str(tiny_base)), print))}
-        expected = prefix_states(attach_adapter(model, spec, 0, given=given.__getitem__))
+        expected = prefix_states(attach_adapter(model, spec, 0, initial=given.__getitem__))
         found = prefix_states(open_model(str(run), dtype=torch.float32).model)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
         stored.append(found)
@@ -197,9 +197,9 @@ def test_trained_on(tiny_base: Path, tmp_path: Path) -> None:
     assert two["after"]["loss"] != two["before"]["loss"]
     assert adapter_of(second).keys() == adapter_of(first).keys()
     for fields, sentence in (
-        ({"tokens": 7}, "adapter.tokens = 7, and the adapter in .* has 6"),
-        ({"projection": True}, "adapter.projection = True, and the adapter in .* has False"),
-        ({"kind": "lora"}, "adapter.kind = lora, and .* is of kind prefix"),
+        ({"tokens": 7}, "adapter.tokens = 7, but the adapter in .* has 6"),
+        ({"projection": True}, "adapter.projection = True, but the adapter in .* has False"),
+        ({"kind": "lora"}, "adapter.kind = lora, but .* is of kind prefix"),
     ):
         with pytest.raises(ModelError, match=sentence):
             run_of(tmp_path / "c", tiny_base, adapter={**plain, **fields})

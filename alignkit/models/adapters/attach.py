@@ -44,7 +44,7 @@ class TrainableReport:
         trainable: number of trained weights.
         total: number of all weights, shared ones once.
         modules: last part of an adapted module's name, with its input and output width -> how
-            many of them.
+            many there are.
     """
 
     trainable: int
@@ -70,7 +70,7 @@ def peft_config(
     Args:
         model: with or without storage; its layers are what the targets name.
         spec: of the recipe.
-        task: PEFT's name of what the model does.
+        task: PEFT's name for the model's task.
         new_tokens: ids whose rows of embedding and output head are trained.
 
     Raises:
@@ -103,7 +103,7 @@ def peft_config(
 
 
 def _targets(model: nn.Module, spec: LoraSpec, layers: Mapping[str, Adaptable]) -> dict[str, Any]:
-    """Targets as PEFT wants them; where there are experts it would widen regular expressions."""
+    """Targets as PEFT wants them; in a model with experts it would widen regular expressions."""
     if not has_experts(model):
         return {
             "target_modules": spec.targets if isinstance(spec.targets, str) else [*spec.targets]
@@ -118,7 +118,7 @@ def _targets(model: nn.Module, spec: LoraSpec, layers: Mapping[str, Adaptable]) 
 
 
 def _by_layer(values: dict[str, Any]) -> dict[str, Any]:
-    """Patterns that fit one layer each: files are sorted, and the first that fits counts."""
+    """Patterns that match one layer each: files are sorted, and the first match counts."""
     return {re.escape(name): value for name, value in values.items()}
 
 
@@ -137,7 +137,7 @@ def attach_adapter(
     spec: AnySpec,
     seed: int,
     new_tokens: Sequence[int] = (),
-    given: Callable[[str], torch.Tensor] | None = None,
+    initial: Callable[[str], torch.Tensor] | None = None,
 ) -> Any:
     """Make the model trainable the way the recipe says.
 
@@ -145,12 +145,12 @@ def attach_adapter(
         model: a frozen or plain causal language model.
         spec: an adapter, or all weights.
         seed: of the adapter's random half; the other half starts at zero.
-        new_tokens: ids whose rows are trained too; with all weights they are in any case.
-        given: what some starts are made from; see `start_factors` and `start_prefix`.
+        new_tokens: ids whose rows are trained too; full training trains them anyway.
+        initial: what some starts are made from; see `start_factors` and `start_prefix`.
 
     Returns:
         A PEFT model whose adapter weights are float32, or the model itself with its weights
-        trainable in float32, but for those that stay frozen.
+        trainable in float32, except those that stay frozen.
     """
     if isinstance(spec, FullSpec):
         model.float().requires_grad_(True)
@@ -164,19 +164,19 @@ def attach_adapter(
     with quiet_transformers():
         adapted = get_peft_model(model, config)
     for weight in adapted.parameters():
-        if weight.requires_grad:  # copies of whole modules are as wide as the base otherwise
+        if weight.requires_grad:  # copies of whole modules come in the base's precision
             weight.data = weight.data.float()
-    if isinstance(spec, PrefixSpec) and given is not None:
-        start_prefix(adapted, given)
+    if isinstance(spec, PrefixSpec) and initial is not None:
+        start_prefix(adapted, initial)
     if isinstance(spec, LoraSpec):
-        start_factors(adapted, spec, seed, given)
+        start_factors(adapted, spec, seed, initial)
     use_fast_lora(adapted)
     make_switchable(adapted)
     return adapted
 
 
 def adapted_skeleton(model: nn.Module, spec: AnyAdapter) -> Any:
-    """A model without storage under a fresh adapter, whose weights have none either.
+    """A model without storage with a fresh adapter, which has none either.
 
     Args:
         model: on the meta device; changed in place.
@@ -189,16 +189,16 @@ def adapted_skeleton(model: nn.Module, spec: AnyAdapter) -> Any:
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model without its adapters and without gradients, for the length of the block.
+    """Turn adapters and gradients off for the length of the block.
 
-    Only a flag of each layer is turned, so which weights are trained does not change. No graph can
-    be made inside: one whose backward pass runs under other adapters would be silently wrong.
+    Only a flag of each layer is set, so the same weights stay trained. No graph can be made inside:
+    one whose backward pass runs under other adapters would be silently wrong.
 
     Args:
         model: carries adapters somewhere inside.
 
     Raises:
-        ModelError: it has none, so that nothing could be turned off.
+        ModelError: it has no adapter to turn off.
     """
     layers = adapter_layers(model)
     if not layers:
@@ -213,7 +213,7 @@ def _widths(module: Any) -> tuple[int, int]:
 
 
 def _own_name(name: str, module: Any) -> str:
-    """Last part of a layer's name; of a parameter's, with that of the module that holds it."""
+    """Last part of a layer's name; for a parameter, its name after that of its module."""
     last = stored_name(name).rsplit(".", 1)[-1]
     parameter = getattr(module, "parameter_name", None)
     return f"{last}.{parameter}" if parameter else last

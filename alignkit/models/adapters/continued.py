@@ -1,4 +1,4 @@
-"""Continue training an adapter: where it is, and of what shape."""
+"""Continue training an adapter: where it is, and its shape."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ _UNKNOWN = (
     "exclude_modules",
     "alora_invocation_tokens",
 )
-"""What PEFT can do and a recipe cannot say."""
+"""Options of PEFT that a recipe cannot express."""
 
 
 def started_adapter(spec: AnySpec, base: BaseModel) -> AnySpec:
-    """What is trained, with the shape of the adapter that is trained on.
+    """The recipe's adapter, with the shape of the one that training continues from.
 
     Args:
         spec: of the recipe.
         base: of the recipe; must be the one that the adapter was trained over.
 
     Returns:
-        The spec itself where it names no adapter.
+        The spec itself if it names no adapter.
 
     Raises:
-        ModelError: there is no such adapter, it is of another kind or base, or the recipe says
-            something else about its shape.
+        ModelError: there is no such adapter, it is of another kind or base, or the recipe asks for
+            another shape.
     """
     folder = adapter_folder(spec)
     if folder is None or isinstance(spec, FullSpec):
@@ -63,14 +63,14 @@ def started_adapter(spec: AnySpec, base: BaseModel) -> AnySpec:
     over = trained_over(folder)
     if over is not None and over.changes != base.changes:
         raise ModelError(
-            f"{folder} was trained with other model.rope_scaling or model.add_tokens",
-            hint="give the recipe those of the run that it comes from",
+            f"{folder} was trained with another model.rope_scaling or model.add_tokens",
+            hint="copy both from the recipe of the run it comes from",
         )
     config = read_adapter_config(folder)
     kind = KINDS[str(getattr(config.peft_type, "value", config.peft_type))]
     if kind != spec.kind:
         raise ModelError(
-            f"adapter.kind = {spec.kind}, and {folder} is of kind {kind}",
+            f"adapter.kind = {spec.kind}, but {folder} is of kind {kind}",
             hint=f"set adapter.kind={kind}",
         )
     odd = [name for name in _UNKNOWN if getattr(config, name, None)]
@@ -81,28 +81,28 @@ def started_adapter(spec: AnySpec, base: BaseModel) -> AnySpec:
     if odd:
         raise ModelError(
             f"{folder} uses PEFT's {odd[0]}, which alignkit does not train",
-            hint="merge it, and train a fresh adapter over the result",
+            hint="merge it and train a fresh adapter over the result",
         )
-    found = {key: _plain(key, getattr(config, name)) for key, name in _NAMES[kind].items()}
-    if getattr(config, "target_parameters", None):  # a recipe names layers and parameters alike
-        found["targets"] = _plain("targets", {*found["targets"], *config.target_parameters})
-    for key in spec.model_fields_set & found.keys():
+    stored = {key: _plain(key, getattr(config, name)) for key, name in _NAMES[kind].items()}
+    if getattr(config, "target_parameters", None):  # a recipe has one list for both
+        stored["targets"] = _plain("targets", {*stored["targets"], *config.target_parameters})
+    for key in spec.model_fields_set & stored.keys():
         own = _plain(key, getattr(spec, key))
-        # Defaults stand written out in a run's own recipe.yaml.
+        # A run's own recipe.yaml has the defaults written out.
         default = type(spec).model_fields[key].get_default(call_default_factory=True)
-        if own not in (found[key], _plain(key, default)):
+        if own not in (stored[key], _plain(key, default)):
             raise ModelError(
-                f"adapter.{key} = {own}, and the adapter in {folder} has {found[key]}",
+                f"adapter.{key} = {own}, but the adapter in {folder} has {stored[key]}",
                 hint=f"remove adapter.{key}: it comes with the adapter",
             )
-    return spec.model_copy(update=found)
+    return spec.model_copy(update=stored)
 
 
 def adapter_folder(spec: AnySpec) -> Path | None:
-    """Where the adapter is that is trained on; None for a fresh one.
+    """Folder of the adapter that training continues from; None for a fresh one.
 
     Raises:
-        ModelError: the folder holds none.
+        ModelError: the folder holds no adapter.
     """
     name = continues(spec)
     if name is None:

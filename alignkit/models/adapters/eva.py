@@ -1,7 +1,7 @@
-"""EVA: LoRA's A starts at the main directions of what its layer reads (arXiv 2410.07170).
+"""EVA: LoRA's A starts from the main directions of its layer's inputs (arXiv 2410.07170).
 
 PEFT's `get_eva_state_dict` finds them pass by pass, and the ranks that follow from them; B is 0, so
-nothing changes at first. Here is what it lacks: packed rows, and an end of them.
+nothing changes at first. Added here is what it lacks: packed rows, and an end to the passes.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from alignkit.packed import PackedBatch
 from alignkit.recipe.adapters import LoraSpec, eva_of, moves_ranks
 
 WIDER = 2
-"""PEFT's fast decomposition takes so many times the directions that are wanted."""
+"""PEFT's fast decomposition follows this many times the wanted directions."""
 
 _COMPARED = 8
-"""States of a layer's input by which equal inputs are told: PEFT hashes them number by number."""
+"""States of a layer's input that identify equal inputs: PEFT hashes them number by number."""
 
 
 @dataclass(frozen=True)
 class EvaStart:
-    """Where LoRA's A starts, and what that was found from.
+    """Where LoRA's A starts, and how much was read to find it.
 
     Args:
         factors: name of each layer that has a rank -> A, `[r, I]` float32, rows of length 1.
@@ -41,8 +41,8 @@ class EvaStart:
         rows: documents that were read.
         read: tokens that were read.
         used: states that were looked at.
-        unsettled: layers that were still looked at in the last pass; one of those that read the
-            same.
+        unsettled: layers that were still looked at in the last pass; of several with the same
+            input, one.
     """
 
     factors: dict[str, torch.Tensor]
@@ -66,10 +66,10 @@ def find_start(
             read until all layers have settled, the first once more if none are left.
 
     Returns:
-        The start; what it was found from is decided by the passes.
+        The start, and how much was read to find it.
 
     Raises:
-        ModelError: a layer is not called, or what it reads is not finite.
+        ModelError: a layer is not called, or its input is not finite.
     """
     how = eva_of(spec)
     tau = torch.tensor(how.tau)
@@ -79,28 +79,28 @@ def find_start(
         nonlocal number
         number = int(index)
         if number == len(passes) - 1:
-            tau.fill_(-2.0)  # below any cosine: PEFT would go round and round
+            tau.fill_(-2.0)  # below any cosine: PEFT would start over without end
         scorer(passes[number])
         _refuse_uncalled([name for name in layers if seen[name] < 0])
 
     def places(index: torch.Tensor, config: LoraConfig) -> torch.Tensor:
-        found = scorer.places(passes[int(index)], targets=how.use_label_mask)
-        return found if max(seen.values()) >= 0 else found[:_COMPARED]
+        positions = scorer.places(passes[int(index)], targets=how.use_label_mask)
+        return positions if max(seen.values()) >= 0 else positions[:_COMPARED]
 
     def states(inputs: Any, where: torch.Tensor, name: str) -> torch.Tensor:
         seen[name] = max(seen[name], number)
         x: torch.Tensor = inputs[0].reshape(-1, inputs[0].shape[-1])
-        # The decomposition adds up in float64, which MPS has not.
+        # The decomposition accumulates in float64, which MPS lacks.
         home = "cpu" if x.device.type == "mps" else x.device
         x = x.index_select(0, where.to(x.device)).to(home).float()
         if not bool(torch.isfinite(x).all()):
             raise ModelError(
-                f"adapter.init = eva finds no directions: what {name} reads is not finite",
-                hint="look at the rows with `alignkit inspect`, and at the base with `generate`",
+                f"adapter.init = eva finds no directions: the input of {name} is not finite",
+                hint="check the rows with `alignkit inspect` and the base with `alignkit generate`",
             )
         return x
 
-    found = get_eva_state_dict(
+    factors = get_eva_state_dict(
         scorer.causal,
         torch.arange(len(passes)),
         _config(layers, spec, tau),
@@ -111,10 +111,10 @@ def find_start(
         show_progress_bar=False,
     )
     own = layer_ranks(layers, spec)
-    ranks = {name: len(found[name]) for name in layers} if moves_ranks(spec) else own
+    ranks = {name: len(factors[name]) for name in layers} if moves_ranks(spec) else own
     read = passes[: max(seen.values()) + 1]
     return EvaStart(
-        factors={n: found[n][:r].float().cpu().contiguous() for n, r in ranks.items() if r},
+        factors={n: factors[n][:r].float().cpu().contiguous() for n, r in ranks.items() if r},
         ranks=ranks,
         rows=sum(len(batch.rows) for batch in read),
         read=sum(batch.num_tokens for batch in read),
@@ -126,14 +126,14 @@ def find_start(
 def _refuse_uncalled(names: Sequence[str]) -> None:
     if names:
         raise ModelError(
-            f"adapter.init = eva looks at what layers read, and {names[0]} is not called as a "
+            f"adapter.init = eva needs the inputs of layers, and {names[0]} is not called as a "
             "layer",
-            hint="leave it out of adapter.targets, or take another adapter.init",
+            hint="remove it from adapter.targets, or choose another adapter.init",
         )
 
 
 def _config(layers: Mapping[str, Adaptable], spec: LoraSpec, tau: torch.Tensor) -> LoraConfig:
-    """Of layers that read the same, PEFT goes by the largest rank: one for all moves none."""
+    """Of layers with the same input, PEFT uses the largest rank: one rank for all moves none."""
     moves, own = moves_ranks(spec), layer_ranks(layers, spec)
     return LoraConfig(
         r=spec.rank if moves else followed_directions(layers, spec),
@@ -145,15 +145,15 @@ def _config(layers: Mapping[str, Adaptable], spec: LoraSpec, tau: torch.Tensor) 
 
 
 def followed_directions(layers: Mapping[str, Adaptable], spec: LoraSpec) -> int:
-    """Directions of an input that are followed, which is as high as a rank may become.
+    """How many directions of an input are followed: the highest rank that a layer can get.
 
     Args:
         layers: that the adapter changes.
         spec: with its ranks and `eva`.
 
     Raises:
-        ModelError: the fast decomposition cannot follow so many in a layer, or its update cannot
-            have such a rank.
+        ModelError: the fast decomposition cannot follow that many in a layer, or its update cannot
+            have that rank.
     """
     rank, rho = max(layer_ranks(layers, spec).values()), eva_of(spec).rho
     most = round(rank * rho)
@@ -171,18 +171,18 @@ def followed_directions(layers: Mapping[str, Adaptable], spec: LoraSpec) -> int:
 
 
 def costliest_ranks(layers: Mapping[str, Adaptable], spec: LoraSpec) -> dict[str, int]:
-    """Ranks with which the adapter would have most weights: the widest layers take all they may.
+    """Ranks that give the adapter the most weights: the widest layers take all they may.
 
     Args:
         layers: that the adapter changes.
         spec: with its ranks and `eva`.
     """
     left, most = sum(layer_ranks(layers, spec).values()), followed_directions(layers, spec)
-    found = {}
+    ranks = {}
     for name in sorted(layers, key=lambda n: -(layers[n].in_features + layers[n].out_features)):
-        found[name] = min(left, most)
-        left -= found[name]
-    return found
+        ranks[name] = min(left, most)
+        left -= ranks[name]
+    return ranks
 
 
 def with_ranks(model: nn.Module, spec: LoraSpec, ranks: Mapping[str, int]) -> LoraSpec:
@@ -191,7 +191,7 @@ def with_ranks(model: nn.Module, spec: LoraSpec, ranks: Mapping[str, int]) -> Lo
     Args:
         model: with or without storage.
         spec: of the recipe.
-        ranks: name of each layer with a rank -> that; layers without one are left alone.
+        ranks: name of each layer with a rank -> that rank; other layers are left alone.
     """
     layers = adapted_layers(model, spec)
     own = layer_ranks(layers, spec)

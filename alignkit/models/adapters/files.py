@@ -33,7 +33,7 @@ WEIGHTS = "adapter_model.safetensors"
 """PEFT's name of the file with the tensors."""
 
 TRAINED_OVER = "trained_over.json"
-"""Says which weights the adapter was trained over. PEFT knows no such file and lets it be."""
+"""Name of the file that records which weights the adapter was trained over; PEFT ignores it."""
 
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Values of PEFT's `init_lora_weights` that leave the base as it is."""
@@ -44,7 +44,7 @@ HEAD_KEY = "base_model.model.score.weight"
 """Where PEFT keeps the trained head of a sequence classifier."""
 
 HEAD_KEYS = (HEAD_KEY, HEAD_KEY.replace("weight", "bias"))
-"""The same, and its bias."""
+"""The weight of that head, and its bias."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class TrainedOver:
 
     @property
     def changes(self) -> BaseChanges:
-        """What was changed in the base before."""
+        """What was changed in the base before training."""
         rope = None if self.rope is None else RopeSpec(**self.rope)
         return BaseChanges(rope, tuple(self.tokens))
 
@@ -93,10 +93,10 @@ def save_adapter(
         head: scalar head of a reward model; saved where PEFT keeps the `score` layer of a
             sequence classifier, so that plain PEFT loads both.
         adapter: its name in the model.
-        trained_over: the base's weights, kept in a file of its own.
+        trained_over: the base's weights, recorded in a separate file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # PEFT would add whole embeddings where the vocabulary has grown; the new rows are enough.
+    # PEFT would add whole embeddings if the vocabulary has grown; the new rows are enough.
     weights = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     if head is not None:
         weights = {**weights, HEAD_KEY: head.weight}
@@ -109,7 +109,7 @@ def save_adapter(
         (folder / TRAINED_OVER).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     config = model.peft_config[adapter].to_dict()
     if "prefix_projection" in config:
-        config["prefix_projection"] = False  # the network stays behind
+        config["prefix_projection"] = False  # the network is not stored
     config["base_model_name_or_path"] = base_name
     config["inference_mode"] = True
     if head is not None:
@@ -124,8 +124,8 @@ def read_adapter_config(folder: Path) -> Any:
     """PEFT's configuration of an adapter folder.
 
     Raises:
-        ModelError: no adapter there, a kind that is not among `KINDS`, or one over a base that its
-            start has changed.
+        ModelError: no adapter there, a kind that is not among `KINDS`, or one whose start changed
+            the base.
     """
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(
@@ -143,13 +143,13 @@ def read_adapter_config(folder: Path) -> Any:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind not in KINDS:
         raise ModelError(
-            f"{folder} is a {kind} adapter, which is not read here",
-            hint=f"kinds that are: {', '.join(KINDS)}",
+            f"{folder} is a {kind} adapter, which alignkit does not read",
+            hint=f"use one of these kinds: {', '.join(KINDS)}",
         )
     for key in ("layer_replication", "alora_invocation_tokens"):
         if getattr(config, key, None):
             raise ModelError(
-                f"the adapter in {folder} uses PEFT's {key}, which has no merge into weights",
+                f"the adapter in {folder} uses PEFT's {key}, which cannot be merged into weights",
                 hint="use it through PEFT",
             )
     start = getattr(config, "init_lora_weights", True)
@@ -161,7 +161,7 @@ def read_adapter_config(folder: Path) -> Any:
             "path_initial_model_for_weight_conversion=...)",
         )
     if getattr(config, "prefix_projection", False):
-        config.prefix_projection = False  # stored is what the network made, without it
+        config.prefix_projection = False  # the file holds the network's output, not the network
     return config
 
 
@@ -184,7 +184,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
         config.task_type, config.modules_to_save = "CAUSAL_LM", whole or None
     require_fitting_prefix(config, model, folder)
     if isinstance(config, PrefixTuningConfig):
-        config.task_type = "CAUSAL_LM"  # PEFT's forward of no task leaves a prefix out
+        config.task_type = "CAUSAL_LM"  # without a task, PEFT's forward leaves the prefix out
     stored = read_weights(folder)
     with fitting(folder, hint="name the base it was trained on with --base"):
         loaded = PeftModel.from_pretrained(model, str(folder), config=config)
@@ -195,7 +195,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
 
 
 def put_weights(model: PeftModel, folder: Path, adapter: str = "default") -> None:
-    """Give a fresh adapter the weights that are stored; a head that stands with them is not read.
+    """Load stored weights into a fresh adapter; a head that is stored with them is not read.
 
     Args:
         model: carries an adapter of the stored one's shape.
@@ -219,8 +219,7 @@ def put_weights(model: PeftModel, folder: Path, adapter: str = "default") -> Non
 
 @contextlib.contextmanager
 def fitting(folder: Path, hint: str = _SAME_BASE) -> Iterator[None]:
-    """Let PEFT put the adapter of a folder on a model: what it raises becomes one error with a hint
-    what to do."""
+    """Turn what PEFT raises while it puts an adapter on a model into one error with a hint."""
     try:
         with quiet_transformers():
             yield
@@ -235,7 +234,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of an adapter folder by their names in the file.
 
     Raises:
-        ModelError: there is no such file, it is damaged, or holds values that are no numbers.
+        ModelError: there is no such file, it is damaged, or it holds values that are not finite.
     """
     try:
         stored: dict[str, torch.Tensor] = load_peft_weights(str(folder), device="cpu")
@@ -248,19 +247,19 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     for name, weight in stored.items():
         if not bool(torch.isfinite(weight).all()):
             raise ModelError(
-                f"the adapter in {folder} holds values that are no finite numbers, in {name}",
-                hint="training diverged; take an earlier checkpoint",
+                f"the adapter in {folder} holds values that are not finite, in {name}",
+                hint="training diverged; use an earlier checkpoint",
             )
     return stored
 
 
 def _require_whole(folder: Path, stored: set[str], loaded: PeftModel) -> None:
-    """PEFT fills what a file lacks with fresh weights, and skips what has no place."""
+    """Refuse missing or extra tensors: PEFT fills in fresh weights, and skips what has no place."""
     expected = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
     missing, odd = sorted(expected - stored), sorted(stored - expected - set(loaded.state_dict()))
     if missing:
         raise ModelError(
-            f"the adapter in {folder} is not whole: {len(missing)} of {len(expected)} tensors are "
+            f"the adapter in {folder} is incomplete: {len(missing)} of {len(expected)} tensors are "
             f"missing, such as {missing[0]}",
             hint="copy the folder again, or name the base it was trained on with --base",
         )
@@ -273,31 +272,31 @@ def _require_whole(folder: Path, stored: set[str], loaded: PeftModel) -> None:
 
 
 def require_base(adapter: Path, base: BaseModel) -> None:
-    """Refuse weights that an adapter was not trained over, where its folder says which these were.
+    """Refuse a base that an adapter was not trained over, if its folder records which it was.
 
     Raises:
-        ModelError: the base's weights are others.
+        ModelError: the base has other weights.
     """
-    found = trained_over(adapter)
+    over = trained_over(adapter)
     there = Path(base.location).is_dir() and base.unmerged is None
-    if found is None or "@" in found.fingerprint or not there:
-        return  # of PEFT, known by a commit of the hub only, or still to be merged
-    if found.fingerprint != weights_fingerprint(base):
+    if over is None or "@" in over.fingerprint or not there:
+        return  # written by PEFT, known only by a hub commit, or still to be merged
+    if over.fingerprint != weights_fingerprint(base):
         raise ModelError(
             f"the adapter in {adapter} was trained over other weights than those of {base.name}",
             hint="name the base it was trained on with --base; `alignkit merge-lora --any-base` "
-            "puts it on this one all the same",
+            "puts it on this one anyway",
         )
 
 
 def trained_over(adapter: Path) -> TrainedOver | None:
-    """The weights that an adapter was trained over, if its folder says it."""
+    """The weights that an adapter was trained over, if its folder records them."""
     path = adapter / TRAINED_OVER
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return TrainedOver(**{**found, "tokens": tuple(found.get("tokens", ()))})
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return TrainedOver(**{**values, "tokens": tuple(values.get("tokens", ()))})
     except (ValueError, TypeError) as error:
         raise ModelError(
             f"{path} cannot be read: {error}", hint="copy the folder again, or remove this file"
@@ -305,7 +304,7 @@ def trained_over(adapter: Path) -> TrainedOver | None:
 
 
 def is_plain_lora(adapter: Path) -> bool:
-    """Whether an adapter folder holds LoRA and nothing beside it but a reward model's head."""
+    """Whether an adapter folder holds LoRA and nothing else but a reward model's head."""
     config = read_adapter_config(adapter)
     if config.peft_type != "LORA" or config.trainable_token_indices:
         return False

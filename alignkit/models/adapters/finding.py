@@ -16,7 +16,7 @@ from alignkit.models.base.places import Place, resolve
 
 
 def base_of(place: Place) -> BaseModel:
-    """The whole model of a place; of an adapter that was not merged, its base.
+    """The whole model of a place; for an adapter that was not merged, its base.
 
     Raises:
         ModelError: there is no such model.
@@ -25,7 +25,7 @@ def base_of(place: Place) -> BaseModel:
 
 
 def tokenizer_of(adapter: Path, base: BaseModel) -> BaseModel:
-    """Where the tokenizer of an adapter is: beside it, or that of its base."""
+    """Where an adapter's tokenizer is: in its own folder, or with its base."""
     own = (adapter / "tokenizer_config.json").is_file()
     return BaseModel(str(adapter)) if own else base
 
@@ -35,22 +35,24 @@ def base_of_adapter(adapter: Path, base: str | None, *, any_base: bool = False) 
 
     Args:
         adapter: PEFT adapter folder.
-        base: what the user names instead; None takes what the adapter records.
-        any_base: accept other weights than those that it was trained over.
+        base: named by the user; None takes the one that the adapter records.
+        any_base: accept weights other than those it was trained over.
 
     Raises:
-        ModelError: neither says it, it does not exist, or holds other weights.
+        ModelError: no base is named, it does not exist, or it has other weights.
     """
     recorded = read_adapter_config(adapter).base_model_name_or_path
     name = base or recorded
     if not name:
-        raise ModelError(f"{adapter} does not say which base it belongs to", hint="add --base")
+        raise ModelError(
+            f"{adapter} does not say which base it belongs to", hint="name the base with --base"
+        )
     try:
-        found = resolve(name).whole()
+        source = resolve(name).whole()
     except ModelError as error:
         hint = error.hint if base else f"the adapter records {name!r}; name the base with --base"
         raise ModelError(error.message, hint=hint) from None
     if not any_base:
-        require_base(adapter, found)
+        require_base(adapter, source)
     over = trained_over(adapter)
-    return found if over is None else replace(found, changes=over.changes)
+    return source if over is None else replace(source, changes=over.changes)

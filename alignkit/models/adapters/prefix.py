@@ -1,9 +1,9 @@
-"""A trained prefix in a model: keys and values of each layer that every row has before its own.
+"""A trained prefix: keys and values in each layer that come before every row's own.
 
 Li & Liang (https://arxiv.org/abs/2101.00190), in PEFT's files. PEFT gives the prefix to the model
 as a cache of earlier tokens: position embedding is not applied to it, and the row's own positions
-start behind it. Packed rows have no cache, so there it travels beside the segments and attention
-puts it before each document; padded rows and sampling take the cache.
+start after it. Packed rows have no cache, so there it travels with the segments and attention
+puts it before each document; padded rows and sampling use the cache.
 
 Shapes: `L` layers, `K` key heads, `P` tokens of the prefix, `D` head dimension, `B` rows.
 """
@@ -25,7 +25,7 @@ from alignkit.models.base.loading import BaseModel, load_tokenizer
 from alignkit.recipe.adapters import AnySpec, PrefixSpec, continues
 
 _PLAIN = {"full_attention", SLIDING}
-"""Kinds of layers whose attention reads keys that stand before a row's own."""
+"""Kinds of layers whose attention reads keys that come before a row's own."""
 
 
 STATES = "prompt_embeddings"
@@ -42,7 +42,7 @@ def prefix_config(
     Args:
         model: with or without storage.
         spec: of the recipe.
-        task: PEFT's name of what the model does.
+        task: PEFT's name for the model's task.
 
     Raises:
         ModelError: the model's layers do not all keep keys and values of one shape, or the prefix
@@ -55,7 +55,7 @@ def prefix_config(
         raise ModelError(
             f"adapter.tokens = {spec.tokens} leaves no room in the model's context of {context} "
             "tokens",
-            hint="20 is usual; a few hundred at most",
+            hint="lower adapter.tokens: 20 is usual, a few hundred the most",
         )
     return PrefixTuningConfig(
         **sizes,
@@ -68,7 +68,7 @@ def prefix_config(
 
 
 def _key_sizes(model: PreTrainedModel) -> dict[str, int]:
-    """Layers, key heads and numbers of a token's keys, under PEFT's names."""
+    """Layers, key heads and width of a token's keys, under PEFT's names."""
     text = model.config.get_text_config()
     odd = _unlike_layers(text)
     if odd:
@@ -82,7 +82,7 @@ def _key_sizes(model: PreTrainedModel) -> dict[str, int]:
 
 def _no_prefix(model: PreTrainedModel, odd: str) -> ModelError:
     return ModelError(
-        "adapter.kind = prefix needs keys and values of one shape in every layer, and a "
+        "adapter.kind = prefix needs keys and values of one shape in every layer, but a "
         f"{model.config.get_text_config().model_type!r} model has {odd}",
         hint="use adapter.kind=lora",
     )
@@ -90,13 +90,13 @@ def _no_prefix(model: PreTrainedModel, odd: str) -> ModelError:
 
 @torch.no_grad()
 def require_kept_keys(model: PreTrainedModel) -> None:
-    """Refuse a base that keeps other keys than its configuration says.
+    """Refuse a base that caches other keys than its configuration says.
 
     Args:
         model: the bare base.
 
     Raises:
-        ModelError: says what it keeps.
+        ModelError: the cache has another shape.
     """
     sizes, cache = _key_sizes(model), DynamicCache()
     ids = torch.zeros((1, 2), dtype=torch.long, device=model.get_input_embeddings().weight.device)
@@ -113,7 +113,7 @@ def require_kept_keys(model: PreTrainedModel) -> None:
 
 
 def require_fitting_prefix(config: PreTrainedConfig, model: PreTrainedModel, folder: Path) -> None:
-    """Refuse a stored prefix for other layers than the base has: PEFT leaves the rest without.
+    """Refuse a stored prefix for other layers than the base's: PEFT leaves the rest without one.
 
     Args:
         config: of the stored adapter; one of another kind passes.
@@ -121,8 +121,8 @@ def require_fitting_prefix(config: PreTrainedConfig, model: PreTrainedModel, fol
         folder: of the adapter, for the message.
 
     Raises:
-        ModelError: it is not a prefix of tokens, or number of layers, of key heads or their width
-            differ.
+        ModelError: it is not a prefix of tokens, or the number of layers, of key heads or their
+            width differs.
     """
     if not isinstance(config, PrefixTuningConfig):
         return
@@ -131,13 +131,13 @@ def require_fitting_prefix(config: PreTrainedConfig, model: PreTrainedModel, fol
         raise ModelError(
             f"the adapter in {folder} is not a prefix of a causal model: num_virtual_tokens is "
             f"{tokens!r}, num_transformer_submodules {modules!r}",
-            hint="look at its adapter_config.json",
+            hint="check its adapter_config.json",
         )
     fitting = _key_sizes(model)
     names = {
         "num_layers": "layers",
         "num_attention_heads": "key heads",
-        "token_dim": "keys a token",
+        "token_dim": "key dimensions per token",
     }
     for name, what in names.items():
         stored, own = getattr(config, name), fitting[name]
@@ -150,7 +150,7 @@ def require_fitting_prefix(config: PreTrainedConfig, model: PreTrainedModel, fol
 
 
 def _unlike_layers(text: Any) -> str:
-    """What a configuration has that a prefix does not fit; empty if there is nothing."""
+    """What a configuration has that rules out a prefix; empty if there is nothing."""
     if getattr(text, "kv_lora_rank", None):
         return "compressed keys (kv_lora_rank)"
     if getattr(text, "num_kv_shared_layers", 0):
@@ -162,18 +162,18 @@ def _unlike_layers(text: Any) -> str:
 
 
 def start_words(spec: AnySpec, base: BaseModel, say: Callable[[str], None]) -> list[int]:
-    """Tokens whose keys and values a prefix starts as.
+    """Tokens whose keys and values a prefix starts from.
 
     Args:
         spec: of the recipe.
-        base: whose tokenizer cuts the text.
-        say: told in one sentence when the recipe's text is longer than the prefix.
+        base: its tokenizer splits the text.
+        say: called with one sentence if the recipe's text is longer than the prefix.
 
     Returns:
-        `P` token ids; none for what is not a prefix or starts otherwise.
+        `P` token ids; none if the adapter is not a prefix or starts otherwise.
 
     Raises:
-        ModelError: the tokenizer makes no token of the text.
+        ModelError: the tokenizer turns the text into no tokens.
     """
     if not isinstance(spec, PrefixSpec) or spec.projection or continues(spec):
         return []
@@ -181,18 +181,18 @@ def start_words(spec: AnySpec, base: BaseModel, say: Callable[[str], None]) -> l
     once = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not once:
         raise ModelError(
-            f"the tokenizer of {base.location} makes no token of adapter.text = {text!r}",
+            f"the tokenizer of {base.location} turns adapter.text = {text!r} into no tokens",
             hint="choose another text",
         )
     if spec.text and once > spec.tokens:
-        say(f"the prefix starts as the first {spec.tokens} of {once} tokens of adapter.text")
+        say(f"the prefix starts from the first {spec.tokens} of {once} tokens of adapter.text")
     ids: list[int] = tokenizer(" ".join([text] * (spec.tokens // max(1, once) + 1)))["input_ids"]
-    return (ids * spec.tokens)[: spec.tokens]  # joined, pieces may be fewer
+    return (ids * spec.tokens)[: spec.tokens]  # joined text may have fewer tokens
 
 
 @torch.no_grad()
 def text_states(model: PreTrainedModel, words: Sequence[int]) -> torch.Tensor:
-    """`[P, L · 2 · K · D]` keys and values of some text, in the order in which PEFT stores them.
+    """`[P, L · 2 · K · D]` keys and values of a text, in the order in which PEFT stores them.
 
     Args:
         model: the bare base.
@@ -207,25 +207,25 @@ def text_states(model: PreTrainedModel, words: Sequence[int]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def start_prefix(model: Any, given: Callable[[str], torch.Tensor]) -> None:
-    """Let a fresh prefix stand for some text: drawn at random, keys and values take each row's
-    attention from its own first tokens.
+def start_prefix(model: Any, initial: Callable[[str], torch.Tensor]) -> None:
+    """Start a fresh prefix as a text: random keys and values would draw each row's attention away
+    from its own first tokens.
 
     Args:
         model: a PEFT model with a prefix, without a network.
-        given: gives its values by their name in PEFT's file.
+        initial: gives its values by their name in PEFT's file.
     """
-    model.prompt_encoder[model.active_adapter].load_prompt_embeddings(given(STATES))
+    model.prompt_encoder[model.active_adapter].load_prompt_embeddings(initial(STATES))
 
 
 def count_weights(config: PrefixTuningConfig) -> int:
-    """Weights that are trained for a prefix."""
+    """Number of weights that are trained for a prefix."""
     with torch.device("meta"):
         return sum(weight.numel() for weight in PrefixEncoder(config).parameters())
 
 
 def prefix_shape(encoder: PrefixEncoder) -> tuple[str, int, int]:
-    """What is trained, its tokens, and the numbers that each of them has in all layers together."""
+    """What is trained, its number of tokens, and the width of each over all layers."""
     tokens, width = encoder.embedding.num_embeddings, encoder.embedding.embedding_dim
     if encoder.prefix_projection:
         last: Any = encoder.transform[-1]

@@ -36,7 +36,7 @@ def build_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False)
     """The model without storage, on the meta device.
 
     Raises:
-        ModelError: the configuration is of no causal language model.
+        ModelError: the configuration is not that of a causal language model.
     """
     try:
         with quiet_transformers(), torch.device("meta"):
@@ -70,11 +70,11 @@ def measure_model(
         new_tokens: added to the vocabulary; an adapter trains their rows.
 
     Returns:
-        The facts; `trainable` counts weights that the adapter would train. Where the rows decide
-        its ranks, as if the widest layers took all they may.
+        The facts; `trainable` counts weights that the adapter would train. If the rows decide its
+        ranks, the widest layers count with the most they may take.
 
     Raises:
-        ModelError: no causal language model, or a target that matches nothing.
+        ModelError: not a causal language model, or a target that matches nothing.
     """
     model = build_skeleton(config, trust_remote_code=trust_remote_code)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -122,9 +122,9 @@ def measure_model(
 
 
 def _trainable(model: PreTrainedModel, spec: AnyAdapter, scalar_head: bool) -> int:
-    """Weights of the adapter that are trained; on a reward model's vocabulary head none is.
+    """Number of adapter weights that are trained: none on a reward model's vocabulary head.
 
-    PEFT puts its adapter on the model, whose weights have no storage, and it is counted.
+    PEFT puts its adapter on the model, which has no storage, and its weights are counted.
     """
     if isinstance(spec, PrefixSpec):
         return count_weights(prefix_config(model, spec))

@@ -1,8 +1,8 @@
-"""Weights that adapters change and no linear layer holds: experts in one stack, and their routers.
+"""Weights outside linear layers that adapters change: experts in one stack, and their routers.
 
 In transformers the experts of a layer are two parameters, `experts.gate_up_proj` `[E, 2 I, H]` and
-`experts.down_proj` `[E, H, I]`, and the router is a module of its own. PEFT adapts such parameters
-by name; beside that it reads some names of older versions, such as `gate_proj`, as parts of them.
+`experts.down_proj` `[E, H, I]`, and the router is a separate module. PEFT adapts such parameters
+by name; it also reads some names of older versions, such as `gate_proj`, as parts of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from alignkit.models.peft_parts import convert_peft_config_for_transformers
 from alignkit.recipe.adapters import LoraSpec
 
 ROUTING = ("gate", "router", "shared_expert_gate")
-"""What modules are called that decide how much of which expert a token gets."""
+"""Names of the modules that decide how much of which expert a token gets."""
 
 
 class Adaptable(NamedTuple):
@@ -42,18 +42,18 @@ class Adaptable(NamedTuple):
 
 def linear_layers(model: nn.Module) -> dict[str, Adaptable]:
     """Name of each linear layer -> that layer."""
-    found = {}
+    layers = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            found[name] = Adaptable(module, module.in_features, module.out_features)
+            layers[name] = Adaptable(module, module.in_features, module.out_features)
         elif isinstance(module, Conv1D):  # of GPT-2: a linear layer that is stored transposed
-            found[name] = Adaptable(module, module.nx, module.nf)
-    return found
+            layers[name] = Adaptable(module, module.nx, module.nf)
+    return layers
 
 
 def stacked_weights(model: nn.Module) -> dict[str, Adaptable]:
     """Name of each parameter that holds experts, or their router -> that parameter."""
-    found = {}
+    stacks = {}
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         if last not in ("experts", *ROUTING) or isinstance(module, nn.Linear):
@@ -63,11 +63,11 @@ def stacked_weights(model: nn.Module) -> dict[str, Adaptable]:
                 outputs, inputs = weight.shape[1:]
                 if getattr(module, "is_transposed", False):
                     outputs, inputs = inputs, outputs
-                found[f"{name}.{key}"] = Adaptable(module, inputs, outputs, key, stacked=True)
+                stacks[f"{name}.{key}"] = Adaptable(module, inputs, outputs, key, stacked=True)
             elif last != "experts" and key == "weight" and weight.dim() == 2:
                 outputs, inputs = weight.shape
-                found[f"{name}.{key}"] = Adaptable(module, inputs, outputs, key)
-    return found if any(one.stacked for one in found.values()) else {}
+                stacks[f"{name}.{key}"] = Adaptable(module, inputs, outputs, key)
+    return stacks if any(one.stacked for one in stacks.values()) else {}
 
 
 def read_as_experts(model: nn.Module, name: str) -> bool:
@@ -86,12 +86,12 @@ def has_experts(model: nn.Module) -> bool:
 
 
 def stack_names(stacks: Iterable[str]) -> list[str]:
-    """Shortest names that say which parameters these are, such as `experts.down_proj`."""
+    """Shortest names that identify these parameters, such as `experts.down_proj`."""
     return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in stacks))
 
 
 def shortened(chosen: Collection[str], every: Iterable[str], parts: int) -> list[str]:
-    """Names that stand for the chosen ones and no others, shortest first tried.
+    """Names that stand for the chosen ones and no others, short where possible.
 
     Args:
         chosen: full names.
@@ -131,7 +131,7 @@ def require_plain(layers: Mapping[str, Adaptable], spec: LoraSpec) -> None:
         linear = dict.fromkeys(n.rpartition(".")[2] for n, la in layers.items() if not la.parameter)
         without = f"adapter.targets: [{', '.join(linear)}]" if linear else "other adapter.targets"
         raise ModelError(
-            f"adapter.{odd[0]} goes with linear layers only, and {names[0]} is none: PEFT changes "
-            "experts and routers as plain weights",
+            f"adapter.{odd[0]} works with linear layers only, and {names[0]} is not one: PEFT "
+            "changes experts and routers as plain weights",
             hint=f"remove adapter.{odd[0].split()[0]}, or leave them out: {without}",
         )

@@ -1,8 +1,8 @@
-"""Where LoRA's factors start, if not at random: from the weights they stand beside, or given.
+"""Where LoRA's factors start if not at random: from the weights they adapt, or from given values.
 
-PiSSA and OLoRA start with a part of the weight itself, s B₀ A₀, and take it out of the base: the
-sum stays what it was. Here the base stays whole, because with adapters off it is the reference, and
-the start is taken off by a second, frozen half of the same factors: A = [A₀; A₀], B = [B₀, -B₀].
+PiSSA and OLoRA start with a part of the weight itself, s B₀ A₀, and subtract it from the base: the
+sum is unchanged. Here the base stays whole, because with adapters off it is the reference, and the
+start is subtracted by a second, frozen half of the same factors: A = [A₀; A₀], B = [B₀, -B₀].
 The saved adapter is ordinary LoRA of twice the rank over the ordinary base.
 """
 
@@ -25,7 +25,7 @@ _SPARE = 16
 """Directions beyond the rank that the fast decomposition follows: the last ones are inexact."""
 
 HELD = "held_rows"
-"""Attribute of a factor: how many of its weights stay as they are."""
+"""Attribute of a factor: how many of its weights stay fixed."""
 
 
 def with_frozen_half(spec: LoraSpec) -> LoraSpec:
@@ -44,15 +44,15 @@ def start_factors(
     model: nn.Module,
     spec: LoraSpec,
     seed: int,
-    given: Callable[[str], torch.Tensor] | None = None,
+    initial: Callable[[str], torch.Tensor] | None = None,
 ) -> None:
-    """Put the factors of a fresh adapter where they start.
+    """Give the factors of a fresh adapter their start values.
 
     Args:
         model: carries the adapter, with ranks of `with_frozen_half`.
         spec: of the recipe.
         seed: of PiSSA's fast decomposition.
-        given: what the start is made from, by the name of a layer's weight: for LoftQ the
+        initial: what the start is made from, by the name of a layer's weight: for LoftQ the
             unquantized weight, for EVA the factor A.
 
     Raises:
@@ -68,23 +68,23 @@ def start_factors(
         a, b = _weight(layer.lora_A["default"]), _weight(layer.lora_B["default"])
         stored = name.removeprefix("base_model.model.") + ".weight"
         if spec.init == "eva":
-            if given is None:
+            if initial is None:
                 raise ModelError(
-                    "adapter.init = eva is found from the rows of a run, and there are none here",
+                    "adapter.init = eva needs the rows of a run, and there are none here",
                     hint="remove adapter.init",
                 )
-            a.copy_(given(stored))  # B stays 0
+            a.copy_(initial(stored))  # B stays 0
             continue
         weight = dense_weight(base).float()
-        weight = weight.T if isinstance(base, Conv1D) else weight  # which is stored transposed
+        weight = weight.T if isinstance(base, Conv1D) else weight  # Conv1D is stored transposed
         if spec.init == "loftq":
-            if given is None or not is_quantized(base):
+            if initial is None or not is_quantized(base):
                 raise ModelError(
-                    "adapter.init = loftq makes up for what quantization loses, and the base is "
+                    "adapter.init = loftq makes up for what quantization loses, but the base is "
                     "not quantized",
                     hint="set model.quantization=nf4, or remove adapter.init",
                 )
-            lost = given(stored).to(weight.device).float() - weight
+            lost = initial(stored).to(weight.device).float() - weight
             first, second = _largest(lost, rank, scale, "pissa", seed)
             a.copy_(first)
             b.copy_(second)
@@ -127,7 +127,7 @@ def _largest(
 
 
 def _hold(weight: Any, where: tuple[slice, slice]) -> None:
-    """Leave a part of a factor as it is: it gets no gradient."""
+    """Keep a part of a factor fixed: it gets no gradient."""
 
     def masked(gradient: torch.Tensor) -> torch.Tensor:
         gradient = gradient.clone()

@@ -2,7 +2,7 @@
 
 PEFT's own way of switching, `set_adapter`, also changes which weights are trained, and a switch
 between forward and backward gives zero gradients, or gradients of the wrong adapter, without an
-error. Here a switch turns flags of the layers and nothing else, and layers that are recomputed in
+error. Here a switch sets flags of the layers and nothing else, and layers that are recomputed in
 the backward pass are recomputed under the adapter that ran forward.
 """
 
@@ -30,10 +30,10 @@ POLICY = "default"
 
 
 def use_adapter(model: nn.Module, name: str | None) -> contextlib.AbstractContextManager[None]:
-    """One adapter is active for the length of the block.
+    """Activate one adapter for the length of the block.
 
     Args:
-        model: carries adapters, or none: then nothing happens.
+        model: carries adapters; without any, nothing happens.
         name: of the adapter; None is the base alone.
     """
     return switched(adapter_layers(model), name)
@@ -41,7 +41,7 @@ def use_adapter(model: nn.Module, name: str | None) -> contextlib.AbstractContex
 
 @dataclass(frozen=True)
 class Role:
-    """A model as one of several parts: the scorer, and the adapter that is active in it.
+    """A model in one of several roles: the scorer, and the adapter that is active in it.
 
     Args:
         scorer: may share its model with other roles.
@@ -52,13 +52,13 @@ class Role:
     adapter: str | None = None
 
     def __call__(self, batch: PackedBatch) -> Scores:
-        """What the scorer finds, under this role's adapter."""
+        """The scorer's results under this role's adapter."""
         with self.active():
-            found: Scores = self.scorer(batch)
-            return found
+            scores: Scores = self.scorer(batch)
+            return scores
 
     def active(self) -> contextlib.AbstractContextManager[None]:
-        """The role's adapter for the length of a block."""
+        """Activate the role's adapter for the length of the block."""
         return use_adapter(self.scorer.model, self.adapter)
 
 
@@ -80,7 +80,7 @@ def recompute_as_run(model: nn.Module) -> Any:
 
 
 def add_adapter(model: PeftModel, name: str, config: LoraConfig, seed: int) -> None:
-    """Put a further adapter on a PEFT model; it is not active and not trained yet.
+    """Put another adapter on a PEFT model; it is not active and not trained yet.
 
     Args:
         model: carries at least one adapter.
@@ -99,7 +99,7 @@ def add_stored_adapter(model: PeftModel, name: str, folder: Path) -> None:
 
     Args:
         model: over the base that the adapter was trained on.
-        name: given to it here.
+        name: its name in this model.
         folder: PEFT adapter folder.
 
     Raises:
@@ -130,7 +130,7 @@ def train_only(model: nn.Module, names: set[str]) -> None:
 
 
 def remove_dropout(model: nn.Module) -> None:
-    """Turn off what a model's own configuration drops: a ratio of two passes would not be 1.
+    """Turn off a model's own dropout: with it, the ratio of two passes would not be 1.
 
     Args:
         model: changed in place.
@@ -144,7 +144,7 @@ def remove_dropout(model: nn.Module) -> None:
 
 
 def freeze_head_adapter(model: Any, name: str) -> None:
-    """Leave an adapter's part of the vocabulary head untrained: a value model never uses it.
+    """Freeze an adapter's part of the vocabulary head: a value model never uses it.
 
     Args:
         model: carries the adapter.

@@ -33,8 +33,8 @@ def adapted_layers(model: nn.Module, spec: LoraSpec | Ia3Spec) -> dict[str, Adap
         spec: says which.
 
     Raises:
-        ModelError: a target or a pattern matches nothing, the hint lists near names; or PEFT cannot
-            adapt a target that way.
+        ModelError: a target or a pattern matches nothing (the hint lists close names), or PEFT
+            cannot adapt a target that way.
     """
     linear = linear_layers(model)
     stacks = stacked_weights(model) if isinstance(spec, LoraSpec) else {}
@@ -45,25 +45,25 @@ def adapted_layers(model: nn.Module, spec: LoraSpec | Ia3Spec) -> dict[str, Adap
     what = "linear layer or stack of experts" if stacks else "linear layer"
     names = [*linear_names(model), *stack_names(stacks)]
     if isinstance(targets, str):
-        found = {name: layer for name, layer in every.items() if _fits(targets, name, "targets")}
-        _require([] if found else [targets], "targets", what, names)
+        adapted = {name: layer for name, layer in every.items() if _fits(targets, name, "targets")}
+        _require([] if adapted else [targets], "targets", what, names)
     else:
         fitting = {t: [n for n in every if _names_target(n, t, stacks)] for t in targets}
         missing = [t for t, own in fitting.items() if not own]
         parts = [t for t in missing if stacks and read_as_experts(model, t)]
         if parts:
             raise ModelError(
-                f"adapter.targets names {parts[0]!r}, and the experts of this model are no layers "
-                "of their own: they are stored in stacks",
+                f"adapter.targets names {parts[0]!r}, but the experts of this model are not "
+                "separate layers: they are stored in stacks",
                 hint=f"name the stacks, or leave them out: this model has {', '.join(names)}",
             )
         _require(missing, "targets", what, names)
         chosen = {name for own in fitting.values() for name in own}
-        found = {name: layer for name, layer in every.items() if name in chosen}
+        adapted = {name: layer for name, layer in every.items() if name in chosen}
     if isinstance(spec, LoraSpec):
-        _refuse_misread(model, found)
-        _check(found, spec)
-    return found
+        _refuse_misread(model, adapted)
+        _check(adapted, spec)
+    return adapted
 
 
 def _all_linear(
@@ -72,16 +72,16 @@ def _all_linear(
     linear: dict[str, Adaptable],
     stacks: dict[str, Adaptable],
 ) -> dict[str, Adaptable]:
-    """Every layer but the output head; with experts also these, but nothing that chooses them."""
+    """Every linear layer but the output head, and stacks of experts, but not their routers."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    found = {name: layer for name, layer in linear.items() if layer.module is not head}
-    lasts = {name.rpartition(".")[2] for name in found}
+    adapted = {name: layer for name, layer in linear.items() if layer.module is not head}
+    lasts = {name.rpartition(".")[2] for name in adapted}
     left = {last for last in lasts if read_as_experts(model, last)}
     left |= lasts & set(ROUTING) if stacks else set()
-    found = {name: la for name, la in found.items() if name.rpartition(".")[2] not in left}
-    found |= {name: layer for name, layer in stacks.items() if layer.stacked}
-    _check(found, spec)
-    return found
+    adapted = {name: la for name, la in adapted.items() if name.rpartition(".")[2] not in left}
+    adapted |= {name: layer for name, layer in stacks.items() if layer.stacked}
+    _check(adapted, spec)
+    return adapted
 
 
 def _names_target(name: str, target: str, stacks: Collection[str]) -> bool:
@@ -89,9 +89,9 @@ def _names_target(name: str, target: str, stacks: Collection[str]) -> bool:
     return _ends(name, target) or (name in stacks and _ends(name.removesuffix(".weight"), target))
 
 
-def _refuse_misread(model: nn.Module, found: dict[str, Adaptable]) -> None:
-    """PEFT goes by the end of a name: what it takes for a part of the experts is out of reach."""
-    for name in (name for name, layer in found.items() if not layer.parameter):
+def _refuse_misread(model: nn.Module, adapted: dict[str, Adaptable]) -> None:
+    """Refuse layers that PEFT, by the end of their names, takes for parts of the experts."""
+    for name in (name for name, layer in adapted.items() if not layer.parameter):
         last = name.rpartition(".")[2]
         if read_as_experts(model, last):
             free = [one for one in linear_names(model) if not read_as_experts(model, one)]
@@ -103,20 +103,20 @@ def _refuse_misread(model: nn.Module, found: dict[str, Adaptable]) -> None:
 
 
 def layer_ranks(layers: Iterable[str], spec: LoraSpec) -> dict[str, int]:
-    """Name of each adapted layer -> rank of its update; the first pattern that fits says it."""
-    found = patterned(layers, spec.rank_pattern, "rank_pattern")
-    return {name: found.get(name, spec.rank) for name in layers}
+    """Name of each adapted layer -> rank of its update; the first pattern that fits decides."""
+    ranks = patterned(layers, spec.rank_pattern, "rank_pattern")
+    return {name: ranks.get(name, spec.rank) for name in layers}
 
 
 def patterned(layers: Iterable[str], patterns: dict[str, T], key: str) -> dict[str, T]:
     """Name of each layer that a pattern fits -> value of the first one that does."""
-    found = {}
+    values = {}
     for name in layers:
         fitting = (value for pattern, value in patterns.items() if _pattern(pattern, key, name))
         for value in fitting:
-            found[name] = value
+            values[name] = value
             break
-    return found
+    return values
 
 
 def _check(layers: dict[str, Adaptable], spec: LoraSpec) -> None:
@@ -140,32 +140,32 @@ def saved_modules(model: nn.Module, spec: LoraSpec) -> list[str]:
     """Names of the modules that are trained as a whole.
 
     Raises:
-        ModelError: a name stands for no module with weights, or for one that LoRA adapts too.
+        ModelError: a name matches no module with weights, or one that LoRA adapts too.
     """
     own = {n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
     wanted = spec.modules_to_save
     missing = [t for t in wanted if not any(_ends(name, t) for name in own)]
     _require(missing, "modules_to_save", "module with weights", (n.rsplit(".", 1)[-1] for n in own))
-    found = [name for name in own if any(_ends(name, t) for t in wanted)]
-    adapted = adapted_layers(model, spec) if found else {}
+    saved = [name for name in own if any(_ends(name, t) for t in wanted)]
+    adapted = adapted_layers(model, spec) if saved else {}
     owners = {n.rpartition(".")[0] if layer.parameter else n for n, layer in adapted.items()}
-    twice = sorted(set(found) & owners)
+    twice = sorted(set(saved) & owners)
     if twice:
         raise ModelError(
             f"adapter.modules_to_save names {twice[0]}, which is among adapter.targets too",
-            hint="train it one way: as a whole, or by LoRA",
+            hint="remove it from one of them: it is trained as a whole, or by LoRA",
         )
-    return found
+    return saved
 
 
 def vocabulary_ends(model: Any) -> dict[str, Any]:
-    """Name -> module of the embedding and, where there is one, of the output head."""
+    """Name -> module of the embedding and, if there is one, of the output head."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return {name: m for name, m in model.named_modules() if any(m is end for end in ends)}
 
 
 def require_free_vocabulary(model: nn.Module, spec: LoraSpec | Ia3Spec) -> None:
-    """Refuse to train embedding or head beside the rows of new tokens in them.
+    """Refuse to train both embedding or head and the rows of new tokens in them.
 
     Raises:
         ModelError: the adapter changes one of the two.
@@ -176,9 +176,9 @@ def require_free_vocabulary(model: nn.Module, spec: LoraSpec | Ia3Spec) -> None:
     twice = sorted(trained & vocabulary_ends(model).keys())
     if twice:
         raise ModelError(
-            f"adapter trains {twice[0]}, in which model.add_tokens trains rows",
-            hint="leave it out of adapter.targets and adapter.modules_to_save, or add the tokens "
-            "in a run of their own before",
+            f"the adapter trains {twice[0]}, in which model.add_tokens trains rows",
+            hint="remove it from adapter.targets and adapter.modules_to_save, or add the tokens "
+            "in an earlier run",
         )
 
 
@@ -195,24 +195,24 @@ def ia3_names(model: nn.Module, spec: Ia3Spec) -> tuple[list[str], list[str]]:
         value: str | Sequence[str] = getattr(spec, key)
         if value == "auto" and kind not in known:
             raise ModelError(
-                f"adapter.{key} = auto, and PEFT does not know what to scale in a {kind!r} model",
+                f"adapter.{key} = auto, but PEFT does not know what to scale in a {kind!r} model",
                 hint=f"name the modules: this model has {', '.join(linear_names(model))}",
             )
         names.append(list(known[kind] if value == "auto" else value))
     targets, feedforward = names
-    if spec.feedforward == "auto":  # by the name that the target has
+    if spec.feedforward == "auto":  # under the target's own name
         feedforward = [t for t in targets if any(_ends(t, f) or _ends(f, t) for f in feedforward)]
     odd = sorted(set(feedforward) - set(targets))
     if odd:
         raise ModelError(
             f"adapter.feedforward names {odd[0]!r}, which is not among adapter.targets",
-            hint=f"targets: {', '.join(targets)}",
+            hint=f"name some of the targets: {', '.join(targets)}",
         )
     return targets, feedforward
 
 
 def frozen_weights(names: Iterable[str], spec: FullSpec) -> set[str]:
-    """Names of the weights that stay as they are.
+    """Names of the weights that stay frozen.
 
     Args:
         names: of all weights.
@@ -232,7 +232,8 @@ def frozen_weights(names: Iterable[str], spec: FullSpec) -> set[str]:
     frozen = {name for name in every if any(fits(pattern, name) for pattern in spec.freeze)}
     if len(frozen) == len(every):
         raise ModelError(
-            "adapter.freeze leaves nothing to train", hint="name fewer modules, or use kind: lora"
+            "adapter.freeze leaves nothing to train",
+            hint="name fewer modules, or set adapter.kind=lora",
         )
     return frozen
 
@@ -270,7 +271,7 @@ def _fits(pattern: str, name: str, key: str) -> bool:
 
 
 def _require(missing: Sequence[str], key: str, what: str, known: Iterable[str]) -> None:
-    """Every name of a recipe stands for something in the model."""
+    """Refuse names of a recipe that match nothing in the model."""
     if not missing:
         return
     names = list(dict.fromkeys(known))

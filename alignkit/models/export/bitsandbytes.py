@@ -36,7 +36,7 @@ KINDS = {8: "int8", 4: "nf4"}
 """Bits -> what bitsandbytes calls it."""
 
 FAR = 0.1
-"""Nats per token above which the report warns; quantizing has no limit that is a fault."""
+"""Nats per token above which the report warns; no loss from quantizing is an error."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class QuantizedReport:
         kind: `int8`, or `nf4` with double quantization.
         layers: linear layers that are quantized; the vocabulary head stays as it is.
         megabytes: size of the weights, in units of 1,000,000 bytes.
-        source_megabytes: the same of the source.
-        logits: against the source, whose arithmetic is float32.
+        source_megabytes: the same for the source.
+        logits: compared with the source's, in float32 arithmetic.
     """
 
     output: str
@@ -73,8 +73,8 @@ class QuantizedReport:
         ]
         if self.logits.mean_kl > FAR:
             lines.append(
-                f"KL above {FAR} is far: expect other answers than the source's; small models lose "
-                "most, and --bits 8 loses less than 4"
+                f"KL above {FAR} is far: expect answers that differ from the source's; small "
+                "models lose most, and --bits 8 loses less than 4"
             )
         return lines
 
@@ -92,7 +92,7 @@ def export_quantized(
 
     Args:
         base: a language model with safetensors.
-        output: folder to write; stands there only once it is verified.
+        output: folder to write; it appears only once it is verified.
         bits: 8 or 4.
         rows: token ids of real rows.
         device: where it is quantized and compared.
@@ -122,7 +122,7 @@ def export_quantized(
             model, tokenizer, written, lambda folder: _load(str(folder), device, dtype)
         )
         del model  # two models in memory at most
-        found = read_logits(read_back, samples)
+        logits = read_logits(read_back, samples)
         del read_back
         exact = read_logits(load_model(base, torch.float32, device), samples)
         megabytes = _megabytes(written)
@@ -132,7 +132,7 @@ def export_quantized(
         layers=layers,
         megabytes=megabytes,
         source_megabytes=_megabytes(Path(base.location)),
-        logits=closeness(exact, found),
+        logits=closeness(exact, logits),
     )
 
 
@@ -187,14 +187,14 @@ def _load(place: str, device: str, dtype: torch.dtype, **options: Any) -> PreTra
         first_line = str(error).strip().split("\n")[0]
         raise ModelError(
             f"the weights of {place} could not be quantized: {first_line}",
-            hint="check the files, and that bitsandbytes knows this device",
+            hint="check the files, and that bitsandbytes supports this device",
         ) from error
-    multiply_dense(model, dtype)  # what is measured is the weights, on any machine
+    multiply_dense(model, dtype)  # only the weights are measured, on any machine
     return model.eval()
 
 
 def count_quantized(model: PreTrainedModel) -> int:
-    """How many linear layers bitsandbytes holds."""
+    """How many linear layers bitsandbytes has quantized."""
     kinds = ("Linear8bitLt", "Linear4bit")
     return sum(type(module).__name__ in kinds for module in model.modules())
 

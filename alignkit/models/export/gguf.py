@@ -1,4 +1,4 @@
-"""Model folder -> one GGUF file for llama.cpp, Ollama and their kin, verified."""
+"""Model folder -> one GGUF file for llama.cpp, Ollama and similar programs, verified."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class GgufReport:
 
     Args:
         output: the file.
-        type: asked for.
+        type: the one asked for.
         tensors: type -> how many tensors have it.
         megabytes: size of the file, in units of 1,000,000 bytes.
-        architecture: the format's name of it.
-        texts: cut by both tokenizers with the same ids.
-        logits: against the source; None where transformers cannot read the file.
+        architecture: the format's name for it.
+        texts: how many texts both tokenizers split into the same tokens.
+        logits: compared with the source's; None if transformers cannot read the file.
         notes: sentences the user must know.
     """
 
@@ -74,10 +74,11 @@ class GgufReport:
         lines = [
             f"wrote {self.output} ({self.type}, {self.megabytes:,.1f} MB)",
             f"all {total} tensors read back and compared with the source: {counts}",
-            f"{self.texts} texts cut into the same tokens by the file's tokenizer",
+            f"{self.texts} texts split into the same tokens by the file's tokenizer",
         ]
         if self.type == "q8_0" and "f16" in self.tensors:
-            lines.append(f"{self.tensors['f16']} tensors are f16: their rows are no multiple of 32")
+            f16 = self.tensors["f16"]
+            lines.append(f"{f16} tensors are f16: their row length is not a multiple of 32")
         if self.logits is None:
             lines.append(
                 f"only tensors, settings and tokenizer were compared: transformers cannot load "
@@ -101,10 +102,10 @@ def export_gguf(
 
     Args:
         base: a language model with safetensors.
-        output: the file; stands there only once it is verified.
+        output: the file; it appears only once it is verified.
         kind: one of `gguf_files.TYPES`.
         rows: token ids of real rows.
-        title: name of the model, for people.
+        title: display name of the model.
         overwrite: replace an existing file.
 
     Returns:
@@ -155,7 +156,7 @@ def exportable_config(base: BaseModel, kind: str) -> Any:
         ModelError: it cannot.
     """
     if kind not in TYPES:
-        raise ModelError(f"--type cannot be {kind!r}", hint=f"one of {', '.join(TYPES)}")
+        raise ModelError(f"--type cannot be {kind!r}", hint=f"choose one of {', '.join(TYPES)}")
     require_gguf()
     if base.gguf:
         raise ModelError(
@@ -177,7 +178,7 @@ def local_folder(base: BaseModel) -> Path:
     """The folder of a model; one from the hub is downloaded into its cache.
 
     Raises:
-        ModelError: it cannot be.
+        ModelError: it cannot be downloaded.
     """
     folder = Path(base.location)
     if folder.is_dir():
@@ -194,11 +195,11 @@ def local_folder(base: BaseModel) -> Path:
 
 
 def stop_ids(base: BaseModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: EOS of the tokenizer, and those of the generation settings."""
+    """Ids that end a response: EOS of the tokenizer, and those of the generation settings."""
     try:
         ids = GenerationConfig.from_pretrained(base.location).eos_token_id
     except OSError:
         ids = None
     listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    found = [tokenizer.eos_token_id, *listed]
-    return list(dict.fromkeys(int(number) for number in found if number is not None))
+    stops = [tokenizer.eos_token_id, *listed]
+    return list(dict.fromkeys(int(number) for number in stops if number is not None))

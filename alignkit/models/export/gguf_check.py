@@ -1,8 +1,8 @@
 """Whether a GGUF file is the model it was made from.
 
-Every tensor is read back and held against the source, within what its type rounds. The tokenizer
-is built again from the file alone and cuts real text. Where transformers reads the architecture,
-the whole file is loaded by it and its logits are held against the source's.
+Every tensor is read back and compared with the source, up to the rounding of its type. The
+tokenizer is rebuilt from the file alone and splits real text. If transformers reads the
+architecture, it loads the whole file, and the logits are compared with the source's.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ _STATED = (
 def check_tensors(
     file: WrittenFile, plan: list[PlannedTensor], weights: SourceWeights, wanted: str
 ) -> None:
-    """Hold every tensor of the file against the source.
+    """Compare every tensor of the file with the source.
 
     Raises:
-        ModelError: one is missing, too many, of another type, or off by more than its rounding.
+        ModelError: one is missing, extra, of another type, or off by more than its rounding.
     """
     extra = file.names() - {tensor.target for tensor in plan} - {ROPE_FACTORS}
     for name in extra:
@@ -66,27 +66,27 @@ def check_tensors(
     for tensor, exact in stored_tensors(plan, weights):
         kind = stored_type(tensor.shape, wanted)
         there = tensor.target in file.names() and file.kind(tensor.target) == kind
-        found = file.read(tensor.target) if there else None
-        require_written(tensor.target, exact, found, partial(_within, kind=kind))
+        stored = file.read(tensor.target) if there else None
+        require_written(tensor.target, exact, stored, partial(_within, kind=kind))
 
 
-def _within(exact: torch.Tensor, found: torch.Tensor | None, kind: str) -> bool:
+def _within(exact: torch.Tensor, stored: torch.Tensor | None, kind: str) -> bool:
     """Whether a tensor is the exact one, rounded to its type."""
-    if found is None or found.shape != exact.shape:
+    if stored is None or stored.shape != exact.shape:
         return False
     if kind != "q8_0":
         dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[kind]
-        return torch.equal(found, exact.to(dtype).float())
+        return torch.equal(stored, exact.to(dtype).float())
     blocks = exact.reshape(-1, 32)
     step = blocks.abs().amax(1, keepdim=True) / 127
-    # The step itself is kept as f16: up to 127 of them, each off by half a unit in the last place.
+    # The step itself is stored as f16: up to 127 steps, each off by half a unit in the last place.
     step_error = torch.maximum(step * 2.0**-11, torch.tensor(2.0**-25))
     allowed = 0.5 * step * (1 + 1e-5) + 127 * step_error
-    return bool(((found.reshape(-1, 32) - blocks).abs() <= allowed).all())
+    return bool(((stored.reshape(-1, 32) - blocks).abs() <= allowed).all())
 
 
 def check_settings(file: WrittenFile, architecture: str, settings: Settings) -> None:
-    """Hold every setting of the file against what was to be written.
+    """Compare every setting of the file with what was to be written.
 
     Raises:
         ModelError: one differs.
@@ -103,7 +103,7 @@ def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[IntArray],
 ) -> int:
-    """Cut text with the tokenizer that the file describes and with the model's own.
+    """Split text with the tokenizer that the file describes and with the model's own.
 
     Args:
         file: written.
@@ -112,7 +112,7 @@ def check_tokenizer(
         rows: token ids of real rows, special tokens included.
 
     Returns:
-        How many texts were cut.
+        How many texts were split.
 
     Raises:
         ModelError: the two differ.
@@ -134,19 +134,20 @@ def check_tokenizer(
         own = tokenizer(composed, add_special_tokens=False)["input_ids"]
         if built.encode(composed, add_special_tokens=False).ids != list(own):
             raise ModelError(
-                f"readers of GGUF would cut text otherwise than this tokenizer: {composed[:60]!r}",
+                "readers of GGUF would split text differently from this tokenizer: "
+                f"{composed[:60]!r}",
                 hint="its merges do not follow the rules of the format; serve the folder itself",
             )
     return len(texts)
 
 
 def load_back(path: Path, config: PreTrainedConfig) -> Any:
-    """The file as transformers reads it, in float32; None where it does not know the architecture.
+    """The file as transformers reads it, in float32; None if it does not know the architecture.
 
     Args:
         path: of the file.
         config: of the source: transformers reads only part of the settings from a file. Those are
-            compared; the others were by `check_settings`.
+            compared here, the others in `check_settings`.
 
     Raises:
         ModelError: a setting read from the file differs.
@@ -176,18 +177,18 @@ def load_back(path: Path, config: PreTrainedConfig) -> Any:
 
 
 def _as_read(config: PreTrainedConfig, stated: Any) -> Any:
-    """The source's configuration, of the class that transformers takes the file for."""
+    """The source's configuration, in the class that transformers takes the file for."""
     if config.model_type == stated.model_type:
         return copy.deepcopy(config)
     # Mistral is written as a Llama: the same model within its window.
-    values, taken = config.to_dict(), stated.to_dict().keys() - {"model_type", "architectures"}
-    return type(stated)(**{name: values[name] for name in taken if name in values})
+    values, names = config.to_dict(), stated.to_dict().keys() - {"model_type", "architectures"}
+    return type(stated)(**{name: values[name] for name in names if name in values})
 
 
 def check_logits(
     path: Path, base: BaseModel, config: PreTrainedConfig, samples: Sequence[Sample], wanted: str
 ) -> Closeness | None:
-    """Hold the file's logits against the source's, both in float32.
+    """Compare the file's logits with the source's, both in float32.
 
     Args:
         path: of the file.
@@ -197,7 +198,7 @@ def check_logits(
         wanted: type of the file.
 
     Returns:
-        The differences; None where transformers cannot read the architecture.
+        The differences; None if transformers cannot read the architecture.
 
     Raises:
         ModelError: KL is above the limit of the type.
@@ -205,9 +206,9 @@ def check_logits(
     model = load_back(path, config)
     if model is None:
         return None
-    found = read_logits(model, samples)
+    logits = read_logits(model, samples)
     del model  # one model in memory
-    measured = closeness(read_logits(load_model(base, torch.float32), samples), found)
+    measured = closeness(read_logits(load_model(base, torch.float32), samples), logits)
     if not measured.mean_kl <= MAX_KL[wanted]:
         raise ModelError(
             f"the file is not the model: KL {measured.mean_kl:.2g} nats/token is more than "

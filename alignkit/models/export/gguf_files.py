@@ -17,7 +17,7 @@ from alignkit.models.export.gguf_tokens import Vocabulary
 
 try:
     import gguf
-except ImportError:  # an extra
+except ImportError:  # an optional package
     gguf = None  # type: ignore[assignment]
 
 TYPES = ("f16", "q8_0", "bf16", "f32")
@@ -30,10 +30,10 @@ _ID_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot
 
 
 def require_gguf() -> None:
-    """Refuse where the gguf package is missing.
+    """Refuse to go on without the gguf package.
 
     Raises:
-        ModelError: it is.
+        ModelError: it is not installed.
     """
     if gguf is None:
         raise ModelError("the gguf package is not installed", hint="pip install 'alignkit[gguf]'")
@@ -44,9 +44,9 @@ class Names:
     """What the file says about itself.
 
     Args:
-        architecture: the format's name of it.
-        title: of the model, for people.
-        licence: of the weights; None where nothing says it.
+        architecture: the format's name for it.
+        title: display name of the model.
+        licence: of the weights; None if it is not known.
     """
 
     architecture: str
@@ -55,7 +55,7 @@ class Names:
 
 
 def stored_type(shape: tuple[int, ...], wanted: str) -> str:
-    """The type of one tensor: vectors stay f32, rows that are no whole blocks go to f16."""
+    """The type of one tensor: vectors stay f32, rows that do not fill whole blocks become f16."""
     if len(shape) < 2:
         return "f32"
     if wanted == "q8_0" and shape[-1] % 32:
@@ -126,7 +126,7 @@ def _require_range(tensor: PlannedTensor, weight: torch.Tensor, kind: str) -> No
     limit = {"f16": 65504.0, "q8_0": 65504.0 * 127}.get(kind)
     if limit is not None and largest > limit:
         raise ModelError(
-            f"{tensor.source} holds {largest:.3g}, more than {kind} can",
+            f"{tensor.source} holds {largest:.3g}, more than {kind} can hold",
             hint="export with --type bf16 or --type f32",
         )
 
@@ -187,7 +187,7 @@ class WrittenFile:
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def names(self) -> set[str]:
-        """Of the tensors."""
+        """Names of the tensors."""
         return set(self._tensors)
 
     def kind(self, name: str) -> str:

@@ -1,6 +1,6 @@
 """Which tensors a GGUF file holds, under which names, and how each is laid out.
 
-The format names tensors its own way, turns the rows of query and key weights where its rotary
+The format has its own names for tensors, reorders the rows of query and key weights if its rotary
 embedding pairs neighbours, and stores Gemma's norms as the factor that multiplies: w + 1.
 """
 
@@ -21,7 +21,7 @@ from alignkit.models.quiet import quiet_transformers
 
 try:
     import gguf
-except ImportError:  # an extra: only exports to GGUF and reading it need it
+except ImportError:  # an optional package, for reading and writing GGUF
     gguf = None  # type: ignore[assignment]
 
 
@@ -31,7 +31,7 @@ class Family:
 
     Args:
         architecture: its name in the format.
-        title: what people call it.
+        title: its display name.
         turned: rows of query and key weights are reordered, pairs side by side.
         plus_one: norms are stored as w + 1.
         activation: the only one that readers of the format compute for it.
@@ -65,7 +65,7 @@ class PlannedTensor:
         source: its name in the model folder.
         target: its name in the file.
         shape: as stored in the model folder, and in the file.
-        heads: how many heads its rows are, where they are turned; 0 where they stay.
+        heads: how many heads its rows belong to, if they are reordered; 0 if they stay.
         plus_one: 1 is added.
     """
 
@@ -110,7 +110,9 @@ class SourceWeights:
         else:
             names = sorted(path.name for path in folder.glob("*.safetensors"))
         if not names:
-            raise ModelError(f"{folder} has no *.safetensors", hint="only those are exported")
+            raise ModelError(
+                f"{folder} has no *.safetensors", hint="name a model folder with safetensors files"
+            )
         self.place: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name in names:
@@ -131,7 +133,7 @@ def _opened(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"{path} cannot be read: {error}", hint="the file may be cut off"
+            f"{path} cannot be read: {error}", hint="copy the file again: it may be cut off"
         ) from None
 
 
@@ -149,10 +151,10 @@ def plan_tensors(config: PreTrainedConfig, weights: SourceWeights) -> list[Plann
     expected = _expected_shapes(config)
     for name, shape in expected.items():
         if weights.shapes.get(name) != shape:
-            found = weights.shapes.get(name, "nothing")
+            stored = weights.shapes.get(name, "nothing")
             raise ModelError(
-                f"the weights do not fit config.json: {name} must be {shape}, found {found}",
-                hint="the model folder is incomplete or mixed up",
+                f"the weights do not fit config.json: {name} must be {shape}, found {stored}",
+                hint="copy the model folder again: it is incomplete or mixed up",
             )
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     unknown = sorted(weights.shapes.keys() - expected.keys() - tied)
@@ -199,7 +201,7 @@ def laid_out(tensor: PlannedTensor, weight: torch.Tensor) -> torch.Tensor:
     """A weight as the file holds it, before it is rounded.
 
     Args:
-        tensor: what is known of it.
+        tensor: its plan.
         weight: float32, as the model folder holds it.
     """
     if tensor.heads:
@@ -234,6 +236,6 @@ def stored_tensors(
         if not torch.isfinite(weight).all():
             raise ModelError(
                 f"{tensor.source} holds values that are not finite",
-                hint="the training has diverged or the file is damaged",
+                hint="use an earlier checkpoint if training diverged, or copy the file again",
             )
         yield tensor, weight

@@ -1,4 +1,5 @@
-"""The settings of a GGUF file: sizes, attention, rotary embedding; whatever has no key is refused.
+"""The settings of a GGUF file: sizes, attention, rotary embedding; settings without a key are
+refused.
 
 Readers of the format hard-wire some facts of each architecture. A model that differs there would
 load and compute something else, so it is an error here.
@@ -17,21 +18,22 @@ from alignkit.models.export.gguf_names import Family, family_of
 from alignkit.models.transformers_parts import ROPE_INIT_FUNCTIONS
 
 SWA_PERIOD = {"gemma2": 2, "gemma3": 6}
-"""Every so many layers one attends to everything, unless the file says otherwise."""
+"""One layer in this many attends to everything, unless the file says otherwise."""
 
 WIDE_LAYERS = {"gemma2": 46, "gemma3": 62}
-"""Readers take a model with so many layers for the 27B one, which scales attention its own way."""
+"""Readers take a model with this many layers for the 27B one, which scales attention differently.
+"""
 
 Value = int | float | str
 
 
 @dataclass
 class Settings:
-    """What is written beside the tensors.
+    """What is written besides the tensors.
 
     Args:
         values: key without the architecture's name -> value; ints are unsigned.
-        rope_factors: `[D/2]` what the rotary frequencies are divided by; None where they stay.
+        rope_factors: `[D/2]` what the rotary frequencies are divided by; None if they stay.
         notes: sentences the user must know.
     """
 
@@ -82,7 +84,7 @@ def head_width(config: PreTrainedConfig) -> int:
 
 def _refuse(what: str, value: Any, rule: str) -> None:
     raise ModelError(
-        f"{what} = {value!r} cannot be exported to GGUF: readers of the format take {rule}",
+        f"{what} = {value!r} cannot be exported to GGUF: readers of the format expect {rule}",
         hint="serve the folder itself, for example with `vllm serve`",
     )
 
@@ -99,9 +101,9 @@ def _refuse_unknown(config: PreTrainedConfig, family: Family) -> None:
     scalar = getattr(config, "query_pre_attn_scalar", None)
     if scalar is not None:
         wide = config.num_hidden_layers == WIDE_LAYERS.get(family.architecture)
-        taken = config.hidden_size // config.num_attention_heads if wide else head_width(config)
-        if scalar != taken:
-            _refuse("query_pre_attn_scalar", scalar, f"{taken} for this size")
+        expected = config.hidden_size // config.num_attention_heads if wide else head_width(config)
+        if scalar != expected:
+            _refuse("query_pre_attn_scalar", scalar, f"{expected} for this size")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         cap = getattr(config, name, None)
         if cap is None and family.architecture == "gemma2":
@@ -143,9 +145,7 @@ def _add_rope(settings: Settings, config: PreTrainedConfig, family: Family) -> N
         steps = torch.arange(0, head_width(config), 2).float() / head_width(config)
         settings.rope_factors = (rope["rope_theta"] ** -steps) / scaled
     elif kind != "default":
-        _refuse(
-            "rope_type", kind, f"default, linear, yarn or llama3, the last for Llama; {kind} no"
-        )
+        _refuse("rope_type", kind, "default, linear, yarn or, for Llama, llama3")
     extra = {name: value for name, value in rope.items() if name not in known and value is not None}
     extra = {name: value for name, value in extra.items() if (name, value) != _WHOLE_HEAD}
     for name, value in extra.items():
@@ -169,24 +169,24 @@ def _add_window(settings: Settings, config: PreTrainedConfig, family: Family) ->
     # Within its window such a model is an ordinary one.
     settings.values["context_length"] = int(window)
     settings.notes.append(
-        f"readers of GGUF know no sliding window for {family.title}: the file's context is the "
+        f"readers of GGUF have no sliding window for {family.title}: the file's context is the "
         f"window, {window:,} tokens, instead of {config.max_position_embeddings:,}"
     )
 
 
 def _add_period(settings: Settings, slides: list[bool], window: int, family: Family) -> None:
-    """Gemma: runs of sliding layers, each closed by one that attends to everything."""
+    """Gemma: runs of sliding layers, each followed by one that attends to everything."""
     usual = SWA_PERIOD[family.architecture]
     periods = [usual, *range(1, len(slides) + 2)]
     fits = (n for n in periods if slides == [layer % n < n - 1 for layer in range(len(slides))])
     period = next(fits, None)
     if period is None:
-        _refuse("layer_types", "an irregular pattern", "full attention after every so many layers")
+        _refuse("layer_types", "an irregular pattern", "full attention at a regular interval")
         return
     settings.values["attention.sliding_window"] = window
     if period != usual:
         settings.values["attention.sliding_window_pattern"] = period
         settings.notes.append(
-            f"one layer of {period} attends to everything instead of one of {usual}: older readers "
+            f"one layer in {period} attends to everything instead of one in {usual}: older readers "
             "of GGUF compute it wrongly"
         )

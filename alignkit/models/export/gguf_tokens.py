@@ -1,7 +1,7 @@
 """A tokenizer as a GGUF file holds it, and the tokenizer that such a file describes.
 
-The format knows two kinds. `gpt2` is byte-level BPE with merges, where the file only *names* how
-text is cut into words; `llama` is BPE over characters with scores and a fallback to bytes. A
+The format has two kinds. `gpt2` is byte-level BPE with merges, where the file only *names* how
+text is split into words; `llama` is BPE over characters with scores and a fallback to bytes. A
 tokenizer is recognised by what its tokenizer.json does, never by the name of the model.
 """
 
@@ -40,7 +40,7 @@ CUTS: dict[str, tuple[tuple[str, ...], bool]] = {
         True,
     ),
 }
-"""Name in the format -> the expressions that cut text one after another, and whether a whole word
+"""Name in the format -> the expressions that split text one after another, and whether a whole word
 that is a token is taken before any merge."""
 
 
@@ -54,8 +54,8 @@ class Vocabulary:
         tokens: text of each id, as many as the model has embeddings.
         types: of each id.
         scores: of each id for `llama`: the higher, the sooner it is merged.
-        merges: for `gpt2`, pairs joined by a space, the first is merged first.
-        special: `bos`, `eos`, `unk`, `pad`, `eot` -> id, for those there are.
+        merges: for `gpt2`, pairs joined by a space, in the order of merging.
+        special: `bos`, `eos`, `unk`, `pad`, `eot` -> id, for those that exist.
         add_bos: a text starts with BOS.
         add_space: a text starts as if a space stood before it.
         space_after_special: the same holds after every special token.
@@ -85,7 +85,7 @@ def vocabulary_of(
     Args:
         tokenizer: a transformers tokenizer.
         rows: of the model's embedding.
-        stops: ids that end an answer.
+        stops: ids that end a response.
 
     Raises:
         ModelError: the format has no such tokenizer, or it is larger than the model.
@@ -105,7 +105,7 @@ def vocabulary_of(
         space, after = _leading_space(about)
     for added in about["added_tokens"]:
         if added["lstrip"] or added["rstrip"] or added["single_word"]:
-            notes.append(f"{added['content']!r} takes in the spaces beside it; in GGUF it does not")
+            notes.append(f"{added['content']!r} absorbs spaces next to it; in GGUF it does not")
     if kind == "llama" and not after:
         notes.append(
             "after a special token, and before a text that starts with a space, readers of GGUF "
@@ -131,7 +131,7 @@ def vocabulary_of(
 def _unknown(why: str) -> ModelError:
     return ModelError(
         f"this tokenizer cannot be written to GGUF: {why}",
-        hint="known are byte-level BPE cut as by "
+        hint="serve the folder itself; the format has byte-level BPE that splits text like "
         f"{', '.join(CUTS)}, and BPE with ▁ and byte fallback",
     )
 
@@ -140,18 +140,18 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
     by_id = {number: text for text, number in tokenizer.get_vocab().items()}
     if max(by_id) >= rows:
         raise ModelError(
-            f"the tokenizer has ids up to {max(by_id)}, the model's embedding only {rows} rows",
-            hint="tokens were added without resizing the model; it cannot be served",
+            f"the tokenizer has ids up to {max(by_id)}, but the model's embedding has {rows} rows",
+            hint="resize the model's embedding: tokens were added without it",
         )
     return [by_id.get(number, f"[PAD{number}]") for number in range(rows)]
 
 
 def _named_cut(about: dict[str, Any], notes: list[str]) -> str:
-    """The format's name for how words are cut."""
+    """The format's name for how text is split into words."""
     normalizer = about["normalizer"]
     if normalizer is not None and normalizer["type"] == "NFC":
         notes.append(
-            "this tokenizer composes characters first (NFC), readers of GGUF do not: text in "
+            "this tokenizer composes characters first (NFC), but readers of GGUF do not: text in "
             "decomposed Unicode gets other tokens"
         )
     elif normalizer is not None:
@@ -161,14 +161,14 @@ def _named_cut(about: dict[str, Any], notes: list[str]) -> str:
         if cuts == known:
             own = bool(about["model"].get("ignore_merges"))
             if own != whole_words and not _merges_reach_all(about):
-                raise _unknown(f"some tokens are no result of merges, which {name} depends on")
+                raise _unknown(f"merges do not give some of its tokens, and {name} relies on them")
             return name
-    raise _unknown(f"it cuts words in a way that has no name there: {' then '.join(cuts)}")
+    raise _unknown(f"it splits words in a way that has no name there: {' then '.join(cuts)}")
 
 
 def _cuts(step: dict[str, Any] | None) -> list[str]:
     if step is None:
-        raise _unknown("it does not cut text into words")
+        raise _unknown("it does not split text into words")
     if step["type"] == "Sequence":
         return [cut for inner in step["pretokenizers"] for cut in _cuts(inner)]
     if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
@@ -177,7 +177,7 @@ def _cuts(step: dict[str, Any] | None) -> list[str]:
         return [r"\p{N}"]
     if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
         return [step["pattern"].get("Regex", str(step["pattern"]))]
-    raise _unknown(f"it cuts text with {step}")
+    raise _unknown(f"it splits text with {step}")
 
 
 def _merges(about: dict[str, Any]) -> list[tuple[str, str]]:
@@ -198,7 +198,7 @@ def _merges_reach_all(about: dict[str, Any]) -> bool:
 
 
 def _leading_space(about: dict[str, Any]) -> tuple[bool, bool]:
-    """Whether a text starts with a space that was not there, and every part after a special one."""
+    """Whether a space is added before a text, and before every part after a special token."""
     normalizer, cut = about["normalizer"], about["pre_tokenizer"]
     steps = (normalizer.get("normalizers") or [normalizer]) if normalizer else []
     kinds = [step["type"] for step in steps]
@@ -240,21 +240,21 @@ def _scores(about: dict[str, Any], tokens: list[str]) -> list[float]:
 
 
 def _special(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> dict[str, int]:
-    found = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
-    turn_ends = [stop for stop in stops if stop != found["eos"]]
-    found["eot"] = turn_ends[0] if turn_ends else None
-    return {name: int(number) for name, number in found.items() if number is not None}
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+    turn_ends = [stop for stop in stops if stop != ids["eos"]]
+    ids["eot"] = turn_ends[0] if turn_ends else None
+    return {name: int(number) for name, number in ids.items() if number is not None}
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     ids = tokenizer("a")["input_ids"]
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        raise _unknown("it puts EOS behind every text")
+        raise _unknown("it puts EOS after every text")
     return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
 def tokenizer_from(vocabulary: Vocabulary) -> Tokenizer:
-    """The tokenizer that a file describes, without BOS, from what the file says alone."""
+    """The tokenizer that a file describes, without BOS, from the file alone."""
     vocab = {text: number for number, text in enumerate(vocabulary.tokens)}
     if vocabulary.kind == "gpt2":
         cuts, whole_words = CUTS[vocabulary.cut]

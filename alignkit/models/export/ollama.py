@@ -1,7 +1,7 @@
-"""A Modelfile for Ollama: the chat template in its own language, and where an answer stops.
+"""A Modelfile for Ollama: the chat template in Ollama's language, and where a response stops.
 
 The chat template is recognised by what it writes. It renders probe conversations, and a format is
-taken only if it writes the same characters for all of them; otherwise the Modelfile has no
+accepted only if it writes the same characters for all of them; otherwise the Modelfile has no
 TEMPLATE and the user is told.
 """
 
@@ -21,10 +21,10 @@ class ChatFormat:
     """One way to write a conversation.
 
     Args:
-        name: for people.
-        render: turns -> text up to where the next answer starts, without BOS.
+        name: display name.
+        render: turns -> text up to where the next response starts, without BOS.
         template: the same in Ollama's language.
-        stop: text that ends an answer.
+        stop: text that ends a response.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Recognised:
 
     Args:
         format: which one.
-        system: text that the template puts first where there is no system turn.
+        system: text that the template puts first if there is no system turn.
         bos: text that the template writes first but the tokenizer does not add.
     """
 
@@ -62,9 +62,9 @@ def _turns_template(opener: str, between: str, closer: str) -> str:
 
 
 def _asked(
-    question: tuple[str, str], answer: tuple[str, str], last: str = ""
+    user: tuple[str, str], assistant: tuple[str, str], last: str = ""
 ) -> Callable[[Sequence[Turn]], str]:
-    """System text stands at the head of the question after it."""
+    """System text goes at the start of the user turn after it."""
 
     def render(turns: Sequence[Turn]) -> str:
         text, system = "", ""
@@ -72,7 +72,7 @@ def _asked(
             if turn["role"] == "system":
                 system = turn["content"] + "\n\n"
                 continue
-            head, tail = question if turn["role"] == "user" else answer
+            head, tail = user if turn["role"] == "user" else assistant
             text += f"{head}{system}{turn['content']}{tail}"
             system = ""
         return text + last
@@ -80,13 +80,13 @@ def _asked(
     return render
 
 
-def _asked_template(question: tuple[str, str], answer: tuple[str, str], last: str = "") -> str:
+def _asked_template(user: tuple[str, str], assistant: tuple[str, str], last: str = "") -> str:
     return (
         "{{- $told := false }}{{ range .Messages }}"
-        f'{{{{ if eq .Role "system" }}}}{question[0]}{{{{ .Content }}}}\n\n{{{{ $told = true }}}}'
-        f'{{{{ else if eq .Role "user" }}}}{{{{ if not $told }}}}{question[0]}{{{{ end }}}}'
-        f"{{{{ $told = false }}}}{{{{ .Content }}}}{question[1]}"
-        f"{{{{ else }}}}{answer[0]}{{{{ .Content }}}}{answer[1]}{{{{ end }}}}{{{{ end }}}}{last}"
+        f'{{{{ if eq .Role "system" }}}}{user[0]}{{{{ .Content }}}}\n\n{{{{ $told = true }}}}'
+        f'{{{{ else if eq .Role "user" }}}}{{{{ if not $told }}}}{user[0]}{{{{ end }}}}'
+        f"{{{{ $told = false }}}}{{{{ .Content }}}}{user[1]}{{{{ else }}}}"
+        f"{assistant[0]}{{{{ .Content }}}}{assistant[1]}{{{{ end }}}}{{{{ end }}}}{last}"
     )
 
 
@@ -105,33 +105,33 @@ FORMATS = (
     ChatFormat("Gemma", _asked(*_GEMMA), _asked_template(*_GEMMA), "<end_of_turn>"),
     ChatFormat("Mistral", _asked(*_MISTRAL), _asked_template(*_MISTRAL), "</s>"),
 )
-"""What is recognised; of Mistral's versions, which differ in spaces, that of 7B v0.3."""
+"""What is recognised; Mistral's versions differ in spaces, and this one is that of 7B v0.3."""
 
 _SYSTEM = {"role": "system", "content": "Zebra rules."}
 _QUESTION = {"role": "user", "content": "What is 2 + 2?"}
 _ANSWER = {"role": "assistant", "content": "It is 4."}
 _AGAIN = {"role": "user", "content": "And 3 + 3?"}
 PROBES = ((_QUESTION,), (_QUESTION, _ANSWER, _AGAIN))
-"""Conversations any template renders; a system turn is tried besides."""
+"""Conversations that any template renders; one with a system turn is tried too."""
 
 
 def recognise(tokenizer: PreTrainedTokenizerBase) -> Recognised | None:
-    """The format of the model's chat template; None where it is not known or there is none.
+    """The format of the model's chat template; None if it is not known or there is none.
 
     Args:
         tokenizer: with its chat template.
     """
     if not tokenizer.chat_template:
         return None
-    found = [_render(tokenizer, probe) for probe in PROBES]
-    told = _render(tokenizer, (_SYSTEM, _QUESTION))
-    if any(text is None for text in found):
+    rendered = [_render(tokenizer, probe) for probe in PROBES]
+    with_system = _render(tokenizer, (_SYSTEM, _QUESTION))
+    if any(text is None for text in rendered):
         return None
     bos = tokenizer.bos_token or ""
-    # A template may open with BOS, and BOS may be what opens a turn: first as it is, then without.
+    # A template may open with BOS, and BOS may open a turn: the text is tried with and without it.
     for opener in dict.fromkeys(("", bos)):
-        texts = [_without(text, opener) for text in found]
-        system_text = _without(told, opener)
+        texts = [_without(text, opener) for text in rendered]
+        system_text = _without(with_system, opener)
         for known in FORMATS:
             match = _match(known, texts, system_text)
             if match is not None:
@@ -156,9 +156,9 @@ def _without(text: str | None, opener: str) -> str | None:
     return text.removeprefix(opener)
 
 
-def _match(known: ChatFormat, texts: Sequence[str | None], told: str | None) -> str | None:
-    """The system text that makes a format write the same; None where none does."""
-    if told is not None and told != known.render((_SYSTEM, _QUESTION)):
+def _match(known: ChatFormat, texts: Sequence[str | None], with_system: str | None) -> str | None:
+    """The system text that makes a format write the same; None if none does."""
+    if with_system is not None and with_system != known.render((_SYSTEM, _QUESTION)):
         return None
     for system in ("", _default_system(known, texts[0])):
         first = [{"role": "system", "content": system}] if system else []
@@ -171,28 +171,28 @@ def _match(known: ChatFormat, texts: Sequence[str | None], told: str | None) -> 
 
 
 def _default_system(known: ChatFormat, text: str | None) -> str:
-    """What stands in the system turn of a text that was given none."""
+    """The system text that a template wrote without being given one."""
     before, _, after = known.render((_SYSTEM, _QUESTION)).partition(_SYSTEM["content"])
     if text is None or not (text.startswith(before) and text.endswith(after)):
         return ""
     return text[len(before) : len(text) - len(after)]
 
 
-def write_modelfile(gguf_name: str, found: Recognised | None, stops: Sequence[str]) -> str:
+def write_modelfile(gguf_name: str, chat: Recognised | None, stops: Sequence[str]) -> str:
     """The text of a Modelfile.
 
     Args:
-        gguf_name: of the file beside it.
-        found: the format of the chat template; None leaves TEMPLATE out.
-        stops: texts that end an answer; the format's own is added.
+        gguf_name: name of the GGUF file next to it.
+        chat: the format of the chat template; None leaves TEMPLATE out.
+        stops: texts that end a response; the format's own is added.
     """
     lines = [f"FROM ./{gguf_name}"]
     every = list(stops)
-    if found is not None:
-        lines.append(f'TEMPLATE """{found.bos}{found.format.template}"""')
-        if found.system:
-            lines.append(f'SYSTEM """{found.system}"""')
-        every.append(found.format.stop)
+    if chat is not None:
+        lines.append(f'TEMPLATE """{chat.bos}{chat.format.template}"""')
+        if chat.system:
+            lines.append(f'SYSTEM """{chat.system}"""')
+        every.append(chat.format.stop)
     quoted = (text.replace("\\", "\\\\").replace('"', '\\"') for text in dict.fromkeys(every))
     lines += [f'PARAMETER stop "{text}"' for text in quoted]
     return "\n".join(lines) + "\n"

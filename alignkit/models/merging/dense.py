@@ -1,7 +1,7 @@
 """A base with adapters as plain weights: read, changed, rounded and written file by file.
 
-Memory holds one file and one layer, whatever the model; but for GGUF bases, and files that name
-weights otherwise than transformers does, which are held whole.
+Memory holds one file and one layer, whatever the model. Only GGUF bases, and files that name
+weights differently from transformers, are held whole.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from alignkit.models.weights.streaming import build_without_weights, make_room, 
 Onto = Literal["auto", "original", "dequantized"]
 
 ONTO: tuple[Onto, ...] = ("auto", "original", "dequantized")
-"""Weights to merge onto, where the base was quantized in training."""
+"""Weights to merge onto if the base was quantized in training."""
 
 Weight = Callable[[str], torch.Tensor]
 """Gives a weight by its name."""
 
 
 class MergedWeights:
-    """What is read, what adapters make of it, and what rounding leaves of that.
+    """Weights of a base: as read, as changed by adapters, and as rounded.
 
     Args:
         base: the model the adapters were trained on.
@@ -76,7 +76,7 @@ class MergedWeights:
         if self.corrects and [part.weight for part in self.blend.parts] != [1.0]:
             raise ModelError(
                 "an adapter that started with what quantization lost (loftq) can be neither "
-                "weighted nor combined: the rest of its change would be of another size",
+                "weighted nor combined: its start would no longer match what was lost",
                 hint="merge it alone",
             )
         plain = ("none", "")
@@ -100,13 +100,13 @@ class MergedWeights:
         onto: Onto,
         compare: Callable[[torch.Tensor, torch.Tensor], Drift],
     ) -> tuple[torch.Tensor, QuantizedReport | None]:
-        """What `read` finds in base + adapter, over the weights that are merged onto.
+        """What `read` returns for base + adapter, over the weights that are merged onto.
 
         Args:
-            read: is given a model.
+            read: takes a model.
             onto: for a base that was quantized in training; `auto` takes the original weights
                 unless the adapter does worse there than `compare` allows.
-            compare: what was read over the trained and over the original weights.
+            compare: takes what was read over the trained and over the original weights.
 
         Raises:
             RoundingError: `original`, and the adapter does worse there.
@@ -127,7 +127,7 @@ class MergedWeights:
             raise RoundingError(
                 f"over the original weights the adapter differs from what was trained over {kind} "
                 f"weights: {drift.what} {drift.original:.4f} instead of {drift.trained:.4f}, "
-                f"{drift.distance}, and {drift.limit:.3g} is the most it may be off",
+                f"{drift.distance}, and it may be off by at most {drift.limit:.3g}",
                 hint="merge with --onto dequantized",
             )
         if onto == "original" and self.corrects:
@@ -148,7 +148,7 @@ class MergedWeights:
 
     @property
     def modules(self) -> int:
-        """Adapted layers."""
+        """Number of adapted layers."""
         return self.updates.modules
 
     def untied(self) -> list[str]:
@@ -163,12 +163,12 @@ class MergedWeights:
         return [name for name, shared in self.stored.tied.items() if apart(name, shared)]
 
     def before(self, read: Callable[[Any], torch.Tensor], weights: Weight) -> torch.Tensor:
-        """What `read` finds in the base alone."""
+        """What `read` returns for the base alone."""
         with streaming(self.plain, weights):
             return read(self.plain)
 
     def exact(self, read: Callable[[Any], torch.Tensor], weights: Weight) -> torch.Tensor:
-        """What `read` finds in base + adapter."""
+        """What `read` returns for base + adapter."""
         if self.updates.plain:
             with streaming(self.adapted[0], weights):
                 return read(self.adapted[0])
@@ -179,8 +179,8 @@ class MergedWeights:
     def rounded(self, name: str) -> torch.Tensor:
         """A weight as it is written; what rounding left of its update is added up."""
         if name not in self.updates.changed:
-            found = self.source(name)
-            return found.to(self.dtype) if found.is_floating_point() else found
+            weight = self.source(name)
+            return weight.to(self.dtype) if weight.is_floating_point() else weight
         before, exact = self.updates.pair(name)
         generator = torch.Generator().manual_seed(seed_of(name))
         rounded = round_stochastically(exact, self.dtype, generator)
@@ -194,9 +194,9 @@ class MergedWeights:
         """Write weights, file by file, each read back.
 
         Args:
-            folder: made if it does not exist.
+            folder: created if it does not exist.
             names: of the weights.
-            extra: further weights, as they are to be stored.
+            extra: more weights, as they are to be stored.
 
         Raises:
             ModelError: a file does not hold what was written.
@@ -241,13 +241,13 @@ def read_merged(
     read: Callable[[Any], torch.Tensor],
     **options: Any,
 ) -> torch.Tensor:
-    """What `read` finds in a written model, layer by layer in float32.
+    """What `read` returns for a written model, layer by layer in float32.
 
     Args:
         folder: of the weights.
         kind: transformers class to build.
         config: its configuration.
-        read: is given the model.
+        read: takes the model.
         **options: for `kind.from_config`.
     """
     model = build_without_weights(kind, config, **options)

@@ -62,11 +62,11 @@ def merge_adapter(
     Args:
         base: the model the adapter was trained on.
         adapter: PEFT adapter folder, or several with their weights.
-        output: folder to write; stands there only once the merge is verified.
+        output: folder to write; it appears only once the merge is verified.
         rows: token ids of real rows, at least one with two tokens.
         dtype: of the written weights.
-        tokenizer: saved beside the weights; None takes the base's.
-        stop_tokens: ids that end an answer, added to the generation settings.
+        tokenizer: saved with the weights; None takes the base's.
+        stop_tokens: ids that end a response, added to the generation settings.
         overwrite: replace an existing output.
         onto: for a base that was quantized in training, the weights that are merged onto; `auto`
             takes the original ones, unless the loss is more than `MAX_DRIFT` higher there.
@@ -96,7 +96,7 @@ def merge_adapter(
         write_settings(base, merge.plain, dtype, tokenizer, written, stop_tokens)
         trust = base.trust_remote_code
         kind = AutoModelForCausalLM
-        found = read_merged(written, kind, merge.config, read, trust_remote_code=trust)
+        logits = read_merged(written, kind, merge.config, read, trust_remote_code=trust)
         report = MergeReport(
             output=str(output),
             dtype=str(dtype).removeprefix("torch."),
@@ -104,9 +104,9 @@ def merge_adapter(
             survived=merge.survived,
             rounding_error=merge.rounding_error,
             mean_kl_to_base=kl_to_base,
-            **vars(closeness(exact, found)),
+            **vars(closeness(exact, logits)),
             loss=mean_loss(exact, samples),
-            merged_loss=mean_loss(found, samples),
+            merged_loss=mean_loss(logits, samples),
             quantized=quantized,
             notes=merge.notes,
         )
@@ -132,9 +132,9 @@ def write_dense(
     Args:
         model: cast in place.
         tokenizer: saved with its chat template.
-        output: folder to write, replaced if it exists; stands there only once it is verified.
+        output: folder to write, replaced if it exists; it appears only once it is verified.
         dtype: of the written weights.
-        stop_tokens: ids that end an answer, added to the generation settings.
+        stop_tokens: ids that end a response, added to the generation settings.
 
     Raises:
         ModelError: the files do not hold what was written.

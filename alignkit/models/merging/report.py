@@ -21,7 +21,7 @@ MAX_LOSS = 0.02
 
 @dataclass(frozen=True)
 class Drift:
-    """How an adapter that was trained over quantized weights does over the original ones.
+    """How an adapter that was trained over quantized weights performs over the original ones.
 
     Args:
         what: name of the value that is compared.
@@ -42,7 +42,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class QuantizedReport:
-    """What became of an adapter that was trained over quantized weights.
+    """How an adapter that was trained over quantized weights was merged.
 
     Args:
         kind: of quantization.
@@ -72,7 +72,7 @@ class MergeReport:
         output: the merged folder.
         dtype: of the written weights.
         modules: adapted layers.
-        survived: projection of the rounded update on the exact one; 1.0 is all of it.
+        survived: projection of the rounded update onto the exact one; 1.0 is all of it.
         rounding_error: norm of what rounding changed, relative to the norm of the update.
         max_logit_difference: largest |difference| to base + adapter, both in float32 arithmetic.
         mean_kl: KL(base + adapter ‖ merged) in nats per token.
@@ -80,9 +80,9 @@ class MergeReport:
         same_top_token: share of positions with the same likeliest token.
         positions: tokens compared.
         loss: of base + adapter, nats per token.
-        merged_loss: the same of the merged model.
+        merged_loss: the same for the merged model.
         quantized: for an adapter that was trained over quantized weights.
-        notes: what else is to be known, in sentences.
+        notes: what else the user must know, in sentences.
     """
 
     output: str
@@ -128,7 +128,7 @@ def require_faithful(report: MergeReport) -> None:
     low, high = MAX_KL
     limit = min(high, max(low, MAX_KL_SHARE * report.mean_kl_to_base))
     worse = report.merged_loss - report.loss
-    # Written so that no number at all fails too.
+    # Written so that NaN fails too.
     if report.mean_kl <= limit and report.survived > 0.5 and not worse > MAX_LOSS:
         return
     raise RoundingError(

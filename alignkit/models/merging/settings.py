@@ -1,4 +1,4 @@
-"""What a merge writes beside the weights, known before a weight is read."""
+"""What a merge writes besides the weights, known before a weight is read."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_merged_settings(base: BaseModel, adapter: Path, folder: Path, tokenize
 
 
 def untie(config: Any) -> None:
-    """Let embedding and output head be two matrices.
+    """Make embedding and output head two matrices.
 
     Args:
         config: of a merged model, changed in place.
@@ -53,7 +53,7 @@ def _skeleton(base: BaseModel) -> Any:
 
 
 def _unties(model: Any, adapter: Path) -> bool:
-    """Whether a merge changes shared weights otherwise than all of them alike, as new tokens do."""
+    """Whether a merge changes tied weights differently; new tokens change them alike."""
     tied = dict(model.all_tied_weights_keys)
     if not tied:
         return False

@@ -1,4 +1,4 @@
-"""What adapters make of a base's weights, layer by layer, in float32.
+"""A base's weights after adapters, layer by layer, in float32.
 
 The arithmetic of a layer is PEFT's own, so every kind of adapter that PEFT can merge is merged
 here: each layer gets its weights, is merged, and gives them back. Several adapters are combined as
@@ -22,14 +22,14 @@ from peft.utils.merge_utils import dare_linear, dare_ties, task_arithmetic, ties
 from alignkit.errors import ModelError
 from alignkit.models.peft_parts import forget_merge, stored_name
 from alignkit.models.quiet import quiet_transformers
-from alignkit.models.weights.streaming import given_weights, holding
+from alignkit.models.weights.streaming import holding, replaced_weights
 
 Method = Literal["linear", "ties", "dare_linear", "dare_ties"]
 
 METHODS: tuple[Method, ...] = ("linear", "ties", "dare_linear", "dare_ties")
 """`linear` is Σ w Δ. TIES (https://arxiv.org/abs/2306.01708) keeps each Δ's largest entries and
 the sign that prevails; DARE (https://arxiv.org/abs/2311.03099) drops entries at random and scales
-up the others, with either rule of adding up."""
+up the others, with either rule for the sum."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class AdapterPart:
 
 @dataclass(frozen=True)
 class Blend:
-    """Adapters, and how they become one change.
+    """Adapters, and how they are combined into one change.
 
     Args:
         parts: at least one.
-        method: one of `METHODS`; a single adapter is put on as it is.
+        method: one of `METHODS`; a single adapter is applied as it is.
         density: share of each Δ's entries that TIES and DARE keep, above 0 and at most 1.
     """
 
@@ -92,35 +92,35 @@ class Updates:
                     for key, weight in kept.named_parameters():
                         self._replace(f"{stored_name(name)}.{key}", weight)
                 elif isinstance(module, BaseTunerLayer):
-                    found = self._layers.setdefault(stored_name(name), [None] * len(models))
-                    # A wrapper around each parameter, inside one another: the outer one comes first
-                    found[position] = found[position] or (name, [])
-                    found[position][1].append(module)  # type: ignore[index]
-            for name, given in given_weights(model).items():
+                    parts = self._layers.setdefault(stored_name(name), [None] * len(models))
+                    # Wrappers around several parameters are nested: the outer one comes first.
+                    parts[position] = parts[position] or (name, [])
+                    parts[position][1].append(module)  # type: ignore[index]
+            for name, value in replaced_weights(model).items():
                 if name.rpartition(".")[0] not in self._layers:  # else merged with its layer
-                    self._replace(name, given)
+                    self._replace(name, value)
         self._kept: tuple[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = ("", {})
 
     @property
     def plain(self) -> bool:
-        """One adapter as it was trained."""
+        """Whether it is one adapter as it was trained."""
         return len(self._blend.parts) == 1 and self._blend.parts[0].weight == 1.0
 
     @property
     def modules(self) -> int:
-        """Layers that are changed."""
+        """Number of changed layers."""
         replaced = {name.rpartition(".")[0] for name in self._replaced}
         return len(self._layers) + len(replaced)
 
     @property
     def changed(self) -> set[str]:
         """Names of the weights that may be changed."""
-        found = set(self._replaced)
+        names = set(self._replaced)
         for layer, parts in self._layers.items():
             for _, modules in filter(None, parts):
                 own = modules[0].get_base_layer()._parameters.items()
-                found |= {f"{layer}.{key}" for key, weight in own if weight is not None}
-        return found
+                names |= {f"{layer}.{key}" for key, weight in own if weight is not None}
+        return names
 
     def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A weight before and after, both float32.
@@ -160,13 +160,13 @@ class Updates:
         if self.plain:
             after = merged[0][1]  # type: ignore[index]
             return {key: (before[key], after[key]) for key in before}
-        found = {}
+        pairs = {}
         for key, weight in before.items():
             deltas = [
                 torch.zeros_like(weight) if one is None else one[1][key] - weight for one in merged
             ]
-            found[key] = weight, weight + self._combine(f"{layer}.{key}", deltas)
-        return found
+            pairs[key] = weight, weight + self._combine(f"{layer}.{key}", deltas)
+        return pairs
 
     def _combine(self, name: str, deltas: list[torch.Tensor]) -> torch.Tensor:
         method, density = self._blend.method, self._blend.density
@@ -176,7 +176,7 @@ class Updates:
         if method == "ties":
             return ties(deltas, factors, density)
         drop = dare_linear if method == "dare_linear" else dare_ties
-        with torch.random.fork_rng(devices=[]):  # what is dropped depends on nothing but the name
+        with torch.random.fork_rng(devices=[]):  # what is dropped depends only on the name
             torch.manual_seed(seed_of(name))
             return drop(deltas, factors, density)
 
@@ -193,7 +193,7 @@ def _merged(
     """Weights of one layer before and after its adapters."""
 
     def copied(weight: str) -> torch.Tensor:
-        return base(weight).to(torch.float32, copy=True)  # merged in place, and mapped from a file
+        return base(weight).to(torch.float32, copy=True)  # merged in place, but mapped from a file
 
     layer = modules[0].get_base_layer()
     with holding(layer, name, copied), quiet_transformers():
@@ -205,9 +205,9 @@ def _merged(
             diverged = "NaN" in str(error)
             raise ModelError(
                 f"{stored_name(name)} cannot be merged: {str(error) or type(error).__name__}",
-                hint="training diverged; take an earlier checkpoint"
+                hint="training diverged; use an earlier checkpoint"
                 if diverged
-                else "PEFT merges no such layer: use the adapter as it is",
+                else "PEFT cannot merge such a layer: use the adapter as it is",
             ) from error
         after = {key: w.detach() for key, w in layer._parameters.items() if w is not None}
     for module in modules:

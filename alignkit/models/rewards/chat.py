@@ -1,4 +1,4 @@
-"""How a classifier reads a chat: where its text ends, and with what rows are padded."""
+"""How a classifier reads a chat: where its text ends, and which token pads rows."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 
 def choose_padding(tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int]) -> str | None:
-    """A special token that ends no answer and stands in no chat.
+    """A special token that neither ends a completion nor occurs in a chat.
 
     Args:
         tokenizer: with its chat template.
-        stop_tokens: ids that end an answer.
+        stop_tokens: ids that end a completion.
     """
     used = {tokenizer.eos_token, tokenizer.bos_token, *tokenizer.convert_ids_to_tokens(stop_tokens)}
     template = str(tokenizer.chat_template or "")
@@ -27,7 +27,7 @@ def choose_padding(tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int
 
 
 def missing_end(tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int]) -> str:
-    """EOS, where answers were trained to end with it and the chat template does not write it."""
+    """EOS if completions were trained to end with it and the chat template does not write it."""
     stops = tokenizer.convert_ids_to_tokens(list(stop_tokens))
     if not tokenizer.chat_template or tokenizer.eos_token not in stops:
         return ""

@@ -1,7 +1,7 @@
 """Reward model -> a sequence classifier with one label that plain transformers loads, verified.
 
 transformers reads the reward at the last token that is not padding. Two things follow, and both
-are settled here: the padding token must be one that no answer ends with, and the chat template
+are settled here: the padding token must be one that no completion ends with, and the chat template
 that is saved with the classifier must end where the reward was learned, at the end-of-turn token.
 """
 
@@ -49,9 +49,9 @@ MAX_SHIFT = 0.1
 """Largest accepted difference of a reward, as a share of the rewards' spread."""
 
 MIN_SHIFT = 0.02
-"""Accepted whatever the spread: it moves the probability that one answer is preferred to another,
-σ(r_w - r_l), by half a percentage point at most. Rounding a 135M model's update to bfloat16 comes
-near it: 0.018 in one run, 0.023 in another."""
+"""Accepted whatever the spread: it moves the probability that one completion is preferred to
+another, σ(r_w - r_l), by half a percentage point at most. Rounding a 135M model's update to
+bfloat16 comes near it: 0.018 in one run, 0.023 in another."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class ClassifierReport:
         output: its folder.
         dtype: of the written weights; the head stays as exact as that allows.
         modules: adapted layers that were merged; 0 for full weights.
-        survived: projection of the rounded update on the exact one; 1.0 is all of it.
+        survived: projection of the rounded update onto the exact one; 1.0 is all of it.
         max_difference: largest |difference| of a reward to the trained model's, both in float32
             arithmetic; the classifier reads the rows as one padded batch.
         spread: standard deviation of the trained model's rewards on these rows.
         rows: that were compared.
-        pad_token: the padding token of the classifier; None if the tokenizer has none to spare,
-            and then rows must be scored one at a time.
+        pad_token: the padding token of the classifier; None if the tokenizer has none to spare, so
+            that rows must be scored one at a time.
         quantized: for an adapter that was trained over quantized weights.
     """
 
@@ -117,14 +117,14 @@ def merge_reward(
     Args:
         base: the model the adapter was trained on.
         adapter: PEFT folder with a scalar head.
-        output: folder to write; stands there only once it is verified.
+        output: folder to write; it appears only once it is verified.
         rows: token ids of real rows, each ending where its reward is read.
         dtype: of the written weights.
-        tokenizer: saved beside the weights; None takes the base's.
-        stop_tokens: ids that end an answer.
+        tokenizer: saved with the weights; None takes the base's.
+        stop_tokens: ids that end a completion.
         overwrite: replace an existing output.
-        onto: see `merge_adapter`; `auto` leaves the original weights where a reward differs more
-            than rounding may make it.
+        onto: see `merge_adapter`; `auto` avoids the original weights if a reward differs by more
+            than rounding may change it.
 
     Returns:
         The measured differences.
@@ -179,11 +179,11 @@ def write_reward(
         output: folder to write, replaced if it exists.
         dtype: of the written weights.
         rows: token ids of real rows.
-        stop_tokens: ids that end an answer.
+        stop_tokens: ids that end a completion.
     """
     samples = [torch.as_tensor(row) for row in rows[:CHECK_ROWS]]
     inner = causal_model(model).cpu().float().eval()
-    with quiet_transformers():  # packed attention reads no plain rows
+    with quiet_transformers():  # packed attention cannot read plain rows
         inner.set_attn_implementation("eager")
     head = head.cpu()
     exact = _rewards(inner, head, samples)
@@ -192,8 +192,8 @@ def write_reward(
     kind = AutoModelForSequenceClassification
     read = partial(kind.from_pretrained, dtype=dtype, use_safetensors=True)
     with replace_model(output) as written:
-        found = write_and_read(classifier.to(dtype), tokenizer, written, read)
-        return _compare(output, dtype, pad, exact, _classify(found.float(), samples))
+        stored = write_and_read(classifier.to(dtype), tokenizer, written, read)
+        return _compare(output, dtype, pad, exact, _classify(stored.float(), samples))
 
 
 def require_classifier(config: PreTrainedConfig) -> None:
@@ -206,8 +206,7 @@ def require_classifier(config: PreTrainedConfig) -> None:
         raise ModelError(
             f"transformers has no sequence classifier for {config.model_type!r}, so there is no "
             "merged/ that it could load",
-            hint="set merge=false and use adapter/, which holds adapter and head; all weights "
-            "cannot be trained",
+            hint="train an adapter with merge=false, and use adapter/, which holds it and the head",
         )
 
 
@@ -215,7 +214,7 @@ def classifier_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration of a language model as that of a classifier with one label.
 
     Raises:
-        ModelError: transformers has no sequence classifier of this architecture.
+        ModelError: transformers has no sequence classifier for this architecture.
     """
     config = copy.deepcopy(config)
     config.num_labels = 1
@@ -224,14 +223,14 @@ def classifier_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def build_classifier(model: PreTrainedModel, head: nn.Linear) -> PreTrainedModel:
-    """The language model's decoder under a classification head with one label.
+    """The language model's decoder with a classification head with one label.
 
     Args:
         model: causal language model; the decoder is shared, not copied.
         head: `[1, H]`.
 
     Raises:
-        ModelError: transformers has no sequence classifier of this architecture.
+        ModelError: transformers has no sequence classifier for this architecture.
     """
     config = classifier_config(model.config)
     with quiet_transformers(), torch.device("meta"):
@@ -245,7 +244,7 @@ def build_classifier(model: PreTrainedModel, head: nn.Linear) -> PreTrainedModel
 def _prepare(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int]
 ) -> tuple[Any, str | None]:
-    """The tokenizer of a classifier and its padding token, which the configuration gets too."""
+    """The tokenizer of a classifier and its padding token, also set in the configuration."""
     tokenizer = copy.deepcopy(tokenizer)
     pad = choose_padding(tokenizer, stop_tokens)
     config.pad_token_id = None if pad is None else tokenizer.convert_tokens_to_ids(pad)
@@ -272,14 +271,14 @@ def _compare(
     dtype: torch.dtype,
     pad: str | None,
     exact: torch.Tensor,
-    found: torch.Tensor,
+    rewards: torch.Tensor,
 ) -> ClassifierReport:
     report = ClassifierReport(
         output=str(output),
         dtype=str(dtype).removeprefix("torch."),
         modules=0,
         survived=1.0,
-        max_difference=float((found - exact).abs().max()),
+        max_difference=float((rewards - exact).abs().max()),
         spread=float(exact.std(correction=0)),
         rows=len(exact),
         pad_token=pad,
@@ -288,7 +287,7 @@ def _compare(
     if not report.max_difference <= limit:
         raise RoundingError(
             f"the merged reward model is not faithful: a reward differs by "
-            f"{report.max_difference:.3g}, and {limit:.3g} is the most that rounding may do",
+            f"{report.max_difference:.3g}, and rounding may change it by at most {limit:.3g}",
             hint="merge into wider weights with --dtype float32; nothing was written",
         )
     return report
@@ -296,7 +295,7 @@ def _compare(
 
 @torch.no_grad()
 def _rewards(model: Any, head: nn.Linear, samples: list[torch.Tensor]) -> torch.Tensor:
-    """`[S]` rewards of the trained model, in one pass: what follows a row does not reach it."""
+    """`[S]` rewards of the trained model, in one pass: padding after a row does not reach it."""
     decoder = causal_model(model).get_decoder()
     ids = nn.utils.rnn.pad_sequence(samples, batch_first=True)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in samples], batch_first=True)

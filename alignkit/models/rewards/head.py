@@ -19,19 +19,19 @@ from alignkit.models.adapters.files import HEAD_KEY
 from alignkit.models.scoring.scorer import causal_model
 
 STATISTICS = "reward.json"
-"""File beside the weights that holds the `RewardStatistics`."""
+"""Name of the file next to the weights that holds the `RewardStatistics`."""
 
 
 @dataclass(frozen=True)
 class RewardStatistics:
-    """Rewards of real answers, to normalise by later.
+    """Rewards of real completions, for normalising later.
 
     Args:
-        mean: over all answers.
-        std: over all answers; population.
-        chosen: mean over the chosen answers.
-        rejected: mean over the rejected answers.
-        accuracy: share of pairs with the chosen answer ahead; ties count half.
+        mean: over all completions.
+        std: over all completions; population.
+        chosen: mean over the chosen completions.
+        rejected: mean over the rejected completions.
+        accuracy: share of pairs with the chosen completion ahead; ties count half.
         pairs: that were measured.
         rows: `held_out` or `train`.
     """
@@ -62,8 +62,8 @@ def new_head(model: PreTrainedModel, seed: int) -> nn.Linear:
     """A fresh scalar head, drawn from N(0, 1 / (H + 1)) as in https://arxiv.org/abs/2009.01325.
 
     Args:
-        model: the language model it stands on, hidden size H.
-        seed: draws it.
+        model: the language model it is for, hidden size H.
+        seed: of the draw.
 
     Returns:
         `[1, H]` float32 linear layer without bias, on the model's device.
@@ -78,8 +78,8 @@ def new_head(model: PreTrainedModel, seed: int) -> nn.Linear:
 
 
 def freeze_unused_head(model: Any) -> None:
-    """Leave the vocabulary head untrained, unless it is the input embedding too: a reward model
-    never uses it."""
+    """Freeze the vocabulary head, which a reward model never uses, unless it is the input embedding
+    too."""
     inner = causal_model(model)
     unused, shared = inner.get_output_embeddings(), inner.get_input_embeddings()
     if unused is not None and unused.weight is not shared.weight:
@@ -101,7 +101,7 @@ def read_head(folder: Path) -> nn.Linear:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for key in (HEAD_KEY, "score.weight"):
-                if key in file.keys():  # noqa: SIM118  it is no dictionary
+                if key in file.keys():  # noqa: SIM118  it is not a dictionary
                     return _linear(file.get_tensor(key), folder)
     raise ModelError(
         f"{folder} is not a reward model: it holds no scalar head",
@@ -112,7 +112,7 @@ def read_head(folder: Path) -> nn.Linear:
 def _linear(weight: torch.Tensor, folder: Path) -> nn.Linear:
     if weight.shape[0] != 1:
         raise ModelError(
-            f"{folder} is a classifier with {weight.shape[0]} labels, a reward model has one",
+            f"{folder} is a classifier with {weight.shape[0]} labels, but a reward model has one",
             hint="name a run of the reward stage",
         )
     head = nn.Linear(weight.shape[1], 1, bias=False, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""How far two models are apart on real rows: logits, KL and loss at the ends of the rows."""
+"""How far apart two models are on real rows: logits, KL and loss at the ends of the rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHECK_TOKENS = 256
 """Positions on which logits are compared."""
 
 _READ = 512
-"""Tokens of a row that are read at most; compared are the last ones of them, where answers are."""
+"""Most tokens of a row that are read; the last of them, where completions are, are compared."""
 
 _ROWS = 8
 
@@ -49,7 +49,7 @@ class Closeness:
     positions: int
 
     def line(self) -> str:
-        """In a sentence."""
+        """The differences in a sentence."""
         return (
             f"on {self.positions} tokens: largest logit difference "
             f"{self.max_logit_difference:.3g}, KL {self.mean_kl:.2g} nats/token, same top token "
@@ -62,7 +62,7 @@ def take_samples(rows: Sequence[IntArray], longest: int = _READ) -> list[Sample]
 
     Args:
         rows: token ids of real rows.
-        longest: tokens of a row that are read at most.
+        longest: most tokens of a row that are read.
     """
     samples: list[Sample] = []
     left = CHECK_TOKENS
@@ -80,7 +80,7 @@ def take_samples(rows: Sequence[IntArray], longest: int = _READ) -> list[Sample]
 def read_logits(model: Any, samples: Sequence[Sample]) -> torch.Tensor:
     """`[N, V]` float32 logits at the compared positions.
 
-    One pass for all rows, padded on the left so that these stand at the end: a model that is
+    One pass for all rows, padded on the left so that these come last: a model that is
     streamed from its files is read once.
     """
     device = next(model.parameters()).device
@@ -98,8 +98,7 @@ def read_logits(model: Any, samples: Sequence[Sample]) -> torch.Tensor:
         use_cache=False,
         logits_to_keep=max(kept),
     ).logits
-    found = [row[-count:].float().cpu() for row, count in zip(logits, kept, strict=True)]
-    return torch.cat(found)
+    return torch.cat([row[-count:].float().cpu() for row, count in zip(logits, kept, strict=True)])
 
 
 def closeness(exact: torch.Tensor, other: torch.Tensor) -> Closeness:

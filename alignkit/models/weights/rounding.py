@@ -37,6 +37,6 @@ def round_stochastically(
         return exact.to(dtype)
     bits = exact.contiguous().view(torch.int32)
     noise = torch.empty_like(bits).random_(0, 2**dropped, generator=generator)
-    # The sign stands in its own bit, so adding to the rest moves away from zero on both sides.
+    # The sign has its own bit, so adding to the rest moves away from zero on both sides.
     moved = ((bits + noise) & ~(2**dropped - 1)).view(torch.float32)
     return torch.where(exact.isfinite(), moved, exact).to(dtype)

@@ -1,4 +1,4 @@
-"""A model's weights by name, read and written file by file: in memory is what is worked on."""
+"""A model's weights by name, read and written file by file: memory holds only what is in use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from alignkit.models.transformers_parts import revert_weight_conversion
 from alignkit.models.weights.writing import require_written, same_bits
 
 INDEX = "model.safetensors.index.json"
-"""Says which file holds which weight, where there are several."""
+"""Name of the file that says which file holds which weight, if there are several."""
 
 ONE_FILE = "model.safetensors"
 
@@ -33,7 +33,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 
     Args:
         folder: holds `model.safetensors`, or several files with their index.
-        tied: further name of a weight -> its name in the files.
+        tied: another name of a weight -> its name in the files.
 
     Raises:
         ModelError: the files cannot be read.
@@ -53,8 +53,8 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         """One weight as it is stored; its file stays mapped as long as the tensor lives."""
         name = name if name in self._file else self.tied.get(name, name)
         with _reading(self.folder), safe_open(self.folder / self._file[name], "pt") as file:
-            found: torch.Tensor = file.get_tensor(name)
-            return found
+            weight: torch.Tensor = file.get_tensor(name)
+            return weight
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file)
@@ -65,7 +65,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
     def write(
         self, folder: Path, names: Collection[str], weight: Callable[[str], torch.Tensor]
     ) -> None:
-        """Write weights of these or further names into files like these; see `write_weights`."""
+        """Write weights of these or other names into files like these; see `write_weights`."""
         files = {name: [n for n in held if n in names] for name, held in self.files.items()}
         files = {name: held for name, held in files.items() if held}
         files[list(files)[-1]] += sorted(set(names) - set(self))
@@ -73,16 +73,16 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape, from the files' headers."""
-        found = {}
+        shapes = {}
         with _reading(self.folder):
             for name, held in self.files.items():
                 with safe_open(self.folder / name, "pt") as file:
-                    found.update({key: tuple(file.get_slice(key).get_shape()) for key in held})
-        return found
+                    shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in held})
+        return shapes
 
 
 class HeldWeights(Mapping[str, torch.Tensor]):
-    """Weights of a model in memory: of a GGUF file, or of files that name them otherwise.
+    """Weights of a model in memory: from a GGUF file, or from files that name them differently.
 
     Args:
         model: a transformers model.
@@ -107,7 +107,7 @@ class HeldWeights(Mapping[str, torch.Tensor]):
     def write(
         self, folder: Path, names: Collection[str], weight: Callable[[str], torch.Tensor]
     ) -> None:
-        """Write weights of these or further names, named as in the files that were read."""
+        """Write weights of these or other names, named as in the files that were read."""
         state = revert_weight_conversion(self._model, {name: weight(name) for name in names})
         split = split_torch_state_dict_into_shards(state, max_shard_size="5GB")
         write_weights(folder, split.filename_to_tensors, state.__getitem__)
@@ -122,14 +122,14 @@ def open_weights(
     """The base's weights under the names that transformers gives them.
 
     Args:
-        base: a place of safetensors, a GGUF file or a hub id.
+        base: a folder of safetensors, a GGUF file or a hub id.
         skeleton: the model without storage.
         resized: names of weights that have more rows in the skeleton than in the files.
-        kind: class that reads a folder whose files name weights otherwise; None for a language
+        kind: class that reads a folder whose files name weights differently; None for a language
             model.
 
     Returns:
-        The files themselves, or the loaded model where they name weights otherwise.
+        The files themselves, or the loaded model if they name weights differently.
     """
     if base.gguf is None:
         folder = Path(base.location)
@@ -185,13 +185,13 @@ def write_weights(
 
 
 def _write_file(path: Path, tensors: dict[str, torch.Tensor]) -> int:
-    """Bytes of the weights written."""
+    """Write one file and read it back; returns the size of its weights in bytes."""
     save_file(tensors, path, metadata={"format": "pt"})
     with safe_open(path, "pt") as file:
-        there = set(file.keys())
+        names = set(file.keys())
         for name, weight in tensors.items():
-            found = file.get_tensor(name) if name in there else None
-            require_written(name, weight, found, same_bits)
+            stored = file.get_tensor(name) if name in names else None
+            require_written(name, weight, stored, same_bits)
     return sum(weight.numel() * weight.element_size() for weight in tensors.values())
 
 
@@ -206,7 +206,7 @@ def _file_names(folder: Path) -> list[str]:
 
 
 class _reading:
-    """Damaged files become a sentence."""
+    """Turns the errors of damaged files into one sentence."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

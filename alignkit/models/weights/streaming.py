@@ -1,4 +1,4 @@
-"""A model larger than memory, forward: weights are there only while their part of it computes."""
+"""Forward passes of a model larger than memory: each weight is loaded only while it is used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from alignkit.models.quiet import quiet_transformers
 
 
 def build_without_weights(kind: Any, config: PreTrainedConfig, **options: Any) -> Any:
-    """A model in float32 whose every weight is NaN and takes no memory; buffers are real.
+    """A model in float32 whose weights are all NaN and take no memory; buffers are real.
 
     Args:
         kind: a class of transformers with `from_config`.
@@ -25,14 +25,14 @@ def build_without_weights(kind: Any, config: PreTrainedConfig, **options: Any) -
         **options: for `from_config`.
 
     Returns:
-        The model in evaluation mode. What computes with a weight that was not put in gives NaN.
+        The model in evaluation mode. Computing with a weight that was not put in gives NaN.
     """
     with quiet_transformers(), init_empty_weights(include_buffers=False):
         model = kind.from_config(config, dtype=torch.float32, **options)
     stand_ins: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, weight in list(module._parameters.items()):
-            if weight is not None:  # tied ones stay one
+            if weight is not None:  # tied weights stay tied
                 module._parameters[name] = stand_ins.setdefault(id(weight), _stand_in(weight))
     return model.requires_grad_(False).eval()
 
@@ -52,7 +52,7 @@ def make_room(model: Any, names: Iterable[str]) -> None:
 
     Args:
         model: from `build_without_weights`.
-        names: of tensors of an adapter; those that are no weights of the model are passed over.
+        names: of tensors of an adapter; those that are not weights of the model are skipped.
     """
     weights = dict(model.named_parameters(remove_duplicate=False))
     for name in {stored_name(name) for name in names} & weights.keys():
@@ -61,13 +61,13 @@ def make_room(model: Any, names: Iterable[str]) -> None:
         model.get_submodule(parent)._parameters[key] = nn.Parameter(own, requires_grad=False)
 
 
-def given_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Name in the base's files -> value, of the base's weights that an adapter's file gave.
+def replaced_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Name in the base's files -> value, for the base's weights that an adapter's file replaces.
 
     Args:
-        model: with its adapter, after `make_room`; what no file has filled takes no memory again.
+        model: with its adapter, after `make_room`; what no file has filled gives its memory back.
     """
-    found = {}
+    weights = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleDict | nn.ParameterDict) or is_of_adapter(path):
             continue
@@ -77,36 +77,36 @@ def given_weights(model: nn.Module) -> dict[str, torch.Tensor]:
             if weight.isnan().all():
                 module._parameters[key] = _stand_in(weight)
             else:
-                found[stored_name(f"{path}.{key}")] = weight.detach()
-    return found
+                weights[stored_name(f"{path}.{key}")] = weight.detach()
+    return weights
 
 
 @contextlib.contextmanager
 def holding(module: nn.Module, name: str, weight: Callable[[str], torch.Tensor]) -> Iterator[None]:
-    """The weights of a module, float32, for the length of the block.
+    """Load the weights of a module, in float32, for the length of the block.
 
     Args:
         module: of a model from `build_without_weights`, perhaps with adapters.
         name: of the module in that model.
         weight: gives a weight by its name in the base's files.
     """
-    put: list[tuple[nn.Module, str, nn.Parameter]] = []
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
         for path, part in module.named_modules(prefix=name):
             for key, stand_in in list(part._parameters.items()):
                 if is_stand_in(stand_in):
-                    found = weight(stored_name(f"{path}.{key}" if path else key)).float()
-                    put.append((part, key, stand_in))
-                    part._parameters[key] = nn.Parameter(found, requires_grad=False)
+                    loaded = weight(stored_name(f"{path}.{key}" if path else key)).float()
+                    replaced.append((part, key, stand_in))
+                    part._parameters[key] = nn.Parameter(loaded, requires_grad=False)
         yield
     finally:
-        for part, key, stand_in in put:
+        for part, key, stand_in in replaced:
             part._parameters[key] = stand_in
 
 
 @contextlib.contextmanager
 def streaming(model: Any, weight: Callable[[str], torch.Tensor]) -> Iterator[None]:
-    """The model computes, and holds the weights of one decoder layer at a time.
+    """Let the model compute while it holds the weights of one decoder layer at a time.
 
     Args:
         model: from `build_without_weights`, perhaps with adapters, which stay in memory.

@@ -27,14 +27,14 @@ from alignkit.models.quiet import quiet_transformers
 def replace_model(
     output: Path, replace: Callable[[Path], AbstractContextManager[Path]] = replace_folder
 ) -> Iterator[Path]:
-    """`replace_folder`, where what the disk refuses becomes a sentence.
+    """`replace_folder`, with the disk's errors turned into one sentence.
 
     Args:
         output: replaced if it exists.
         replace: or `replace_file`.
 
     Raises:
-        ModelError: the disk refuses.
+        ModelError: the output could not be written.
     """
     try:
         with replace(output) as written:
@@ -46,11 +46,11 @@ def replace_model(
 
 
 def require_free(output: Path, *, overwrite: bool) -> None:
-    """Refuse to write over something.
+    """Refuse to overwrite an existing output unless the user allowed it.
 
     Args:
         output: file or folder.
-        overwrite: the user said so.
+        overwrite: the user allowed it.
 
     Raises:
         ModelError: the output exists.
@@ -62,7 +62,7 @@ def require_free(output: Path, *, overwrite: bool) -> None:
 
 
 def is_plain_model(folder: Path) -> bool:
-    """A model folder or an empty one; never a run, a home or a checkout."""
+    """Whether it is a model folder or an empty one; never a run, a home or a checkout."""
     if not folder.is_dir():
         return False
     children = list_folder(folder)
@@ -78,15 +78,15 @@ def write_settings(
     folder: Path,
     stop_tokens: Sequence[int] | None = None,
 ) -> None:
-    """Write everything that makes weights a model: configuration, tokenizer, how it generates.
+    """Write what weights need to be a model: configuration, tokenizer, generation settings.
 
     Args:
-        base: whose generation settings, and code if it has its own, are carried along.
+        base: its generation settings, and its own code if it has any, are copied.
         model: of the class that the weights are for; needs no storage.
         dtype: of the weights.
         tokenizer: saved with its chat template.
         folder: that holds the weights.
-        stop_tokens: ids that end an answer; None for a model that generates nothing.
+        stop_tokens: ids that end a response; None for a model that generates nothing.
     """
     config = model.config
     config.dtype, config.architectures = dtype, [type(model).__name__]
@@ -106,7 +106,7 @@ def write_settings(
 
 
 def add_stops(settings: Any, stop_tokens: Sequence[int]) -> None:
-    """Add ids that end an answer to generation settings."""
+    """Add ids that end a response to generation settings."""
     known = settings.eos_token_id
     known = known if isinstance(known, list) else [] if known is None else [known]
     stops = list(dict.fromkeys([*known, *map(int, stop_tokens)]))
@@ -123,12 +123,12 @@ def write_and_read(
 
     Args:
         model: a transformers model in the dtype to write.
-        tokenizer: saved beside it, with its chat template.
+        tokenizer: saved with it, and with its chat template.
         folder: to write.
         read: loads it, as a user would.
 
     Returns:
-        What is on disk, in evaluation mode.
+        The model as it is on disk, in evaluation mode.
 
     Raises:
         ModelError: the files do not hold what was written.
@@ -136,41 +136,41 @@ def write_and_read(
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        found = read(folder)
-    wanted, stored = model.state_dict(), found.state_dict()
+        read_back = read(folder)
+    wanted, stored = model.state_dict(), read_back.state_dict()
     for name in wanted.keys() | stored.keys():
         require_written(name, wanted.get(name), stored.get(name), same_values)
-    return found.eval()
+    return read_back.eval()
 
 
-def same_values(wanted: Any, found: Any) -> bool:
-    """Whether two tensors agree everywhere, of whatever types, or two other values.
+def same_values(wanted: Any, stored: Any) -> bool:
+    """Whether two tensors of any types agree everywhere, or two other values are equal.
 
     Some weights are read in a wider type than they are stored in.
     """
-    if isinstance(wanted, torch.Tensor) and isinstance(found, torch.Tensor):
-        return torch.equal(wanted.cpu(), found.cpu())
-    return type(wanted) is type(found) and wanted == found
+    if isinstance(wanted, torch.Tensor) and isinstance(stored, torch.Tensor):
+        return torch.equal(wanted.cpu(), stored.cpu())
+    return type(wanted) is type(stored) and wanted == stored
 
 
-def same_bits(wanted: torch.Tensor, found: torch.Tensor | None) -> bool:
+def same_bits(wanted: torch.Tensor, stored: torch.Tensor | None) -> bool:
     """Whether two tensors are of one type and agree everywhere."""
-    return found is not None and wanted.dtype == found.dtype and same_values(wanted, found)
+    return stored is not None and wanted.dtype == stored.dtype and same_values(wanted, stored)
 
 
-def require_written(name: str, wanted: Any, found: Any, same: Callable[[Any, Any], bool]) -> None:
-    """Refuse a file that holds something else than was written.
+def require_written(name: str, wanted: Any, stored: Any, same: Callable[[Any, Any], bool]) -> None:
+    """Refuse a file that holds something other than what was written.
 
     Args:
         name: of what is compared.
         wanted: what was to be written; None for nothing.
-        found: what was read back; None for nothing.
+        stored: what was read back; None for nothing.
         same: whether the two agree.
 
     Raises:
         ModelError: they do not.
     """
-    if not same(wanted, found):
+    if not same(wanted, stored):
         raise ModelError(
             f"the file does not hold what was written: {name} differs",
             hint="the disk may be full or failing; nothing was kept",

@@ -150,7 +150,7 @@ def _over_one_base(
     spec, device = recipe.model, session.accelerator.device
     model = load_model(rows.base, session.weights_dtype, device, spec.quantization)
     started, given = find_adapter_start(session, model, rows, plan)
-    model = attach_adapter(model, started, recipe.seed, given=given)
+    model = attach_adapter(model, started, recipe.seed, initial=given)
     own_value, source = recipe.value.kind != "head", starts_from_reward(recipe, reward_models)
     if own_value and source is not None:
         add_stored_adapter(model, VALUE, source.folder)
