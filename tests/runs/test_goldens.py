@@ -36,7 +36,7 @@ def test_every_stage_computes_what_it_did(measured: dict[str, Any]) -> None:
         assert measured["base"] == STORED["base"]
     for name, stored in STORED["runs"].items():
         found = measured["runs"][name]
-        if same_kernels:
+        if same_kernels and ("nf4" not in name or measured["nf4"] == STORED["nf4"]):
             assert found == stored, name
         precision = "bfloat16" if name.endswith(("bfloat16", "nf4")) else "float32"
         expected = pytest.approx(stored["losses"], rel=LOSS_TOLERANCE[precision])
