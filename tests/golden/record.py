@@ -34,10 +34,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from bitsandbytes import functional
-from bitsandbytes.functional import dequantize_blockwise, quantize_4bit
+from bitsandbytes.functional import quantize_4bit
 from running import losses, make_ppo_recipe, make_preference_recipe, make_recipe, train
 from safetensors.torch import load_file
 from tiny import save_tiny
+
+from alignkit.models.kernels.quantized import exact_nf4
 
 VALUES = Path(__file__).parent / "stages.json"
 
@@ -115,17 +117,6 @@ def kernel_bits() -> str:
     return digest.hexdigest()
 
 
-def exact_nf4(packed: torch.Tensor, state: Any) -> torch.Tensor:
-    """Weights of NF4, each the product of its code and its block's scale, rounded once.
-
-    In place of bitsandbytes' own kernel, which computes something else on processors with AVX-512.
-    """
-    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
-    pairs = packed.flatten().to(torch.int64)
-    codes = state.code[torch.stack([pairs >> 4, pairs & 15], 1)].view(-1, state.blocksize)
-    return (codes * scales[:, None]).view(state.shape).to(state.dtype)
-
-
 def nf4_bits() -> str:
     """What this machine makes of fixed weights in NF4."""
     generator = torch.Generator().manual_seed(0)
@@ -139,7 +130,7 @@ def nf4_bits() -> str:
 def record() -> dict[str, Any]:
     """All values of this machine."""
     torch.set_num_threads(1)
-    functional.dequantize_4bit = exact_nf4
+    functional.dequantize_4bit = exact_nf4  # its own rounds otherwise where there is AVX-512
     with tempfile.TemporaryDirectory() as folder:
         os.environ["ALIGNKIT_HOME"] = str(Path(folder) / "home")
         base = Path(folder) / "base"

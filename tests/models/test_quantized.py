@@ -13,7 +13,7 @@ from torch import nn
 
 pytest.importorskip("bitsandbytes")
 
-from bitsandbytes.nn import Linear8bitLt
+from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 
 from alignkit.errors import ModelError
 from alignkit.models.adapters.attach import adapters_off, attach_adapter
@@ -59,6 +59,25 @@ def loss_and_gradients(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("columns", [64, 96, 40])
+def test_nf4_in_closed_form_whatever_the_rows(columns: int) -> None:
+    """w = code[i] * scale of its block of 64, in the order of the flat weight."""
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(48, columns, generator=generator)
+    layer = Linear4bit(columns, 48, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer.weight = Params4bit(
+        weight, requires_grad=False, quant_type="nf4", compress_statistics=True
+    )
+    layer.to("cpu")
+    state = layer.weight.quant_state
+    scales = torch.cat([block.abs().amax()[None] for block in weight.flatten().split(64)])
+    scales = scales.repeat_interleave(64)[: weight.numel()].view_as(weight)
+    nearest = (weight / scales).unsqueeze(-1).sub(state.code).abs().argmin(-1)
+    expected = state.code[nearest] * scales
+    # Scales are kept in 8 bits of a nonlinear code: within a hundredth of their largest.
+    assert (dense_weight(layer) - expected).abs().max() <= 0.01 * scales.max()
 
 
 @both

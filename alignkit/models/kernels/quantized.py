@@ -40,14 +40,34 @@ def dense_weight(layer: Any) -> torch.Tensor:
     if not is_quantized(layer):
         return weight  # type: ignore[no-any-return]
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
-        dense: torch.Tensor = bitsandbytes.functional.dequantize_4bit(
-            weight.data, weight.quant_state
-        )
+        state = weight.quant_state
+        if weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
+            return exact_nf4(weight.data, state)
+        dense: torch.Tensor = bitsandbytes.functional.dequantize_4bit(weight.data, state)
         return dense
     # Through float32: torch's mixed product takes four times as long on a CPU.
     scales = weight.SCB[:, None] / _INT8_STEPS
     wide: torch.Tensor = weight.data.float()
     return wide.mul_(scales).to(layer.compute_dtype)
+
+
+def exact_nf4(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """Weights of NF4, each its code times the scale of its block, rounded once.
+
+    bitsandbytes' kernel for AVX-512 gives other numbers where a block of 64 weights goes on in the
+    next row.
+
+    Args:
+        packed: two codes a byte, the first in the upper half.
+        state: of bitsandbytes: `code` `[16]`, scales of blocks in 8 bits, `shape` and `dtype`.
+    """
+    scales = bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2)
+    pairs = packed.flatten().to(torch.int32)
+    codes = state.code[torch.stack([pairs >> 4, pairs & 15], 1)].flatten()
+    wide = (scales + state.offset).repeat_interleave(state.blocksize)
+    count = state.shape.numel()
+    dense: torch.Tensor = (codes[:count] * wide[:count]).view(state.shape).to(state.dtype)
+    return dense
 
 
 def weight_dtype(layer: Any) -> torch.dtype:
