@@ -1,7 +1,8 @@
 """The table: one case a list item of the YAML files in `cases/`.
 
 name: of the case, unique
-run: what follows `alignkit`; $BASE, $RUN, $REWARD, $GGUF and $HERE stand for folders and files
+run: what follows `alignkit`; $BASE, $RUN, $REWARD, $GGUF, $GEMMA and $HERE are folders and files,
+        $LONG, $BYTE and the like odd texts (`ODD` in the test)
 files: name -> its text, or how it is made (see `layout.py`); laid out in this order, over the
     rows and recipes that every case has
 stdin, env: what the command reads, and further environment variables
@@ -43,7 +44,7 @@ class Case:
     env: dict[str, str] = field(default_factory=dict)
     encoding: str = "utf-8"
     code: int | list[int] = 2
-    says: list[str] = field(default_factory=list)
+    says: list[str | list[str]] = field(default_factory=list)
     never: list[str] = field(default_factory=list)
     hint: bool = False
     usage: bool = False
@@ -55,11 +56,6 @@ class Case:
     memory: float = 0.0
     seconds: float = 60.0
     size: int = 6000
-
-    @property
-    def codes(self) -> list[int]:
-        """Accepted exit codes."""
-        return self.code if isinstance(self.code, list) else [self.code]
 
 
 def read_cases() -> list[Case]:
