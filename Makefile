@@ -1,5 +1,6 @@
 # make demo   a 135M chat model: SFT, then DPO, merged, checked and shown talking
 # make test   linters, types and the whole suite, in .venv
+# make faults 200 runs killed, damaged or out of space, and resumed; the table goes into docs/reliability.md
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test lint types check faults clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +42,12 @@ types: $(VENV)/.test
 
 check: lint types
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not real_model and not slow"
+
+# SEED draws other faults, COUNT more or fewer of them.
+SEED ?= 1
+COUNT ?= 200
+faults: $(VENV)/.test
+	$(BIN)/python -m tests.faults --count $(COUNT) --seed $(SEED) --write
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
