@@ -3,7 +3,11 @@ them."""
 
 from __future__ import annotations
 
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -15,6 +19,7 @@ __all__ = [
     "generate_merges",
     "get_keys_to_not_convert",
     "has_classifier",
+    "has_language_model",
     "revert_weight_conversion",
 ]
 
@@ -28,3 +33,8 @@ def attention_of(config: PreTrainedConfig) -> str:
 def has_classifier(config: PreTrainedConfig) -> bool:
     """Whether transformers has a sequence classifier for an architecture."""
     return type(config) in AutoModelForSequenceClassification._model_mapping
+
+
+def has_language_model(config: PreTrainedConfig) -> bool:
+    """Whether transformers has a causal language model for an architecture."""
+    return type(config) in AutoModelForCausalLM._model_mapping

@@ -42,8 +42,8 @@ from alignkit.data.documents import Document
 from alignkit.data.packing import step_items
 from alignkit.errors import AlignkitError
 from alignkit.models.adapters.attach import attach_adapter, peft_config
-from alignkit.models.adapters.sizes import build_skeleton
 from alignkit.models.base.loading import BaseModel, load_config, load_model
+from alignkit.models.base.skeleton import build_skeleton
 from alignkit.models.heap import release_memory
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.rewards.chat import choose_padding

@@ -25,8 +25,9 @@ from alignkit.models.adapters.files import (
     read_adapter_config,
     save_adapter,
 )
-from alignkit.models.adapters.sizes import build_skeleton, measure_model
+from alignkit.models.adapters.sizes import measure_model
 from alignkit.models.adapters.targets import linear_names
+from alignkit.models.base.skeleton import build_skeleton
 from alignkit.models.rewards.head import new_head, read_head
 from alignkit.models.scoring.padded import PaddedScorer
 from alignkit.models.scoring.scorer import TokenScorer, causal_model

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from alignkit.errors import ModelError
 from alignkit.models.adapters.attach import adapted_skeleton, peft_config, trainable_report
 from alignkit.models.adapters.eva import costliest_ranks, followed_directions, with_ranks
 from alignkit.models.adapters.prefix import count_weights, prefix_config
@@ -20,7 +18,7 @@ from alignkit.models.adapters.targets import (
     require_free_vocabulary,
     vocabulary_ends,
 )
-from alignkit.models.quiet import quiet_transformers
+from alignkit.models.base.skeleton import build_skeleton
 from alignkit.recipe.adapters import (
     AnyAdapter,
     AnySpec,
@@ -30,26 +28,6 @@ from alignkit.recipe.adapters import (
     moves_ranks,
 )
 from alignkit.recipe.facts import ModelFacts
-
-
-def build_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model without storage, on the meta device.
-
-    Raises:
-        ModelError: the configuration is not that of a causal language model.
-    """
-    try:
-        with quiet_transformers(), torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
-    except (ValueError, KeyError, ImportError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"{config.model_type!r} is not a causal language model: {first_line}",
-            hint="alignkit trains decoder models that AutoModelForCausalLM loads",
-        ) from error
-    return model
 
 
 def measure_model(

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,9 +28,9 @@ from alignkit.models.base.changes import (
     new_ids,
     scale_positions,
 )
+from alignkit.models.base.files import reading, require_whole, stored_shapes
 from alignkit.models.heap import release_memory
 from alignkit.models.kernels.quantized import multiply_dense
-from alignkit.models.quiet import quiet_transformers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -80,27 +76,9 @@ class BaseModel:
         """Arguments that every `from_pretrained` takes."""
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if self.gguf:
-            options["gguf_file"] = self.gguf
+            # A bare name would be looked for in the working folder first.
+            options["gguf_file"] = str((Path(self.location) / self.gguf).absolute())
         return options
-
-
-@contextlib.contextmanager
-def _reading(base: BaseModel, what: str) -> Iterator[None]:
-    try:
-        with quiet_transformers():
-            yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        hint = "check the name and the files"
-        if os.environ.get("HF_HUB_OFFLINE") and not Path(base.location).exists():
-            hint = "HF_HUB_OFFLINE is set and the model is not in the local cache"
-        elif "gguf" in first_line.lower() and isinstance(error, ImportError):
-            hint = "pip install 'alignkit[gguf]'"
-        elif "bitsandbytes" in first_line and isinstance(error, ImportError):
-            hint = "pip install 'alignkit[quantization]'"
-        raise ModelError(
-            f"{what} of {base.location!r} could not be read: {first_line}", hint=hint
-        ) from error
 
 
 def load_tokenizer(base: BaseModel, template: str | None = None) -> PreTrainedTokenizerBase:
@@ -113,7 +91,7 @@ def load_tokenizer(base: BaseModel, template: str | None = None) -> PreTrainedTo
     Returns:
         A transformers tokenizer that pads on the right.
     """
-    with _reading(base, "the tokenizer"):
+    with reading(base.location, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(base.location, **base.options)
     # Without its files transformers silently makes an empty one for some families.
     ids = tokenizer("Hello", add_special_tokens=False)["input_ids"]
@@ -140,7 +118,7 @@ def token_rows(base: BaseModel) -> tuple[list[int], list[list[int]]]:
 def load_config(base: BaseModel) -> PreTrainedConfig:
     """The model's configuration, a copy for the caller; the files are read once."""
     if not base.stored:
-        with _reading(base, "the configuration"):
+        with reading(base.location, "the configuration"):
             base.stored.append(AutoConfig.from_pretrained(base.location, **base.options))
     config = copy.deepcopy(base.stored[0])
     if base.changes.rope is not None:
@@ -179,6 +157,46 @@ def load_model(
     return model
 
 
+def read_model(kind: Any, base: BaseModel, **options: Any) -> PreTrainedModel:
+    """All weights of a model, or none.
+
+    Args:
+        kind: a class of transformers with `from_pretrained`.
+        base: where they are.
+        **options: for `from_pretrained`.
+
+    Raises:
+        ModelError: the files cannot be read, or do not hold the model that they describe.
+    """
+    if base.gguf is None:
+        require_plausible(base)
+    model: PreTrainedModel
+    with reading(base.location, "the weights"):
+        model, found = kind.from_pretrained(
+            base.location, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    require_whole(base.name, model, found)
+    return model
+
+
+def require_plausible(base: BaseModel) -> dict[str, tuple[int, ...]]:
+    """Refuse a configuration with more layers than its files hold weights: building it may never
+    end.
+
+    Returns:
+        Name -> shape of the stored weights; empty for a hub id and a folder without weights.
+    """
+    shapes = stored_shapes(Path(base.location))
+    layers = getattr(load_config(base).get_text_config(), "num_hidden_layers", None) or 0
+    if shapes and layers > len(shapes):
+        raise ModelError(
+            f"{base.name}: config.json says num_hidden_layers = {layers}, and its files hold only "
+            f"{len(shapes)} weights",
+            hint="copy the folder again, with the config.json that belongs to its weights",
+        )
+    return shapes
+
+
 def _load_unchanged(
     base: BaseModel, dtype: torch.dtype, device: torch.device | str, quantization: str
 ) -> PreTrainedModel:
@@ -197,8 +215,7 @@ def _load_unchanged(
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True
-    with _reading(base, "the weights"):
-        model = AutoModelForCausalLM.from_pretrained(base.location, dtype=dtype, **options)
+    model = read_model(AutoModelForCausalLM, base, dtype=dtype, **options)
     if base.gguf:
         _forget_gguf(model)
     return model.to(device).eval()
@@ -217,15 +234,15 @@ def _load_quantized(
             hint="name a folder with safetensors, or set model.quantization=none",
         )
     config = BitsAndBytesConfig(**_QUANTIZATIONS[quantization])
-    with _reading(base, "the weights"):
-        model = AutoModelForCausalLM.from_pretrained(
-            base.location,
-            dtype=dtype,
-            quantization_config=config,
-            device_map={"": str(device)},
-            use_safetensors=True,
-            **options,
-        )
+    model = read_model(
+        AutoModelForCausalLM,
+        base,
+        dtype=dtype,
+        quantization_config=config,
+        device_map={"": str(device)},
+        use_safetensors=True,
+        **options,
+    )
     multiply_dense(model, dtype)
     for weight in model.parameters():
         if weight.is_floating_point():  # a view would keep all that was read of its file in memory

@@ -19,10 +19,10 @@ from alignkit.models.base.loading import (
     load_config,
     load_model,
     load_tokenizer,
+    read_model,
     stored_dtype,
 )
 from alignkit.models.kernels.quantized import multiply_dense
-from alignkit.models.quiet import quiet_transformers
 from alignkit.models.weights.comparing import Closeness, closeness, read_logits, take_samples
 from alignkit.models.weights.writing import (
     is_plain_model,
@@ -111,7 +111,7 @@ def export_quantized(
     samples = take_samples(rows, load_config(base).max_position_embeddings)
     settings = _settings(bits, dtype)
     with replace_model(output) as written:
-        model = _load(base.location, device, dtype, quantization_config=settings, **base.options)
+        model = _load(base, device, dtype, quantization_config=settings)
         layers = count_quantized(model)
         if not layers:
             raise ModelError(
@@ -119,7 +119,7 @@ def export_quantized(
                 hint="serve the model as it is",
             )
         read_back = write_and_read(
-            model, tokenizer, written, lambda folder: _load(str(folder), device, dtype)
+            model, tokenizer, written, lambda folder: _load(BaseModel(str(folder)), device, dtype)
         )
         del model  # two models in memory at most
         logits = read_logits(read_back, samples)
@@ -177,18 +177,9 @@ def _settings(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _load(place: str, device: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    try:
-        with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
-                place, dtype=dtype, device_map={"": device}, use_safetensors=True, **options
-            )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"the weights of {place} could not be quantized: {first_line}",
-            hint="check the files, and that bitsandbytes supports this device",
-        ) from error
+def _load(base: BaseModel, device: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    where = {"device_map": {"": device}, "use_safetensors": True}
+    model = read_model(AutoModelForCausalLM, base, dtype=dtype, **where, **base.options, **options)
     multiply_dense(model, dtype)  # only the weights are measured, on any machine
     return model.eval()
 

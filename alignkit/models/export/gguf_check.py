@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from alignkit.errors import ModelError
-from alignkit.models.base.loading import BaseModel, load_model
+from alignkit.models.base.loading import BaseModel, load_model, read_model
 from alignkit.models.export.gguf_files import ROPE_FACTORS, WrittenFile, stored_type
 from alignkit.models.export.gguf_names import PlannedTensor, SourceWeights, stored_tensors
 from alignkit.models.export.gguf_settings import Settings
@@ -152,28 +152,29 @@ def load_back(path: Path, config: PreTrainedConfig) -> Any:
     Raises:
         ModelError: a setting read from the file differs.
     """
-    options = {"gguf_file": path.name}
-    with quiet_transformers():
-        try:
-            stated = AutoConfig.from_pretrained(path.parent, **options)
-        except ValueError as error:
-            if "not supported" not in str(error):
-                raise
-            return None
-        for name in _STATED:
-            if getattr(stated, name) != getattr(config, name):
-                raise ModelError(
-                    f"transformers reads {name} = {getattr(stated, name)!r} from the file, "
-                    f"not {getattr(config, name)!r}",
-                    hint="serve the safetensors folder instead; nothing was kept",
-                )
-        return AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            config=_as_read(config, stated),
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-            **options,
-        ).eval()
+    written = BaseModel(str(path.parent), path.name)
+    try:
+        with quiet_transformers():
+            stated = AutoConfig.from_pretrained(path.parent, **written.options)
+    except ValueError as error:
+        if "not supported" not in str(error):
+            raise
+        return None
+    for name in _STATED:
+        if getattr(stated, name) != getattr(config, name):
+            raise ModelError(
+                f"transformers reads {name} = {getattr(stated, name)!r} from the file, "
+                f"not {getattr(config, name)!r}",
+                hint="serve the safetensors folder instead; nothing was kept",
+            )
+    return read_model(
+        AutoModelForCausalLM,
+        written,
+        config=_as_read(config, stated),
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+        **written.options,
+    ).eval()
 
 
 def _as_read(config: PreTrainedConfig, stated: Any) -> Any:

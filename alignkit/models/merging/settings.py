@@ -13,8 +13,8 @@ from peft.utils import ModulesToSaveWrapper
 
 from alignkit.files import replace_folder
 from alignkit.models.adapters.files import fitting, read_adapter_config
-from alignkit.models.adapters.sizes import build_skeleton
 from alignkit.models.base.loading import BaseModel, load_config, stored_dtype
+from alignkit.models.base.skeleton import build_skeleton
 from alignkit.models.peft_parts import stored_name
 from alignkit.models.weights.writing import write_settings
 

@@ -10,22 +10,23 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from alignkit.errors import ModelError
 from alignkit.models.base.changes import BaseChanges
-from alignkit.models.base.loading import BaseModel, load_model, stored_dtype
+from alignkit.models.base.files import (
+    INDEX,
+    ONE_FILE,
+    reading,
+    stored_shapes,
+    weight_files,
+)
+from alignkit.models.base.loading import BaseModel, load_model, read_model, stored_dtype
+from alignkit.models.base.skeleton import require_complete
 from alignkit.models.heap import release_memory
-from alignkit.models.quiet import quiet_transformers
 from alignkit.models.transformers_parts import revert_weight_conversion
 from alignkit.models.weights.writing import require_written, same_bits
-
-INDEX = "model.safetensors.index.json"
-"""Name of the file that says which file holds which weight, if there are several."""
-
-ONE_FILE = "model.safetensors"
 
 
 class StoredWeights(Mapping[str, torch.Tensor]):
@@ -43,8 +44,8 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         self.folder, self.tied = folder, dict(tied or {})
         self.files: dict[str, tuple[str, ...]] = {}
         self._file: dict[str, str] = {}
-        with _reading(folder):
-            for name in _file_names(folder):
+        with reading(folder, "the weights"):
+            for name in weight_files(folder):
                 with safe_open(folder / name, "pt") as file:
                     self.files[name] = tuple(file.keys())
                 self._file.update(dict.fromkeys(self.files[name], name))
@@ -52,7 +53,10 @@ class StoredWeights(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         """One weight as it is stored; its file stays mapped as long as the tensor lives."""
         name = name if name in self._file else self.tied.get(name, name)
-        with _reading(self.folder), safe_open(self.folder / self._file[name], "pt") as file:
+        with (
+            reading(self.folder, "the weights"),
+            safe_open(self.folder / self._file[name], "pt") as file,
+        ):
             weight: torch.Tensor = file.get_tensor(name)
             return weight
 
@@ -70,15 +74,6 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         files = {name: held for name, held in files.items() if held}
         files[list(files)[-1]] += sorted(set(names) - set(self))
         write_weights(folder, files, weight)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape, from the files' headers."""
-        shapes = {}
-        with _reading(self.folder):
-            for name, held in self.files.items():
-                with safe_open(self.folder / name, "pt") as file:
-                    shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in held})
-        return shapes
 
 
 class HeldWeights(Mapping[str, torch.Tensor]):
@@ -130,17 +125,22 @@ def open_weights(
 
     Returns:
         The files themselves, or the loaded model if they name weights differently.
+
+    Raises:
+        ModelError: they do not hold all of the model's weights, or hold others.
     """
+    if kind is None:
+        require_complete(base)
     if base.gguf is None:
         folder = Path(base.location)
         if not folder.is_dir():
             patterns = ["model*.safetensors", INDEX]
-            with _reading(folder):
+            with reading(folder, "the weights"):
                 folder = Path(snapshot_download(base.location, allow_patterns=patterns))
-        if _file_names(folder):
+        if weight_files(folder):
             tied = skeleton.all_tied_weights_keys
             stored = StoredWeights(folder, tied)
-            shapes = stored.shapes()
+            shapes = stored_shapes(folder)
             wanted = {n: tuple(w.shape) for n, w in skeleton.state_dict().items() if n not in tied}
             if all(
                 name in shapes and (name in resized or shapes[name] == shape)
@@ -149,12 +149,8 @@ def open_weights(
                 return stored
     plain = replace(base, changes=BaseChanges())
     if kind is not None:
-        with quiet_transformers():
-            return HeldWeights(
-                kind.from_pretrained(
-                    base.location, dtype=stored_dtype(plain), use_safetensors=True, **base.options
-                )
-            )
+        options = {"dtype": stored_dtype(plain), "use_safetensors": True, **base.options}
+        return HeldWeights(read_model(kind, base, **options))
     return HeldWeights(load_model(plain, stored_dtype(plain)))
 
 
@@ -193,31 +189,3 @@ def _write_file(path: Path, tensors: dict[str, torch.Tensor]) -> int:
             stored = file.get_tensor(name) if name in names else None
             require_written(name, weight, stored, same_bits)
     return sum(weight.numel() * weight.element_size() for weight in tensors.values())
-
-
-def _file_names(folder: Path) -> list[str]:
-    """The weight files that transformers would read."""
-    index = folder / INDEX
-    if index.is_file():
-        with _reading(folder):
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return sorted(set(places.values()))
-    return [ONE_FILE] if (folder / ONE_FILE).is_file() else []
-
-
-class _reading:
-    """Turns the errors of damaged files into one sentence."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, SafetensorError, ValueError, KeyError, TypeError)):
-            first_line = str(error).strip().split("\n")[0]
-            raise ModelError(
-                f"the weights of {str(self.folder)!r} could not be read: {first_line}",
-                hint="check the name and the files",
-            ) from error

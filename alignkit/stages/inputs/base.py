@@ -22,6 +22,7 @@ from alignkit.models.base.fitness import require_language_model, require_plain_w
 from alignkit.models.base.identity import weights_version
 from alignkit.models.base.loading import BaseModel, load_tokenizer, stored_dtype
 from alignkit.models.base.places import resolve
+from alignkit.models.base.skeleton import require_complete
 from alignkit.models.merging.merge import merge_adapter
 from alignkit.models.merging.settings import write_merged_settings
 from alignkit.recipe.assets import alignkit_home
@@ -51,6 +52,7 @@ def start_model(spec: ModelSpec, *, merge: bool = True) -> BaseModel:
         base = place.whole()
         require_language_model(base)
         require_plain_weights(base)
+        require_complete(base)
     return replace(base, changes=BaseChanges(spec.rope_scaling, spec.add_tokens))
 
 
@@ -69,6 +71,7 @@ def _source(adapter: Path, *, trust_remote_code: bool) -> BaseModel:
         raise ModelError(
             f"{adapter} is an adapter whose base is missing: {error.message}", hint=hint
         ) from None
+    require_complete(source)
     return replace(source, trust_remote_code=trust_remote_code)
 
 

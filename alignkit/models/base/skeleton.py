@@ -1,0 +1,83 @@
+"""A base without storage: its shapes, and whether its files hold all of them."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from alignkit.errors import ModelError
+from alignkit.models.base.files import reading, reason, require_whole
+from alignkit.models.base.loading import BaseModel, load_config, require_plausible
+from alignkit.models.quiet import quiet_transformers
+from alignkit.models.transformers_parts import has_language_model, revert_weight_conversion
+
+
+def build_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without storage, on the meta device.
+
+    Raises:
+        ModelError: the configuration is not that of a causal language model, or has a value that
+            no such model can be built with.
+    """
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # a wrong type or number may end in any error
+        if not has_language_model(config) and isinstance(
+            error, ValueError | KeyError | ImportError
+        ):
+            raise ModelError(
+                f"{config.model_type!r} is not a causal language model: {reason(error)}",
+                hint="alignkit trains decoder models that AutoModelForCausalLM loads",
+            ) from error
+        raise ModelError(
+            f"no {config.model_type!r} model can be built as its configuration says: "
+            f"{reason(error)}",
+            hint="correct config.json, or copy it again from where the model came from",
+        ) from error
+    return model
+
+
+def require_complete(base: BaseModel) -> None:
+    """Refuse a folder that does not hold all weights of its model, before any of them is read.
+
+    transformers puts weights of the stored shapes, without storage, into the model, as it will put
+    the real ones: by the same names, into the same stacks. A hub id, a GGUF file and a model with
+    code of its own are checked when they are loaded.
+
+    Raises:
+        ModelError: a weight is missing, left over or of another shape.
+    """
+    if base.gguf is not None or base.trust_remote_code or base.unmerged is not None:
+        return
+    shapes = require_plausible(base)
+    if not shapes:
+        return
+    config = load_config(BaseModel(base.location))
+    skeleton = build_skeleton(config)
+    tied = skeleton.all_tied_weights_keys
+    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    try:
+        with reading(base.location, "the weights"):
+            model, found = type(skeleton).from_pretrained(
+                None,
+                config=config,
+                state_dict=weights,
+                device_map={"": "meta"},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except ModelError:  # of stacks that cannot be put together, without their names
+        parts = revert_weight_conversion(skeleton, skeleton.state_dict())
+        wanted = {name: tuple(part.shape) for name, part in parts.items() if name not in tied}
+        found = {
+            "missing_keys": wanted.keys() - shapes.keys(),
+            "mismatched_keys": [
+                (n, shapes[n], w) for n, w in wanted.items() if shapes.get(n, w) != w
+            ],
+        }
+        require_whole(base.name, skeleton, found)
+        raise
+    require_whole(base.name, model, found)
