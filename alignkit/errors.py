@@ -18,9 +18,9 @@ class AlignkitError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        # a line break in a name or a key must not look like another error or hint
+        self.message, self.hint = (text.replace("\n", " ") for text in (message, hint))
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
@@ -34,8 +34,11 @@ class RecipeError(AlignkitError):
     """
 
     def __init__(self, problems: list[AlignkitError]) -> None:
-        super().__init__("\n".join(str(problem) for problem in problems))
+        super().__init__(problems[0].message if problems else "")
         self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.problems))
 
 
 class DataError(AlignkitError):

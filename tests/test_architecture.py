@@ -17,9 +17,9 @@ import alignkit
 PACKAGE = Path(alignkit.__file__).parent
 
 RECIPE = {"recipe", "recipe/stages", "recipe/reading", "recipe/planning"}
-PLAIN = {"errors", "packed", "files", "recipe"}
-"""What every room may read: plain values and small specs, never a whole Recipe; and `files`, the
-only way to replace a file or folder."""
+PLAIN = {"errors", "packed", "files", "terminal", "recipe"}
+"""What every room may read: plain values and small specs, never a whole Recipe; `files`, the only
+way to replace a file or folder, and `terminal`, the only way to print."""
 MODELS = {
     *("models/opening", "models/rewards", "models/merging", "models/adapters", "models/scoring"),
     *("models/attention", "models/export", "models/weights", "models/base", "models/kernels"),
@@ -77,6 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe/stages": {"errors", "recipe"},
     "recipe": {"errors"},
     "files": set(),
+    "terminal": set(),
     "errors": set(),
     "__init__": set(),
 }

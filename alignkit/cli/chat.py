@@ -15,6 +15,7 @@ from alignkit.cli.generate import BaseOption, DtypeOption, ModelArgument, open_f
 from alignkit.cli.output import print_error, say
 from alignkit.cli.versions import warn_of_versions
 from alignkit.errors import AlignkitError
+from alignkit.terminal import plain
 
 HELP = """\
 /system TEXT     set the system message and start over; without TEXT remove it
@@ -48,7 +49,7 @@ class Conversation:
 
         def write(text: str) -> None:
             pieces.append(text)
-            sys.stdout.write(text)
+            sys.stdout.write(plain(text))
             sys.stdout.flush()
 
         try:

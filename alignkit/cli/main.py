@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -14,6 +15,7 @@ import alignkit
 from alignkit.cli.commands import CommandList
 from alignkit.cli.output import print_error, say
 from alignkit.errors import AlignkitError
+from alignkit.terminal import plain
 
 app = typer.Typer(
     name="alignkit",
@@ -45,6 +47,7 @@ def main() -> None:
     """Run the command line; a broken rule exits with 2, a bug with 1, an interruption with 130."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    _print_anything()
     try:
         app()
     except AlignkitError as error:
@@ -69,7 +72,14 @@ def main() -> None:
         _report_bug()
 
 
+def _print_anything() -> None:
+    """Characters that the terminal's encoding lacks become question marks, not errors."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def _report_bug() -> NoReturn:
-    traceback.print_exc()
+    sys.stderr.write(plain(traceback.format_exc()))
     print_error("this is a bug in alignkit\nhint: please report it with the lines above")
     sys.exit(1)

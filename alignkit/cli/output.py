@@ -5,28 +5,30 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
-stdout = Console(highlight=False, soft_wrap=True)
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+from alignkit.terminal import cut, print_line, stderr, stdout
+
+__all__ = ["print_error", "print_json", "print_pairs", "say", "stderr", "stdout"]
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
+    """One JSON document on stdout, also where the encoding lacks some of its characters."""
     import json  # not for `--help`
 
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
+    escaped = encoding.replace("_", "-") not in ("utf-8", "utf8")
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=escaped, default=str) + "\n")
 
 
 def say(text: str) -> None:
     """A line for the person at the terminal."""
-    stderr.print(Text(text))
+    print_line(text)
 
 
 def print_error(text: str) -> None:
     """An error with its hint, each problem on its own lines."""
-    for line in text.split("\n"):
+    for line in map(cut, text.split("\n")):
         if line.startswith("hint:"):
             stderr.print(Text(line, style="cyan"))
         else:

@@ -23,6 +23,7 @@ from alignkit.evaluation.heldout import evaluate_heldout
 from alignkit.jobs.question import (
     Question,
     followed_recipe,
+    own_base,
     recipe_of,
     run_with_recipe,
     say_if_changed,
@@ -235,7 +236,7 @@ def _evaluate_preference(
     if recipe is not None and reference is not None and _compares_with_nothing(recipe):
         raise useless_reference(f"`{getattr(recipe.objective, 'kind', recipe.stage)}` runs")
     if reference is None and recipe is not None and recipe.needs_reference:
-        reference = question.base or recipe.model.base
+        reference = question.base or own_base(name, recipe, question)
         say_if_changed(name, reference, question)
     if kind == "labelled" and (recipe is None or recipe.row_kind != kind):
         raise ModelError(

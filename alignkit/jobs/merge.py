@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ class MergeOptions:
         weights: one for each of several adapters; None is 1 for each.
         method: how several adapters become one change.
         density: share of each adapter's change that TIES and DARE keep.
-        trust_remote_code: run code that comes with the base.
+        trust_remote_code: run code that comes with `base`.
     """
 
     base: str | None = None
@@ -146,7 +145,13 @@ def _blend(adapters: Sequence[Path], options: MergeOptions) -> Blend:
 def _base(adapters: Sequence[Path], options: MergeOptions) -> BaseModel:
     """The one base of all adapters."""
     first, *others = [
-        base_of_adapter(adapter, options.base, any_base=options.any_base) for adapter in adapters
+        base_of_adapter(
+            adapter,
+            options.base,
+            any_base=options.any_base,
+            trust_remote_code=options.trust_remote_code,
+        )
+        for adapter in adapters
     ]
     for adapter, other in zip(adapters[1:], others, strict=True):
         if other.changes != first.changes:
@@ -160,7 +165,7 @@ def _base(adapters: Sequence[Path], options: MergeOptions) -> BaseModel:
                 f"{adapter} belongs to {other.name}, and {adapters[0]} to {first.name}",
                 hint="adapters are combined over one base; --base names it",
             )
-    return dataclasses.replace(first, trust_remote_code=options.trust_remote_code)
+    return first
 
 
 def _output(home: Path, adapters: Sequence[Path], options: MergeOptions) -> Path:

@@ -106,8 +106,20 @@ def recipe_of(name: str, question: Question) -> Recipe | None:
     recipe = stored_recipe(folder / NAME)
     objective = getattr(recipe, "objective", None)
     if isinstance(objective, CustomSpec):
-        _require_own(folder, question, f"runs {objective.file}")
+        _require_own(folder, question, f"runs {objective.file}", "read that file first")
     return recipe
+
+
+def own_base(name: str, recipe: Recipe, question: Question) -> str:
+    """The base that the recipe of a run names, to compare the run's model with.
+
+    Raises:
+        ModelError: the run was not made here: the recipe would choose what is opened or fetched.
+    """
+    folder, base = run_of(name), recipe.model.base
+    if folder is not None:
+        _require_own(folder, question, f"opens {base}", "name the model with --reference")
+    return base
 
 
 def followed_recipe(run: Path, question: Question) -> Recipe:
@@ -119,16 +131,16 @@ def followed_recipe(run: Path, question: Question) -> Recipe:
     """
     sources = stored_recipe(run / NAME).data
     named = [source.label for source in (*sources.train, *sources.eval)]
-    _require_own(run, question, f"reads {', '.join(named)}")
+    _require_own(run, question, f"reads {', '.join(named)}", "name rows with --data")
     trust = json.dumps(question.trust_remote_code)
     return load_recipe(str(run / NAME), [f"model.trust_remote_code={trust}"]).recipe
 
 
-def _require_own(run: Path, question: Question, act: str) -> None:
+def _require_own(run: Path, question: Question, act: str, instead: str) -> None:
     if not question.trust_recipe and not is_remembered(run / NAME):
         raise ModelError(
             f"{run} was not made on this machine, and its recipe {act}",
-            hint="name rows with --data, or add --trust-recipe to follow its recipe",
+            hint=f"{instead}; --trust-recipe follows its recipe",
         )
 
 

@@ -23,9 +23,9 @@ from alignkit.models.heap import release_memory
 from alignkit.pipelines.state import PipelineState, Record
 from alignkit.pipelines.steps import RUNNERS, StageOutput
 from alignkit.recipe.reading.pipeline import Pipeline, Step
-from alignkit.runtime.progress import print_line
 from alignkit.stages.inputs.fingerprints import describe_changes
 from alignkit.stages.running.session import RunOptions
+from alignkit.terminal import print_line
 
 
 @dataclass

@@ -19,12 +19,12 @@ from alignkit.recipe.adapters import FullSpec
 from alignkit.recipe.reading.label import LABEL, LabelSpec
 from alignkit.recipe.reading.pipeline import TRAINING, Step
 from alignkit.recipe.stages.base import Recipe
-from alignkit.runtime.progress import print_line
 from alignkit.stages.inputs.fingerprints import label_inputs, training_inputs
 from alignkit.stages.registry import run_stage
 from alignkit.stages.rollouts.reward_models import require_reward_model
 from alignkit.stages.running.run_folder import check_output
 from alignkit.stages.running.session import RunOptions
+from alignkit.terminal import print_line
 
 
 @dataclass(frozen=True)

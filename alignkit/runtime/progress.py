@@ -9,16 +9,9 @@ import math
 import time
 from collections.abc import Callable
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.text import Text
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def print_line(text: str, label: str = "") -> None:
-    """One line on stderr after a coloured label; brackets in the text stay as they are."""
-    console.print(Text(f"{label}: ", style="yellow") + Text(text) if label else Text(text))
+from alignkit.terminal import print_line, stderr
 
 
 def show_duration(seconds: float) -> str:
@@ -66,12 +59,12 @@ class StepProgress:
         self.started = time.monotonic()
         self.live: Progress | None = None
         self.task: TaskID | None = None
-        if console.is_terminal and not quiet:
+        if stderr.is_terminal and not quiet:
             self.live = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
                 BarColumn(bar_width=20),
                 TextColumn("{task.description}"),
-                console=console,
+                console=stderr,
             )
             self.live.start()
             self.task = self.live.add_task("", total=steps, completed=first_step)

@@ -237,6 +237,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         ModelError: there is no such file, it is damaged, or it holds values that are not finite.
     """
     try:
+        if not any((folder / name).is_file() for name in (WEIGHTS, "adapter_model.bin")):
+            raise FileNotFoundError(f"there is no {WEIGHTS}")  # PEFT would look for it on the hub
         stored: dict[str, torch.Tensor] = load_peft_weights(str(folder), device="cpu")
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
         first_line = str(error).strip().split("\n")[0][:200]

@@ -67,6 +67,11 @@ def _hint(place: str | Path, error: BaseException) -> str:
         for word, extra in (("gguf", "gguf"), ("bitsandbytes", "quantization")):
             if word in line.lower():
                 return f"pip install 'alignkit[{extra}]'"
+    if "trust_remote_code" in str(error):
+        return (
+            "it comes with Python code, which runs only if you name this model yourself, with "
+            "--trust-remote-code or model.trust_remote_code: true"
+        )
     if Path(place).exists():
         return "check the name and the files"
     chain: list[BaseException] = [error]

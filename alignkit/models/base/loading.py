@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
 from alignkit.errors import ModelError
 from alignkit.models.base.changes import (
@@ -117,16 +119,47 @@ def token_rows(base: BaseModel) -> tuple[list[int], list[list[int]]]:
 
 def load_config(base: BaseModel) -> PreTrainedConfig:
     """The model's configuration, a copy for the caller; the files are read once."""
-    if not base.stored:
-        with reading(base.location, "the configuration"):
-            base.stored.append(AutoConfig.from_pretrained(base.location, **base.options))
-    config = copy.deepcopy(base.stored[0])
+    config = copy.deepcopy(_stored_config(base))
     if base.changes.rope is not None:
         scale_positions(config, base.changes.rope)
     if base.changes.tokens:
         text = config.get_text_config()
         text.vocab_size = max(text.vocab_size, max(token_rows(base)[0]) + 1)
     return config
+
+
+def _stored_config(base: BaseModel) -> Any:
+    """The configuration in the model's files, once nothing in it makes transformers fetch more.
+
+    Raises:
+        ModelError: it cannot be read, is that of an adapter, or names code of the hub.
+    """
+    if base.stored:
+        return base.stored[0]
+    with reading(base.location, "the configuration"):
+        if not Path(base.location).is_dir() and find_adapter_config_file(base.location):
+            raise ModelError(
+                f"{base.location} is an adapter on the hub",
+                hint=f"run `hf download {base.location} --local-dir FOLDER` and name the folder",
+            )
+        values, _ = PreTrainedConfig.get_config_dict(base.location, **base.options)
+        for key, value in _implementations(values):
+            raise ModelError(
+                f"config.json of {base.location!r} asks for code from the hub: {key} = {value!r}",
+                hint=f"remove {key} from its config.json",
+            )
+        base.stored.append(AutoConfig.from_pretrained(base.location, **base.options))
+    return base.stored[0]
+
+
+def _implementations(values: Any) -> Iterator[tuple[str, str]]:
+    """Keys, at any depth, whose values transformers would take for the name of a hub repository."""
+    for key, value in values.items() if isinstance(values, dict) else ():
+        named = value.values() if isinstance(value, dict) else [value]
+        if str(key).endswith(("attn_implementation", "experts_implementation")):
+            yield from ((key, name) for name in named if "/" in str(name))
+        else:
+            yield from _implementations(value)
 
 
 def load_model(
@@ -201,6 +234,7 @@ def _load_unchanged(
     base: BaseModel, dtype: torch.dtype, device: torch.device | str, quantization: str
 ) -> PreTrainedModel:
     """Weights as they are stored, positions as they are scaled."""
+    _stored_config(base)
     options = dict(base.options)
     if base.changes.rope is not None:
         if base.gguf:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from alignkit.errors import ModelError
 from alignkit.models.base.adapter_kinds import CONFIG, require_mergeable
+from alignkit.models.base.inside import require_inside
 from alignkit.models.base.known import KNOWN_MODELS, model_folder
 from alignkit.models.base.loading import BaseModel
 
@@ -81,6 +82,9 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> Place:
     Args:
         name: known name, hub id, folder, `.gguf` file, run folder or adapter folder.
         trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ModelError: its folder uses files that are not in it.
     """
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
@@ -88,6 +92,7 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> Place:
     if path.is_dir():
         whole = _holding("config.json", path, path / "merged")
         adapter = _holding(CONFIG, path, path / "adapter")
+        require_inside(path, {part for part in (whole, adapter) if part is not None})
         kind: Kind = "folder"
         if path in (whole, adapter):
             kind = "model" if path == whole else "adapter"

@@ -27,8 +27,8 @@ from alignkit.models.merging.merge import merge_adapter
 from alignkit.models.merging.settings import write_merged_settings
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.model import ModelSpec
-from alignkit.runtime.progress import print_line
 from alignkit.stages.inputs.checking import file_rows
+from alignkit.terminal import print_line
 
 
 def start_model(spec: ModelSpec, *, merge: bool = True) -> BaseModel:
@@ -46,8 +46,7 @@ def start_model(spec: ModelSpec, *, merge: bool = True) -> BaseModel:
     """
     place = resolve(spec.base, trust_remote_code=spec.trust_remote_code)
     if place.unmerged is not None:
-        source = _source(place.unmerged, trust_remote_code=spec.trust_remote_code)
-        base = _merged(source, place.unmerged, merge=merge)
+        base = _merged(_source(place.unmerged), place.unmerged, merge=merge)
     else:
         base = place.whole()
         require_language_model(base)
@@ -56,7 +55,7 @@ def start_model(spec: ModelSpec, *, merge: bool = True) -> BaseModel:
     return replace(base, changes=BaseChanges(spec.rope_scaling, spec.add_tokens))
 
 
-def _source(adapter: Path, *, trust_remote_code: bool) -> BaseModel:
+def _source(adapter: Path) -> BaseModel:
     """The base that an adapter is merged into."""
     require_mergeable(adapter)
     if has_head(adapter):
@@ -72,7 +71,7 @@ def _source(adapter: Path, *, trust_remote_code: bool) -> BaseModel:
             f"{adapter} is an adapter whose base is missing: {error.message}", hint=hint
         ) from None
     require_complete(source)
-    return replace(source, trust_remote_code=trust_remote_code)
+    return source
 
 
 def _merged(source: BaseModel, adapter: Path, *, merge: bool) -> BaseModel:

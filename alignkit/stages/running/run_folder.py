@@ -21,7 +21,7 @@ from alignkit.models.base.identity import same_weights
 from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.reading.stored import NAME, remember_recipe, render_recipe, stored_recipe
 from alignkit.recipe.stages.base import Recipe
-from alignkit.runtime.progress import print_line
+from alignkit.terminal import print_line
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 

@@ -31,7 +31,7 @@ from alignkit.runtime.devices import build_accelerator, tune_processor
 from alignkit.runtime.metrics import MetricsFile
 from alignkit.runtime.optim import TrainedPart, build_optimizer
 from alignkit.runtime.processes import process_group
-from alignkit.runtime.progress import StepProgress, print_line
+from alignkit.runtime.progress import StepProgress
 from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.fingerprints import adapter_identity, objective_fingerprint
 from alignkit.stages.inputs.rows import AnyRows, PromptRows, Rows, keep_plan, plan_run
@@ -41,6 +41,7 @@ from alignkit.stages.running.hooks import RowHooks
 from alignkit.stages.running.loop import Loop
 from alignkit.stages.running.run_folder import RunFolder, check_output, check_same_inputs
 from alignkit.stages.running.steps import Run
+from alignkit.terminal import print_line
 
 
 @dataclass(frozen=True)
@@ -220,11 +221,10 @@ class Session:
         Returns:
             The run and the number of steps already done.
         """
-        decay = self.recipe.training.weight_decay
         optimizer = build_optimizer(
             scorer.named_parameters(),
             plan.learning_rate,
-            decay,
+            self.recipe.training.weight_decay,
             kind=self.recipe.training.optimizer,
             b_rate=b_rate(self.recipe.adapter),
         )
