@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stages/rollouts": ON_RUNNING,
     "stages/running": ON_INPUTS,
     "stages/inputs": ON_EVALUATION,
-    "report": {"errors"} | RECIPE,
+    "report": {"errors", "files"} | RECIPE,
     "evaluation": PLAIN | LOW | {"generation"},
     "generation": PLAIN | LOW,
     "data": PLAIN,
@@ -76,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe/reading": {"errors", "recipe", "recipe/stages"},
     "recipe/stages": {"errors", "recipe"},
     "recipe": {"errors"},
-    "files": set(),
+    "files": {"errors"},
     "errors": set(),
     "__init__": set(),
 }
