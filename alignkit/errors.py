@@ -41,6 +41,10 @@ class RecipeError(AlignkitError):
         return "\n".join(map(str, self.problems))
 
 
+class FileError(AlignkitError):
+    """A file or folder cannot be read or written, or does not hold what it should."""
+
+
 class DataError(AlignkitError):
     """A row, a file or a data set cannot be used."""
 
@@ -59,6 +63,10 @@ class RunError(AlignkitError):
 
 class TrainingError(AlignkitError):
     """Training cannot continue: a loss that is not finite, a full disk."""
+
+
+class NotFiniteError(TrainingError):
+    """A loss or a gradient is not finite; the optimizer has not stepped on it."""
 
 
 class RewardError(AlignkitError):

@@ -10,11 +10,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
+
+from alignkit.errors import FileError
+
+LARGEST_JSON = 256 * 1024**2
+"""Bytes. The largest JSON files of a model, its tokenizer's, have about 35 million."""
 
 _MARK = ".writing-"
 _HERE, _EXCHANGE = -100, 2
@@ -29,6 +36,7 @@ def replace_file(path: Path) -> Iterator[Path]:
         path: replaced if it exists; its folder is created.
 
     Raises:
+        FileError: nothing can be written in its folder.
         OSError: writing failed; the old file is unchanged.
     """
     with _beside(path) as written:
@@ -65,6 +73,93 @@ def write_text(path: Path, text: str) -> None:
         written.write_text(text, encoding="utf-8")
 
 
+def read_json(path: Path, *, hint: str = "") -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        path: of the file.
+        hint: what to do if it is damaged.
+
+    Raises:
+        FileError: it is missing, cannot be read, or is no JSON object of at most `LARGEST_JSON`.
+    """
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"larger than {LARGEST_JSON:,} bytes")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}", hint=hint) from None
+    except RecursionError:
+        raise FileError(f"{path} is not readable JSON: nested too deeply", hint=hint) from None
+    except ValueError as error:  # no UTF-8, no JSON, a number of thousands of digits
+        raise FileError(f"{path} is not readable JSON: {error}", hint=hint) from None
+    if not isinstance(values, dict):
+        kind = "a list" if isinstance(values, list) else "a single value"
+        raise FileError(f"{path} must hold a JSON object, not {kind}", hint=hint)
+    return values
+
+
+def require_folder_name(path: Path) -> None:
+    """Refuse a name that neither is nor can become a folder. Writes nothing.
+
+    Raises:
+        FileError: it is a file, lies under one, leads to nothing, or cannot be used here.
+    """
+    for here in (path, *path.parents):
+        try:
+            here.stat()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if here.is_symlink():
+                hint = "remove the link, or choose another folder"
+                raise FileError(f"{here} is a link to nothing", hint=hint) from error
+            continue
+        except (OSError, ValueError) as error:  # too long, a loop of links, a NUL
+            raise _not_written(path, error) from None
+        if not here.is_dir():
+            rest = "" if here == path else f", so {path} cannot be a folder"
+            raise FileError(f"{here} is a file{rest}", hint="choose another folder")
+        return
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents, if they are not there.
+
+    Raises:
+        FileError: it cannot be created.
+    """
+    require_folder_name(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_written(path, error) from None
+
+
+def open_lock(path: Path) -> IO[str]:
+    """The open file of a lock, created if it is not there.
+
+    Raises:
+        FileError: it cannot be opened.
+    """
+    try:
+        return path.open("a+")
+    except OSError as error:
+        raise _not_written(path, error) from None
+
+
+def _not_written(path: Path, error: Exception) -> FileError:
+    reason = getattr(error, "strerror", None) or str(error)
+    hint = "name another place, or free disk space"
+    return FileError(f"{path} cannot be written: {reason}", hint=hint)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all it holds, or a link, which is not followed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def list_folder(folder: Path) -> list[Path]:
     """The entries of a folder, without what killed writers left behind."""
     return [path for path in folder.iterdir() if not path.name.startswith(_MARK)]
@@ -73,7 +168,7 @@ def list_folder(folder: Path) -> list[Path]:
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """The same name in a hidden folder next to `path`, which no other writer uses."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     prefix = f"{_MARK}{path.name}-"
     for leftover in path.parent.iterdir():
         if leftover.name.startswith(prefix):
@@ -89,7 +184,10 @@ def _beside(path: Path) -> Iterator[Path]:
 def _own_folder(stack: contextlib.ExitStack, parent: Path, prefix: str) -> Path:
     """A new folder, locked until the stack closes."""
     while True:
-        own = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        try:
+            own = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        except OSError as error:  # a name too long with its prefix, a folder that is read-only
+            raise _not_written(parent / prefix.removeprefix(_MARK)[:-1], error) from None
         with contextlib.suppress(OSError):
             fcntl.flock(stack.enter_context(_opened(own)), fcntl.LOCK_EX)
         if own.exists():  # another writer may have removed it before it was locked

@@ -49,8 +49,9 @@ def train_command(stage: str) -> Callable[..., None]:
         from alignkit.stages.registry import run_stage
         from alignkit.stages.running.session import RunOptions
 
+        files = loaded.document.files
         line = shlex.join(["alignkit", *sys.argv[1:]])
-        summary = run_stage(loaded.recipe, RunOptions(resume, overwrite, quiet, line))
+        summary = run_stage(loaded.recipe, RunOptions(resume, overwrite, quiet, line, files))
         if summary is None:
             return
         if as_json:

@@ -117,6 +117,17 @@ class TokenDataset(Sequence[Document]):
         """The same rows with only these items."""
         return dataclasses.replace(self, order=self.order[items])
 
+    @property
+    def content(self) -> str:
+        """Hash of the tokens, masks and order themselves, whatever files they came from."""
+        digest = hashlib.sha256()
+        for name in ("ids", "trained", "bounds", "roles", "margins", "order", "partners"):
+            array = getattr(self, name)
+            if array is not None:
+                digest.update(f"{name}:{array.dtype}:{array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
     def row_hashes(self) -> list[bytes]:
         """Hash of each row's tokens; equal rows have equal hashes."""
         spans = zip(self.bounds[:, 0], self.bounds[:, -1], strict=True)

@@ -84,6 +84,11 @@ class PromptSet:
         """`file:line` of each prompt."""
         return [prompt.place for prompt in self.prompts]
 
+    @property
+    def content(self) -> str:
+        """The fingerprint: files count by their content."""
+        return self.fingerprint
+
     def subset(self, indices: Iterable[int]) -> PromptSet:
         """The same set with only these prompts, in this order."""
         picked = tuple(self.prompts[int(index)] for index in indices)

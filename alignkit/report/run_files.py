@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from alignkit.errors import RunError
+from alignkit.errors import FileError, RunError
+from alignkit.files import read_json
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -16,16 +16,9 @@ def read_about(folder: Path) -> dict[str, Any]:
         RunError: it is missing or cannot be read.
     """
     try:
-        about: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        return read_json(folder / "run.json")
+    except FileError as error:
         raise RunError(
-            f"{folder} is not a run folder: run.json cannot be read ({error})",
+            f"{folder} is not a run folder: {error.message}",
             hint="start anew with --overwrite, or choose another output",
         ) from None
-    return about
-
-
-def read_plan(folder: Path) -> dict[str, Any]:
-    """plan.json of a run folder as plain values."""
-    plan: dict[str, Any] = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    return plan

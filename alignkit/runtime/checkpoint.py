@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from alignkit.errors import RunError, TrainingError
-from alignkit.files import replace_folder
+from alignkit.errors import FileError, RunError, TrainingError
+from alignkit.files import read_json, remove, replace_folder
 from alignkit.runtime.optim import Optimizers
+
+_FILES = {"trainable.safetensors", "optimizer.pt", "state.json"}
+"""What every manifest names."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,14 @@ def save_checkpoint(
         The folder of the checkpoint.
 
     Raises:
-        TrainingError: the files could not be written.
+        TrainingError: a weight is not finite, or the files could not be written.
     """
+    weights = trainable_weights(model)
+    require_finite_weights(weights, f"after step {step}")
     final = folder / f"step-{step:06d}"
     try:
         with replace_folder(final) as written:
-            save_file(trainable_weights(model), written / "trainable.safetensors")
+            save_file(weights, written / "trainable.safetensors")
             torch.save(optimizer.state_dict(), written / "optimizer.pt")
             text = json.dumps({"step": step, **state})
             (written / "state.json").write_text(text, encoding="utf-8")
@@ -78,7 +83,7 @@ def save_checkpoint(
     stored = _by_step(folder)
     current = stored.index(final)
     for old in [*stored[: current + 1][:-keep], *stored[current + 1 :]]:
-        shutil.rmtree(old)
+        remove(old)
     return final
 
 
@@ -95,10 +100,22 @@ def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     for candidate in reversed(_by_step(folder)):
         fault = _fault(candidate)
         if fault is None:
-            state = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
+            state = read_json(candidate / "state.json")
             return Checkpoint(candidate, int(state["step"]), state), skipped
         skipped.append(f"{candidate.name} is damaged ({fault}); using the one before")
     return None, skipped
+
+
+def stored_state(folder: Path) -> dict[str, Any]:
+    """What the loop stored in the newest checkpoint whose state.json is whole; {} without one.
+
+    Args:
+        folder: `checkpoints/` of a run; may be missing. No tensor is read.
+    """
+    for candidate in reversed(_by_step(folder)):
+        if _fault(candidate, only="state.json") is None:
+            return read_json(candidate / "state.json")
+    return {}
 
 
 def stored_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -139,22 +156,44 @@ def trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def require_finite_weights(weights: Mapping[str, torch.Tensor], when: str) -> None:
+    """Refuse to store weights that are not finite.
+
+    Args:
+        weights: name -> value.
+        when: ends the sentence, as in `after step 3`.
+
+    Raises:
+        TrainingError: one holds an infinity or a NaN.
+    """
+    for name, weight in weights.items():
+        if weight.numel() and not all(bound.isfinite() for bound in weight.aminmax()):
+            raise TrainingError(
+                f"{name} is not finite {when}: it is not saved",
+                hint="lower training.learning_rate or training.weight_decay; earlier checkpoints "
+                "are whole",
+            )
+
+
 def _by_step(folder: Path) -> list[Path]:
     """Checkpoints, oldest first; the number outgrows its six digits at a million steps."""
-    return sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name))
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
-def _fault(folder: Path) -> str | None:
-    manifest = folder / "manifest.json"
+def _fault(folder: Path, only: str | None = None) -> str | None:
+    """What is wrong with a checkpoint, or with one of its files."""
     try:
-        expected = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        expected = read_json(folder / "manifest.json")
+    except FileError:
         return "no readable manifest.json"
-    for name, digest in expected.items():
+    if not expected.keys() >= _FILES:
+        return "no readable manifest.json"
+    for name in [only] if only else expected:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if _hash(path) != digest:
+        if _hash(path) != expected[name]:
             return f"{name} does not match its checksum"
     return None
 

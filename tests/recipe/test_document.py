@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from alignkit.errors import RecipeError
-from alignkit.recipe.reading.document import Document, apply_overrides, read_document, show_path
+from alignkit.recipe.reading.document import Document, apply_overrides, read_document
+from alignkit.recipe.reading.yaml_values import read_text, show_path, write_values
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +58,17 @@ def errors(text: str, name: str = "r.yaml") -> list[str]:
         ("~", None),
         ("", None),
         ("[1, 2e-4, a]", [1, 2e-4, "a"]),
+        ("1:30", "1:30"),  # YAML 1.1: 90
+        ("1_000", 1000),
+        ("0x1F", 31),
+        ("0x_", "0x_"),
+        ("0b11", "0b11"),
+        ("+5", 5),
+        ("00.5", 0.5),
+        ("'010'", "010"),
+        ("!!int '5'", 5),
+        ("!!str 5", "5"),
+        ("!!float 1", 1.0),
     ],
 )
 def test_scalars(text: str, value: Any) -> None:
@@ -112,9 +125,7 @@ def test_names_are_shown_relative_to_the_working_folder(tmp_path: Path) -> None:
         ),
         (
             "a: 1\nb: !thing 2\n",
-            "r.yaml:2: is not valid YAML: could not determine a constructor for the tag '!thing'\n"
-            "hint: check the indentation, the quotes and the brackets on that line and the one "
-            "before",
+            "r.yaml:2: the tag '!thing' has no use here\nhint: write the value without a tag",
         ),
         (
             "a: 1\nb: \x07\n",
@@ -127,6 +138,64 @@ def test_names_are_shown_relative_to_the_working_folder(tmp_path: Path) -> None:
 )
 def test_what_is_no_recipe(text: str, message: str) -> None:
     assert errors(text) == [message]
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)
+)
+DEEP = "is nested more than 40 levels deep"
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("a: !!int four", "1: 'four' is not a value of !!int"),
+        ("a: !!int ''", "1: '' is not a value of !!int"),
+        ("a: 1\nb: !!float x", "2: 'x' is not a value of !!float"),
+        ("a: !!bool maybe", "1: 'maybe' is not a value of !!bool"),
+        ("a: !!null x", "1: 'x' is not a value of !!null"),
+        ("a: !!timestamp 2020-99-99", "1: the tag '!!timestamp' has no use here"),
+        ("a: !!binary AAAA", "1: the tag '!!binary' has no use here"),
+        ("a: !!python/object:os.system {b: 1}", "the tag '!!python/object:os.system' has no use"),
+        ("a: !!set {b: 1}", "1: the tag '!!set' has no use here"),
+        ("a: 010", "1: '010' starts with a zero, which some programs read as octal"),
+        ("a: -007", "1: '-007' starts with a zero"),
+        (f"a: {'1' * 5000}", "is a number of 5,000 characters"),
+        (f"a: 0x{'f' * 5000}", "is a number of 5,002 characters"),
+        ("a: &a [*a]", DEEP),
+        ("a: &a {b: *a}", DEEP),
+        (f"a: {'[' * 3000}", DEEP),
+        (f"a: {'[' * 60}{']' * 60}", DEEP),
+        (BOMB, "holds more than 20,000 keys and values, what aliases repeat included"),
+        ("".join(f"k{n}: 1\n" for n in range(100_000)), "holds more than 20,000 keys"),
+        ("? [a, b]\n: 1", "1: has a key that is not text"),
+        ('a: "\\0"', "1: holds the character NUL"),
+        ('"\\0": 1', "1: holds the character NUL"),
+        ('a: "\\ud83d"', "1: holds half a character ('\\ud83d')"),
+        ("a: 1\n---\nb: 2", "is not valid YAML: but found another document"),
+        (f"# {'x' * 1_000_000}\na: 1", "r.yaml: is larger than 1,000,000 bytes"),
+    ],
+)
+def test_what_is_not_read(text: str, rule: str) -> None:
+    started = time.monotonic()
+    [problem] = errors(text)
+    message, hint = problem.split("\nhint: ")
+    assert rule in message
+    assert "\n" not in message
+    assert hint
+    assert time.monotonic() - started < 20  # tens of minutes, and gigabytes, without the limits
+
+
+@pytest.mark.parametrize("text", ["2e-4", "1e5", "010", "1:30", "yes", "null", "", "0x_", "'", "5"])
+def test_what_is_written_is_read_as_it_was(text: str) -> None:
+    values = {"text": text, text or "x": [1, 2e-4, 1e-5, -3, True, None, math.inf, "a: b"]}
+    assert read(write_values(values)).values == values
+
+
+def test_a_file_that_cannot_be_read() -> None:
+    Path("r.yaml").symlink_to("/proc/self/mem")
+    with pytest.raises(RecipeError, match=r"r\.yaml: cannot be read: .*\nhint: check its name"):
+        read_text(Path("r.yaml"))
 
 
 def test_not_utf8() -> None:
@@ -208,12 +277,23 @@ def test_extends_is_taken_from_the_files_own_folder_and_goes_on() -> None:
             "hint: a recipe extends one file, as in extends: base.yaml",
         ),
         (
+            {"r.yaml": "extends: r0.yaml"}
+            | {f"r{n}.yaml": f"extends: r{n + 1}.yaml" for n in range(1500)},
+            "r20.yaml: is the last of more than 20 files that extend one another\n"
+            "hint: write the keys of some of them into one file",
+        ),
+        (
+            {"r.yaml": f"extends: {'x' * 300}.yaml"},
+            f"r.yaml:1: extends '{'x' * 300}.yaml', which does not exist\n"
+            "hint: the name is relative to the file that extends it",
+        ),
+        (
             {"b.yaml": "a: 1\na: 2", "r.yaml": "extends: b.yaml"},
             "b.yaml:2: a is written twice, first on line 1\n"
             "hint: keep one of the two; YAML would silently use the last",
         ),
     ],
-    ids=["itself", "cycle", "missing", "list", "broken parent"],
+    ids=["itself", "cycle", "missing", "list", "chain", "long", "broken parent"],
 )
 def test_extends_errors(files: dict[str, str], message: str) -> None:
     for name, text in files.items():
@@ -284,9 +364,15 @@ SETTABLE = "\nhint: set a key of a mapping, or an existing list item, as in data
         ),
         (
             "a=!thing 2",
-            "command line: the value of a is not YAML: '!thing 2'\n"
-            "hint: quote the value for the shell, as in 'data.train=[{path: a.jsonl}]'",
+            "command line: a: the tag '!thing' has no use here\n"
+            "hint: write the value without a tag",
         ),
+        (
+            "a=010",
+            "command line: a: '010' starts with a zero, which some programs read as octal\n"
+            "hint: write the number without it, or quote it if it is text",
+        ),
+        ("list.².x=1", f"command line: list.².x: there is no list.² to set{SETTABLE}"),
         (
             "a={x: 1, x: 2}",
             "command line:1: a.x is written twice, first on line 1\n"

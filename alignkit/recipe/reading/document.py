@@ -7,40 +7,21 @@ keeps the place of each key for messages to the user.
 from __future__ import annotations
 
 import copy
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from alignkit.errors import AlignkitError, RecipeError
 from alignkit.recipe.assets import show_file
-
-KeyPath = tuple[str | int, ...]
+from alignkit.recipe.reading.yaml_values import KeyPath, read_text, read_values, show_path
 
 _SETTABLE = "set a key of a mapping, or an existing list item, as in data.train.0.take=100"
 """Hint for an override that names nothing that can be set."""
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `2e-4` as a number and leaves dates and yes/no as text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag.rsplit(":", 1)[-1] in ("int", "null")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$"
-    ),
-    list("-+0123456789."),
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
+MOST_PARENTS = 20
+"""Files that extend one another."""
 
 
 @dataclass
@@ -53,14 +34,14 @@ class Document:
         name: the file's name as shown in messages.
         folders: folders in which relative paths are looked up first: the file's own, then those
             of the files that it extends.
-        problems: errors found while the file was read.
+        files: the file, and those that it extends.
     """
 
     values: dict[str, Any]
     places: dict[KeyPath, str]
     name: str
     folders: tuple[Path, ...]
-    problems: list[AlignkitError] = field(default_factory=list)
+    files: tuple[Path, ...] = ()
 
     def place(self, path: KeyPath) -> str:
         """The place of the value at `path`, or of its nearest parent that was written."""
@@ -68,14 +49,6 @@ class Document:
             if path[:length] in self.places:
                 return self.places[path[:length]]
         return self.name
-
-
-def show_path(path: KeyPath) -> str:
-    """`("data", "train", 0, "path")` as `data.train[0].path`."""
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
 
 
 def read_document(path: Path) -> Document:
@@ -100,41 +73,24 @@ def _read(path: Path, children: tuple[Path, ...]) -> Document:
         rule = f"extends itself through {show_file(children[-1])}"
         hint = "remove `extends` from one of the files"
         raise RecipeError([AlignkitError(f"{name}: {rule}", hint=hint)])
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        hint = "save the file as UTF-8"
-        problem = AlignkitError(f"{name}: is not UTF-8 text ({error.reason})", hint=hint)
-        raise RecipeError([problem]) from None
-    document = Document({}, {(): name}, name, (path.parent,))
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        if isinstance(node, yaml.MappingNode):
-            document.values = _build(node, (), document)
-    except yaml.YAMLError as error:
-        line, rule = _yaml_problem(error, text)
-        hint = "check the indentation, the quotes and the brackets on that line and the one before"
-        problem = AlignkitError(f"{name}:{line}: is not valid YAML: {rule}", hint=hint)
-        raise RecipeError([problem]) from None
-    if not isinstance(node, yaml.MappingNode):
+    if len(children) > MOST_PARENTS:
+        rule = f"is the last of more than {MOST_PARENTS} files that extend one another"
+        hint = "write the keys of some of them into one file"
+        raise RecipeError([AlignkitError(f"{name}: {rule}", hint=hint)])
+    read = read_values(read_text(path), name)
+    if not isinstance(read.values, dict):
         hint = "start from `alignkit recipes copy quickstart/sft.yaml my.yaml`"
-        content = "nothing" if node is None else "a single value or a list"
+        content = "nothing" if read.values is None else "a single value or a list"
         rule = f"must be a mapping of keys to values, got {content}"
         raise RecipeError([AlignkitError(f"{name}: {rule}", hint=hint)])
-    if document.problems:
-        raise RecipeError(document.problems)
+    if read.problems:
+        raise RecipeError(read.problems)
+    places = {(): name, **read.places}
+    document = Document(read.values, places, name, (path.parent,), (path,))
     parent_name = document.values.pop("extends", None)
     if parent_name is None:
         return document
     return _extend(document, parent_name, (*children, path))
-
-
-def _yaml_problem(error: yaml.YAMLError, text: str) -> tuple[int, str]:
-    """Line and rule of a YAML error."""
-    if isinstance(error, yaml.reader.ReaderError):
-        return text[: error.position].count("\n") + 1, str(error.reason)
-    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    return (mark.line + 1 if mark else 1), str(getattr(error, "problem", error))
 
 
 def _extend(document: Document, parent_name: Any, children: tuple[Path, ...]) -> Document:
@@ -144,7 +100,7 @@ def _extend(document: Document, parent_name: Any, children: tuple[Path, ...]) ->
         hint = "a recipe extends one file, as in extends: base.yaml"
         raise RecipeError([AlignkitError(f"{where}: {rule}", hint=hint)])
     parent_path = document.folders[0] / parent_name
-    if not parent_path.is_file():
+    if not isfile(parent_path):
         hint = "the name is relative to the file that extends it"
         raise RecipeError(
             [AlignkitError(f"{where}: extends {parent_name!r}, which does not exist", hint=hint)]
@@ -160,7 +116,8 @@ def lay_over(parent: Document, child: Document) -> Document:
         child: gives the name, and the folders that come first.
     """
     folders = (*child.folders, *parent.folders)
-    merged = Document(parent.values, dict(parent.places), child.name, folders)
+    files = (*child.files, *parent.files)
+    merged = Document(parent.values, dict(parent.places), child.name, folders, files)
     _merge(merged, child.values, child.places, ())
     return merged
 
@@ -179,43 +136,8 @@ def part_of(document: Document, path: KeyPath) -> Document:
     places = {
         known[length:]: place for known, place in document.places.items() if known[:length] == path
     }
-    return Document(copy.deepcopy(values), places, document.name, document.folders)
-
-
-def _build(node: yaml.Node, path: KeyPath, document: Document) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        mapping: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = str(key_node.value)
-            here = (*path, key)
-            place = f"{document.name}:{key_node.start_mark.line + 1}"
-            if key in mapping:
-                first = document.places[here].rsplit(":", 1)[-1]
-                document.problems.append(
-                    AlignkitError(
-                        f"{place}: {show_path(here)} is written twice, first on line {first}",
-                        hint="keep one of the two; YAML would silently use the last",
-                    )
-                )
-            document.places[here] = place
-            mapping[key] = _build(value_node, here, document)
-        return mapping
-    if isinstance(node, yaml.SequenceNode):
-        items = []
-        for index, child in enumerate(node.value):
-            here = (*path, index)
-            document.places[here] = f"{document.name}:{child.start_mark.line + 1}"
-            items.append(_build(child, here, document))
-        return items
-    return _scalar(node)
-
-
-def _scalar(node: yaml.Node) -> Any:
-    loader = _Loader("")
-    try:
-        return loader.construct_object(node)
-    finally:
-        loader.dispose()
+    values = copy.deepcopy(values)
+    return Document(values, places, document.name, document.folders, document.files)
 
 
 def _merge(
@@ -256,23 +178,30 @@ def apply_overrides(document: Document, overrides: list[str]) -> None:
             hint = "write overrides as key.sub=value, for example training.learning_rate=1e-4"
             problems.append(AlignkitError(f"command line: {text!r} is not an override", hint=hint))
             continue
-        path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-        override = Document({}, {}, "command line", ())
+        path: KeyPath = tuple(
+            int(part) if part.isascii() and part.isdigit() else part for part in key.split(".")
+        )
         try:
-            node = yaml.compose(raw, Loader=_Loader)
-            value = None if node is None else _build(node, path, override)
-        except yaml.YAMLError:
-            hint = "quote the value for the shell, as in 'data.train=[{path: a.jsonl}]'"
-            problems.append(
-                AlignkitError(f"command line: the value of {key} is not YAML: {raw!r}", hint=hint)
-            )
+            read = read_values(raw, "command line", path)
+        except RecipeError as error:
+            problems += [_of_override(problem, key, raw) for problem in error.problems]
             continue
-        problems += override.problems
-        problem = _set(document, path, value)
+        problems += read.problems
+        problem = _set(document, path, read.values)
         if problem:
             problems.append(problem)
     if problems:
         raise RecipeError(problems)
+
+
+def _of_override(problem: AlignkitError, key: str, raw: str) -> AlignkitError:
+    """A problem with the value of an override, which has no lines."""
+    rule = problem.message.partition(": ")[2]
+    if rule.startswith("is not valid YAML"):
+        shown = raw if len(raw) <= 60 else f"{raw[:57]}..."
+        hint = "quote the value for the shell, as in 'data.train=[{path: a.jsonl}]'"
+        return AlignkitError(f"command line: the value of {key} is not YAML: {shown!r}", hint=hint)
+    return AlignkitError(f"command line: {key}: {rule}", hint=problem.hint)
 
 
 def _set(document: Document, path: KeyPath, value: Any) -> AlignkitError | None:

@@ -10,11 +10,8 @@ from alignkit.errors import AlignkitError
 from alignkit.recipe.adapters import continues
 from alignkit.recipe.assets import assets_root, find_path
 from alignkit.recipe.objectives import CustomSpec
-from alignkit.recipe.reading.document import (
-    Document,
-    KeyPath,
-    show_path,
-)
+from alignkit.recipe.reading.document import Document
+from alignkit.recipe.reading.yaml_values import KeyPath, show_path
 from alignkit.recipe.rewards import FunctionReward, ModelReward, RewardSource
 from alignkit.recipe.rows import SourceSpec
 from alignkit.recipe.stages.base import Recipe

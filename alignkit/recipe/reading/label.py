@@ -10,10 +10,11 @@ from pydantic import Field, ValidationError
 
 from alignkit.errors import AlignkitError, RecipeError
 from alignkit.recipe.assets import find_path
-from alignkit.recipe.reading.document import Document, KeyPath
+from alignkit.recipe.reading.document import Document
 from alignkit.recipe.reading.files import no_file, place_path
 from alignkit.recipe.reading.load import without
 from alignkit.recipe.reading.problems import describe_problems, file_order
+from alignkit.recipe.reading.yaml_values import KeyPath
 from alignkit.recipe.rows import SourceSpec
 from alignkit.recipe.section import PositiveInt, Section
 

@@ -13,15 +13,10 @@ from pydantic import ValidationError
 
 from alignkit.errors import AlignkitError, RecipeError
 from alignkit.recipe.assets import assets_root, show_file
-from alignkit.recipe.reading.document import (
-    Document,
-    KeyPath,
-    apply_overrides,
-    part_of,
-    read_document,
-)
+from alignkit.recipe.reading.document import Document, apply_overrides, part_of, read_document
 from alignkit.recipe.reading.files import missing_files, with_paths
 from alignkit.recipe.reading.problems import describe_problems, file_order
+from alignkit.recipe.reading.yaml_values import KeyPath
 from alignkit.recipe.stages.base import Recipe
 from alignkit.recipe.stages.registry import find_stage
 

@@ -17,16 +17,15 @@ from alignkit.recipe.adapters import is_mergeable
 from alignkit.recipe.assets import show_file
 from alignkit.recipe.reading.document import (
     Document,
-    KeyPath,
     apply_overrides,
     lay_over,
     part_of,
     read_document,
-    show_path,
 )
 from alignkit.recipe.reading.label import LABEL, LabelSpec, resolve_label
 from alignkit.recipe.reading.load import find_recipe, resolve_recipe
 from alignkit.recipe.reading.references import STAGE_NAME, anchor_files, replace_references
+from alignkit.recipe.reading.yaml_values import KeyPath, show_path
 from alignkit.recipe.stages.base import Recipe
 
 Reader = Callable[[Document, Collection[KeyPath]], Any]

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from alignkit.errors import AlignkitError
-from alignkit.recipe.reading.document import Document, KeyPath, show_path
+from alignkit.recipe.reading.document import Document
+from alignkit.recipe.reading.yaml_values import KeyPath, show_path
 from alignkit.recipe.rewards import RULES, SOURCE_KEYS, SOURCE_TAGS
 from alignkit.recipe.stages.base import Recipe
 from alignkit.recipe.stages.registry import stages
@@ -69,9 +70,9 @@ def describe_problems(
     for details in map(_name_kind, error.errors(include_url=False)):
         by_path.setdefault(_user_path(details, document.values), []).append(details)
     problems = []
+    parents = {path[:length] for path in by_path for length in range(len(path))}
     for path, group in by_path.items():
-        deeper = any(len(other) > len(path) and other[: len(path)] == path for other in by_path)
-        if deeper and group[0]["type"] in {*_TYPES, "too_short"}:
+        if path in parents and group[0]["type"] in {*_TYPES, "too_short"}:
             continue  # a list with a broken item is also reported as too short, or as not a string
         where, name = document.place(path), show_path(path)
         if group[0]["type"] == "extra_forbidden":
@@ -82,7 +83,7 @@ def describe_problems(
         else:
             first, *others = dict.fromkeys(_rule(details) for details in group)
             rules = " or ".join([first, *(other.removeprefix("must be ") for other in others)])
-            rule = f"{name} {rules}, got {_show(group[0]['input'])}".strip()
+            rule = f"{name} {rules}, got {show_value(group[0]['input'])}".strip()
             hint = _nearest_value(group) or _hint(path, model)
         problems.append(AlignkitError(f"{where}: {rule}", hint=hint))
     return problems
@@ -173,7 +174,8 @@ def _rule(details: ErrorDetails) -> str:
     return details["msg"][0].lower() + details["msg"][1:]
 
 
-def _show(value: Any) -> str:
+def show_value(value: Any) -> str:
+    """A value as a recipe would have it, shortened."""
     if isinstance(value, BaseModel):
         return str(getattr(value, "kind", "the default"))
     if isinstance(value, dict):

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import AlignkitError, RecipeError
-from alignkit.recipe.reading.document import Document, KeyPath, show_path
+from alignkit.recipe.reading.document import Document
+from alignkit.recipe.reading.yaml_values import KeyPath, show_path
 
 STAGE_NAME = re.compile(r"[A-Za-z_][\w-]*")
 """Valid names of stages."""

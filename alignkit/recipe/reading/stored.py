@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from alignkit.errors import AlignkitError, RecipeError
 from alignkit.recipe.assets import alignkit_home
+from alignkit.recipe.reading.yaml_values import read_text, read_values, write_values
 from alignkit.recipe.stages.base import Recipe
 from alignkit.recipe.stages.registry import find_stage
 
@@ -25,7 +26,7 @@ NAME = "recipe.yaml"
 def render_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every key, in the schema's order."""
     header = "# Resolved recipe: every key with the value that was used.\n"
-    return header + yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True)
+    return header + write_values(recipe.as_dict())
 
 
 def stored_recipe(path: Path) -> Recipe:
@@ -42,16 +43,32 @@ def stored_recipe(path: Path) -> Recipe:
         RecipeError: the file is not a resolved recipe.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        values["model"]["trust_remote_code"] = False
-        return find_stage(values["stage"]).model_validate_json(json.dumps(values))
-    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, ValidationError) as error:
-        reason = str(error).split("\n")[0]
+        return checked_recipe(read_values(read_text(path), path.name).values)
+    except RecipeError as error:
+        reason = error.problems[0].message.split("\n")[0]
         problem = AlignkitError(
             f"{path}: is not a recipe of a run: {reason}",
             hint="it is written by the run; restore it, or train again with --overwrite",
         )
         raise RecipeError([problem]) from None
+
+
+def checked_recipe(values: Any) -> Recipe:
+    """A stored recipe from its plain values; see `stored_recipe`.
+
+    Raises:
+        RecipeError: they are not a resolved recipe.
+    """
+    try:
+        model = {**values["model"], "trust_remote_code": False}
+        text = json.dumps({**values, "model": model})
+        return find_stage(values["stage"]).model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        rule = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (LookupError, TypeError):
+        rule = "it has no stage or no model"
+    raise RecipeError([AlignkitError(rule)])
 
 
 def remember_recipe(text: str) -> None:

@@ -194,6 +194,7 @@ def start_ppo(
     samples = None
     if session.folder is not None:
         samples = SamplesFile(session.folder.path / "samples.jsonl", first_step or None)
+        session.say_damaged("samples.jsonl", samples.damaged)
     run = PpoRun(
         **vars(loop),
         recipe=recipe,

@@ -19,10 +19,13 @@ class SamplesFile:
     Args:
         path: of the file.
         resume_step: keep what an interrupted run wrote up to this step; None starts a new file.
+
+    Attributes:
+        damaged: its lines that cannot be read; see `start_lines`.
     """
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
-        start_lines(path, resume_step)
+        self.damaged = start_lines(path, resume_step)
         self.path = path
 
     def write(
@@ -79,6 +82,6 @@ def read_rewards(path: Path, step: int, rows: str) -> dict[str, list[float]]:
     """
     rewards: dict[str, list[float]] = {}
     for line in read_metrics(path):
-        if line["step"] == step and line["rows"] == rows:
+        if line["step"] == step and line.get("rows") == rows:
             rewards.setdefault(line["place"], []).append(line["reward"])
     return rewards

@@ -253,7 +253,7 @@ def save_state(loop: Loop, step: int, model: Any, optimizer: Any, state: dict[st
         step,
         model,
         optimizer,
-        {"processes": loop.accelerator.num_processes, **state},
+        {"processes": loop.accelerator.num_processes, "run": loop.folder.record, **state},
         loop.training.keep,
     )
 

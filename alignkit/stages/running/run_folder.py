@@ -8,53 +8,66 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 import time
+from collections.abc import Iterator, Sequence
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
 import alignkit
-from alignkit.errors import RecipeError, RunError
-from alignkit.files import list_folder, write_text
-from alignkit.models.base.identity import same_weights
+from alignkit.errors import FileError, ModelError, RunError
+from alignkit.files import (
+    list_folder,
+    make_folder,
+    open_lock,
+    remove,
+    require_folder_name,
+    write_text,
+)
+from alignkit.models.adapters.finding import base_of
+from alignkit.models.base.places import resolve
 from alignkit.recipe.planning.plan import Plan
-from alignkit.recipe.reading.stored import NAME, remember_recipe, render_recipe, stored_recipe
+from alignkit.recipe.reading.stored import NAME, remember_recipe, render_recipe
+from alignkit.recipe.rewards import ModelReward
 from alignkit.recipe.stages.base import Recipe
-from alignkit.terminal import print_line
+from alignkit.stages.running.record import make_record, read_record, require_same_recipe
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 
 
-def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
+def check_output(
+    recipe: Recipe, *, resume: bool, overwrite: bool, reads: Sequence[Path] = ()
+) -> Path:
     """The recipe's run folder, if this run may use it. Writes nothing.
 
     Args:
         recipe: names the folder.
         resume: continue what is there.
         overwrite: replace what is there.
+        reads: further files of this run: the recipe's own.
 
     Raises:
+        FileError: nothing can be read there.
         RunError: the folder holds something else, another recipe's run, or what the run reads.
     """
     folder = Path(recipe.output)
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file", hint="choose another output folder")
+    require_folder_name(folder)
     if resume and overwrite:
         raise RunError(
             "--resume continues a run and --overwrite deletes it", hint="give one of the two"
         )
     if overwrite:
-        _check_inputs_outside(recipe, folder)
+        _check_inputs_outside(recipe, folder, reads)
     used = folder.is_dir() and any(child.name != ".lock" for child in list_folder(folder))
-    is_run = (folder / "run.json").is_file()
-    if used and not is_run:
+    record = read_record(folder) if used else None
+    if used and record is None:
         raise RunError(
             f"{folder} is not empty and is not a run folder",
             hint="choose another folder: output=runs/another-name",
         )
-    if resume and is_run:
-        _check_same_recipe(recipe, folder)
+    if resume and record is not None:
+        require_same_recipe(recipe, record, folder)
     elif used and not overwrite:
         raise RunError(
             f"{folder} already holds a run",
@@ -64,77 +77,32 @@ def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
     return folder
 
 
-def _check_inputs_outside(recipe: Recipe, folder: Path) -> None:
-    paths = [recipe.model.base]
-    paths += [s.path for s in (*recipe.data.train, *recipe.data.eval) if s.path is not None]
-    for path in paths:
-        if Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
+def _check_inputs_outside(recipe: Recipe, folder: Path, reads: Sequence[Path]) -> None:
+    """Refuse to delete what the run reads; the paths of existing files in a recipe are absolute."""
+    named = [text for text in _texts(recipe.as_dict() | {"output": ""}) if text.startswith("/")]
+    files = [file for text in named if (file := text if exists(text) else text.rpartition(":")[0])]
+    for path in (*files, *map(str, reads), *_bases(recipe)):
+        if exists(path) and Path(path).resolve().is_relative_to(folder.resolve()):
             raise RunError(
                 f"{folder} holds {path}, which this run reads: --overwrite would delete it",
                 hint="choose another folder: output=runs/another-name",
             )
 
 
-def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
-    if not (folder / NAME).is_file():
-        return  # killed before it was written
-    try:
-        # with the defaults of keys that the version which wrote it did not know
-        stored = stored_recipe(folder / NAME).as_dict()
-    except RecipeError:
-        # Rows, weights and micro-batches are checked below; a checkpoint is worth more than this.
-        print_line(f"{folder / NAME} is damaged: the recipe of this run is not compared", "warning")
-        return
-    stored["model"]["trust_remote_code"] = recipe.model.trust_remote_code
-    changed = _differences(stored, recipe.as_dict(), "")
-    if changed:
-        raise RunError(
-            f"{folder} was started with another recipe: {'; '.join(changed[:3])}",
-            hint="put these keys back to resume, or start anew with --overwrite",
-        )
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
-def check_same_inputs(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Refuse to go on with other weights or rows than those the run was started with.
-
-    Args:
-        now: what run.json is going to hold.
-        before: what it holds.
-
-    Raises:
-        RunError: a fingerprint differs.
-    """
-    pairs = [("base", now["base"], before.get("base"))]
-    pairs += [
-        (f"data.{name}", now["data"][name], before.get("data", {}).get(name))
-        for name in now["data"]
-    ]
-    stored = before.get("rewards", {})
-    # A function may be fixed after it has failed; a model must stay what it was.
-    models = {name: new for name, new in now["rewards"].items() if "model" in name}
-    pairs += [
-        (name, {"fingerprint": new}, {"fingerprint": stored[name]} if name in stored else None)
-        for name, new in models.items()
-    ]
-    pairs.append(("adapter.from", now["adapter"], before.get("adapter")))
-    pairs.append(("objective.file", now["objective"], before.get("objective")))
-    for name, new, old in pairs:
-        if old is not None and not same_weights(new["fingerprint"], old["fingerprint"]):
-            raise RunError(
-                f"{name} has changed since the run was started",
-                hint="put it back to resume, or start anew with --overwrite",
-            )
-
-
-def _differences(old: Any, new: Any, path: str) -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = list(dict.fromkeys([*old, *new]))
-        return [
-            difference
-            for key in keys
-            for difference in _differences(old.get(key), new.get(key), f"{path}.{key}".strip("."))
-        ]
-    return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
+def _bases(recipe: Recipe) -> Iterator[str]:
+    """Where the weights are that an unmerged adapter in the recipe is based on."""
+    rewards = [source.model for source in recipe.reward_sources if isinstance(source, ModelReward)]
+    for name in (recipe.model.base, *rewards):
+        with contextlib.suppress(ModelError):  # said when the model is looked for
+            yield base_of(resolve(name)).location
 
 
 class RunFolder:
@@ -150,10 +118,10 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.created = [folder for folder in (path, *path.parents) if not folder.exists()]
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         lock = path / ".lock"
         try:
-            self.lock = lock.open("a+")
+            self.lock = open_lock(lock)
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Its last owner may have removed the file since: another process may lock a new one.
             owned = os.path.samestat(os.fstat(self.lock.fileno()), lock.stat())
@@ -164,6 +132,7 @@ class RunFolder:
                 f"{path} is in use by another process", hint="wait for it, or choose another output"
             )
         self.about: dict[str, Any] = {}
+        self.record: dict[str, Any] = {}
 
     @property
     def checkpoints(self) -> Path:
@@ -183,13 +152,22 @@ class RunFolder:
         """
         for child in self.path.iterdir() if overwrite else ():
             if child.name not in (".lock", "run.json"):  # run.json marks it as a run folder
-                shutil.rmtree(child) if child.is_dir() else child.unlink()
+                remove(child)
+        new = not (self.path / "run.json").exists()
+        self.record = make_record(recipe, plan, about)
         self.about = {"status": "running", "started": _now(), **provenance(), **about}
-        self._write_about()
-        resolved = render_recipe(recipe)
-        remember_recipe(resolved)
-        write_text(self.path / NAME, resolved)
-        write_text(self.path / "plan.json", json.dumps(plan.to_json(), indent=2) + "\n")
+        try:
+            self._write_about()
+            resolved = render_recipe(recipe)
+            remember_recipe(resolved)
+            write_text(self.path / NAME, resolved)
+            write_text(self.path / "plan.json", json.dumps(plan.to_json(), indent=2) + "\n")
+        except (OSError, FileError):
+            if new:  # a full disk: nothing of a run that has not begun stays
+                self.about = {}
+                for name in ("run.json", NAME, "plan.json"):
+                    (self.path / name).unlink(missing_ok=True)
+            raise
 
     def finish(self, status: str, **values: Any) -> None:
         """Record how the run ended, if it was described.

@@ -14,18 +14,16 @@ from accelerate import Accelerator
 from torch import nn
 
 from alignkit.data.report import describe_rows
-from alignkit.errors import Interrupted, RunError
+from alignkit.errors import AlignkitError, FileError, Interrupted, RunError
 from alignkit.models.adapters.attach import attach_adapter, trainable_report
 from alignkit.models.adapters.continued import adapter_folder
 from alignkit.models.adapters.files import has_head, put_weights
-from alignkit.models.base.identity import weights_fingerprint
 from alignkit.models.base.loading import DTYPES, BaseModel, load_model, token_rows
 from alignkit.models.rewards.head import freeze_unused_head, new_head, read_head
 from alignkit.models.scoring.selfcheck import build_scorer
 from alignkit.recipe.adapters import FullSpec, b_rate
 from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.stages.base import Recipe
-from alignkit.report.run_files import read_about, read_plan
 from alignkit.runtime.checkpoint import find_checkpoint, load_checkpoint
 from alignkit.runtime.devices import build_accelerator, tune_processor
 from alignkit.runtime.metrics import MetricsFile
@@ -33,13 +31,13 @@ from alignkit.runtime.optim import TrainedPart, build_optimizer
 from alignkit.runtime.processes import process_group
 from alignkit.runtime.progress import StepProgress
 from alignkit.stages.inputs.base import start_model
-from alignkit.stages.inputs.fingerprints import adapter_identity, objective_fingerprint
-from alignkit.stages.inputs.rows import AnyRows, PromptRows, Rows, keep_plan, plan_run
+from alignkit.stages.inputs.rows import AnyRows, Rows, keep_plan, plan_run
 from alignkit.stages.running.adapter_start import find_adapter_start
 from alignkit.stages.running.batches import Batches
 from alignkit.stages.running.hooks import RowHooks
 from alignkit.stages.running.loop import Loop
-from alignkit.stages.running.run_folder import RunFolder, check_output, check_same_inputs
+from alignkit.stages.running.record import describe_inputs, read_record, require_same_inputs
+from alignkit.stages.running.run_folder import RunFolder, check_output
 from alignkit.stages.running.steps import Run
 from alignkit.terminal import print_line
 
@@ -53,12 +51,14 @@ class RunOptions:
         overwrite: replace what the run folder holds.
         quiet: print no progress.
         command: as typed, for run.json.
+        reads: the recipe's own files, which are not deleted.
     """
 
     resume: bool = False
     overwrite: bool = False
     quiet: bool = False
     command: str = ""
+    reads: tuple[Path, ...] = ()
 
 
 class Session:
@@ -75,18 +75,29 @@ class Session:
     def __init__(self, recipe: Recipe, options: RunOptions) -> None:
         tune_processor()
         self.recipe, self.options = recipe, options
-        self.output: Path = check_output(recipe, resume=options.resume, overwrite=options.overwrite)
+        self.output: Path = check_output(
+            recipe, resume=options.resume, overwrite=options.overwrite, reads=options.reads
+        )
+        self.before = read_record(self.output) if options.resume else None
         trackers = recipe.training.trackers
         self.accelerator: Accelerator = build_accelerator(recipe.model.dtype, trackers, self.output)
         self.leads = bool(self.accelerator.is_main_process)
         self.quiet = options.quiet or not self.leads
         self.folder: RunFolder | None = None
         self.about: dict[str, Any] = {}  # for run.json, collected before the first step
+        for sentence in self.before.warnings() if self.before is not None else ():
+            self.say(sentence, "warning")
 
     def say(self, text: str, label: str = "") -> None:
         """Print one line for the user."""
         if not self.quiet:
             print_line(text, label)
+
+    def say_damaged(self, name: str, lines: int) -> None:
+        """Warn of lines in a file of the run that cannot be read."""
+        if lines:
+            what = f"{lines} damaged line{'s' if lines > 1 else ''}"
+            self.say(f"{what} of {name} moved to {name}.damaged", "warning")
 
     def plan(self, rows: Rows) -> Plan:
         """The plan of this run; a resumed run keeps its micro-batches."""
@@ -102,8 +113,8 @@ class Session:
         Returns:
             The plan; a resumed run keeps the micro-batches it was started with.
         """
-        if self.options.resume and (self.output / "plan.json").is_file():
-            plan = keep_plan(plan, read_plan(self.output))
+        if self.before is not None and self.before.plan:
+            plan = keep_plan(plan, self.before.plan)
         for name, dataset in (("train", rows.train), ("held out", rows.held_out)):
             if dataset is not None:
                 head, *notes = describe_rows(name, dataset.report)
@@ -174,7 +185,10 @@ class Session:
             yield start_model(self.recipe.model)
         except BaseException as error:
             if self.folder is not None:
-                self.folder.finish("interrupted" if isinstance(error, Interrupted) else "failed")
+                with contextlib.suppress(OSError, FileError):  # the disk is full: `error` says so
+                    self.folder.finish(
+                        "interrupted" if isinstance(error, Interrupted) else "failed"
+                    )
             raise
         finally:
             if self.accelerator.num_processes > 1:
@@ -185,10 +199,10 @@ class Session:
 
     def _own_folder(self) -> None:
         """The first process takes the folder; if it cannot, no process goes on."""
-        refused: RunError | None = None
+        refused: AlignkitError | None = None
         try:
             self.folder = RunFolder(self.output) if self.leads else None
-        except RunError as error:
+        except AlignkitError as error:
             refused = error
         verdict = torch.tensor([float(refused is not None)])
         if process_group(self.accelerator).reduce(verdict).item():
@@ -206,10 +220,10 @@ class Session:
         Raises:
             RunError: a resumed run was started with other weights or rows.
         """
-        about = _about(self.recipe, rows, self.options)
-        if self.options.resume and (self.output / "run.json").is_file():
-            stored = read_about(self.output)
-            check_same_inputs(about, stored)
+        about = describe_inputs(self.recipe, rows) | {"command": self.options.command}
+        if self.before is not None:
+            stored = self.before.about
+            require_same_inputs(about, stored)
             self.about = {k: stored[k] for k in ("start",) if k in stored} | self.about
         if self.folder is not None:
             about, overwrite = about | self.about, self.options.overwrite
@@ -288,6 +302,7 @@ class Session:
         metrics = None
         if self.folder is not None:
             metrics = MetricsFile(self.folder.path / "metrics.jsonl", first_step or None)
+            self.say_damaged("metrics.jsonl", metrics.damaged)
         if training.trackers:
             self.accelerator.init_trackers("alignkit", config={"output": str(self.output)})
         progress = StepProgress(plan.steps, first_step, training.log_every, self.quiet, describe)
@@ -301,20 +316,3 @@ class Session:
             progress=progress,
             parts=parts,
         )
-
-
-def _about(recipe: Recipe, rows: AnyRows, options: RunOptions) -> dict[str, Any]:
-    data: dict[str, Any] = {}
-    for name, dataset in (("train", rows.train), ("eval", rows.held_out)):
-        if dataset is not None:
-            data[name] = {"fingerprint": dataset.fingerprint, **dataset.report.to_json()}
-    rewards = rows.rewards if isinstance(rows, PromptRows) else {}
-    before = adapter_folder(recipe.adapter)
-    return {
-        "command": options.command,
-        "base": {"location": rows.base.location, "fingerprint": weights_fingerprint(rows.base)},
-        "adapter": {"fingerprint": None if before is None else adapter_identity(before)},
-        "data": data,
-        "rewards": rewards,
-        "objective": {"fingerprint": objective_fingerprint(recipe.objective)},
-    }
