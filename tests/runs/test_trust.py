@@ -109,7 +109,7 @@ def test_a_stored_recipe_is_data(
             act()
         assert not proof.exists()
     if case == "a loss":
-        with pytest.raises(ModelError, match="and its recipe runs .*evil.py"):
+        with pytest.raises(ModelError, match=r"and its recipe runs .*evil\.py"):
             acts[2]()
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from alignkit.errors import AlignkitError
+from alignkit.recipe.addresses import hide_secrets
 from alignkit.recipe.reading.document import Document, KeyPath, show_path
 from alignkit.recipe.rewards import RULES, SOURCE_KEYS, SOURCE_TAGS
 from alignkit.recipe.stages.base import Recipe
@@ -179,7 +180,9 @@ def _show(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(map(str, value)) + "}"
     words = {"None": "null", "True": "true", "False": "false"}  # as written in YAML
-    text = repr(value) if isinstance(value, str) else words.get(str(value), repr(value))
+    text = words.get(str(value), repr(value))
+    if isinstance(value, str):
+        text = repr(hide_secrets(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 
