@@ -8,6 +8,7 @@ import typer
 from rich.text import Text
 
 from alignkit.cli.output import print_json, print_pairs, stdout
+from alignkit.cli.plan import name_foreign
 from alignkit.cli.train import OverridesArgument, RecipeArgument
 
 
@@ -26,6 +27,7 @@ def inspect(
     from alignkit.stages.inputs.base import start_model
     from alignkit.stages.inputs.rows import read_rows
 
+    foreign = name_foreign(loaded.recipe)
     parts = read_rows(loaded.recipe, start_model(loaded.recipe.model, merge=False))
     dataset = parts.held_out if held_out else parts.train
     if dataset is None:
@@ -35,7 +37,7 @@ def inspect(
         )
     shown = [_row(dataset, item, parts.tokenizer) for item in range(min(rows, len(dataset)))]
     if as_json:
-        print_json({"report": dataset.report.to_json(), "rows": shown})
+        print_json({"report": dataset.report.to_json(), "rows": shown, "foreign": foreign})
         return
     for row in shown:
         stdout.print(

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
 import time
 
+from alignkit.recipe.addresses import hide_secrets
+
 
 def is_worker() -> bool:
     """Whether this process was started as one of several, by us or by torchrun."""
     return "LOCAL_RANK" in os.environ
+
+
+def typed_command() -> str:
+    """The command as it was typed, for run.json, without what may be secret in addresses."""
+    return shlex.join(["alignkit", *map(hide_secrets, sys.argv[1:])])
 
 
 def launch_processes(count: int) -> int:

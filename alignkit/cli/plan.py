@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from alignkit.cli.output import print_json, print_pairs, say
+from alignkit.cli.output import print_json, print_pairs
 from alignkit.cli.train import OverridesArgument, RecipeArgument
+from alignkit.terminal import print_line
+
+
+def name_foreign(recipe: Any) -> list[str]:
+    """Say, before anything is opened, what a recipe would execute, fetch or talk to."""
+    from alignkit.stages.inputs.foreign import foreign_parts
+
+    lines = foreign_parts(recipe)
+    for line in lines:
+        print_line(f"this recipe {line}", "note")
+    return lines
 
 
 def plan(
@@ -23,14 +34,14 @@ def plan(
     from alignkit.data.report import describe_rows
     from alignkit.stages.registry import plan_stage
 
+    foreign = name_foreign(loaded.recipe)
     rows, facts = plan_stage(loaded.recipe, processes)
     if as_json:
-        print_json(facts.to_json())
+        print_json({**facts.to_json(), "foreign": foreign})
         return
     model, data, memory = facts.model, facts.data, facts.memory
     gigabytes = {name: value / 1e9 for name, value in vars(memory).items()}
     terms = ", ".join(f"{n.replace('_', ' ')} {v:.2f}" for n, v in gigabytes.items() if n != "peak")
-    checkpointing = "on" if facts.gradient_checkpointing else "off"
     reference = (facts.reference or "").replace("_", " ")
     print_pairs(
         [
@@ -56,7 +67,7 @@ def plan(
             (
                 "passes",
                 f"{facts.microbatches} of at most {facts.microbatch_tokens:,} tokens a step, "
-                f"gradient checkpointing {checkpointing}",
+                f"gradient checkpointing {'on' if facts.gradient_checkpointing else 'off'}",
             ),
             ("tokens", f"{facts.tokens:,} read, {facts.trained_tokens:,} trained"),
             (
@@ -68,6 +79,6 @@ def plan(
     )
     for name, dataset in (("train", rows.train), ("held out", rows.held_out)):
         for line in describe_rows(name, dataset.report)[1:] if dataset is not None else []:
-            say(line)
+            print_line(line)
     for warning in facts.warnings:
-        say(f"warning: {warning}")
+        print_line(warning, "warning")

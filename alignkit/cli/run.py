@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from alignkit.cli.launch import is_worker
+from alignkit.cli.launch import is_worker, typed_command
 from alignkit.cli.output import print_json, stderr
 from alignkit.cli.versions import warn_of_versions
 from alignkit.errors import AlignkitError
@@ -49,8 +47,8 @@ def run(
     from alignkit.pipelines.running import PipelineRun
     from alignkit.stages.running.session import RunOptions
 
-    line = shlex.join(["alignkit", *sys.argv[1:]])
-    running = PipelineRun(loaded, RunOptions(overwrite=overwrite, quiet=quiet, command=line))
+    options = RunOptions(overwrite=overwrite, quiet=quiet, command=typed_command())
+    running = PipelineRun(loaded, options)
     try:
         running.run()
     finally:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from alignkit.cli.launch import is_worker, launch_processes
+from alignkit.cli.launch import is_worker, launch_processes, typed_command
 from alignkit.cli.output import print_json, say
 from alignkit.cli.versions import warn_of_versions
 
@@ -49,9 +47,8 @@ def train_command(stage: str) -> Callable[..., None]:
         from alignkit.stages.registry import run_stage
         from alignkit.stages.running.session import RunOptions
 
-        files = loaded.document.files
-        line = shlex.join(["alignkit", *sys.argv[1:]])
-        summary = run_stage(loaded.recipe, RunOptions(resume, overwrite, quiet, line, files))
+        options = RunOptions(resume, overwrite, quiet, typed_command(), loaded.document.files)
+        summary = run_stage(loaded.recipe, options)
         if summary is None:
             return
         if as_json:

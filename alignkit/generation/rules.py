@@ -19,6 +19,7 @@ from alignkit.recipe.rewards import (
     RegexReward,
     RuleReward,
 )
+from alignkit.runtime.worker import Worker, WorkerLost
 
 # a sign counts where it cannot be a minus between two numbers or a hyphen
 _NUMBER = re.compile(
@@ -27,6 +28,9 @@ _NUMBER = re.compile(
     r"(?P<power>[eE][-+]?\d{1,3}(?!\w))?"
 )
 _FENCE = re.compile(r"```\w*[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
+
+_WORKER = Worker()
+"""Tries the patterns of recipes."""
 
 
 def rule_score(spec: RuleReward) -> Score:
@@ -37,11 +41,14 @@ def rule_score(spec: RuleReward) -> Score:
 
     Returns:
         A function from responses to one number for each. It raises RewardError where a row lacks
-        the column that the rule compares with, or holds nothing comparable in it.
+        the column that the rule compares with, or holds nothing comparable in it, and where a
+        pattern takes too long.
 
     Raises:
         RewardError: the rule needs a package that is not installed.
     """
+    if isinstance(spec, RegexReward | FormatReward):
+        return _pattern_score(spec)
     judge = _judge(spec)
     return lambda responses: [judge(response) for response in responses]
 
@@ -51,18 +58,54 @@ def _judge(spec: RuleReward) -> Callable[[Response], float]:
         return lambda response: exact(response, spec)
     if isinstance(spec, NumericReward):
         return lambda response: numeric(response, spec)
-    if isinstance(spec, RegexReward):
-        anywhere = re.compile(spec.pattern, re.DOTALL)
-        return lambda response: float(anywhere.search(response.text) is not None)
-    if isinstance(spec, FormatReward):
-        whole = re.compile(spec.pattern, re.DOTALL)
-        return lambda response: float(whole.fullmatch(response.text.strip()) is not None)
     if isinstance(spec, LengthReward):
         return lambda response: length(response.text, spec)
     if isinstance(spec, JsonReward):
         return lambda response: valid_json(response.text, spec.keys)
     compound = _lexicon()
     return lambda response: compound(response.text)
+
+
+def _pattern_score(spec: RegexReward | FormatReward) -> Score:
+    """The score of a pattern, which is tried in a process of its own: it may never come to an end.
+
+    Returns:
+        A function that raises RewardError if it does not.
+    """
+    whole = isinstance(spec, FormatReward)
+
+    def run(responses: Sequence[Response]) -> list[float]:
+        texts = [response.text for response in responses]
+        try:
+            return list(
+                _WORKER.call(
+                    f"{__name__}:{match_here.__name__}",
+                    *(spec.pattern, texts, whole),
+                    timeout=spec.timeout,
+                    fault=RewardError,
+                )
+            )
+        except WorkerLost as lost:
+            raise RewardError(
+                f"the pattern of the reward rule `{spec.rule}` {lost}",
+                hint="repeats inside repeats, as in (a+)+, can be tried in too many ways: simplify "
+                "the pattern, or raise reward.timeout",
+            ) from None
+
+    return run
+
+
+def match_here(pattern: str, texts: Sequence[str], whole: bool) -> list[float]:
+    """1 for each text that a pattern matches, else 0, found in this process.
+
+    Args:
+        pattern: Python regular expression; the dot matches line breaks.
+        texts: responses.
+        whole: match all of a text without the spaces around it, not any part.
+    """
+    compiled = re.compile(pattern, re.DOTALL)
+    found = [compiled.fullmatch(t.strip()) if whole else compiled.search(t) for t in texts]
+    return [float(match is not None) for match in found]
 
 
 def exact(response: Response, spec: ExactReward) -> float:

@@ -14,9 +14,11 @@ from pydantic import (
     GetPydanticSchema,
     Tag,
     ValidationInfo,
+    field_serializer,
     field_validator,
 )
 
+from alignkit.recipe.addresses import without_query
 from alignkit.recipe.section import PositiveInt, Section
 
 _FUNCTION = r"^.+\.py:[A-Za-z_]\w*$"
@@ -86,11 +88,16 @@ class UrlReward(Section):
     """A server."""
 
     url: Annotated[str, AfterValidator(_url), Field(json_schema_extra={"pattern": _URL})]
-    """Receives {"prompts", "completions", "columns"} as JSON and returns {"scores": [...]}."""
+    """Receives {"prompts", "completions", "columns"} as JSON and returns {"scores": [...]}. Its
+    query is not stored with the run."""
     weight: Weight = 1.0
     """Factor in the sum of all rewards."""
     timeout: Timeout = 60.0
-    """Seconds that one call may take."""
+    """Seconds that one call may take, from the first try to the last byte of the answer."""
+
+    @field_serializer("url")
+    def _stored(self, value: str) -> str:
+        return without_query(value)
 
 
 class ExactReward(Section):
@@ -128,6 +135,8 @@ class RegexReward(Section):
     """Python regular expression; the dot matches line breaks."""
     weight: Weight = 1.0
     """Factor in the sum of all rewards."""
+    timeout: Timeout = 60.0
+    """Seconds that the responses of one call may take; it runs in a process of its own."""
 
 
 class FormatReward(Section):
@@ -139,6 +148,8 @@ class FormatReward(Section):
     """Python regular expression; the dot matches line breaks."""
     weight: Weight = 1.0
     """Factor in the sum of all rewards."""
+    timeout: Timeout = 60.0
+    """Seconds that the responses of one call may take; it runs in a process of its own."""
 
 
 class LengthReward(Section):

@@ -26,6 +26,8 @@ from typing import Any
 from alignkit.errors import AlignkitError
 
 _LENGTH = struct.Struct("!Q")
+_LONGEST = 1 << 30
+"""Bytes of an answer."""
 _DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
@@ -82,8 +84,7 @@ class Worker:
         if channel is not None:
             channel.close()
         if process is not None and self._owner == os.getpid():
-            process.kill()
-            process.wait()
+            _kill(process)
 
     def _exchange(self, message: bytes, deadline: float) -> dict[str, Any]:
         if self._socket is None or self._owner != os.getpid():
@@ -92,6 +93,8 @@ class Worker:
         self._socket.settimeout(_remaining(deadline))
         self._socket.sendall(_LENGTH.pack(len(message)) + message)
         (length,) = _LENGTH.unpack(_receive(self._socket, _LENGTH.size, deadline))
+        if length > _LONGEST:
+            raise ConnectionError  # not from `serve`
         answer: dict[str, Any] = json.loads(_receive(self._socket, length, deadline))
         return answer
 
@@ -123,11 +126,18 @@ class Worker:
             return "has no process"
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(1.0)
-        process.kill()
-        code = process.wait()
+        code = _kill(process)
         if code >= 0:
             return f"ended its process with exit code {code}"
-        return f"was ended by {signal.Signals(-code).name}"
+        names = {number.value: number.name for number in signal.Signals}
+        return f"was ended by {names.get(-code, f'signal {-code}')}"
+
+
+def _kill(process: subprocess.Popen[bytes]) -> int:
+    """End a worker and the processes that the user's functions have started; its exit code."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own
+    return process.wait()
 
 
 def _remaining(deadline: float) -> float:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from alignkit.errors import RewardError
-from alignkit.generation import reward_function, rewards
+from alignkit.generation import reward_function, reward_server
 from alignkit.generation.rewards import Response, build_score, checked
 from alignkit.recipe.assets import assets_root
 from alignkit.recipe.rewards import FunctionReward, UrlReward
@@ -34,7 +34,7 @@ RESPONSES = [
 @pytest.fixture(autouse=True)
 def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rewards, "_PAUSE", 0.0)
+    monkeypatch.setattr(reward_server, "_PAUSE", 0.0)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
@@ -181,6 +181,7 @@ def test_each_call_starts_in_the_folder_of_the_run() -> None:
         "os._exit(3)": "ended its process with exit code 3",
         "os.kill(os.getpid(), 11)": "was ended by SIGSEGV",
         "os.kill(os.getpid(), 9)": "was ended by SIGKILL",
+        "os.kill(os.getpid(), 40)": "was ended by signal 40",
         "os.closerange(3, 100)": "ended its process with exit code 1",
         "time.sleep(60)": "gave no result within 0.5 seconds",
         "[None for _ in iter(int, 1)]": "gave no result within 0.5 seconds",
@@ -400,12 +401,15 @@ class Server:
     """A reward server whose answers are set by the test, and that keeps what it was asked."""
 
     def __init__(self) -> None:
-        self.answers: list[tuple[int, bytes] | None] = []
+        self.answers: list[Any] = []
         self.asked: list[tuple[str, dict[str, str], Any]] = []
         self.late = 0.0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.asked.append((self.path, dict(self.headers), None))
+
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 outer.asked.append((self.path, dict(self.headers), json.loads(body)))
@@ -414,10 +418,14 @@ class Server:
                 if answer is None:  # hang up
                     self.close_connection = True
                     return
-                self.send_response(answer[0])
+                status, body, *location = answer
+                self.send_response(status)
+                for place in location:
+                    self.send_header("Location", place)
                 self.end_headers()
-                with contextlib.suppress(BrokenPipeError):  # the client did not wait
-                    self.wfile.write(answer[1])
+                with contextlib.suppress(OSError):  # the client did not wait
+                    for part in [body] if isinstance(body, bytes) else body:
+                        self.wfile.write(part)
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -518,6 +526,51 @@ def test_nobody_listens_and_secrets_are_not_shown(server: Server) -> None:
     spec = UrlReward(url=f"{server.url}?token=hidden")
     said = fault(lambda: build_score(spec)(RESPONSES))
     assert said == (
-        f"{server.url}: cannot be reached, tried twice: Connection refused\n"
+        f"{server.url}?…: cannot be reached, tried twice: Connection refused\n"
         "hint: start the server, or check reward.url"
     )
+
+
+def drip(seconds: float) -> Iterator[bytes]:
+    """One byte after the other, each soon enough for the timeout of a socket."""
+    while True:
+        time.sleep(seconds)
+        yield b" "
+
+
+def test_the_deadline_is_for_the_whole_call(server: Server) -> None:
+    server.answers, started = [(200, drip(0.05))], time.monotonic()
+    said = fault(lambda: build_score(UrlReward(url=server.url, timeout=0.3))(RESPONSES))
+    assert "gave no answer within 0.3 seconds" in said
+    assert time.monotonic() - started < 5.0
+
+
+def test_the_deadline_holds_for_names_that_are_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: time.sleep(3.0))
+    spec = UrlReward(url="http://slow.invalid/score", timeout=0.1)
+    assert "gave no answer within 0.1 seconds" in fault(lambda: build_score(spec)(RESPONSES))
+
+
+def test_an_endless_answer_is_not_read(server: Server) -> None:
+    server.answers = [(200, iter(lambda: b"x" * (1 << 20), b""))]
+    said = fault(lambda: build_score(UrlReward(url=server.url))(RESPONSES))
+    assert said == (
+        f"{server.url}: answered more than 1,179,648 bytes, which is not read further\n"
+        "hint: answer the scores and nothing else"
+    )
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("place", ["/internal?key=secret", "ftp://127.0.0.1/scores", "file:///etc"])
+def test_no_redirection_is_followed(server: Server, status: int, place: str) -> None:
+    server.answers = [(status, b'{"scores": [1, 2]}', place)]
+    said = fault(lambda: build_score(UrlReward(url=server.url))(RESPONSES))
+    shown = place.partition("?")[0]
+    assert f"answered HTTP {status}: it redirects to '{shown}" in said
+    assert "secret" not in said or place.startswith("/")
+    assert len(server.asked) == 1
+
+
+def test_an_address_from_a_run_folder_lacks_its_query() -> None:
+    said = fault(lambda: build_score(UrlReward(url="http://localhost:1/a?…")))
+    assert "is not the whole address: a run does not store the query" in said

@@ -155,6 +155,17 @@ def test_patterns() -> None:
     assert (scored(either, "no"), scored(either, "nobody")) == (1, 0)
 
 
+@pytest.mark.parametrize("kind", [RegexReward, FormatReward])
+def test_a_pattern_that_never_comes_to_an_end(kind: type[RegexReward] | type[FormatReward]) -> None:
+    rule: Any = "regex" if kind is RegexReward else "format"
+    spec = kind(rule=rule, pattern="(a+)+$", timeout=3.0)
+    assert scored(spec, "aaa") == 1
+    said = fault(spec, "a" * 64 + "b")
+    assert f"the pattern of the reward rule `{rule}` gave no result within 3 seconds" in said
+    assert "hint: repeats inside repeats, as in (a+)+, can be tried in too many ways" in said
+    assert scored(spec, "aaa") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     # from 4 to 10 words earn 1; below, n / 4; above, 1 - (n - 10) / 10

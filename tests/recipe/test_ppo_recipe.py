@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from commandline import CommandLine
 
+from alignkit.cli.launch import typed_command
 from alignkit.errors import RecipeError
 from alignkit.recipe.assets import assets_root
 from alignkit.recipe.reading.load import load_recipe
@@ -103,6 +105,30 @@ def test_a_run_keeps_its_rewards() -> None:
         {"model": "some/reward", "weight": 1.0, "normalize": True, "separate": False},
     ]
     assert stored_recipe(Path(write(rendered, "recipe.yaml"))) == recipe
+
+
+def test_a_run_keeps_no_query_of_an_address_and_is_resumed_without_it() -> None:
+    recipe = loaded("{url: 'https://host:1/score?key=secret#part'}")
+    rendered = render_recipe(recipe)
+    assert yaml.safe_load(rendered)["reward"][0]["url"] == "https://host:1/score?…"
+    other = loaded("{url: 'https://host:1/score?key=another'}")
+    stored = stored_recipe(Path(write(rendered, "recipe.yaml")))
+    assert stored.as_dict() == recipe.as_dict() == other.as_dict()
+    assert recipe.reward_sources[0].url.endswith("?key=secret#part")  # type: ignore[union-attr]
+
+
+SECRETS = {
+    "reward.url=http://h/p?key=a&b=c": "reward.url=http://h/p?…",
+    "reward={url: 'https://me:pw@h:1/p#x'}": "reward={url: 'https://…@h:1/p?…",
+    "reward.url=http://a:b/c@h/d?e": "reward.url=http://…@h/d?…",
+    "training.max_steps=3": "training.max_steps=3",
+}
+
+
+@pytest.mark.parametrize("typed", SECRETS)
+def test_the_command_is_kept_without_secrets(typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/alignkit", "ppo", "r.yaml", typed])
+    assert shlex.split(typed_command()) == ["alignkit", "ppo", "r.yaml", SECRETS[typed]]
 
 
 def test_an_override_changes_one_reward() -> None:
@@ -278,7 +304,7 @@ for _url in ("localhost:8000", "ftp://host/a", "http://", "http://host:port/", "
         f".url must be an address, as in http://localhost:8000/score, got '{_url}'"
     )
 REWARDS["{url: 'http://me:pass@host/a'}"] = (
-    ".url must not hold a user name or password, got 'http://me:pass@host/a'"
+    ".url must not hold a user name or password, got 'http://…@host/a'"
 )
 
 
@@ -428,6 +454,7 @@ def test_keys_of_ppo_are_explained(alignkit: CommandLine, tmp_path: Path) -> Non
         "reward[regex].rule  regex  required",
         "reward[regex].pattern  text  required",
         "reward[regex].weight  number  default 1.0",
+        "reward[regex].timeout  number  default 60.0",
     ]
     for key, line in {
         "rollout.temperature": "rollout.temperature  number  default 1.0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from tiny import save_tiny, tiny_model
 from alignkit.models.base.known import model_folder
 from alignkit.models.base.licence import licence_of
 from alignkit.models.base.loading import BaseModel
-from alignkit.stages.running.card import write_card
+from alignkit.recipe.reading.load import load_recipe
+from alignkit.stages.running.card import escape, write_card
 
 
 def card_of(folder: Path) -> tuple[dict[str, object], str]:
@@ -24,6 +26,11 @@ def card_of(folder: Path) -> tuple[dict[str, object], str]:
     about = metadata_load(folder / "README.md")
     assert about is not None
     return about, text
+
+
+def without_numbers(card: str) -> str:
+    """A card without what its merge measured."""
+    return re.sub(r"## Merge\n\n(- .*\n)+", "", card)
 
 
 def test_the_card_of_a_run(tmp_path: Path) -> None:
@@ -48,7 +55,7 @@ def test_the_card_of_a_run(tmp_path: Path) -> None:
     assert "- rows.jsonl\n" in text
     assert summary.merge is not None
     for sentence in summary.merge.lines()[1:]:
-        assert f"- {sentence}\n" in text
+        assert f"- {escape(sentence)}\n" in text
     assert text.endswith("That of the base: mit.\n")
     assert str(tmp_path) not in text  # made to be shared
     settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
@@ -70,7 +77,9 @@ def test_merging_again_writes_the_same_card(alignkit: CommandLine, tmp_path: Pat
     first = (tmp_path / "run/merged/README.md").read_text(encoding="utf-8")
     done = alignkit("merge-lora", "run", "--overwrite", cwd=tmp_path)
     assert done.code == 0
-    assert (tmp_path / "run/merged/README.md").read_text(encoding="utf-8") == first
+    again = (tmp_path / "run/merged/README.md").read_text(encoding="utf-8")
+    # it is checked on shipped rows: those that the stored recipe names are not read
+    assert without_numbers(again) == without_numbers(first)
     assert "do not name its licence: look it up" in first
 
 
@@ -118,3 +127,51 @@ def test_what_was_not_finite_stays_empty(tiny_base: Path, tmp_path: Path) -> Non
     write_card(tmp_path, BaseModel(str(tiny_base)), before=before, after={"loss": 2.0, "kl": None})
     _, text = card_of(tmp_path)
     assert "| loss |  | 2 |\n| kl |  |  |" in text
+
+
+FOREIGN = {
+    "plain words, 1.5 of 2 (a/b-c_d): 3%": "plain words, 1.5 of 2 (a/b-c_d): 3%",
+    "# heading\n\n## another": r"\# heading \#\# another",
+    "[link](https://evil.example)": r"\[link\](https:\//evil.example)",
+    "www.evil.example": r"www\.evil.example",
+    "me@evil.example": r"me\@evil.example",
+    "<script>alert(1)</script>": r"\<script\>alert(1)\</script\>",
+    "&lt;b&gt;": "&amp;lt;b&amp;gt;",
+    "`code` *strong* _slanted_ ~~out~~": r"\`code\` \*strong\* \_slanted\_ \~\~out\~\~",
+    "- item": r"\- item",
+    "a | b\t|": r"a \| b \|",
+    "\x1b]0;title\x07": "␛\\]0;title␇",
+}
+
+
+@pytest.mark.parametrize("text", FOREIGN)
+def test_foreign_text_is_only_text(text: str) -> None:
+    assert escape(text) == FOREIGN[text]
+
+
+def test_a_card_holds_no_foreign_markdown(tiny_base: Path, tmp_path: Path) -> None:
+    evil = "x](https://a.b)<script>\n# owned\n```\n"
+    base = tmp_path / "<img src=x>\n# base"
+    base.mkdir()
+    head = yaml.safe_dump({"license": evil})
+    (base / "README.md").write_text(f"---\n{head}---\n", encoding="utf-8")
+    (tmp_path / "run").mkdir()
+    recipe = load_recipe(str(make_recipe(tmp_path / "run", tiny_base))).recipe
+    source = recipe.data.train[0].model_copy(update={"path": f"/data/{evil}.jsonl"})
+    data = recipe.data.model_copy(update={"train": (source,)})
+    adapter = recipe.adapter.model_copy(update={"targets": (evil,)})
+    recipe = recipe.model_copy(update={"data": data, "adapter": adapter})
+    (tmp_path / "out").mkdir()
+    write_card(tmp_path / "out", BaseModel(str(base)), recipe=recipe, after={evil: 1.0, "b": "<b>"})
+    about, text = card_of(tmp_path / "out")
+    assert about["license"] == " ".join(evil.split())
+    body = text.partition("\n---\n")[2]
+    prose, fence, settings = body.partition("````yaml\n")
+    assert fence
+    settings, _, rest = settings.partition("\n````\n")
+    assert yaml.safe_load(settings)["adapter"]["targets"] == [evil]
+    prose = prose.replace("`sft`", "")  # our own
+    assert not re.search(r"(?<!\\)[<`]|://", prose + rest)
+    headings = re.findall(r"^#+ .*", prose + rest, re.M)
+    ours = ["# out", "## Held-out results", "## Data", "## Settings", "## Licence"]
+    assert headings == ours

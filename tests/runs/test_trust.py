@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from running import make_preference_recipe, train
+from running import make_ppo_recipe, make_preference_recipe, make_recipe, train
 from tiny import save_tiny, tiny_model
 
 from alignkit.errors import AlignkitError, ModelError
@@ -25,8 +25,10 @@ from alignkit.models.base.places import resolve
 from alignkit.models.opening import open_model
 from alignkit.recipe.adapters import LoraSpec
 from alignkit.recipe.model import ModelSpec
+from alignkit.recipe.reading.load import load_recipe
 from alignkit.recipe.reading.stored import NAME
 from alignkit.stages.inputs.base import start_model
+from alignkit.stages.inputs.foreign import foreign_parts
 
 EVIL = "import pathlib\npathlib.Path({proof!r}).write_text('it ran')\n"
 
@@ -259,3 +261,83 @@ def test_the_base_of_an_adapter_on_the_hub_is_not_followed(
     )
     with pytest.raises(ModelError, match="someone/adapter is an adapter on the hub"):
         open_model("someone/adapter", dtype=tiny_model().dtype)
+
+
+FOREIGN: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "nothing": ({}, []),
+    "code of the base": (
+        {"model": {"trust_remote_code": True}},
+        ["executes the Python code that comes with BASE (model.trust_remote_code)"],
+    ),
+    "a loss": (
+        {"objective": {"kind": "custom", "file": "mine.py"}},
+        ["executes mine.py (objective.file)"],
+    ),
+    "a hub id": (
+        {"model": {"base": "owner/name"}},
+        ["fetches owner/name from the hub, unless it is in its cache (model.base)"],
+    ),
+    "an adapter": (
+        {"model": {"base": "lora"}},
+        [
+            "opens owner/name, the base that the adapter in FOLDER/lora names (model.base)",
+            "fetches owner/name from the hub, unless it is in its cache (model.base)",
+        ],
+    ),
+    "rows of the hub": (
+        {"data": {"train": [{"hub": "owner/rows"}]}},
+        ["fetches owner/rows from the hub, unless it is in its cache (data.train)"],
+    ),
+    "a tracker": (
+        {"training": {"trackers": ["tensorboard", "wandb"]}},
+        ["sends metrics to wandb (training.trackers)"],
+    ),
+    "a reward function": (
+        {"reward": {"function": "mine.py:score"}},
+        ["executes mine.py, for score (reward.function)"],
+    ),
+    "a server": (
+        {"reward": [{"url": "https://host.example:8000/a?key=secret"}, {"rule": "json"}]},
+        [
+            "sends prompts, responses and all columns of the rows to https://host.example:8000 "
+            "(reward.url)"
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_plan_names_what_is_foreign(
+    case: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("raise SystemExit('it ran')", encoding="utf-8")
+    save_adapter(attach_adapter(tiny_model(), LoraSpec(rank=2), 0), Path("lora"), "owner/name")
+    values, expected = FOREIGN[case]
+    make = make_ppo_recipe if "reward" in values else make_recipe
+    path = make(tmp_path, tiny_base)
+    recipe = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in values.items():
+        recipe[key] = {**recipe.get(key, {}), **value} if key in ("model", "data") else value
+    path.write_text(json.dumps(recipe), encoding="utf-8")
+    lines = foreign_parts(load_recipe(str(path)).recipe)
+    places = {"BASE": str(tiny_base), "FOLDER": str(tmp_path)}
+    for name, place in places.items():
+        expected = [line.replace(name, place) for line in expected]
+    assert lines == expected
+
+
+def test_plan_and_inspect_say_so_before_they_open_anything(
+    alignkit: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    path = make_recipe(tmp_path, tiny_base, model__base="owner/name")
+    for command in ("plan", "inspect"):
+        done = alignkit(command, path, cwd=tmp_path)
+        assert done.code == 2
+        first = done.stderr.splitlines()[0]
+        assert first.startswith("note: this recipe fetches owner/name from the hub")
+    path = make_recipe(tmp_path, tiny_base, training__trackers=["wandb"])
+    for command in ("plan", "inspect"):
+        done = alignkit(command, path, "--json", cwd=tmp_path)
+        said = json.loads(done.stdout)["foreign"]
+        assert said == ["sends metrics to wandb (training.trackers)"]

@@ -22,8 +22,8 @@ def licence_of(base: BaseModel) -> str | None:
         stated = (metadata_load(folder / "README.md") or {}).get("license")
     except (OSError, ValueError, yaml.YAMLError):  # no card, or none that can be read
         stated = None
-    if isinstance(stated, str) and stated:
-        return stated
+    if isinstance(stated, str) and stated.strip():
+        return " ".join(stated.split())
     for name, known in KNOWN_MODELS.items():
         if folder.is_dir() and folder.resolve() == model_folder(name).resolve():
             return known.licence.lower()

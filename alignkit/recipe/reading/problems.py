@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from alignkit.errors import AlignkitError
+from alignkit.recipe.addresses import hide_secrets
 from alignkit.recipe.reading.document import Document
 from alignkit.recipe.reading.yaml_values import KeyPath, show_path
 from alignkit.recipe.rewards import RULES, SOURCE_KEYS, SOURCE_TAGS
@@ -181,7 +182,9 @@ def show_value(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(map(str, value)) + "}"
     words = {"None": "null", "True": "true", "False": "false"}  # as written in YAML
-    text = repr(value) if isinstance(value, str) else words.get(str(value), repr(value))
+    text = words.get(str(value), repr(value))
+    if isinstance(value, str):
+        text = repr(hide_secrets(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 
