@@ -121,6 +121,23 @@ def require_folder_name(path: Path) -> None:
         return
 
 
+def output_path(path: Path) -> Path:
+    """The path of a file or folder to write, with `~` expanded. Writes nothing.
+
+    Raises:
+        FileError: nothing can be written under this name.
+    """
+    path = Path(os.path.expanduser(path))
+    require_folder_name(path.parent)
+    try:
+        linked = path.is_symlink()
+        if linked and not path.exists():
+            raise FileError(f"{path} is a link to nothing", hint="remove the link")
+    except (OSError, ValueError) as error:
+        raise _not_written(path, error) from None
+    return path
+
+
 def make_folder(path: Path) -> None:
     """Create a folder and its parents, if they are not there.
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from alignkit.cli.output import print_json, say, stdout
 from alignkit.errors import AlignkitError
-from alignkit.files import write_text
+from alignkit.files import output_path, write_text
 
 recipes = typer.Typer(no_args_is_help=True)
 
@@ -51,7 +51,7 @@ def copy_recipe(
     from alignkit.recipe.reading.load import find_recipe
 
     source = find_recipe(name)
-    path = target or Path(source.name)
+    path = output_path(target or Path(source.name))
     if path.is_dir():
         path = path / source.name
     if path.exists():

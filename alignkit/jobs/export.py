@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import ModelError
-from alignkit.files import write_text
+from alignkit.files import output_path, write_text
 from alignkit.models.base.fitness import require_language_model
 from alignkit.models.base.loading import BaseModel, load_tokenizer
 from alignkit.models.base.places import resolve
@@ -69,7 +69,7 @@ def gguf_of(source: str, *, output: Path | None, kind: str, overwrite: bool) -> 
     base = resolve(source).whole()
     exportable_config(base, kind)
     name = short_name(base)
-    output = (output or Path(f"{name}-{kind}.gguf")).expanduser()
+    output = output_path(output or Path(f"{name}-{kind}.gguf"))
     if output.suffix != ".gguf":
         raise ModelError(
             f"--output must end in .gguf, got {str(output)!r}",
@@ -121,7 +121,7 @@ def quantized_of(source: str, *, output: Path | None, bits: int, overwrite: bool
         raise ModelError(f"--bits cannot be {bits}", hint="8 or 4")
     require_language_model(base)
     name = short_name(base)
-    output = (output or Path(f"{name}-{KINDS[bits]}")).expanduser()
+    output = output_path(output or Path(f"{name}-{KINDS[bits]}"))
     rows, _ = file_rows(None, load_tokenizer(base))
     report = export_quantized(
         base, output, bits=bits, rows=rows, device=find_device(), overwrite=overwrite

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.prompts import Prompt, PromptSet, load_prompts
 from alignkit.data.report import DataReport, describe_rows
 from alignkit.errors import DataError, RunError
-from alignkit.files import replace_file
+from alignkit.files import output_path, replace_file
 from alignkit.jobs.candidates import (
     Candidate,
     SampleSettings,
@@ -136,6 +136,7 @@ def check_target(path: Path, *, overwrite: bool) -> None:
             f"pairs are written as .jsonl, one row a line, got {path}",
             hint=f"name it {path.with_suffix('.jsonl')}",
         )
+    output_path(path)
     if path.is_dir():
         raise RunError(f"{path} is a folder", hint="name a file")
     if path.exists() and not overwrite:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import ModelError
+from alignkit.files import output_path
 from alignkit.models.adapters.files import has_head
 from alignkit.models.adapters.finding import base_of_adapter, tokenizer_of
 from alignkit.models.base.adapter_kinds import require_mergeable
@@ -174,7 +175,7 @@ def _output(home: Path, adapters: Sequence[Path], options: MergeOptions) -> Path
         raise ModelError(
             "several adapters have no folder of their own", hint="name --output for the result"
         )
-    output = (options.output or home / "merged").expanduser()
+    output = output_path(options.output or home / "merged")
     for adapter in adapters:
         _check_output(output, adapter, options.overwrite)
     return output

@@ -132,7 +132,12 @@ class PipelineRun:
             record = Record(step.output, inputs, replaces=older)
         self.state.write(step.name, record)
         started = time.monotonic()
-        options = replace(self.options, resume=action == "resume", overwrite=action == "replace")
+        options = replace(
+            self.options,
+            resume=action == "resume",
+            overwrite=action == "replace",
+            reads=step.document.files,
+        )
         status, numbers, mark = "failed", {}, ""
         try:
             numbers = runner.run(settings, options)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignkit.errors import RunError
-from alignkit.files import write_text
+from alignkit.errors import FileError, RunError
+from alignkit.files import make_folder, open_lock, read_json, require_folder_name, write_text
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,15 @@ class PipelineState:
     """
 
     def __init__(self, folder: Path, source: Path, *, overwrite: bool) -> None:
-        if folder.exists() and not folder.is_dir():
-            raise RunError(f"{folder} is a file", hint="choose another output for the pipeline")
+        require_folder_name(folder)
         if (folder / "run.json").is_file():
             raise RunError(
                 f"{folder} is the folder of a run, not of a pipeline",
                 hint="choose another output for the pipeline",
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.path, self.source = folder / "pipeline.json", str(source)
-        self.lock = (folder / ".lock").open("a+")
+        self.lock = open_lock(folder / ".lock")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.records = self._read(overwrite)
@@ -76,14 +75,15 @@ class PipelineState:
         if not self.path.is_file():
             return {}
         try:
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            stored = read_json(self.path)
             records = {name: Record(**values) for name, values in stored["stages"].items()}
             source = stored["pipeline"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (FileError, KeyError, TypeError, AttributeError) as error:
             if overwrite:
                 return {}
+            what = f"{self.path} is not the record of a pipeline"
             raise RunError(
-                f"{self.path} cannot be read: {error}",
+                error.message if isinstance(error, FileError) else what,
                 hint="restore it, or add --overwrite to run all stages anew",
             ) from None
         if source != self.source and not overwrite:

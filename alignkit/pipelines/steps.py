@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.errors import ModelError, RunError
-from alignkit.files import write_text
+from alignkit.errors import AlignkitError, FileError, ModelError, RunError
+from alignkit.files import read_json, require_folder_name, write_text
 from alignkit.jobs.label import label_prompts
 from alignkit.models.adapters.finding import base_of
 from alignkit.models.base.places import resolve
@@ -19,6 +19,7 @@ from alignkit.recipe.adapters import FullSpec
 from alignkit.recipe.reading.label import LABEL, LabelSpec
 from alignkit.recipe.reading.pipeline import TRAINING, Step
 from alignkit.recipe.stages.base import Recipe
+from alignkit.runtime.checkpoint import stored_state
 from alignkit.stages.inputs.fingerprints import label_inputs, training_inputs
 from alignkit.stages.registry import run_stage
 from alignkit.stages.rollouts.reward_models import require_reward_model
@@ -63,7 +64,7 @@ class Runner:
 
 def _check_training(step: Step) -> None:
     recipe: Recipe = step.settings
-    check_output(recipe, resume=False, overwrite=True)
+    check_output(recipe, resume=False, overwrite=True, reads=step.document.files)
     if ("model", "base") not in step.references:
         try:
             trust = recipe.model.trust_remote_code
@@ -77,23 +78,24 @@ def _look_at_run(recipe: Recipe) -> StageOutput | None:
     folder = Path(recipe.output)
     try:
         content = (folder / "run.json").read_bytes()
-    except FileNotFoundError:
+    except OSError:
         return None
     try:
-        about = json.loads(content)
-    except ValueError:  # a power cut: the run starts anew
-        about = {"status": "unreadable"}
+        about = read_json(folder / "run.json")
+    except FileError:  # a power cut: its checkpoints, if there are any, say what it is
+        about = {}
     full = isinstance(recipe.adapter, FullSpec)
     folders = [*([] if full else ["adapter"]), *(["merged"] if full or recipe.merge else [])]
-    status = about["status"]
+    status = str(about.get("status", "unreadable"))
     if status == "finished" and not all((folder / name).is_dir() for name in folders):
         status = "incomplete"
-    resumable = status != "unreadable"
+    resumable = status != "unreadable" or bool(stored_state(folder / "checkpoints"))
     try:
         check_output(recipe, resume=True, overwrite=False)
-    except RunError:  # its rows or its base have been moved: --resume would refuse them
+    except AlignkitError:  # another recipe's run
         resumable = False
-    numbers = _numbers(about.get("summary") or {})
+    summary = about.get("summary")
+    numbers = _numbers(summary) if isinstance(summary, dict) else {}
     return StageOutput(hashlib.sha256(content).hexdigest(), status, resumable, numbers)
 
 
@@ -114,9 +116,10 @@ PAIRS, ABOUT = "pairs.jsonl", "label.json"
 def _check_label(step: Step) -> None:
     spec: LabelSpec = step.settings
     folder = Path(spec.output)
-    if (folder.exists() and not folder.is_dir()) or (folder / "run.json").is_file():
-        what = "the folder of a run" if folder.is_dir() else "a file"
-        raise RunError(f"{folder} is {what}", hint="choose another output for the stage")
+    require_folder_name(folder)
+    if (folder / "run.json").is_file():
+        what = "is the folder of a run"
+        raise RunError(f"{folder} {what}", hint="choose another output for the stage")
     checks: dict[str, Callable[[str], Any]] = {
         "model": lambda name: base_of(resolve(name)),
         "reward": require_reward_model,

@@ -33,11 +33,11 @@ def find_path(value: str, recipe_folders: tuple[Path, ...] = ()) -> Path | None:
         The first match in the recipe's folders, the working folder and the shipped assets, in
         this order; None if there is none.
     """
-    path = Path(value).expanduser()
+    path = Path(os.path.expanduser(value))
     if path.is_absolute():
-        return path if path.exists() else None
+        return path if os.path.exists(path) else None  # False, too, for a name that is too long
     for folder in (*recipe_folders, Path.cwd(), assets_root()):
-        if (folder / path).exists():
+        if os.path.exists(folder / path):
             return (folder / path).resolve()
     return None
 

@@ -36,7 +36,7 @@ class SourceSpec(Section):
     """Row format; `auto` finds it from the keys of the first row."""
     take: PositiveInt | None = None
     """Use only this many rows, from the start."""
-    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    weight: Annotated[float, Field(gt=0.0, le=10_000)] = 1.0
     """How often the rows count: 2.0 repeats each row twice an epoch, 0.5 draws half of them."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Renames: the format's key -> the file's column, as in `{prompt: question}`."""

@@ -12,9 +12,9 @@ from alignkit.recipe.section import PositiveInt, Section
 class LoopSpec(Section):
     """The optimizer and the loop around it."""
 
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Passes over the training rows; a fraction ends partway through the last pass."""
-    max_steps: PositiveInt | None = None
+    max_steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
     """Optimizer steps of the run; overrides `epochs`."""
     microbatch_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
     """Tokens of one forward and backward pass; changes speed and memory, never the result."""
@@ -25,7 +25,7 @@ class LoopSpec(Section):
     its projection 5e-4 and 1e-4."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after warm-up; cosine and linear end at zero."""
-    warmup: Annotated[float, Field(ge=0.0)] = 0.03
+    warmup: Annotated[float, Field(ge=0.0, le=1e9)] = 0.03
     """Warm-up: below 1 a share of the steps, from 1 a number of steps."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Decoupled weight decay; not applied to biases and norms."""

@@ -221,7 +221,7 @@ def test_no_kind_takes_a_field_that_is_not_its_own(kind: str) -> None:
         ),
         ("dpo", "{beta: 0}", f"objective.beta must be greater than 0, got 0{BETA_HINT}"),
         ("dpo", "{beta: -1}", f"objective.beta must be greater than 0, got -1{BETA_HINT}"),
-        ("dpo", "{beta: .nan}", f"objective.beta must be greater than 0, got nan{BETA_HINT}"),
+        ("dpo", "{beta: .nan}", f"objective.beta must be a finite number, got nan{BETA_HINT}"),
         ("dpo", "{beta: high}", f"objective.beta must be a number, got 'high'{BETA_HINT}"),
         ("dpo", "{beta: true}", f"objective.beta must be a number, got true{BETA_HINT}"),
         ("kto", "{beta: 0}", f"objective.beta must be greater than 0, got 0{BETA_HINT}"),

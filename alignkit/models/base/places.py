@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from os.path import exists, expanduser, isdir, isfile
 from pathlib import Path
 from typing import Literal
 
@@ -62,7 +63,7 @@ class Place:
             hint = f"did you mean {near[0]}?" if near else "name a folder, a .gguf file or a hub id"
             what = "is not a model: no such folder, file or known name"
             raise ModelError(f"{self.name!r} {what}", hint=hint)
-        folder = Path(self.name).expanduser()
+        folder = Path(expanduser(self.name))
         if self.kind == "folder":
             raise ModelError(
                 f"{folder} is not a model folder: it has no config.json",
@@ -86,10 +87,10 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> Place:
     Raises:
         ModelError: its folder uses files that are not in it.
     """
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
+    path = Path(expanduser(name))
+    if isfile(path) and path.suffix == ".gguf":
         return Place(name, "gguf", BaseModel(str(path.parent), path.name, trust_remote_code))
-    if path.is_dir():
+    if isdir(path):
         whole = _holding("config.json", path, path / "merged")
         adapter = _holding(CONFIG, path, path / "adapter")
         require_inside(path, {part for part in (whole, adapter) if part is not None})
@@ -102,7 +103,7 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> Place:
     if name in KNOWN_MODELS:
         folder = _holding("config.json", model_folder(name))
         return Place(name, "known", _model(folder, trust_remote_code))
-    if path.exists() or path.is_absolute() or name.count("/") != 1 or name.startswith("."):
+    if exists(path) or path.is_absolute() or name.count("/") != 1 or name.startswith("."):
         return Place(name, "nothing")
     return Place(name, "hub", BaseModel(name, None, trust_remote_code))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def _near_file(value: str, recipe_folders: tuple[Path, ...]) -> str:
     path = Path(value)
     for folder in (*recipe_folders, Path.cwd(), assets_root()):
         parent = (folder / path).parent
-        if parent.is_dir():
+        if isdir(parent):
             names = [child.name for child in parent.iterdir() if child.is_file()]
             near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)
             if near:
@@ -131,7 +132,7 @@ def _near_file(value: str, recipe_folders: tuple[Path, ...]) -> str:
 def _missing_template(value: str, document: Document) -> list[AlignkitError]:
     path = find_path(value, document.folders)
     shipped = assets_root() / "data_templates" / "chat"
-    if (path is not None and path.is_file()) or (shipped / f"{value}.jinja").is_file():
+    if (path is not None and path.is_file()) or isfile(shipped / f"{value}.jinja"):
         return []
     names = sorted(path.stem for path in shipped.glob("*.jinja"))
     near = difflib.get_close_matches(value, names, n=1)

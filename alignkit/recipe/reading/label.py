@@ -16,7 +16,7 @@ from alignkit.recipe.reading.load import without
 from alignkit.recipe.reading.problems import describe_problems, file_order
 from alignkit.recipe.reading.yaml_values import KeyPath
 from alignkit.recipe.rows import SourceSpec
-from alignkit.recipe.section import PositiveInt, Section
+from alignkit.recipe.section import Folder, PositiveInt, Section
 
 LABEL = "label"
 """Kind of the stage in a pipeline."""
@@ -27,7 +27,7 @@ Name = Annotated[str, Field(min_length=1)]
 class LabelSpec(Section):
     """Preference pairs from a model's own responses: the best of several against the worst."""
 
-    output: Name
+    output: Folder
     """Folder for `pairs.jsonl`; on the command line the .jsonl file itself."""
     model: Name
     """The model that responds: anything that `alignkit generate` opens."""
@@ -39,11 +39,11 @@ class LabelSpec(Section):
     """Responses per prompt."""
     max_new_tokens: PositiveInt = 128
     """Longest response, in tokens."""
-    temperature: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Divides the logits; there is no other sampling filter."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the sampling."""
-    margin: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    margin: Annotated[float, Field(ge=0.0)] = 0.0
     """Skip prompts whose best and worst rewards differ by no more than this."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Compute precision of both models."""

@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,9 @@ def find_recipe(name: str) -> Path:
     """
     shipped = assets_root() / "recipes"
     for candidate in (Path(name), shipped / name, shipped / f"{name}.yaml", assets_root() / name):
-        if candidate.is_file():
+        if isfile(candidate):
             return candidate
-    if Path(name).is_dir():
+    if isdir(name):
         problem = AlignkitError(f"{name}: is a folder, not a recipe", hint="name the .yaml file")
         raise RecipeError([problem])
     near = difflib.get_close_matches(

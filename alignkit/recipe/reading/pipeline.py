@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from os.path import expanduser, isfile, realpath
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +179,8 @@ class _Reading:
 
     def __post_init__(self) -> None:
         output = self.document.values.get("output")
-        self.output = output if isinstance(output, str) and output else "runs"
-        if self.output is not output:
+        self.output = expanduser(output) if isinstance(output, str) and output else "runs"
+        if not isinstance(output, str) or not output:
             rule = "is required and missing" if output is None else f"must be text, got {output!r}"
             self._problem(("output",), f"output {rule}", "as in output: runs/my-pipeline")
         for key in self.document.values:
@@ -193,9 +194,10 @@ class _Reading:
         folder = f"{self.output.rstrip('/')}/{name}"
         try:
             kind, document = self._mapping(name, overrides)
-            document.values.setdefault("output", folder)
-            later = list(self.document.values["stages"])
-            references = replace_references(document, name, self.outputs, later)
+            output = document.values.get("output", folder)
+            document.values["output"] = expanduser(output) if isinstance(output, str) else output
+            every = self.document.values["stages"]
+            references = replace_references(document, name, self.outputs, every)
             settings = READERS[kind](document, references)
             self.steps.append(Step(name, kind, document, references, settings))
             folder = document.values["output"]
@@ -205,9 +207,8 @@ class _Reading:
 
     def check_kinds(self) -> None:
         """Check that references name a stage of the right kind: a policy, a reward model."""
-        trained = {
-            step.name: step.settings for step in self.steps if isinstance(step.settings, Recipe)
-        }
+        settings = {step.name: step.settings for step in self.steps}
+        trained = {name: each for name, each in settings.items() if isinstance(each, Recipe)}
         for step in self.steps:
             for key, names in step.references.items():
                 recipe = trained.get(names[0])
@@ -230,10 +231,10 @@ class _Reading:
 
     def check_outputs(self) -> None:
         """Check that no stage can delete the pipeline's folder or another stage's output."""
-        folders = {step.name: Path(step.output).resolve() for step in self.steps}
+        folders = {step.name: Path(realpath(step.output)) for step in self.steps}
         for index, step in enumerate(self.steps):
             here = folders[step.name]
-            if Path(self.output).resolve().is_relative_to(here):
+            if Path(realpath(self.output)).is_relative_to(here):
                 rule = f"output is or contains the pipeline's folder: {step.output}"
             else:
                 others = [
@@ -258,8 +259,8 @@ class _Reading:
             rule = f"stages.{name} must be a mapping of keys to values, got {values!r}"
             _fail(f"{where}: {rule}", f"as in {name}: {{recipe: quickstart/sft.yaml}}")
         if not STAGE_NAME.fullmatch(name):
-            hint = "use letters, digits, - and _, as in sft-2"
-            _fail(f"{where}: stages.{name} is not a valid stage name", hint)
+            rule = f"stages.{name} is not a valid stage name"
+            _fail(f"{where}: {rule}", "use letters, digits, - and _, as in sft-2")
         document = part_of(self.document, path)
         document.places[()] = where
         if "recipe" in values:
@@ -284,7 +285,7 @@ class _Reading:
             _fail(f"{where}: stages.{name}.recipe must be a file or shipped name, got {wanted!r}")
         nearby = [folder / wanted for folder in document.folders]
         try:
-            file = next((path for path in nearby if path.is_file()), None) or find_recipe(wanted)
+            file = next((path for path in nearby if isfile(path)), None) or find_recipe(wanted)
         except RecipeError as error:
             rule = f"stages.{name}.recipe names no recipe: {wanted!r}"
             _fail(f"{where}: {rule}", error.problems[0].hint)

@@ -7,6 +7,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,6 @@ def _anchored(value: Any, folders: tuple[Path, ...], keys: tuple[str, ...]) -> A
         return value
     file, colon, function = value.rpartition(":") if keys[-1] == "function" else (value, "", "")
     for folder in folders:
-        if file and (folder / file).exists():
+        if file and exists(folder / file):
             return str((folder / file).resolve()) + colon + function
     return value

@@ -24,7 +24,7 @@ from alignkit.recipe.facts import DataFacts, ModelFacts
 from alignkit.recipe.model import ModelSpec
 from alignkit.recipe.rewards import RewardSource
 from alignkit.recipe.rows import DataSpec
-from alignkit.recipe.section import Section
+from alignkit.recipe.section import Folder, Section
 from alignkit.recipe.training import LoopSpec, TrainingSpec
 
 
@@ -96,7 +96,7 @@ class Recipe(Section):
 
     stage: str
     """The training stage."""
-    output: Annotated[str, Field(min_length=1)]
+    output: Folder
     """Run folder: metrics, checkpoints, adapter/ and merged/."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of data order, adapter initialisation and dropout."""
