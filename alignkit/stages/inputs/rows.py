@@ -23,6 +23,7 @@ from alignkit.data.tokenize import TokenizeSettings
 from alignkit.errors import AlignkitError
 from alignkit.models.adapters.continued import started_adapter
 from alignkit.models.adapters.sizes import measure_model
+from alignkit.models.base.fitness import require_token_rows
 from alignkit.models.base.loading import BaseModel, load_config, load_tokenizer
 from alignkit.models.rewards.classifier import require_classifier
 from alignkit.packed import IntArray, Role
@@ -127,6 +128,8 @@ def load_rows(recipe: Recipe, base: BaseModel) -> Rows:
         held_out = load_dataset(data.eval, tokenizer, settings, recipe.seed, cache)
     elif data.eval_fraction is not None:
         train, held_out = split_dataset(train, data.eval_fraction, recipe.seed)
+    for dataset in filter(None, (train, held_out)):
+        require_rows_of(dataset, load_config(base))
     if not recipe.uses_margins:
         for row in np.flatnonzero(train.margins).tolist():
             train.report.note(f"its margin is not used by {recipe.stage}", train.places[row])
@@ -169,7 +172,18 @@ def load_prompt_rows(recipe: RolloutRecipe, base: BaseModel) -> PromptRows:
         held_out = read(data.eval)
     elif data.eval_fraction is not None:
         train, held_out = split_prompts(train, data.eval_fraction, recipe.seed)
+    config = load_config(base)
+    for prompts in filter(None, (train, held_out)):
+        for prompt, place in zip(prompts.prompts, prompts.places, strict=True):
+            require_token_rows(config, prompt.ids, place)
     return PromptRows(base, tokenizer, train, held_out)
+
+
+def require_rows_of(dataset: TokenDataset, config: Any) -> None:
+    """Refuse rows with tokens that the model has no row for; see `require_token_rows`."""
+    ends = dataset.bounds[:, -1]
+    furthest = int(np.searchsorted(ends, np.argmax(dataset.ids), "right"))
+    require_token_rows(config, dataset.ids, dataset.places[furthest])
 
 
 def row_settings(recipe: Recipe) -> TokenizeSettings:

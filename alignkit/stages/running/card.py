@@ -15,7 +15,8 @@ import alignkit
 from alignkit.files import write_text
 from alignkit.models.base.adapter_kinds import peft_kind
 from alignkit.models.base.licence import licence_of
-from alignkit.models.base.loading import BaseModel
+from alignkit.models.base.loading import BaseModel, load_config
+from alignkit.models.base.transformers4 import reader_line
 from alignkit.recipe.rows import SourceSpec
 from alignkit.recipe.stages.base import Recipe
 
@@ -83,7 +84,9 @@ def write_card(
         values = recipe.as_dict()
         shown = {key: values[key] for key in SETTINGS if values.get(key) is not None}
         parts += ["## Settings", f"```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```"]
-    if adapter:
+    if not adapter:
+        parts += ["## Use", reader_line(load_config(base).get_text_config().model_type)]
+    else:
         parts += ["## Use", _USE.format(base=_short(base.name))]
     if report is not None:
         # The first line says where it was written.
