@@ -21,7 +21,8 @@ from alignkit.data.split import count_overlap, count_prompt_overlap, split_datas
 from alignkit.data.templates import template_text
 from alignkit.data.tokenize import TokenizeSettings
 from alignkit.errors import AlignkitError
-from alignkit.models.adapters.continued import started_adapter
+from alignkit.models.adapters.continued import adapter_folder, started_adapter
+from alignkit.models.adapters.finding import tokenizer_of
 from alignkit.models.adapters.sizes import measure_model
 from alignkit.models.base.fitness import require_token_rows
 from alignkit.models.base.loading import BaseModel, load_config, load_tokenizer
@@ -117,9 +118,8 @@ def load_rows(recipe: Recipe, base: BaseModel) -> Rows:
         recipe: with its defaults.
         base: from `start_model`.
     """
-    spec, data = recipe.model, recipe.data
-    template = template_text(spec.chat_template) if spec.chat_template else None
-    tokenizer = load_tokenizer(base, template)
+    data = recipe.data
+    tokenizer = run_tokenizer(recipe, base)
     settings = row_settings(recipe)
     cache = alignkit_home() / "cache" / "tokens"
     train = load_dataset(data.train, tokenizer, settings, recipe.seed, cache)
@@ -140,6 +140,17 @@ def load_rows(recipe: Recipe, base: BaseModel) -> Rows:
     return Rows(base, tokenizer, train, held_out)
 
 
+def run_tokenizer(recipe: Recipe, base: BaseModel) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run: that of an adapter it continues, where it has its own, or the base's;
+    with the recipe's chat template."""
+    named, before = recipe.model.chat_template, adapter_folder(recipe.adapter)
+    template = template_text(named) if named else None
+    source = base if before is None else tokenizer_of(before, base)
+    if base.changes.tokens and source is not base:  # the adapter's has them already
+        template, source = template or load_tokenizer(source).chat_template, base
+    return load_tokenizer(source, template)
+
+
 def load_prompt_rows(recipe: RolloutRecipe, base: BaseModel) -> PromptRows:
     """Tokenize the recipe's prompts; `data.max_length` holds a prompt and its response.
 
@@ -150,7 +161,7 @@ def load_prompt_rows(recipe: RolloutRecipe, base: BaseModel) -> PromptRows:
     Raises:
         AlignkitError: no room is left for prompts.
     """
-    spec, data = recipe.model, recipe.data
+    data = recipe.data
     room = data.max_length - recipe.rollout.max_new_tokens
     if room < 1:
         raise AlignkitError(
@@ -158,8 +169,7 @@ def load_prompt_rows(recipe: RolloutRecipe, base: BaseModel) -> PromptRows:
             f"rollout.max_new_tokens = {recipe.rollout.max_new_tokens}",
             hint="raise data.max_length or lower rollout.max_new_tokens",
         )
-    template = template_text(spec.chat_template) if spec.chat_template else None
-    tokenizer = load_tokenizer(base, template)
+    tokenizer = run_tokenizer(recipe, base)
     read = partial(
         load_prompts,
         tokenizer=tokenizer,
