@@ -25,6 +25,7 @@ from alignkit.models.attention.cached import (
     round_up,
 )
 from alignkit.models.attention.prefix import has_window
+from alignkit.models.base.fitness import require_token_rows
 from alignkit.models.kernels.lora import fixed_factors
 from alignkit.models.kernels.precision import compute_context
 from alignkit.models.kernels.vocab_head import logit_transform, next_logits
@@ -113,6 +114,8 @@ class TransformersEngine:
         self, prompts: Sequence[npt.NDArray[np.integer[Any]]], seeds: Sequence[Sequence[int]]
     ) -> list[SampledResponse]:
         """See `RolloutEngine.generate`. Prompts of similar length share a batch."""
+        for prompt in prompts:
+            require_token_rows(self.inner.config, prompt, "a prompt")
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
         responses: dict[int, SampledResponse] = {}
         was_training = self.inner.training

@@ -44,7 +44,7 @@ from alignkit.runtime.devices import find_device, tune_processor
 from alignkit.runtime.processes import SINGLE
 from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.checking import kind_of_rows
-from alignkit.stages.inputs.rows import load_rows, row_settings
+from alignkit.stages.inputs.rows import load_rows, require_rows_of, row_settings
 from alignkit.stages.running.definition import definition_of
 from alignkit.stages.supervised.pairs import pair_hooks
 from alignkit.stages.supervised.preference import preference_scores
@@ -191,6 +191,7 @@ def _rows(opened: OpenModel, question: Question, run: Path | None) -> tuple[RowK
     settings = TokenizeSettings(limit, "drop", "completions", kind)
     cache = alignkit_home() / "cache" / "tokens"
     dataset = load_dataset([source], opened.tokenizer, settings, 0, cache)
+    require_rows_of(dataset, opened.model.config)
     return kind, with_mismatched(dataset, limit, 0) if kind == "labelled" else dataset
 
 

@@ -12,8 +12,15 @@ from alignkit.files import output_path
 from alignkit.models.adapters.files import has_head
 from alignkit.models.adapters.finding import base_of_adapter, tokenizer_of
 from alignkit.models.base.adapter_kinds import require_mergeable
+from alignkit.models.base.fitness import require_token_rows
 from alignkit.models.base.identity import weights_fingerprint
-from alignkit.models.base.loading import DTYPES, BaseModel, load_tokenizer, stored_dtype
+from alignkit.models.base.loading import (
+    DTYPES,
+    BaseModel,
+    load_config,
+    load_tokenizer,
+    stored_dtype,
+)
 from alignkit.models.base.places import resolve
 from alignkit.models.merging.dense import ONTO, Onto
 from alignkit.models.merging.merge import merge_adapter
@@ -90,6 +97,8 @@ def merge_run(
         raise ModelError(f"{output} holds the base itself", hint="name another --output")
     tokenizer = load_tokenizer(tokenizer_of(first, model))
     rows, stops = file_rows(options.data, tokenizer)
+    for row in rows:
+        require_token_rows(load_config(model), row, options.data or "a shipped row")
     shared: dict[str, Any] = {
         "rows": rows,
         "dtype": DTYPES[options.dtype] if options.dtype else stored_dtype(model),

@@ -181,7 +181,7 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "r.jsonl").write_text("{}", encoding="utf-8")
     pipeline.write_text(
         f"output: ~/all\nstages:\n  a: {stage}}}\n  b: {stage}, output: ~/b}}\n"
-        f"  c: {stage.replace('base: b', 'base: "${a}"')}}}\n",
+        "  c: " + stage.replace("base: b", 'base: "${a}"') + "}\n",
         encoding="utf-8",
     )
     steps = load_pipeline(str(pipeline)).steps

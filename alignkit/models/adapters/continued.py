@@ -11,9 +11,11 @@ from alignkit.models.adapters.files import (
     require_base,
     trained_over,
 )
+from alignkit.models.adapters.patterns import require_quick_patterns
 from alignkit.models.base.adapter_kinds import KINDS
-from alignkit.models.base.loading import BaseModel
+from alignkit.models.base.loading import BaseModel, load_config
 from alignkit.models.base.places import resolve
+from alignkit.models.base.skeleton import build_skeleton
 from alignkit.recipe.adapters import AnySpec, FullSpec, continues
 
 _LORA = {
@@ -67,6 +69,12 @@ def started_adapter(spec: AnySpec, base: BaseModel) -> AnySpec:
             hint="copy both from the recipe of the run it comes from",
         )
     config = read_adapter_config(folder)
+    trust = base.trust_remote_code
+    require_quick_patterns(
+        config,
+        lambda: build_skeleton(load_config(base), trust_remote_code=trust).state_dict(),
+        folder,
+    )
     kind = KINDS[str(getattr(config.peft_type, "value", config.peft_type))]
     if kind != spec.kind:
         raise ModelError(

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, PrefixTuningConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict, load_peft_weights
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from alignkit.errors import ModelError
+from alignkit.models.adapters.patterns import require_quick_patterns
 from alignkit.models.adapters.prefix import require_fitting_prefix
 from alignkit.models.base.adapter_kinds import KINDS, stored_config
 from alignkit.models.base.changes import BaseChanges
+from alignkit.models.base.files import reason
 from alignkit.models.base.identity import weights_fingerprint
 from alignkit.models.base.loading import BaseModel
 from alignkit.models.kernels.lora import use_fast_lora
@@ -134,10 +135,9 @@ def read_adapter_config(folder: Path) -> Any:
         )
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        first_line = str(error).split("\n")[0]
+    except Exception as error:  # a wrong type in the file may end in any error
         raise ModelError(
-            f"{folder}/adapter_config.json cannot be read: {first_line}",
+            f"{folder}/adapter_config.json cannot be read: {reason(error)}",
             hint="the file must be one that PEFT wrote",
         ) from error
     kind = str(getattr(config.peft_type, "value", config.peft_type))
@@ -183,6 +183,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
         whole = [name for name in config.modules_to_save or [] if name != "score"]
         config.task_type, config.modules_to_save = "CAUSAL_LM", whole or None
     require_fitting_prefix(config, model, folder)
+    require_quick_patterns(config, model.state_dict, folder)
     if isinstance(config, PrefixTuningConfig):
         config.task_type = "CAUSAL_LM"  # without a task, PEFT's forward leaves the prefix out
     stored = read_weights(folder)
@@ -240,10 +241,9 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         if not any((folder / name).is_file() for name in (WEIGHTS, "adapter_model.bin")):
             raise FileNotFoundError(f"there is no {WEIGHTS}")  # PEFT would look for it on the hub
         stored: dict[str, torch.Tensor] = load_peft_weights(str(folder), device="cpu")
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
-        first_line = str(error).strip().split("\n")[0][:200]
+    except Exception as error:  # a cut file or a pickle may end in any error
         raise ModelError(
-            f"the adapter weights in {folder} cannot be read: {first_line}",
+            f"the adapter weights in {folder} cannot be read: {reason(error)}",
             hint="copy the folder again, or train again; the file may be cut off",
         ) from error
     for name, weight in stored.items():
@@ -252,7 +252,10 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
                 f"the adapter in {folder} holds values that are not finite, in {name}",
                 hint="training diverged; use an earlier checkpoint",
             )
-    return stored
+    # Beside a whole embedding PEFT writes copies of it under its own names.
+    own = {name: name.replace(".modules_to_save.", ".") for name in stored}
+    copies = {n for n in stored if own[n] != n and own[n] in stored}
+    return {n: w for n, w in stored.items() if n not in copies or not w.equal(stored[own[n]])}
 
 
 def _require_whole(folder: Path, stored: set[str], loaded: PeftModel) -> None:

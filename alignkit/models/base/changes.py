@@ -7,7 +7,7 @@ again whenever it is read, merged or continued.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -24,10 +24,18 @@ class BaseChanges:
     Args:
         rope: scaled positions; None changes nothing.
         tokens: texts that become one token each.
+        rows: of embedding and output head, where an adapter holds all of them and has another
+            number of them than the base; 0 keeps the base's.
     """
 
     rope: RopeSpec | None = None
     tokens: tuple[str, ...] = ()
+    rows: int = field(default=0, repr=False)  # its repr is part of hashes that older versions kept
+
+    @property
+    def resizes(self) -> bool:
+        """Whether embedding and output head have another number of rows than the base's."""
+        return bool(self.tokens or self.rows)
 
 
 UNCHANGED = BaseChanges()
@@ -104,44 +112,48 @@ def new_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[i
     return [int(index) for index in tokenizer.convert_tokens_to_ids(list(tokens))]
 
 
-def grow(weight: torch.Tensor, ids: Sequence[int], pieces: Sequence[Sequence[int]]) -> torch.Tensor:
+def grow(
+    weight: torch.Tensor, ids: Sequence[int], pieces: Sequence[Sequence[int]], rows: int = 0
+) -> torch.Tensor:
     """An embedding or output matrix with rows for new tokens.
 
     Args:
         weight: `[V, H]`, or `[V]` for a bias.
         ids: of the new tokens.
         pieces: what each was split into before; its row starts as their mean.
+        rows: to end up with, perhaps fewer; 0 for as many as there are and the ids ask for.
 
     Returns:
-        At least as many rows as the largest id asks for; other new ones are zero.
+        The matrix; other new rows are zero.
     """
-    rows = max(len(weight), max(ids) + 1)
+    rows = rows or max(len(weight), max(ids) + 1)
     grown = weight.new_zeros(rows, *weight.shape[1:])
-    grown[: len(weight)] = weight
+    grown[: len(weight)] = weight[:rows]
     for index, parts in zip(ids, pieces, strict=True):
         grown[index] = weight[list(parts)].float().mean(0).to(weight.dtype)
     return grown
 
 
-def grow_model(model: PreTrainedModel, ids: Sequence[int], pieces: Sequence[Sequence[int]]) -> None:
-    """Give a model's embedding and output head rows for new tokens; see `grow`."""
+def grow_model(
+    model: PreTrainedModel, ids: Sequence[int], pieces: Sequence[Sequence[int]], rows: int = 0
+) -> None:
+    """Give a model's embedding and output head another number of rows; see `grow`."""
+
+    def _parameter(weight: torch.Tensor) -> nn.Parameter:
+        data = grow(weight.data, ids, pieces, rows)
+        return nn.Parameter(data, requires_grad=weight.requires_grad)
+
     with torch.no_grad():
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         tied = head is not None and head.weight is embedding.weight
-        embedding.weight = _parameter(embedding.weight, ids, pieces)
+        embedding.weight = _parameter(embedding.weight)
         embedding.num_embeddings = len(embedding.weight)
         if head is not None:
-            head.weight = embedding.weight if tied else _parameter(head.weight, ids, pieces)
+            head.weight = embedding.weight if tied else _parameter(head.weight)
             head.out_features = len(head.weight)
             if getattr(head, "bias", None) is not None:
-                head.bias = _parameter(head.bias, ids, pieces)
+                head.bias = _parameter(head.bias)
     model.config.get_text_config().vocab_size = len(embedding.weight)
-
-
-def _parameter(
-    weight: torch.Tensor, ids: Sequence[int], pieces: Sequence[Sequence[int]]
-) -> nn.Parameter:
-    return nn.Parameter(grow(weight.data, ids, pieces), requires_grad=weight.requires_grad)
 
 
 def grown(
@@ -149,18 +161,20 @@ def grown(
     names: Sequence[str],
     ids: Sequence[int],
     pieces: Sequence[Sequence[int]],
+    rows: int = 0,
 ) -> Callable[[str], torch.Tensor]:
-    """Stored weights as those of a model that has rows for new tokens.
+    """Stored weights as those of a model that has another number of rows.
 
     Args:
         weight: gives a stored weight by its name.
         names: of embedding and head.
         ids: of the new tokens.
         pieces: see `grow`.
+        rows: see `grow`.
     """
 
     def grown_weight(name: str) -> torch.Tensor:
         stored = weight(name)
-        return grow(stored, ids, pieces) if name in names else stored
+        return grow(stored, ids, pieces, rows) if name in names else stored
 
     return grown_weight

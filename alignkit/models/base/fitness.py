@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+
 from alignkit.errors import ModelError
 from alignkit.models.base.loading import BaseModel, load_config
 
@@ -29,6 +33,25 @@ def require_plain_weights(base: BaseModel) -> None:
         raise ModelError(
             f"the weights of {base.name} are quantized in its files",
             hint="name the model they were made from, and set model.quantization",
+        )
+
+
+def require_token_rows(config: Any, ids: Any, place: str) -> None:
+    """Refuse tokens for which a model has no row: its tokenizer has more than its embedding.
+
+    Args:
+        config: of the model.
+        ids: `[T]` ids of the tokens that it is to read.
+        place: of the largest, for the message.
+
+    Raises:
+        ModelError: an id is beyond the embedding.
+    """
+    rows, largest = config.get_text_config().vocab_size, int(np.max(ids, initial=-1))
+    if largest >= rows:
+        raise ModelError(
+            f"{place} has the token {largest}, but the model's embedding has only {rows} rows",
+            hint="use the tokenizer that belongs to the model",
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from alignkit.models.base.loading import BaseModel, load_model, load_tokenizer
+from alignkit.models.base.transformers4 import add_older_names
 from alignkit.models.quiet import quiet_transformers
 
 
@@ -25,3 +26,4 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    add_older_names(folder)

@@ -65,7 +65,7 @@ def weights_version(base: BaseModel) -> str:
     """
     digest = hashlib.sha256(weights_fingerprint(base).encode())
     if base.changes != BaseChanges():
-        digest.update(repr(base.changes).encode())
+        digest.update(f"{base.changes!r}{base.changes.rows or ''}".encode())
     folder = Path(base.location)
     if folder.is_dir():
         for path in sorted(folder.iterdir()):

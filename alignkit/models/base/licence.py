@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-import yaml
 from huggingface_hub.repocard import metadata_load
 
 from alignkit.models.base.known import KNOWN_MODELS, model_folder
@@ -20,10 +20,11 @@ def licence_of(base: BaseModel) -> str | None:
     folder = Path(base.location)
     try:
         stated = (metadata_load(folder / "README.md") or {}).get("license")
-    except (OSError, ValueError, yaml.YAMLError):  # no card, or none that can be read
+    except Exception:  # no card, or none that can be read: yaml raises what its tags raise
         stated = None
-    if isinstance(stated, str) and stated.strip():
-        return " ".join(stated.split())
+    # It goes into another card: an identifier, never a heading, a link or a script.
+    if isinstance(stated, str) and re.fullmatch(r"[\w.+-]{1,60}", stated):
+        return stated
     for name, known in KNOWN_MODELS.items():
         if folder.is_dir() and folder.resolve() == model_folder(name).resolve():
             return known.licence.lower()

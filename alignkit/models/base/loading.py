@@ -112,6 +112,8 @@ def load_tokenizer(base: BaseModel, template: str | None = None) -> PreTrainedTo
 def token_rows(base: BaseModel) -> tuple[list[int], list[list[int]]]:
     """Ids of the tokens that are added to a base, and what each was split into before."""
     tokens = base.changes.tokens
+    if not tokens:
+        return [], []
     tokenizer = load_tokenizer(replace(base, changes=UNCHANGED))
     pieces = add_tokens(tokenizer, tokens)
     return new_ids(tokenizer, tokens), pieces
@@ -122,9 +124,9 @@ def load_config(base: BaseModel) -> PreTrainedConfig:
     config = copy.deepcopy(_stored_config(base))
     if base.changes.rope is not None:
         scale_positions(config, base.changes.rope)
-    if base.changes.tokens:
-        text = config.get_text_config()
-        text.vocab_size = max(text.vocab_size, max(token_rows(base)[0]) + 1)
+    text, changes = config.get_text_config(), base.changes
+    if changes.resizes:
+        text.vocab_size = changes.rows or max(text.vocab_size, max(token_rows(base)[0]) + 1)
     return config
 
 
@@ -185,8 +187,8 @@ def load_model(
         ModelError: the files cannot be read, or a GGUF file is to be quantized.
     """
     model = _load_unchanged(base, dtype, device, quantization)
-    if base.changes.tokens:
-        grow_model(model, *token_rows(base))
+    if base.changes.resizes:
+        grow_model(model, *token_rows(base), base.changes.rows)
     return model
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
 from alignkit.files import replace_file
 from alignkit.models.base.fitness import require_language_model
+from alignkit.models.base.generation import generation_settings
 from alignkit.models.base.licence import licence_of
 from alignkit.models.base.loading import BaseModel, load_config, load_tokenizer
 from alignkit.models.export.gguf_check import (
@@ -196,10 +197,7 @@ def local_folder(base: BaseModel) -> Path:
 
 def stop_ids(base: BaseModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end a response: EOS of the tokenizer, and those of the generation settings."""
-    try:
-        ids = GenerationConfig.from_pretrained(base.location).eos_token_id
-    except OSError:
-        ids = None
+    ids = getattr(generation_settings(base)[0], "eos_token_id", None)
     listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
     stops = [tokenizer.eos_token_id, *listed]
     return list(dict.fromkeys(int(number) for number in stops if number is not None))

@@ -53,11 +53,12 @@ class MergedWeights:
         self.blend = adapter if isinstance(adapter, Blend) else Blend((AdapterPart(adapter),))
         self.plain = _skeleton(base)
         self.config = self.plain.config
-        resized = _vocabulary_names(self.plain) if base.changes.tokens else []
+        resized = _vocabulary_names(self.plain) if base.changes.resizes else []
         self.stored = open_weights(base, self.plain, resized)
         self.original: Weight = self.stored.__getitem__
-        if base.changes.tokens:
-            self.original = grown(self.original, resized, *token_rows(base))
+        if base.changes.resizes:
+            rows = base.changes.rows
+            self.original = grown(self.original, resized, *token_rows(base), rows)
         self.adapted = [self._under(part.folder) for part in self.blend.parts]
         self.notes: tuple[str, ...] = ()
         self.quantization, self.trained = self._trained()

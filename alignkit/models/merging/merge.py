@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from alignkit.models.base.generation import generation_settings
 from alignkit.models.base.loading import BaseModel, load_tokenizer
 from alignkit.models.merging.dense import MergedWeights, Onto, read_merged
 from alignkit.models.merging.report import Drift, MergeReport, require_faithful
@@ -108,7 +109,7 @@ def merge_adapter(
             loss=mean_loss(exact, samples),
             merged_loss=mean_loss(logits, samples),
             quantized=quantized,
-            notes=merge.notes,
+            notes=(*merge.notes, *filter(None, [generation_settings(base)[1]])),
         )
         require_faithful(report)
     return report

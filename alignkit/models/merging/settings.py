@@ -13,6 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 
 from alignkit.files import replace_folder
 from alignkit.models.adapters.files import fitting, read_adapter_config
+from alignkit.models.adapters.patterns import require_quick_patterns
 from alignkit.models.base.loading import BaseModel, load_config, stored_dtype
 from alignkit.models.base.skeleton import build_skeleton
 from alignkit.models.peft_parts import stored_name
@@ -57,8 +58,10 @@ def _unties(model: Any, adapter: Path) -> bool:
     tied = dict(model.all_tied_weights_keys)
     if not tied:
         return False
+    config = read_adapter_config(adapter)
+    require_quick_patterns(config, model.state_dict, adapter)
     with fitting(adapter), torch.device("meta"):
-        adapted = get_peft_model(model, read_adapter_config(adapter))
+        adapted = get_peft_model(model, config)
     kinds = {
         stored_name(name): type(module)
         for name, module in adapted.named_modules()

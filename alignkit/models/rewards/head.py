@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from alignkit.errors import ModelError
 from alignkit.files import write_text
 from alignkit.models.adapters.files import HEAD_KEY
+from alignkit.models.base.files import reading
 from alignkit.models.scoring.scorer import causal_model
 
 STATISTICS = "reward.json"
@@ -51,11 +52,25 @@ class RewardStatistics:
 
 
 def read_statistics(folder: Path) -> RewardStatistics | None:
-    """The statistics in a folder; None if it has none."""
+    """The statistics in a folder; None if it has none.
+
+    Raises:
+        ModelError: the file does not hold them.
+    """
     path = folder / STATISTICS
     if not path.is_file():
         return None
-    return RewardStatistics(**json.loads(path.read_text(encoding="utf-8")))
+    kinds = {field.name: field.type for field in dataclasses.fields(RewardStatistics)}
+    with reading(folder, STATISTICS):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or values.keys() != kinds.keys():
+            raise ValueError(f"it must hold {', '.join(kinds)}")
+        for key, kind in kinds.items():
+            value = values[key]
+            right = isinstance(value, str) if kind == "str" else isinstance(value, int | float)
+            if not right:
+                raise ValueError(f"{key} cannot be {value!r}")
+    return RewardStatistics(**values)
 
 
 def new_head(model: PreTrainedModel, seed: int) -> nn.Linear:
@@ -99,7 +114,7 @@ def read_head(folder: Path) -> nn.Linear:
         ModelError: the folder holds no scalar head.
     """
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
+        with reading(folder, "the weights"), safe_open(path, "pt") as file:
             for key in (HEAD_KEY, "score.weight"):
                 if key in file.keys():  # noqa: SIM118  it is not a dictionary
                     return _linear(file.get_tensor(key), folder)

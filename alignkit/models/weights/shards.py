@@ -119,7 +119,7 @@ def open_weights(
     Args:
         base: a folder of safetensors, a GGUF file or a hub id.
         skeleton: the model without storage.
-        resized: names of weights that have more rows in the skeleton than in the files.
+        resized: names of weights that have other numbers of rows in the skeleton.
         kind: class that reads a folder whose files name weights differently; None for a language
             model.
 

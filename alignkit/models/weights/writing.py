@@ -11,15 +11,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import ModelError
 from alignkit.files import list_folder, replace_folder
+from alignkit.models.base.generation import generation_settings, repaired
 from alignkit.models.base.loading import BaseModel
+from alignkit.models.base.transformers4 import add_older_names
 from alignkit.models.quiet import quiet_transformers
 
 
@@ -94,12 +92,10 @@ def write_settings(
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if stop_tokens is not None:
-            try:
-                settings = GenerationConfig.from_pretrained(base.location)
-            except OSError:
-                settings = model.generation_config
+            settings = generation_settings(base)[0] or repaired(model.generation_config)[0]
             add_stops(settings, stop_tokens)
             settings.save_pretrained(folder)
+    add_older_names(folder)
     if base.trust_remote_code and Path(base.location).is_dir():
         for code in Path(base.location).glob("*.py"):
             shutil.copy(code, folder / code.name)
@@ -133,9 +129,12 @@ def write_and_read(
     Raises:
         ModelError: the files do not hold what was written.
     """
+    if model.generation_config is not None:
+        model.generation_config = repaired(model.generation_config)[0]
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        add_older_names(folder)
         read_back = read(folder)
     wanted, stored = model.state_dict(), read_back.state_dict()
     for name in wanted.keys() | stored.keys():

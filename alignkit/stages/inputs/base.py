@@ -19,6 +19,7 @@ from alignkit.models.adapters.finding import base_of_adapter, tokenizer_of
 from alignkit.models.base.adapter_kinds import require_mergeable
 from alignkit.models.base.changes import BaseChanges
 from alignkit.models.base.fitness import require_language_model, require_plain_weights
+from alignkit.models.base.generation import generation_settings
 from alignkit.models.base.identity import weights_version
 from alignkit.models.base.loading import BaseModel, load_tokenizer, stored_dtype
 from alignkit.models.base.places import resolve
@@ -52,6 +53,9 @@ def start_model(spec: ModelSpec, *, merge: bool = True) -> BaseModel:
         require_language_model(base)
         require_plain_weights(base)
         require_complete(base)
+    change = generation_settings(base)[1]
+    if change:
+        print_line(change, "note")
     return replace(base, changes=BaseChanges(spec.rope_scaling, spec.add_tokens))
 
 

@@ -21,8 +21,10 @@ from alignkit.data.split import count_overlap, count_prompt_overlap, split_datas
 from alignkit.data.templates import template_text
 from alignkit.data.tokenize import TokenizeSettings
 from alignkit.errors import AlignkitError
-from alignkit.models.adapters.continued import started_adapter
+from alignkit.models.adapters.continued import adapter_folder, started_adapter
+from alignkit.models.adapters.finding import tokenizer_of
 from alignkit.models.adapters.sizes import measure_model
+from alignkit.models.base.fitness import require_token_rows
 from alignkit.models.base.loading import BaseModel, load_config, load_tokenizer
 from alignkit.models.rewards.classifier import require_classifier
 from alignkit.packed import IntArray, Role
@@ -116,9 +118,8 @@ def load_rows(recipe: Recipe, base: BaseModel) -> Rows:
         recipe: with its defaults.
         base: from `start_model`.
     """
-    spec, data = recipe.model, recipe.data
-    template = template_text(spec.chat_template) if spec.chat_template else None
-    tokenizer = load_tokenizer(base, template)
+    data = recipe.data
+    tokenizer = run_tokenizer(recipe, base)
     settings = row_settings(recipe)
     cache = alignkit_home() / "cache" / "tokens"
     train = load_dataset(data.train, tokenizer, settings, recipe.seed, cache)
@@ -127,6 +128,8 @@ def load_rows(recipe: Recipe, base: BaseModel) -> Rows:
         held_out = load_dataset(data.eval, tokenizer, settings, recipe.seed, cache)
     elif data.eval_fraction is not None:
         train, held_out = split_dataset(train, data.eval_fraction, recipe.seed)
+    for dataset in filter(None, (train, held_out)):
+        require_rows_of(dataset, load_config(base))
     if not recipe.uses_margins:
         for row in np.flatnonzero(train.margins).tolist():
             train.report.note(f"its margin is not used by {recipe.stage}", train.places[row])
@@ -135,6 +138,17 @@ def load_rows(recipe: Recipe, base: BaseModel) -> Rows:
         if held_out is not None:
             held_out = with_mismatched(held_out, data.max_length, recipe.seed)
     return Rows(base, tokenizer, train, held_out)
+
+
+def run_tokenizer(recipe: Recipe, base: BaseModel) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run: that of an adapter it continues, where it has its own, or the base's;
+    with the recipe's chat template."""
+    named, before = recipe.model.chat_template, adapter_folder(recipe.adapter)
+    template = template_text(named) if named else None
+    source = base if before is None else tokenizer_of(before, base)
+    if base.changes.tokens and source is not base:  # the adapter's has them already
+        template, source = template or load_tokenizer(source).chat_template, base
+    return load_tokenizer(source, template)
 
 
 def load_prompt_rows(recipe: RolloutRecipe, base: BaseModel) -> PromptRows:
@@ -147,7 +161,7 @@ def load_prompt_rows(recipe: RolloutRecipe, base: BaseModel) -> PromptRows:
     Raises:
         AlignkitError: no room is left for prompts.
     """
-    spec, data = recipe.model, recipe.data
+    data = recipe.data
     room = data.max_length - recipe.rollout.max_new_tokens
     if room < 1:
         raise AlignkitError(
@@ -155,8 +169,7 @@ def load_prompt_rows(recipe: RolloutRecipe, base: BaseModel) -> PromptRows:
             f"rollout.max_new_tokens = {recipe.rollout.max_new_tokens}",
             hint="raise data.max_length or lower rollout.max_new_tokens",
         )
-    template = template_text(spec.chat_template) if spec.chat_template else None
-    tokenizer = load_tokenizer(base, template)
+    tokenizer = run_tokenizer(recipe, base)
     read = partial(
         load_prompts,
         tokenizer=tokenizer,
@@ -169,7 +182,18 @@ def load_prompt_rows(recipe: RolloutRecipe, base: BaseModel) -> PromptRows:
         held_out = read(data.eval)
     elif data.eval_fraction is not None:
         train, held_out = split_prompts(train, data.eval_fraction, recipe.seed)
+    config = load_config(base)
+    for prompts in filter(None, (train, held_out)):
+        for prompt, place in zip(prompts.prompts, prompts.places, strict=True):
+            require_token_rows(config, prompt.ids, place)
     return PromptRows(base, tokenizer, train, held_out)
+
+
+def require_rows_of(dataset: TokenDataset, config: Any) -> None:
+    """Refuse rows with tokens that the model has no row for; see `require_token_rows`."""
+    ends = dataset.bounds[:, -1]
+    furthest = int(np.searchsorted(ends, np.argmax(dataset.ids), "right"))
+    require_token_rows(config, dataset.ids, dataset.places[furthest])
 
 
 def row_settings(recipe: Recipe) -> TokenizeSettings:

@@ -18,7 +18,8 @@ import alignkit
 from alignkit.files import write_text
 from alignkit.models.base.adapter_kinds import peft_kind
 from alignkit.models.base.licence import licence_of
-from alignkit.models.base.loading import BaseModel
+from alignkit.models.base.loading import BaseModel, load_config
+from alignkit.models.base.transformers4 import reader_line
 from alignkit.recipe.rows import SourceSpec
 from alignkit.recipe.stages.base import Recipe
 from alignkit.terminal import cut, plain
@@ -90,6 +91,8 @@ def write_card(
         parts += ["## Settings", _fenced(yaml.safe_dump(shown, sort_keys=False))]
     if adapter:
         parts += ["## Use", _USE.format(base=mother)]
+    else:
+        parts += ["## Use", reader_line(load_config(base).get_text_config().model_type)]
     if report is not None:
         # The first line says where it was written.
         parts += ["## Merge", _list(report.lines()[1:])]

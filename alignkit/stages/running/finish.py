@@ -14,6 +14,7 @@ from alignkit.errors import RoundingError
 from alignkit.models.adapters.files import TrainedOver, save_adapter
 from alignkit.models.base.identity import weights_fingerprint
 from alignkit.models.base.loading import stored_dtype
+from alignkit.models.base.transformers4 import add_older_names
 from alignkit.models.heap import release_memory
 from alignkit.models.merging.merge import merge_adapter, write_dense
 from alignkit.models.merging.report import MergeReport
@@ -153,6 +154,7 @@ def _write_models(
     with replace_model(output / "adapter") as adapter:
         save_adapter(model, adapter, name, head, trained_over=over)
         rows.tokenizer.save_pretrained(adapter)
+        add_older_names(adapter)
         if statistics is not None:
             statistics.save(adapter)
     del scorer, model

@@ -1,0 +1,67 @@
+"""Regular expressions that come with an adapter's file: none may keep the program busy for ever."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from alignkit.errors import ModelError
+
+SECONDS = 10.0
+"""For all patterns over all names; those of PEFT take a few hundredths of a second."""
+
+_MATCH = (
+    "import json, re, sys\n"
+    "patterns, names = json.load(sys.stdin)\n"
+    "for pattern in patterns:\n"
+    "    matcher = re.compile(pattern)\n"
+    "    for name in names:\n"
+    "        matcher.fullmatch(name)\n"
+)
+
+
+def require_quick_patterns(config: Any, weights: Callable[[], Iterable[str]], folder: Path) -> None:
+    """Refuse patterns that do not come to an end over a model's names.
+
+    Python cannot stop a match that has begun, so another process tries them.
+
+    Args:
+        config: PEFT's, from a file.
+        weights: gives their names in the model.
+        folder: of the adapter, for the message.
+
+    Raises:
+        ModelError: a pattern takes too long, or is not a regular expression.
+    """
+    whole = [getattr(config, key, None) for key in ("target_modules", "exclude_modules")]
+    keys = [
+        rf"(.*\.)?({key})"
+        for field in ("rank_pattern", "alpha_pattern")
+        for key in getattr(config, field, None) or {}
+        if any(sign in key for sign in "*+{")  # else as quick as a name
+    ]
+    patterns = [one for one in whole if isinstance(one, str)] + keys
+    if not patterns:
+        return
+    names = set(weights())
+    names |= {name.rpartition(".")[0] for name in names}
+    try:
+        subprocess.run(
+            [sys.executable, "-I", "-c", _MATCH],
+            input=json.dumps([patterns, sorted(names)]),
+            text=True,
+            capture_output=True,
+            timeout=SECONDS,
+            check=True,
+        )
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        slow = isinstance(error, subprocess.TimeoutExpired)
+        what = f"takes more than {SECONDS:g} s to match" if slow else "is no regular expression"
+        raise ModelError(
+            f"{folder}/adapter_config.json: a pattern {what}: {patterns[0][:80]!r}",
+            hint="name the modules in a list; do not trust a file that does this",
+        ) from None

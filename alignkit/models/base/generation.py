@@ -1,0 +1,71 @@
+"""How a base wants its text to be generated, as far as transformers will save it again."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from alignkit.models.base.files import reading, reason
+from alignkit.models.base.loading import BaseModel
+from alignkit.models.quiet import quiet_transformers
+
+_FILE = "generation_config.json"
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""What is kept of settings that cannot be repaired."""
+
+
+def generation_settings(base: BaseModel) -> tuple[GenerationConfig | None, str]:
+    """The base's settings, repaired where transformers refuses to save them.
+
+    Returns:
+        The settings, or None if it has none; and what was changed in them, or nothing.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    if base.gguf is not None:
+        return None, ""
+    if Path(base.location).is_dir():
+        if not (Path(base.location) / _FILE).is_file():
+            return None, ""
+        with reading(base.location, _FILE):
+            settings = GenerationConfig.from_pretrained(base.location)
+    else:
+        try:
+            with quiet_transformers():
+                settings = GenerationConfig.from_pretrained(base.location)
+        except OSError:
+            return None, ""
+    settings, change = repaired(settings)
+    return settings, f"{_FILE} of {base.name}: {change}" if change else ""
+
+
+def repaired(settings: Any) -> tuple[Any, str]:
+    """Generation settings that transformers saves, and what was changed in them."""
+    refused = _refused(settings)
+    if not refused:
+        return settings, ""
+    names = ", ".join(refused)
+    sampling, settings.do_sample = settings.do_sample, True
+    if not sampling and not _refused(settings):  # what temperature or top_p must have meant
+        return settings, f"do_sample is set to true, without which transformers refuses {names}"
+    settings.do_sample = sampling
+    for name in refused:
+        setattr(settings, name, None)
+    if not _refused(settings):
+        return settings, f"{names} left out, which transformers refuses"
+    kept = {key: getattr(settings, key, None) for key in _KEPT}
+    return GenerationConfig(**kept), f"only token ids kept: transformers refuses {names}"
+
+
+def _refused(settings: Any) -> list[str]:
+    """Names of the settings for which transformers would not save them; empty if it would."""
+    try:
+        with quiet_transformers():
+            settings.validate(strict=True)
+    except Exception as error:  # a wrong type in the file may end in any error
+        return re.findall(r"^- `(\w+)`", str(error), re.MULTILINE) or [reason(error)]
+    return []
