@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignkit.data.texts import NO_BOS
+from alignkit.data.tokenize import answer_ends, probe_template
 from alignkit.errors import ModelError
 from alignkit.files import write_text
 from alignkit.models.base.fitness import require_language_model
@@ -79,11 +81,16 @@ def gguf_of(source: str, *, output: Path | None, kind: str, overwrite: bool) -> 
     require_free(modelfile, overwrite=overwrite)
     tokenizer = load_tokenizer(base)
     rows, _ = file_rows(None, tokenizer)
-    report = export_gguf(base, output, kind=kind, rows=rows, title=name, overwrite=overwrite)
+    ends = answer_ends(tokenizer)
+    report = export_gguf(
+        base, output, kind=kind, rows=rows, title=name, ends=ends, overwrite=overwrite
+    )
     found = recognise(tokenizer)
-    stops = [tokenizer.convert_ids_to_tokens(number) for number in stop_ids(base, tokenizer)]
+    stops = [tokenizer.convert_ids_to_tokens(number) for number in stop_ids(base, tokenizer, ends)]
     write_text(modelfile, write_modelfile(output.name, found, stops))
     notes = [f"wrote {modelfile}"]
+    if NO_BOS in probe_template(tokenizer).notes:
+        notes.append(NO_BOS)
     if found is None:
         notes.append(
             "the chat template is none that is known here: the Modelfile has no TEMPLATE, so "

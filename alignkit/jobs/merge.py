@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignkit.data.tokenize import answer_ends
 from alignkit.errors import ModelError
 from alignkit.models.adapters.files import has_head
 from alignkit.models.adapters.finding import base_of_adapter, tokenizer_of
@@ -94,7 +95,7 @@ def merge_run(
         "rows": rows,
         "dtype": DTYPES[options.dtype] if options.dtype else stored_dtype(model),
         "tokenizer": tokenizer,
-        "stop_tokens": stops,
+        "stop_tokens": stops if has_head(first) else answer_ends(tokenizer, stops),
         "overwrite": options.overwrite,
         "onto": options.onto,
     }

@@ -104,6 +104,8 @@ def no_file(path: KeyPath, value: str, document: Document, *, suffix: str = "") 
     """The error of a key whose file is nowhere; names a file that is spelled alike."""
     near = _near_file(value, document.folders)
     hint = "looked in the recipe's folder, the working folder and the shipped examples"
+    if value == "-":
+        hint = "rows cannot come from standard input, since --resume reads them again: name a file"
     return AlignkitError(
         f"{document.place(path)}: {show_path(path)} names no file: {value!r}",
         hint=f"did you mean {near}{suffix}?" if near else hint,

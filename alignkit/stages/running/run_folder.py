@@ -119,6 +119,12 @@ def check_same_inputs(now: dict[str, Any], before: dict[str, Any]) -> None:
     pairs.append(("adapter.from", now["adapter"], before.get("adapter")))
     pairs.append(("objective.file", now["objective"], before.get("objective")))
     for name, new, old in pairs:
+        counts = [key for key in ("kept", "tokens", "trained_tokens") if old and key in old]
+        if old is not None and any(new[key] != old[key] for key in counts):
+            raise RunError(
+                f"{name}: this version of alignkit reads the same rows as other tokens",
+                hint="resume with the version that run.json names, or start anew with --overwrite",
+            )
         if old is not None and not same_weights(new["fingerprint"], old["fingerprint"]):
             raise RunError(
                 f"{name} has changed since the run was started",
