@@ -94,6 +94,9 @@ def chat(
         except KeyboardInterrupt:
             say("")
             break
+        except UnicodeDecodeError:
+            print_error("that is not UTF-8 text\nhint: write it again")
+            continue
         if line == "/quit":
             break
         if line:

@@ -107,7 +107,19 @@ def _check_dtype(dtype: str) -> None:
 
 
 def _prompts(arguments: list[str], file: Path | None) -> list[str]:
-    prompts = list(arguments)
+    try:
+        prompts = [prompt for prompt in _read_prompts(list(arguments), file) if prompt]
+    except UnicodeDecodeError as error:
+        raise AlignkitError(
+            f"{file or 'the standard input'} is not UTF-8 text: {error.reason}",
+            hint="convert it: iconv -f latin1 -t utf-8 old > new",
+        ) from None
+    if not prompts:
+        raise AlignkitError("there is no prompt", hint='as in: alignkit generate MODEL "Hello"')
+    return prompts
+
+
+def _read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     if file is not None:
         from alignkit.recipe.assets import find_path
 
@@ -119,9 +131,6 @@ def _prompts(arguments: list[str], file: Path | None) -> list[str]:
         prompts += [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
     elif not prompts and not sys.stdin.isatty():
         prompts = [line.strip() for line in sys.stdin]
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
-        raise AlignkitError("there is no prompt", hint='as in: alignkit generate MODEL "Hello"')
     return prompts
 
 

@@ -23,6 +23,7 @@ def inspect(
     from alignkit.recipe.reading.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
+    from alignkit.data.templates import ChatTemplate
     from alignkit.errors import DataError
     from alignkit.stages.inputs.base import start_model
     from alignkit.stages.inputs.rows import read_rows
@@ -36,8 +37,11 @@ def inspect(
             hint="set data.eval or data.eval_fraction",
         )
     shown = [_row(dataset, item, parts.tokenizer) for item in range(min(rows, len(dataset)))]
+    chats = parts.tokenizer.chat_template
+    doubts = ChatTemplate(parts.tokenizer).doubts() if chats else []
     if as_json:
-        print_json({"report": dataset.report.to_json(), "rows": shown, "foreign": foreign})
+        about = {"report": dataset.report.to_json(), "template": doubts, "foreign": foreign}
+        print_json({**about, "rows": shown})
         return
     for row in shown:
         stdout.print(
@@ -55,6 +59,7 @@ def inspect(
     lengths = ", ".join(f"{name} {value}" for name, value in report.percentiles().items())
     stops = ", ".join(repr(parts.tokenizer.decode([token])) for token in report.stop_tokens)
     pairs = [("rows", line) for line in report.lines()]
+    pairs += [("template", line) for line in doubts]
     pairs += [("lengths", lengths), ("tokens", f"{report.tokens:,}")]
     if report.prompts:
         print_pairs([*pairs, ("answers", "are sampled in training")])

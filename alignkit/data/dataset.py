@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import itertools
 import json
@@ -26,8 +27,10 @@ from alignkit.files import replace_file
 from alignkit.packed import IntArray, Role
 from alignkit.recipe.rows import SourceSpec
 
-CACHE_FORMAT = 2
-"""Increased whenever the same rows would be tokenized differently."""
+CACHE_FORMAT = 3
+"""Increased whenever the same rows would be tokenized differently: cached tokens are made anew."""
+_KEY_FORMAT = 2
+"""Part of the fingerprints of runs, which must stay resumable: a run compares its tokens too."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,8 @@ def load_dataset(
     for spec in specs:
         source = load_source(spec)
         key = _cache_key(source, spec, identity, settings)
-        path = cache / f"{key}.npz"
+        stored = hashlib.sha256(f"{key}:{CACHE_FORMAT}".encode()).hexdigest()
+        path = cache / f"{stored}.npz"
         part = _read_cache(path)
         if part is None:
             examples = parse_rows(source.rows, spec.format, settings.rows)
@@ -179,16 +183,18 @@ def load_dataset(
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
-    """Hash of all that the tokenizer does to text, its chat template included."""
+    """Hash of all that the tokenizer does to text, its chat template included, and its date."""
     parts = [str(tokenizer.chat_template), str(tokenizer.eos_token), str(tokenizer.bos_token)]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts.append(backend.to_str() if backend is not None else str(tokenizer.get_vocab()))
+    if "strftime_now" in parts[0]:
+        parts.append(datetime.date.today().isoformat())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def _cache_key(source: Source, spec: SourceSpec, identity: str, settings: TokenizeSettings) -> str:
     parts = {
-        "format": CACHE_FORMAT,
+        "format": _KEY_FORMAT,
         "content": source.fingerprint,
         "label": spec.label,  # places name the file
         "take": spec.take,

@@ -16,14 +16,16 @@ from alignkit.data.formats import (
     PARSERS,
     Completion,
     Conversation,
-    Message,
     Text,
     detect_format,
+    format_of,
+    left_out,
     make_conversation,
     parse_answers,
 )
 from alignkit.data.pairs import PAIR_PARSERS, detect_pairs, read_pair
 from alignkit.data.sources import Row
+from alignkit.data.turns import Message
 from alignkit.errors import DataError
 from alignkit.packed import Role
 
@@ -84,7 +86,7 @@ def _parse_pairs(rows: list[Row], row_format: str) -> list[Example]:
 
 def _parse_labelled(rows: list[Row], row_format: str) -> list[Example]:
     first = rows[0].values
-    if row_format in PAIR_PARSERS or (row_format == "auto" and "chosen" in first):
+    if row_format in PAIR_PARSERS or (row_format == "auto" and first.get("chosen") is not None):
         return [side for pair in _parse_pairs(rows, row_format) for side in _sides(pair)]
     if "label" not in first:
         raise DataError(
@@ -92,8 +94,10 @@ def _parse_labelled(rows: list[Row], row_format: str) -> list[Example]:
             hint="labelled rows are prompt, completion, label (true or false) | messages, label; "
             "pairs (prompt, chosen, rejected) are split; rename with columns",
         )
-    name = detect_format(rows[0]) if row_format == "auto" else row_format
-    return [_parse_label(row, PARSERS[name]) for row in rows]
+    if row_format != "auto":
+        return [_parse_label(row, PARSERS[row_format]) for row in rows]
+    name = detect_format(rows[0])
+    return [_parse_label(row, PARSERS[format_of(row, name, answered=True)]) for row in rows]
 
 
 def _sides(pair: Example) -> list[Example]:
@@ -113,30 +117,41 @@ def _parse_label(row: Row, parse: Callable[[Row, bool], Text]) -> Example:
     if isinstance(text, Conversation):
         if text.messages[-1].role != "assistant":
             return _unusable(row, "the last turn is not the assistant's")
-        before = tuple(replace(message, trained=False) for message in text.messages[:-1])
-        text = replace(text, messages=(*before, replace(text.messages[-1], trained=True)))
+        *before, last = text.messages  # a mark of the last turn is about supervised fine-tuning
+        text = replace(text, messages=(*before, replace(last, trained=True)), context=len(before))
     return Example((text,), (Role.CHOSEN if label else Role.REJECTED,), row.place)
 
 
 def _parse_pair(row: Row, row_format: str) -> Example:
     prompt, *completions = read_pair(row, row_format)
-    margin = row.values.get("margin")
-    margin = 0.0 if margin is None else margin
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-        raise DataError(
-            f"{row.place}: margin must be a number, got {margin!r}",
-            hint="write a finite number, or remove `margin`",
-        )
     fault = _text_fault(completions) if isinstance(prompt, str) else _message_fault(completions)
     if fault:
         return _unusable(row, fault)
     texts: list[Text]
     if isinstance(prompt, str):
-        texts = [Completion(prompt, text, row.place) for text in completions]
+        texts = [Completion(prompt, text, row.place, left_out(row)) for text in completions]
     else:
-        context = [replace(message, trained=False) for message in prompt]
-        texts = [make_conversation(row, context + turns) for turns in completions]
-    return Example(tuple(texts), (Role.CHOSEN, Role.REJECTED), row.place, float(margin))
+        context = len(prompt)
+        texts = [make_conversation(row, prompt + turns, context=context) for turns in completions]
+    return Example(tuple(texts), (Role.CHOSEN, Role.REJECTED), row.place, _margin(row))
+
+
+def _margin(row: Row) -> float:
+    """How much better the chosen completion is; 0 if the row does not say."""
+    margin = row.values.get("margin")
+    if margin is None:
+        return 0.0
+    try:
+        if not isinstance(margin, bool) and math.isfinite(margin):
+            return float(margin)
+    except (TypeError, OverflowError):  # no number, or one that no float holds
+        pass
+    shown = repr(margin)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    raise DataError(
+        f"{row.place}: margin must be a number, got {shown}",
+        hint="write a finite number, or remove `margin`",
+    )
 
 
 def _text_fault(completions: list[str]) -> str:
@@ -153,10 +168,7 @@ def _message_fault(completions: list[list[Message]]) -> str:
             return "the two answers follow different prompts"
         if turns[-1].role != "assistant":
             return "the last turn is not the assistant's"
-        if any(
-            turn.role == "assistant" and not turn.content.strip() and not turn.tool_calls
-            for turn in turns
-        ):
+        if any(turn.role == "assistant" and turn.is_empty for turn in turns):
             return "an answer is empty"
     return ""
 

@@ -2,7 +2,7 @@
 
 Accepted rows (see `data_templates/formats/` for an example of each):
 
-    messages            {"messages": [{"role", "content"}, ...], "tools": [...]?}
+    messages            {"messages": [{"role", "content", ...}, ...], "system"?, "tools"?}
     sharegpt            {"conversations": [{"from", "value"}, ...], "system"?, "tools"?}
     alpaca              {"instruction", "input"?, "output", "system"?, "history"?}
     prompt_completion   {"prompt", "completion"} as text, or both as lists of messages
@@ -17,42 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from alignkit.data.fields import need, plain_text
-from alignkit.data.sources import Row
-from alignkit.data.toolcalls import tool_calls, tool_schemas
+from alignkit.data.sources import Row, need, plain_text
+from alignkit.data.turns import Message, continued, read_messages, read_turns, tool_schemas
 from alignkit.errors import DataError
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool": "tool",
-}
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn.
-
-    Args:
-        role: one of `ROLES`.
-        content: its text; may be empty only with tool calls.
-        tool_calls: calls in the OpenAI form, `{"type": "function", "function": {...}}`.
-        trained: False leaves an assistant turn out of the loss.
-    """
-
-    role: str
-    content: str
-    tool_calls: tuple[dict[str, Any], ...] = ()
-    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,11 +30,18 @@ class Conversation:
         messages: at least one of them from the assistant, unless only a prompt is wanted.
         tools: function schemas offered to the assistant.
         place: `file:line` of the row.
+        context: turns at the start that are the prompt; trained only by `train_on: everything`.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...]
     place: str
+    context: int = 0
+
+    @property
+    def num_characters(self) -> int:
+        """Characters of what its turns say."""
+        return sum(len(message.content) for message in self.messages)
 
 
 @dataclass(frozen=True)
@@ -78,11 +52,18 @@ class Completion:
         prompt: text that is read and not trained; empty for the format `text`.
         completion: text that is trained; empty if only a prompt is wanted.
         place: `file:line` of the row.
+        left_out: keys of the row that plain text has no place for.
     """
 
     prompt: str
     completion: str
     place: str
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def num_characters(self) -> int:
+        """Characters of prompt and completion."""
+        return len(self.prompt) + len(self.completion)
 
 
 Text = Conversation | Completion
@@ -100,12 +81,29 @@ KEYS = {
 def match_format(row: Row, *, answered: bool) -> str | None:
     """Name of the first format whose keys the row has; None if there is none.
 
-    With `answered` the row needs the key of the completion too.
+    With `answered` the row needs the key of the completion too. Keys with a value go first: in a
+    table of several formats those of the others are null.
     """
-    for name, (prompt, completion) in KEYS.items():
-        if prompt in row.values and (completion in row.values or not answered):
-            return name
+    filled = {key for key, value in row.values.items() if value is not None}
+    for keys in (filled, row.values.keys()):
+        for name, (prompt, completion) in KEYS.items():
+            if prompt in keys and (completion in keys or not answered):
+                return name
     return None
+
+
+def format_of(row: Row, first: str, *, answered: bool) -> str:
+    """Format of a row under `auto`: that of the source's first row, unless its key is null here."""
+    key = KEYS[first][0]
+    if row.values.get(key, key) is not None:
+        return first
+    return match_format(row, answered=answered) or first
+
+
+def is_pair(row: Row) -> bool:
+    """Whether the row has two completions to compare."""
+    found = [row.values[key] for key in ("chosen", "rejected") if key in row.values]
+    return len(found) == 2 and found != [None, None]
 
 
 def detect_format(row: Row) -> str:
@@ -115,7 +113,7 @@ def detect_format(row: Row) -> str:
         DataError: the keys fit no format, or are those of preference pairs.
     """
     keys = row.values
-    if "chosen" in keys and "rejected" in keys:
+    if is_pair(row):
         raise DataError(
             f"{row.place}: the row is a preference pair (chosen, rejected), "
             "and supervised fine-tuning trains on single answers",
@@ -148,7 +146,9 @@ def parse_answers(rows: list[Row], row_format: str) -> list[Text]:
             "wanted here",
             hint=f"formats of single answers: {', '.join(PARSERS)}",
         )
-    return [PARSERS[name](row, True) for row in rows]
+    if row_format != "auto":
+        return [PARSERS[name](row, True) for row in rows]
+    return [PARSERS[format_of(row, name, answered=True)](row, True) for row in rows]
 
 
 def _parse_messages(row: Row, answered: bool) -> Text:
@@ -157,35 +157,6 @@ def _parse_messages(row: Row, answered: bool) -> Text:
 
 def _parse_sharegpt(row: Row, answered: bool) -> Text:
     return make_conversation(row, read_turns(row, need(row, "conversations", list)), answered)
-
-
-def read_turns(row: Row, turns: list[Any]) -> list[Message]:
-    """Messages of a `conversations` list, with `from` and `value`, or with `role`.
-
-    Raises:
-        DataError: a turn without speaker or text, or an unknown speaker.
-    """
-    if turns and isinstance(turns[0], dict) and "role" in turns[0]:
-        return read_messages(row, turns)
-    messages = []
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            raise DataError(
-                f"{row.place}: conversations[{number}] has no `from` and `value`",
-                hint='as in {"from": "human", "value": "Hello"}',
-            )
-        role = _SHAREGPT_ROLES.get(str(turn["from"]).lower())
-        if role is None:
-            raise DataError(
-                f"{row.place}: conversations[{number}].from is {turn['from']!r}",
-                hint=f"known speakers: {', '.join(_SHAREGPT_ROLES)}",
-            )
-        if turn["from"] == "function_call":
-            messages.append(Message(role, "", tool_calls(turn["value"], row, number)))
-        else:
-            content = plain_text(turn["value"], row, f"conversations[{number}]")
-            messages.append(Message(role, content))
-    return messages
 
 
 def _parse_alpaca(row: Row, answered: bool) -> Text:
@@ -206,13 +177,17 @@ def alpaca_prompt(row: Row) -> list[Message]:
     extra = row.values.get("input") or ""
     prompt = f"{instruction}\n\n{plain_text(extra, row, 'input')}" if extra else instruction
     messages = []
-    for number, pair in enumerate(row.values.get("history") or []):
+    history = need(row, "history", list) if row.values.get("history") else []
+    for number, pair in enumerate(history):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise DataError(
                 f"{row.place}: history[{number}] must be [question, answer]",
                 hint='as in "history": [["Hello", "Hi, how can I help?"]]',
             )
-        messages += [Message("user", str(pair[0])), Message("assistant", str(pair[1]))]
+        asked, answer = (plain_text(pair[n], row, f"history[{number}][{n}]") for n in (0, 1))
+        if asked or number:  # the assistant may open the conversation
+            messages.append(Message("user", asked))
+        messages.append(Message("assistant", answer))
     return [*messages, Message("user", prompt)]
 
 
@@ -226,22 +201,31 @@ def _parse_prompt_completion(row: Row, answered: bool) -> Text:
             hint='as in {"prompt": [{"role": "user", ...}], "completion": [{"role": ...}]}',
         )
     if isinstance(prompt, list) and isinstance(completion, list):
-        context = [replace(message, trained=False) for message in read_messages(row, prompt)]
-        return make_conversation(row, context + read_messages(row, completion), answered)
+        context, turns = continued(row, read_messages(row, prompt), read_messages(row, completion))
+        if not answered and not turns and context and context[-1].role == "assistant":
+            turns = [replace(context[-1], given=len(context[-1].content))]
+            context = context[:-1]
+        return make_conversation(row, context + turns, answered, context=len(context))
     text = completion if completion == "" else need(row, "completion", str)
     if answered and not text.strip():
         raise DataError(
             f"{row.place}: the row has no answer: completion is empty",
             hint="remove the row, or write the completion",
         )
-    return Completion(need(row, "prompt", str), text, row.place)
+    return Completion(need(row, "prompt", str), text, row.place, left_out(row))
+
+
+def left_out(row: Row) -> tuple[str, ...]:
+    """Keys of a row of plain text that only a conversation has a place for."""
+    return tuple(key for key in ("system", "tools", "history") if row.values.get(key))
 
 
 def _parse_text(row: Row, answered: bool) -> Text:
     text = plain_text(need(row, "text", str), row, "text")
     if not text.strip():
         raise DataError(f"{row.place}: text is empty", hint="remove the row")
-    return Completion("", text, row.place) if answered else Completion(text, "", row.place)
+    prompt, completion = ("", text) if answered else (text, "")
+    return Completion(prompt, completion, row.place, left_out(row))
 
 
 PARSERS: dict[str, Callable[[Row, bool], Text]] = {
@@ -254,44 +238,16 @@ PARSERS: dict[str, Callable[[Row, bool], Text]] = {
 """Format -> its parser, of a row and whether the row must have a completion."""
 
 
-def read_messages(row: Row, turns: list[Any]) -> list[Message]:
-    """Messages of a list of `{"role", "content"}`.
-
-    Raises:
-        DataError: a turn without role, an unknown role, or content that is not text.
-    """
-    messages = []
-    for number, turn in enumerate(turns):
-        name = f"messages[{number}]"
-        if not isinstance(turn, dict) or "role" not in turn:
-            raise DataError(
-                f"{row.place}: {name} has no `role`",
-                hint='as in {"role": "user", "content": "Hello"}',
-            )
-        if turn["role"] not in ROLES:
-            raise DataError(
-                f"{row.place}: {name}.role is {turn['role']!r}", hint=f"roles: {', '.join(ROLES)}"
-            )
-        calls = turn.get("tool_calls")
-        content = plain_text(turn.get("content"), row, f"{name}.content")
-        weight = turn.get("weight")
-        if weight not in (None, 0, 1):
-            raise DataError(
-                f"{row.place}: {name}.weight is {weight!r}",
-                hint="1 trains the turn, 0 leaves it out of the loss",
-            )
-        parsed = tool_calls(calls, row, number) if calls else ()
-        messages.append(Message(turn["role"], content, parsed, trained=weight != 0))
-    return messages
-
-
-def make_conversation(row: Row, messages: list[Message], answered: bool = True) -> Conversation:
+def make_conversation(
+    row: Row, messages: list[Message], answered: bool = True, context: int = 0
+) -> Conversation:
     """The messages with the row's `system` text and tools.
 
     Args:
         row: where the messages come from.
         messages: its turns.
         answered: there must be an assistant turn to train on; else the last turn may be empty.
+        context: turns at the start that are the prompt.
 
     Raises:
         DataError: two system texts, an empty assistant turn, or no assistant turn to train on.
@@ -304,17 +260,17 @@ def make_conversation(row: Row, messages: list[Message], answered: bool = True) 
             hint="keep one of the two",
         )
     if system and not opened:
-        messages = [Message("system", system), *messages]
-    trained = [message for message in messages if message.role == "assistant" and message.trained]
+        messages, context = [Message("system", system), *messages], context and context + 1
+    trained = [turn for turn in messages[context:] if turn.role == "assistant" and turn.trained]
     if answered and not trained:
         raise DataError(
             f"{row.place}: the row has no answer: no assistant turn to train on",
             hint="remove the row, or add the assistant's turn",
         )
     for number, message in enumerate(messages if answered else messages[:-1]):
-        if message.role == "assistant" and not message.content.strip() and not message.tool_calls:
+        if message.role == "assistant" and message.is_empty:
             raise DataError(
                 f"{row.place}: the row has no answer: the assistant's turn {number} is empty",
                 hint="remove the row, or write the answer",
             )
-    return Conversation(tuple(messages), tool_schemas(row), row.place)
+    return Conversation(tuple(messages), tool_schemas(row), row.place, context)

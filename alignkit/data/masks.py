@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from alignkit.data.documents import Branch, IdArray
 from alignkit.data.report import DataReport
-from alignkit.data.templates import Span
+from alignkit.data.spans import Span
 from alignkit.errors import DataError
 
 
@@ -29,6 +29,7 @@ class Rendered:
         is_chat: rendered by a chat template, which writes its special tokens itself.
         mask: 1 for each token that the template marks as generated; None without markers.
         marked_turns: with a mask, whether each assistant turn is trained.
+        left_out: characters of each turn that is not trained, where everything else is.
     """
 
     text: str
@@ -37,6 +38,7 @@ class Rendered:
     is_chat: bool
     mask: list[int] | None = None
     marked_turns: tuple[bool, ...] = ()
+    left_out: tuple[Span, ...] = ()
 
 
 Offsets = npt.NDArray[np.int64]
@@ -83,6 +85,8 @@ class Masker:
             trained[begin:end] = True
             if stopped:
                 self.stop_tokens.add(int(ids[end - 1]))
+        for span in item.left_out:
+            trained[slice(*_token_run(offsets, *span))] = False
         open_end = bool(runs) and not stopped
         if open_end and item.is_chat and self.eos is not None and runs[-1][1] >= len(ids):
             ids, trained = np.append(ids, np.int32(self.eos)), np.append(trained, True)

@@ -14,10 +14,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from alignkit.data.fields import need, plain_text
-from alignkit.data.formats import Message, alpaca_prompt, read_messages, read_turns
-from alignkit.data.sources import Row
+from alignkit.data.formats import alpaca_prompt
+from alignkit.data.sources import Row, need, plain_text
 from alignkit.data.templates import common_length
+from alignkit.data.turns import Message, continued, read_messages, read_turns
 from alignkit.errors import DataError
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -39,11 +39,11 @@ def detect_pairs(row: Row) -> str:
         )
     for key in ("chosen", "rejected"):
         _need_completion(row, key)
-    if "conversations" in values:
+    if values.get("conversations") is not None:
         return "sharegpt_preference"
     chosen = values["chosen"]
     if (
-        "prompt" not in values
+        values.get("prompt") is None
         and isinstance(chosen, str)
         and _HH_TURN.match("\n\n" + chosen.strip())
     ):
@@ -80,7 +80,7 @@ def _need_completion(row: Row, key: str) -> Any:
 def _preference(row: Row) -> tuple[Any, Any, Any]:
     values = row.values
     chosen, rejected = values["chosen"], values["rejected"]
-    if "instruction" in values and "prompt" not in values:
+    if values.get("instruction") is not None and values.get("prompt") is None:
         return alpaca_prompt(row), _completion(row, "chosen"), _completion(row, "rejected")
     prompt = values.get("prompt")
     if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
@@ -96,7 +96,16 @@ def _preference(row: Row) -> tuple[Any, Any, Any]:
         return _split_common(*sides)
     if isinstance(prompt, str):
         return [Message("user", prompt)], *sides
-    return read_messages(row, need(row, "prompt", list)), *sides
+    return _joined(row, read_messages(row, need(row, "prompt", list)), *sides)
+
+
+def _joined(
+    row: Row, prompt: list[Message], chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Prompt and completions, where an answer that the prompt begins is a turn of both."""
+    (before, better), (other, worse) = (continued(row, prompt, s) for s in (chosen, rejected))
+    # Where only one of them goes on from the prompt, the row is dropped as it is.
+    return (before, better, worse) if before == other else (prompt, chosen, rejected)
 
 
 def _split_common(
@@ -122,7 +131,7 @@ def _first(turns: list[Any]) -> Any:
 
 def _sharegpt(row: Row) -> tuple[Any, Any, Any]:
     prompt = read_turns(row, need(row, "conversations", list))
-    return prompt, _completion(row, "chosen"), _completion(row, "rejected")
+    return _joined(row, prompt, _completion(row, "chosen"), _completion(row, "rejected"))
 
 
 def _hh(row: Row) -> tuple[Any, Any, Any]:

@@ -14,13 +14,16 @@ from alignkit.data.formats import (
     KEYS,
     PARSERS,
     Completion,
-    Message,
     Text,
+    format_of,
+    is_pair,
+    left_out,
     make_conversation,
     match_format,
 )
 from alignkit.data.pairs import PAIR_PARSERS, detect_pairs, read_pair
 from alignkit.data.sources import Row
+from alignkit.data.turns import Message
 from alignkit.errors import DataError
 
 
@@ -33,20 +36,25 @@ def parse_prompts(rows: list[Row], row_format: str) -> list[tuple[Text, str | No
             row.
 
     Returns:
-        For each row, in order: turns that end with the user's or a tool's, or plain text as a
-        `prompt` that has no completion; and the text of the row's answer (the chosen one of a
-        pair), or None if it has none or one that is labelled undesirable.
+        For each row, in order: turns that end with the user's, a tool's or the beginning of an
+        answer, or plain text as a `prompt` that has no completion; and the text of the row's
+        answer (the chosen one of a pair), or None if it has none or one that is labelled
+        undesirable.
 
     Raises:
         DataError: a row does not fit the format, or has no prompt.
     """
     name = _detect(rows[0]) if row_format == "auto" else row_format
-    return [_split_answer(row, _parse(row, name)) for row in rows]
+    mixed = row_format == "auto" and name in KEYS
+    return [
+        _split_answer(row, _parse(row, format_of(row, name, answered=False) if mixed else name))
+        for row in rows
+    ]
 
 
 def _detect(row: Row) -> str:
     keys = row.values
-    if "chosen" in keys and "rejected" in keys:
+    if is_pair(row):
         return detect_pairs(row)
     name = match_format(row, answered=False)
     if name is None:
@@ -64,7 +72,7 @@ def _parse(row: Row, row_format: str) -> Text:
     if row_format in PAIR_PARSERS:
         prompt, chosen, _ = read_pair(row, row_format)
         if isinstance(prompt, str):
-            return Completion(prompt, chosen, row.place)
+            return Completion(prompt, chosen, row.place, left_out(row))
         return make_conversation(row, prompt + chosen, answered=False)
     key = KEYS[row_format][0]
     if key in row.values and row.values[key] is None:
@@ -82,7 +90,10 @@ def _split_answer(row: Row, text: Text) -> tuple[Text, str | None]:
     else:
         turns, answer = text.messages, ""
         if turns and turns[-1].role == "assistant":
-            turns, answer = turns[:-1], turns[-1].content
+            last, turns = turns[-1], turns[:-1]
+            begun, answer = last.content[: last.given], last.content[last.given :]
+            if begun:
+                turns = (*turns, replace(last, content=begun, tool_calls=()))
         _check_turns(row, turns)
         prompt = replace(text, messages=turns)
     known = bool(answer.strip()) and row.values.get("label") is not False
@@ -93,7 +104,7 @@ def _check_turns(row: Row, turns: tuple[Message, ...]) -> None:
     if not turns:
         raise _no_prompt(row, "no turn stands before the assistant's")
     last = turns[-1]
-    if last.role not in ("user", "tool"):
+    if last.role not in ("user", "tool") and not last.given:
         raise DataError(
             f"{row.place}: a prompt ends with the user's or a tool's turn, and turn "
             f"{len(turns) - 1} is by {last.role!r}",

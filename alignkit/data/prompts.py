@@ -20,14 +20,15 @@ from alignkit.data.masks import Rendered
 from alignkit.data.prompt_rows import parse_prompts
 from alignkit.data.report import DataReport
 from alignkit.data.sources import Row, Source, load_source, mix_sources
+from alignkit.data.spans import RenderedTurns
 from alignkit.data.templates import ChatTemplate, written_out
-from alignkit.data.texts import PLAIN_TEXT, encode_texts, note_doubts, special_tokens
+from alignkit.data.texts import PLAIN_TEXT, encode_texts, note_bos, note_doubts, special_tokens
 from alignkit.data.tokenize import TooLong
 from alignkit.errors import DataError
 from alignkit.recipe.rows import SourceSpec
 
-Turns = list[dict[str, str]]
-"""Turns as `{"role", "content"}`; tool calls are written into the content."""
+Turns = list[dict[str, Any]]
+"""Turns with `role`, `content` and what else they have; tool calls are written into the content."""
 
 PROMPT_FORMAT = 1
 """Increased whenever the same rows would become other prompts."""
@@ -158,6 +159,7 @@ def _tokenize(
     specials, bos = special_tokens(tokenizer), tokenizer.bos_token_id
     rendered = [_render(prompt, template) for prompt, _ in parsed]
     encoded = encode_texts(rendered, tokenizer)
+    note_bos(rendered, [ids for ids, _ in encoded], tokenizer, report)
     prompts = []
     for number, (item, (ids, _)) in enumerate(zip(rendered, encoded, strict=True)):
         prompt, answer = parsed[number]
@@ -184,11 +186,15 @@ def _render(prompt: Text, template: ChatTemplate | None) -> Rendered:
     if isinstance(prompt, Completion):
         return Rendered(prompt.prompt, [], prompt.place, is_chat=False)
     assert template is not None
-    text = template.render(template.messages(prompt), prompt, generation_prompt=True)
+    if prompt.messages[-1].role == "assistant":  # the beginning of the answer
+        text = RenderedTurns(template, prompt).prompt()
+    else:
+        text = template.render(template.messages(prompt), prompt, generation_prompt=True)
     return Rendered(text, [], prompt.place, is_chat=True)
 
 
 def _shown(prompt: Text) -> str | Turns:
     if isinstance(prompt, Completion):
         return prompt.prompt
-    return [{"role": turn.role, "content": written_out(turn)} for turn in prompt.messages]
+    turns = prompt.messages
+    return [{"role": turn.role, "content": written_out(turn), **turn.more} for turn in turns]

@@ -6,28 +6,23 @@ deterministic: the same seed draws the same rows.
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import io
-import itertools
-import json
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from alignkit.data.files import load_json, read_content, read_values, suffix_of
 from alignkit.data.report import DataReport
 from alignkit.errors import DataError
 from alignkit.recipe.assets import find_path
 from alignkit.recipe.rows import SourceSpec
 
-SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet", ".csv")
+MOST_ROWS = 50_000_000
+"""Longest epoch in rows: its order alone takes 400 MB."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +32,12 @@ class Row:
     Args:
         values: column -> value.
         place: `file:line` (or `file row n` if the format has no lines).
+        filled: the file has a null wherever other rows have a key that this one lacks.
     """
 
     values: dict[str, Any]
     place: str
+    filled: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def _rename(row: Row, columns: dict[str, str]) -> Row:
                 hint=f"the row's columns: {names}",
             )
     kept = {key: value for key, value in row.values.items() if key not in columns.values()}
-    return Row(kept | {new: row.values[old] for new, old in columns.items()}, row.place)
+    return replace(row, values=kept | {new: row.values[old] for new, old in columns.items()})
 
 
 def _open_hub(spec: SourceSpec) -> Source:
@@ -110,157 +107,86 @@ def _open_hub(spec: SourceSpec) -> Source:
     return Source(
         spec,
         str(table._fingerprint),
-        lambda: [Row(dict(values), f"{spec.label} row {n + 1}") for n, values in enumerate(table)],
+        lambda: [Row(dict(v), f"{spec.label} row {n + 1}", True) for n, v in enumerate(table)],
     )
 
 
 def _open_file(spec: SourceSpec) -> Source:
-    path = find_path(spec.path or "")
+    path, shown = find_path(spec.path or ""), str(spec.path)
+    if shown == "-" or (path is not None and not path.is_file() and not path.is_dir()):
+        raise DataError(
+            f"{shown}: rows cannot come from standard input or a pipe: --resume reads them again",
+            hint="write them to a file, and name that",
+        )
     if path is None or not path.is_file():
         raise DataError(f"{spec.path}: no such file", hint="paths are relative to the recipe")
-    name = path.name.lower()
-    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv}
-    suffix = Path(name.removesuffix(".gz")).suffix
-    if suffix not in {*readers, ".parquet"}:
-        raise DataError(
-            f"{spec.path}: a {suffix or 'nameless'} file is not one of {', '.join(SUFFIXES)}",
-            hint="convert the file; one JSON object per line (.jsonl) is the simplest",
-        )
-    content = path.read_bytes()
-    shown = str(spec.path)
+    filled = suffix_of(path, shown) == ".parquet"
+    content = read_content(path, shown)
 
     def parse() -> list[Row]:
-        if suffix == ".parquet":
-            return _read_parquet(path, shown, spec.take)
-        text = _decode(content, name, shown)
-        if not text.strip():
-            raise DataError(
-                f"{shown}: the file is empty", hint="every source needs at least one row"
-            )
-        return list(itertools.islice(readers[suffix](text, shown), spec.take))
+        found = read_values(path, content, shown, spec.take)
+        return [Row(values, place, filled) for values, place in found]
 
     return Source(spec, hashlib.sha256(content).hexdigest(), parse)
 
 
-def _decode(content: bytes, name: str, shown: str) -> str:
-    if name.endswith(".gz"):
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(
-                f"{shown}: is not an intact gzip file ({error})", hint="download it again"
-            ) from None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
+def need(row: Row, key: str, kind: type) -> Any:
+    """The value of a key; a list may be stored as JSON text.
+
+    Args:
+        row: to read from.
+        key: that the row must have.
+        kind: `str` or `list`.
+
+    Raises:
+        DataError: no such key, or another type.
+    """
+    if key not in row.values:
+        keys = ", ".join(map(str, row.values))
         raise DataError(
-            f"{shown}:{line}: is not UTF-8 text (byte 0x{content[error.start]:02x})",
-            hint="convert it: iconv -f latin1 -t utf-8 old > new",
-        ) from None
-
-
-def _read_jsonl(text: str, shown: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{shown}:{number}: is not valid JSON: {error.msg} at column {error.colno}",
-                hint="a .jsonl file holds one whole JSON object on each line",
-            ) from None
-        yield _object(values, f"{shown}:{number}")
-
-
-def _read_json(text: str, shown: str) -> Iterator[Row]:
-    """Rows of a JSON array, each with the line it starts on."""
-    decoder, position, line = json.JSONDecoder(), 0, 1
-
-    def skip(to_skip: str, position: int, line: int) -> tuple[int, int]:
-        while position < len(text) and text[position] in to_skip:
-            line += text[position] == "\n"
-            position += 1
-        return position, line
-
-    position, line = skip(" \t\r\n", position, line)
-    if text[position] != "[":
-        if "\n{" in text:
-            yield from _read_jsonl(text, shown)
-            return
-        raise DataError(
-            f"{shown}:{line}: a .json file must hold a list of rows, but starts with "
-            f"{text[position]!r}",
-            hint="one object per line belongs in a .jsonl file",
+            f"{row.place}: the row has no `{key}`",
+            hint=f"its keys are {keys}; rename with columns, as in columns: {{{key}: ...}}",
         )
-    position += 1
-    while True:
-        position, line = skip(" \t\r\n,", position, line)
-        if position < len(text) and text[position] == "]":
-            break
-        try:
-            values, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{shown}:{error.lineno}: is not valid JSON: {error.msg} at column {error.colno}",
-                hint="the list must close with ] and its rows be separated by commas",
-            ) from None
-        yield _object(values, f"{shown}:{line}")
-        line += text.count("\n", position, end)
-        position = end
-    position, line = skip(" \t\r\n", position + 1, line)
-    if position < len(text):
+    value = row.values[key]
+    if kind is list and isinstance(value, str):
+        value = parse_json(value, row, key)
+    if not isinstance(value, kind):
+        wanted = "a list" if kind is list else "text"
         raise DataError(
-            f"{shown}:{line}: text follows the end of the list",
-            hint="a .json file holds one list; join the lists, or write .jsonl",
+            f"{row.place}: `{key}` must be {wanted}, got {type(value).__name__}",
+            hint=f"change the value, or name another column, as in columns: {{{key}: ...}}",
         )
+    return value
 
 
-def _read_csv(text: str, shown: str) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    while True:
-        try:
-            values = next(reader, None)
-        except csv.Error as error:
-            raise DataError(
-                f"{shown}:{reader.reader.line_num}: is not valid CSV: {error}",
-                hint="write the rows as .jsonl, which has no such limits",
-            ) from None
-        if values is None:
-            return
-        first_line = reader.line_num - sum(str(value).count("\n") for value in values.values())
-        if None in values or None in values.values():
-            wanted = len(reader.fieldnames or [])
-            raise DataError(
-                f"{shown}:{first_line}: does not have the header's {wanted} columns",
-                hint='quote a field that holds commas or line breaks: "like, this"',
-            )
-        yield Row(dict(values), f"{shown}:{first_line}")
+def parse_json(value: str, row: Row, key: str) -> Any:
+    """The value of a JSON text; `key` names it in the error."""
+    hint = "write keys and texts in double quotes, and true, false and null in lower case"
+    return load_json(value, f"{row.place}: `{key}`", hint)
 
 
-def _read_parquet(path: Path, shown: str, take: int | None) -> list[Row]:
-    import pyarrow.parquet  # only parquet sources pay for its import
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except Exception as error:
-        first_line = str(error).split("\n")[0]
-        raise DataError(
-            f"{shown}: is not a readable parquet file: {first_line}",
-            hint="download it again, or convert the rows to .jsonl",
-        ) from None
-    rows = table.slice(0, take).to_pylist()
-    return [Row(values, f"{shown} row {n + 1}") for n, values in enumerate(rows)]
-
-
-def _object(values: Any, place: str) -> Row:
-    if not isinstance(values, dict):
-        raise DataError(
-            f"{place}: a row must be a JSON object, got {type(values).__name__}",
-            hint='as in {"messages": [...]}; see data_templates/formats for every row format',
-        )
-    return Row(values, place)
+def plain_text(value: Any, row: Row, key: str) -> str:
+    """Text of a value: a text, None, or a list of text parts; `key` names it in errors."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        parts = []
+        for part in value:
+            kind = part.get("type", "text") if isinstance(part, dict) else "text"
+            text = (part.get("text") or part.get("value")) if isinstance(part, dict) else part
+            if kind != "text" or not isinstance(text, str):
+                raise DataError(
+                    f"{row.place}: {key} holds a part of type {kind!r}",
+                    hint="alignkit trains on text; images and audio are not supported",
+                )
+            parts.append(text)
+        return "".join(parts)
+    raise DataError(
+        f"{row.place}: {key} must be text, got {type(value).__name__}",
+        hint='write text, or a list of parts such as {"type": "text", "text": "Hello"}',
+    )
 
 
 def mix_rows(num_rows: list[int], weights: list[float], seed: int) -> npt.NDArray[np.int64]:
@@ -306,6 +232,12 @@ def mix_sources(
         raise DataError(
             f"{labels}: {nothing}: {'; '.join(report.lines()[1:])}",
             hint="raise data.max_length, or choose another data.too_long",
+        )
+    wanted = sum(count * spec.weight for count, spec in zip(num_rows, specs, strict=True))
+    if not wanted <= MOST_ROWS:
+        raise DataError(
+            f"{labels}: the weights make an epoch of {wanted:,.0f} rows, more than {MOST_ROWS:,}",
+            hint="lower the weights of the sources; training.epochs repeats all rows",
         )
     order = mix_rows(num_rows, [spec.weight for spec in specs], seed)
     if not len(order):

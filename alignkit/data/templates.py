@@ -1,25 +1,17 @@
-"""Chat templates: a conversation as text, and the characters of each assistant turn.
-
-The span of a turn runs from the end of what the model is given (the conversation before, with the
-generation prompt) to the end of what it has to write (its text and the end-of-turn token). It is
-found by rendering prefixes of the conversation, so it holds for any template; where a template
-renders a turn differently once later turns exist, there is no such span and the row is an error.
-"""
+"""Chat templates: a conversation as text, and what a template does that its user should know."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
-from alignkit.data.formats import Conversation, Message
+from alignkit.data.formats import Conversation
+from alignkit.data.turns import Message
 from alignkit.errors import DataError, ModelError
 from alignkit.recipe.assets import assets_root
-
-Span = tuple[int, int]
-"""A trained turn in the rendered text: its first character after the generation prompt, and one
-past the last character that belongs to it."""
 
 
 def template_text(name_or_path: str) -> str:
@@ -59,8 +51,9 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         code = re.sub(r"\{#.*?#\}", "", tokenizer.get_chat_template(), flags=re.DOTALL)
         self.has_markers = re.search(r"\{%[-+]?\s*generation\b", code) is not None
-        self.knows_tool_calls = "tool_calls" in code
-        self.knows_tools = re.search(r"\btools\b", code) is not None
+        self.names = frozenset(re.findall(r"\w+", code))
+        self.knows_tool_calls = "tool_calls" in self.names
+        self.knows_tools = "tools" in self.names
         added = tokenizer.added_tokens_decoder.values()
         self.specials = tuple(token.content for token in added if token.special)
 
@@ -72,7 +65,7 @@ class ChatTemplate:
         """
         turns: list[dict[str, Any]] = []
         for message in conversation.messages:
-            turn: dict[str, Any] = {"role": message.role, "content": message.content}
+            turn = {"role": message.role, "content": message.content, **message.more}
             if message.tool_calls and self.knows_tool_calls:
                 turn["tool_calls"] = list(message.tool_calls)
             else:
@@ -94,6 +87,13 @@ class ChatTemplate:
             bool(conversation.tools) and not self.knows_tools
         )
 
+    def hands_on(self, key: str, value: str | None, rendered: str) -> bool:
+        """Whether a further key of a turn, with its text if it is one, is in the rendered text."""
+        if key not in self.names and f'"{key}"' not in rendered:
+            return False
+        quoted = json.dumps(value, ensure_ascii=False)[1:-1]
+        return value is None or value.strip() in rendered or quoted in rendered
+
     def render(
         self,
         turns: list[dict[str, Any]],
@@ -111,98 +111,75 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the row.
         """
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    turns,
-                    tools=list(conversation.tools) or None if self.knows_tools else None,
-                    tokenize=False,
-                    add_generation_prompt=generation_prompt,
-                )
-            )
-        except Exception as error:
-            raise DataError(
-                f"{conversation.place}: the chat template refuses the row: {error}",
-                hint="change the row, or choose another template with model.chat_template",
-            ) from error
-
-    def spans(self, conversation: Conversation, *, last_only: bool) -> tuple[str, list[Span]]:
-        """Rendered text and the span of each assistant turn that the row asks to train.
-
-        Args:
-            conversation: the row.
-            last_only: only the last assistant turn is wanted.
-
-        Returns:
-            The text and the spans in order. Turns that are not wanted may be rewritten.
-
-        Raises:
-            DataError: the template refuses the row or rewrites a turn that is wanted.
-        """
-        turns = self.messages(conversation)
-        shift = len(turns) - len(conversation.messages)
-        full = self.render(turns, conversation)
-        replies = [
-            (position + shift, message)
-            for position, message in enumerate(conversation.messages)
-            if message.role == "assistant"
-        ]
-        spans = [
-            self._span(full, turns, position, conversation)
-            for position, message in (replies[-1:] if last_only else replies)
-            if message.trained
-        ]
-        return full, spans
-
-    def _span(
-        self, full: str, turns: list[dict[str, Any]], position: int, conversation: Conversation
-    ) -> Span:
-        before = self._before(full, turns[:position], conversation)
-        if before is not None:
-            after = self.render(turns[: position + 1], conversation)
-            end = self._end(full, after, before, turns[position])
-            if end is not None:
-                return before, end
-        raise DataError(
-            f"{conversation.place}: the chat template rewrites turn {position} once later turns "
-            "follow it, so no mask over that turn can be right",
-            hint="train only the last turn (data.train_on: last_turn), or choose a template that "
-            "keeps earlier turns (model.chat_template)",
+        return str(
+            self.apply(turns, conversation, tokenize=False, add_generation_prompt=generation_prompt)
         )
 
-    def _before(
-        self, full: str, turns: list[dict[str, Any]], conversation: Conversation
-    ) -> int | None:
-        """Length of what the model is given before the turn, if the text starts with it."""
-        if not turns:
-            return 0
-        with_prompt = self.render(turns, conversation, generation_prompt=True)
-        if full.startswith(with_prompt):
-            return len(with_prompt)
-        # A generation prompt may hold more than the finished turn, such as a thinking switch.
-        plain = self.render(turns, conversation)
-        common = common_length(with_prompt, full)
-        if full.startswith(plain):
-            return max(common, len(plain))
-        return common if common > len(plain) else None
+    def apply(self, turns: list[dict[str, Any]], conversation: Conversation, **options: Any) -> Any:
+        """What transformers' `apply_chat_template` makes of the turns.
 
-    def _end(self, full: str, after: str, before: int, turn: dict[str, Any]) -> int | None:
-        """End of a turn that begins at `before`, from the text `after` where it is the last one."""
-        if full.startswith(after):
-            return len(after)
-        # As the last turn it may open with more, such as an empty thinking block,
-        start = after.find(full[before : before + 8], before + 1)
-        while start != -1:
-            if full.startswith(after[start:], before) and is_written(turn, after[start:]):
-                return before + len(after) - start
-            start = after.find(full[before : before + 8], start + 1)
-        # or close with more, such as an end of the whole text; no special token is cut in two.
-        end = common_length(full, after)
-        for special in self.specials:
-            at = after.rfind(special, 0, end + len(special) - 1)
-            end = at if at < end < at + len(special) else end
-        closed = after[before:end].rstrip().endswith(self.specials)
-        return end if closed and is_written(turn, after[before:end]) else None
+        Raises:
+            DataError: the template refuses the row.
+        """
+        return apply_template(
+            self.tokenizer,
+            turns,
+            f"{conversation.place}: the chat template refuses the row",
+            "change the row, or choose another template with model.chat_template",
+            tools=list(conversation.tools) or None if self.knows_tools else None,
+            **options,
+        )
+
+    @cached_property
+    def generation_prompt(self) -> str:
+        """What the template writes to open an answer; empty if it writes nothing."""
+        asked = [{"role": "user", "content": "a"}]
+        try:
+            plain, prompt = (
+                str(apply_template(self.tokenizer, asked, "", "", tokenize=False, **more))
+                for more in ({}, {"add_generation_prompt": True})
+            )
+        except DataError:
+            return ""
+        return prompt[common_length(plain, prompt) :]
+
+    def doubts(self) -> list[str]:
+        """What the template does, whatever the rows are, that its user should know."""
+        opener = self.generation_prompt
+        found = []
+        if not opener:
+            found.append("it has no generation prompt: an answer follows the last turn directly")
+        if "<think>" in opener and "</think>" not in opener:
+            found.append(f"its generation prompt opens a think block: {opener!r}")
+        if "strftime_now" in self.names:
+            found.append(
+                "it writes the date of the day: tomorrow the same rows are other tokens, and a run "
+                "of today is not resumed; name a template with a fixed date"
+            )
+        elif "date_string" in self.names:
+            found.append("it writes a fixed date")
+        return found
+
+
+def apply_template(
+    tokenizer: Any, turns: Sequence[dict[str, Any]], refused: str, hint: str, **options: Any
+) -> Any:
+    """What the tokenizer's chat template makes of turns.
+
+    Args:
+        tokenizer: with its template.
+        turns: with `role` and `content`.
+        refused: beginning of the error if the template refuses them.
+        hint: what to do then.
+        **options: of transformers' `apply_chat_template`.
+
+    Raises:
+        DataError: the template refuses the turns, or fails on them.
+    """
+    try:
+        return tokenizer.apply_chat_template(list(turns), **options)
+    except Exception as error:  # a template may raise anything
+        raise DataError(f"{refused}: {error}", hint=hint) from error
 
 
 def written_out(message: Message) -> str:

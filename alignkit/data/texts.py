@@ -15,6 +15,13 @@ from alignkit.data.templates import ChatTemplate, is_written
 from alignkit.errors import ModelError
 
 PLACEHOLDER = re.compile(r"\{\{\s*[A-Za-z_][\w .-]{0,40}\s*\}\}")
+_MARKS = re.compile(r"<\|(?!endoftext)[A-Za-z_]\w{1,30}\|>|<(?:start|end)_of_turn>|\[/?INST\]")
+"""Marks of the usual chat templates, whether or not the tokenizer knows them."""
+RENDERED = "the text already holds marks of a chat template"
+NO_BOS = (
+    "the chat template writes no BOS, which this tokenizer puts before plain text; models that "
+    "were trained with one may need it (model.chat_template)"
+)
 PLAIN_TEXT = "plain text: the model's chat template is not used"
 
 
@@ -44,19 +51,70 @@ def note_doubts(
     """
     if isinstance(text, Completion):
         parts = [text.prompt, text.completion.rstrip()]
+        for key in text.left_out:
+            report.note(f"`{key}` is left out: plain text has no place for it", text.place)
     else:
         parts = [message.content for message in text.messages]
         assert template is not None
-        if template.flattens(text):
-            report.note("tool calls written as text: the template has none", text.place)
-        if not all(is_written(turn, rendered) for turn in template.messages(text)):
-            report.note("the template leaves out or changes what a turn says", text.place)
+        _note_turns(text, rendered, template, report)
     content = "\n".join(parts)
     placeholder = PLACEHOLDER.search(content)
     if placeholder:
         report.note(f"placeholder left in the text: {placeholder.group(0)}", text.place)
     if isinstance(text, Conversation) and any(special in content for special in specials):
         report.note("the text holds special tokens of this tokenizer", text.place)
+    elif _MARKS.search(content):
+        report.note(RENDERED, text.place)
+
+
+def _note_turns(
+    text: Conversation, rendered: str, template: ChatTemplate, report: DataReport
+) -> None:
+    """Note what a conversation has that the template does not write as it is."""
+    if template.flattens(text):
+        report.note("tool calls written as text: the template has none", text.place)
+    if not all(is_written(turn, rendered) for turn in template.messages(text)):
+        report.note("the template leaves out or changes what a turn says", text.place)
+    keys = {(key, value) for turn in text.messages for key, value in _plain(turn.more)}
+    calls = [call for turn in text.messages for call in turn.tool_calls]
+    keys |= {(key, value) for call in calls for key, value in _plain(call) if key not in _CALL}
+    for key in sorted({key for key, value in keys if not template.hands_on(key, value, rendered)}):
+        report.note(f"the template leaves out `{key}` of a turn", text.place)
+    if any(turn.is_empty and not turn.given and turn.role != "assistant" for turn in text.messages):
+        report.note("a turn is empty", text.place)
+    if any(turn.marked and turn.role != "assistant" for turn in text.messages):
+        report.note("a turn that is not the assistant's is marked for training", text.place)
+    if any(_holds_null(call["function"]["arguments"]) for call in calls):
+        report.note("null in the arguments of a tool call is written as it is", text.place)
+
+
+_CALL = ("type", "function")
+
+
+def _plain(values: dict[str, Any]) -> list[tuple[str, str | None]]:
+    """Keys with the text of their values; None for a value that is not text."""
+    return [(key, value if isinstance(value, str) else None) for key, value in values.items()]
+
+
+def _holds_null(value: Any) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is None or any(map(_holds_null, inner))
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether plain text of this tokenizer starts with BOS."""
+    return bool(tokenizer.bos_token) and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def note_bos(
+    rendered: list[Rendered], ids: list[IdArray], tokenizer: Any, report: DataReport
+) -> None:
+    """Note the chats that start without the BOS that plain text of the tokenizer has."""
+    if not any(item.is_chat for item in rendered) or not adds_bos(tokenizer):
+        return
+    for item, own in zip(rendered, ids, strict=True):
+        if item.is_chat and len(own) and own[0] != tokenizer.bos_token_id:
+            report.note(NO_BOS, item.place)
 
 
 def encode_texts(rendered: list[Rendered], tokenizer: Any) -> list[tuple[IdArray, Offsets]]:
@@ -76,7 +134,7 @@ def encode_texts(rendered: list[Rendered], tokenizer: Any) -> list[tuple[IdArray
         if not numbers:
             continue
         texts = [rendered[n].text for n in numbers]
-        if not is_chat and bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+        if not is_chat and adds_bos(tokenizer):
             texts = [text.removeprefix(bos) for text in texts]
         output = _call(tokenizer, texts, add_special_tokens=not is_chat)
         for position, number in enumerate(numbers):

@@ -7,8 +7,9 @@ This module drops rows and counts them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,13 +20,18 @@ from alignkit.data.examples import Example, RowKind
 from alignkit.data.formats import Completion, Conversation, Text
 from alignkit.data.masks import Masker, Rendered
 from alignkit.data.report import DataReport
+from alignkit.data.spans import RenderedTurns
 from alignkit.data.templates import ChatTemplate
-from alignkit.data.texts import PLAIN_TEXT, encode_texts, note_doubts, special_tokens
+from alignkit.data.texts import PLAIN_TEXT, encode_texts, note_bos, note_doubts, special_tokens
+from alignkit.data.turns import Message
+from alignkit.errors import DataError
 
 TooLong = Literal["drop", "truncate_left", "truncate_right", "error"]
 TrainOn = Literal["completions", "last_turn", "everything"]
 
 _BATCH = 1000
+_FAR, _SMALL = 1000, 1_000_000
+"""Characters that no token has, and characters that are always tokenized."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ def tokenize_examples(
         ModelError: conversations without a chat template, or a tokenizer without offsets.
     """
     report = DataReport(rows=len(examples))
+    examples = [_bounded(example, settings) for example in examples]
     texts = [text for example in examples for text in example.texts]
     masked = iter(_mask_texts(texts, tokenizer, settings, report))
     documents: list[Document] = []
@@ -76,6 +83,56 @@ def tokenize_examples(
             report.trained_tokens += sum(int(b.trained.sum()) for b in document.branches)
     report.kept = len(documents)
     return documents, report
+
+
+def _bounded(example: Example, settings: TokenizeSettings) -> Example:
+    """The example, unusable if its text is so long that even to tokenize it would take gigabytes.
+
+    Raises:
+        DataError: it is, and rows that are too long are not dropped.
+    """
+    longest = max((text.num_characters for text in example.texts), default=0)
+    if longest <= max(_FAR * settings.max_length, _SMALL):
+        return example
+    limit = f"max_length = {settings.max_length} tokens"
+    if settings.too_long == "drop":
+        return replace(example, texts=(), roles=(), unusable=f"far longer than {limit}")
+    raise DataError(
+        f"{example.place}: the row has {longest:,} characters, far more than data.{limit} can hold",
+        hint="split the row, or set data.too_long: drop",
+    )
+
+
+def probe_template(tokenizer: Any) -> DataReport:
+    """What a question with its answer becomes: how answers end, and what is said about it.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+
+    Returns:
+        A report of no rows; without a chat template, or where it refuses them, an empty one.
+    """
+    report = DataReport()
+    turns = (Message("user", "a"), Message("assistant", "b"))
+    if tokenizer.chat_template:
+        with contextlib.suppress(DataError):
+            texts: list[Text] = [Conversation(turns, (), "")]
+            _mask_texts(texts, tokenizer, TokenizeSettings(10**9, "error"), report)
+    return report
+
+
+def answer_ends(tokenizer: Any, trained: Sequence[int] = ()) -> list[int]:
+    """Ids that end an answer, wherever one is trained, sampled, merged or exported.
+
+    Args:
+        tokenizer: with its chat template.
+        trained: ids that ended the answers of rows.
+
+    Returns:
+        Those, what ends an assistant's turn in the chat template, and EOS.
+    """
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return sorted({*map(int, trained), *probe_template(tokenizer).stop_tokens, *eos})
 
 
 def _document(
@@ -130,6 +187,7 @@ def _mask_texts(
             if isinstance(text, Conversation) and text.messages[-1].role != "assistant":
                 report.note("the last turn is not the assistant's; it is not trained", text.place)
         encoded = encode_texts(rendered, tokenizer)
+        note_bos(rendered, [ids for ids, _ in encoded], tokenizer, report)
         masked += [masker.mask(item, *t) for item, t in zip(rendered, encoded, strict=True)]
     report.stop_tokens = sorted(masker.stop_tokens)
     return masked
@@ -140,30 +198,33 @@ def _render(
 ) -> Rendered:
     if isinstance(text, Completion):
         eos = tokenizer.eos_token or ""
-        end = "" if text.completion.endswith(eos) else eos
+        end = "" if text.completion.rstrip().endswith(eos) else eos
         full = text.prompt + text.completion + end
         return Rendered(full, [(len(text.prompt), len(full))], text.place, False)
     assert template is not None
     if settings.train_on == "everything":
-        full = template.render(template.messages(text), text)
-        return Rendered(full, [(0, len(full))], text.place, True)
+        rendered = RenderedTurns(template, text)
+        left_out = tuple(rendered.left_out())
+        whole = [(0, len(rendered.full))]
+        return Rendered(rendered.full, whole, text.place, True, left_out=left_out)
     last_only = settings.train_on == "last_turn"
-    if template.has_markers and not last_only:
+    begun = any(turn.given for turn in text.messages)
+    if template.has_markers and not last_only and not begun:
         full, mask = _render_markers(text, template)
-        wanted = tuple(turn.trained for turn in text.messages if turn.role == "assistant")
+        wanted = tuple(
+            turn.trained and number >= text.context
+            for number, turn in enumerate(text.messages)
+            if turn.role == "assistant"
+        )
         return Rendered(full, [], text.place, True, mask, wanted)
-    full, spans = template.spans(text, last_only=last_only)
-    return Rendered(full, spans, text.place, True)
+    rendered = RenderedTurns(template, text)
+    return Rendered(rendered.full, rendered.trained(last_only=last_only), text.place, True)
 
 
 def _render_markers(example: Conversation, template: ChatTemplate) -> tuple[str, list[int]]:
     """Text and token mask of a template that marks what the assistant generates."""
-    output = template.tokenizer.apply_chat_template(
-        template.messages(example),
-        tools=list(example.tools) or None if template.knows_tools else None,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
+    turns = template.messages(example)
+    output = template.apply(
+        turns, example, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    text = template.render(template.messages(example), example)
-    return text, list(output["assistant_masks"])
+    return template.render(turns, example), list(output["assistant_masks"])

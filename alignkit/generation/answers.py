@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import TextStreamer
 
+from alignkit.data.templates import apply_template
 from alignkit.errors import AlignkitError
+from alignkit.generation.rollout import stop_tokens
 from alignkit.generation.sampling import SamplingSettings
 from alignkit.models.attention.prefix import has_window, prefix_length
 from alignkit.models.opening import OpenModel
@@ -73,17 +76,27 @@ def stream_answer(
 
 
 def render_prompt(opened: OpenModel, turns: Turns) -> str:
-    """The turns as the model reads them; without a chat template, their plain text."""
+    """The turns as the model reads them; without a chat template, their plain text.
+
+    Raises:
+        DataError: the chat template refuses them.
+    """
     if opened.tokenizer.chat_template:
-        rendered = opened.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True
-        )
-        return str(rendered)
+        refused = "the chat template refuses the conversation"
+        hint = "change the prompt or the system message; many templates know no system turn"
+        options = {"tokenize": False, "add_generation_prompt": True}
+        return str(apply_template(opened.tokenizer, turns, refused, hint, **options))
     return "\n".join(turn["content"] for turn in turns)
 
 
 def _encode(opened: OpenModel, texts: list[str], settings: SamplingSettings) -> Any:
     tokenizer = opened.tokenizer
+    for text in texts:
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise AlignkitError(
+                f"a prompt is not UTF-8 text: {text[-60:]!a}",
+                hint="write whole characters; a file in another encoding is converted by iconv",
+            )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     inputs = tokenizer(
@@ -115,6 +128,7 @@ def _generate(
         output: torch.Tensor = opened.model.generate(
             **inputs,
             **settings.options(),
+            eos_token_id=sorted(stop_tokens(opened.model, opened.tokenizer)) or None,
             pad_token_id=opened.tokenizer.pad_token_id,
             **options,
         )

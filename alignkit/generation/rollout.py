@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from alignkit.data.tokenize import answer_ends
 from alignkit.models.attention.cached import (
     cached_forward,
     fill_cache,
@@ -294,7 +295,7 @@ def _inverse(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def stop_tokens(inner: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that end a response: those of the model's generation settings and the tokenizer's EOS.
+    """Ids that end a response: those of the model's generation settings and `answer_ends`.
 
     Args:
         inner: transformers model.
@@ -302,4 +303,4 @@ def stop_tokens(inner: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int
     """
     named = getattr(inner.generation_config, "eos_token_id", None)
     ids: Sequence[int | None] = named if isinstance(named, list) else [named]
-    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+    return frozenset(i for i in (*ids, *answer_ends(tokenizer)) if i is not None)

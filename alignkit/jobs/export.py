@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignkit.data.texts import NO_BOS
+from alignkit.data.tokenize import answer_ends, probe_template
 from alignkit.errors import ModelError
 from alignkit.files import output_path, write_text
 from alignkit.models.base.fitness import require_language_model
@@ -79,11 +81,16 @@ def gguf_of(source: str, *, output: Path | None, kind: str, overwrite: bool) -> 
     require_free(modelfile, overwrite=overwrite)
     tokenizer = load_tokenizer(base)
     rows, _ = file_rows(None, tokenizer)
-    report = export_gguf(base, output, kind=kind, rows=rows, title=name, overwrite=overwrite)
+    ends = answer_ends(tokenizer)
+    report = export_gguf(
+        base, output, kind=kind, rows=rows, title=name, ends=ends, overwrite=overwrite
+    )
     template = recognise(tokenizer)
-    stops = [tokenizer.convert_ids_to_tokens(number) for number in stop_ids(base, tokenizer)]
+    stops = [tokenizer.convert_ids_to_tokens(number) for number in stop_ids(base, tokenizer, ends)]
     write_text(modelfile, write_modelfile(output.name, template, stops))
     notes = [f"wrote {modelfile}"]
+    if NO_BOS in probe_template(tokenizer).notes:
+        notes.append(NO_BOS)
     if template is None:
         notes.append(
             "alignkit does not know the chat template: the Modelfile has no TEMPLATE, so Ollama "

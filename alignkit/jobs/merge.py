@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignkit.data.tokenize import answer_ends
 from alignkit.errors import ModelError
 from alignkit.files import output_path
 from alignkit.models.adapters.files import has_head
@@ -103,7 +104,7 @@ def merge_run(
         "rows": rows,
         "dtype": DTYPES[options.dtype] if options.dtype else stored_dtype(model),
         "tokenizer": tokenizer,
-        "stop_tokens": stops,
+        "stop_tokens": stops if has_head(first) else answer_ends(tokenizer, stops),
         "overwrite": options.overwrite,
         "onto": options.onto,
     }

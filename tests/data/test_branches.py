@@ -13,9 +13,10 @@ from tiny import END_OF_TURN, TOKENIZERS, tiny_tokenizer
 from alignkit.data.branches import fit, share_prompt
 from alignkit.data.documents import Branch, Document
 from alignkit.data.examples import Example
-from alignkit.data.formats import Completion, Conversation, Message, Text
+from alignkit.data.formats import Completion, Conversation, Text
 from alignkit.data.report import DataReport
 from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
+from alignkit.data.turns import Message
 from alignkit.errors import DataError
 from alignkit.packed import Role
 

@@ -374,7 +374,7 @@ def test_a_cache_hit_parses_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError("parsed")
 
-    monkeypatch.setattr(sources_module, "_read_jsonl", refuse)
+    monkeypatch.setattr(sources_module, "read_values", refuse)
     assert same(load(spec), fresh)
     with pytest.raises(AssertionError, match="parsed"):
         load(spec, max_length=99)

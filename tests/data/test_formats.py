@@ -12,11 +12,11 @@ from alignkit.data.formats import (
     PARSERS,
     Completion,
     Conversation,
-    Message,
     detect_format,
     parse_answers,
 )
 from alignkit.data.sources import Row, load_source
+from alignkit.data.turns import MARKS, Message
 from alignkit.errors import DataError
 from alignkit.recipe.assets import assets_root
 from alignkit.recipe.rows import SourceSpec
@@ -175,25 +175,12 @@ def test_shipped_tools_keep_calls_results_and_schemas() -> None:
         (
             # The prompt's own answers are context.
             {"prompt": [ASK, ANSWER, ASK], "completion": [ANSWER]},
-            Conversation(
-                (TURNS[0], Message("assistant", "Because.", trained=False), *TURNS), (), "r.jsonl:5"
-            ),
+            Conversation((*TURNS, *TURNS), (), "r.jsonl:5", context=3),
         ),
     ],
 )
 def test_rows_become_examples(values: dict[str, Any], example: Any) -> None:
-    assert _without_untrained_prompts(parse(values)) == example
-
-
-def _without_untrained_prompts(example: Any) -> Any:
-    """`trained` means nothing outside of an assistant's turn; compare it only there."""
-    if isinstance(example, Completion):
-        return example
-    messages = tuple(
-        Message(m.role, m.content, m.tool_calls, m.trained or m.role != "assistant")
-        for m in example.messages
-    )
-    return Conversation(messages, example.tools, example.place)
+    assert parse(values) == example
 
 
 @pytest.mark.parametrize(
@@ -218,7 +205,8 @@ def test_content_in_parts(content: Any, text: str) -> None:
 )
 def test_calls_in_any_form(call: dict[str, Any]) -> None:
     example = parse({"messages": [ASK, say("assistant", None, tool_calls=[call])]})
-    assert example.messages[1] == Message("assistant", "", (PARSED_CALL,))
+    ids = {"id": call["id"]} if "id" in call else {}
+    assert example.messages[1] == Message("assistant", "", (PARSED_CALL | ids,))
 
 
 def test_sharegpt_calls_and_results() -> None:
@@ -267,6 +255,76 @@ def test_detection_order(keys: tuple[str, ...], row_format: str) -> None:
     assert detect_format(Row(dict.fromkeys(keys, ""), "r:1")) == row_format
 
 
+@pytest.mark.parametrize("key", MARKS)
+@pytest.mark.parametrize("form", ["messages", "sharegpt"])
+def test_marks_of_any_format(form: str, key: str) -> None:
+    def turns(mark: Any) -> dict[str, Any]:
+        if form == "messages":
+            return {"messages": [ASK, say("assistant", "First.", **{key: mark}), ASK, ANSWER]}
+        says = [("human", "Why?"), ("gpt", "First."), ("human", "Why?"), ("gpt", "Because.")]
+        found = [{"from": speaker, "value": value} for speaker, value in says]
+        return {"conversations": [found[0], found[1] | {key: mark}, *found[2:]]}
+
+    for mark, trained in [(0, False), (False, False), (1, True), (True, True), (None, True)]:
+        assert [m.trained for m in parse(turns(mark)).messages] == [True, trained, True, True]
+    assert f"[1].{key} is 'no'\nhint: 1 or true" in failure(turns("no"))
+
+
+def test_further_keys_of_a_turn_are_kept_without_nulls() -> None:
+    thought = say("assistant", "408.", reasoning_content="17 · 24", name=None, weight=1)
+    result = say("tool", "3", tool_call_id="a1", name="look")
+    messages = parse({"messages": [ASK, thought, result]}).messages
+    assert [m.more for m in messages] == [
+        {},
+        {"reasoning_content": "17 · 24"},
+        {"tool_call_id": "a1", "name": "look"},
+    ]
+    shared = {"from": "gpt", "value": "408.", "thinking": "17 · 24"}
+    (_, answer) = parse({"conversations": [{"from": "human", "value": "?"}, shared]}).messages
+    assert answer.more == {"thinking": "17 · 24"}
+
+
+def test_nulls_that_a_table_fills_in_are_absent() -> None:
+    call = {"id": None, "function": {"name": "look", "arguments": {"at": "it", "x": None}}}
+    schema = {"name": "look", "parameters": {"properties": {"at": {}, "x": None}}}
+    values = {"messages": [ASK, say("assistant", None, tool_calls=[call])], "tools": [schema]}
+    (filled,) = parse_answers([Row(values, "r:1", filled=True)], "auto")
+    assert isinstance(filled, Conversation)
+    assert filled.messages[1].tool_calls == (PARSED_CALL,)
+    assert filled.tools[0]["function"]["parameters"] == {"properties": {"at": {}}}
+    (written,) = parse_answers([Row(values, "r:1")], "auto")  # here the user wrote the null
+    assert isinstance(written, Conversation)
+    assert written.messages[1].tool_calls[0]["function"]["arguments"] == {"at": "it", "x": None}
+
+
+def test_rows_of_several_formats_in_one_table() -> None:
+    chat = {"messages": [ASK, ANSWER], "prompt": None, "completion": None}
+    text = {"messages": None, "prompt": "1+1=", "completion": "2", "chosen": None, "rejected": None}
+    for rows in ([chat, text], [text, chat]):
+        found = parse_answers([Row(values, "r:1") for values in rows], "auto")
+        assert {type(example) for example in found} == {Conversation, Completion}
+
+
+def test_an_answer_that_the_prompt_begins_is_one_turn() -> None:
+    begun = say("assistant", '{"answer":')
+    row = {"prompt": [ASK, begun], "completion": [say("assistant", " 4}"), ASK, ANSWER]}
+    found = parse(row)
+    assert found.context == 1
+    assert found.messages == (
+        TURNS[0],
+        Message("assistant", '{"answer": 4}', given=len('{"answer":')),
+        *TURNS,
+    )
+    assert "ends it, and each has another `name`" in failure(
+        {"prompt": [ASK, begun | {"name": "a"}], "completion": [ANSWER | {"name": "b"}]}
+    )
+
+
+def test_a_history_that_the_assistant_opens() -> None:
+    row = {"instruction": "Why?", "output": "Because.", "history": [[None, "I begin."]]}
+    assert parse(row).messages == (Message("assistant", "I begin."), *TURNS)
+
+
 # what is refused -----------------------------------------------------------------------------
 
 
@@ -310,7 +368,7 @@ NO_ANSWER = (
             "messages",
             {"messages": "[{"},
             "r.jsonl:5: `messages` is not valid JSON: Expecting property name enclosed in double "
-            f"quotes{QUOTES}",
+            f"quotes at column 3{QUOTES}",
         ),
         ("messages", {"messages": []}, NO_ANSWER),
         ("messages", {"messages": [ASK]}, NO_ANSWER),
@@ -349,7 +407,7 @@ NO_ANSWER = (
             "messages",
             {"messages": [ASK, say("assistant", "a", weight=0.5)]},
             "r.jsonl:5: messages[1].weight is 0.5\n"
-            "hint: 1 trains the turn, 0 leaves it out of the loss",
+            "hint: 1 or true trains the turn, 0 or false leaves it out of the loss",
         ),
         (
             "messages",
@@ -361,13 +419,13 @@ NO_ANSWER = (
             "messages",
             {"messages": [ASK, say("assistant", "", tool_calls=[CALL | {"arguments": "{"}])]},
             "r.jsonl:5: `arguments of look` is not valid JSON: Expecting property name enclosed in "
-            f"double quotes{QUOTES}",
+            f"double quotes at column 2{QUOTES}",
         ),
         (
             "messages",
             {"messages": [ASK, ANSWER], "tools": "[{"},
             "r.jsonl:5: `tools` is not valid JSON: Expecting property name enclosed in double "
-            f"quotes{QUOTES}",
+            f"quotes at column 3{QUOTES}",
         ),
         (
             "messages",
@@ -444,6 +502,29 @@ NO_ANSWER = (
             "prompt_completion",
             {"prompt": [ASK, ANSWER], "completion": [ASK]},
             NO_ANSWER,
+        ),
+        (
+            "alpaca",
+            {"instruction": "x", "output": "y", "history": [["And?", None]]},
+            "r.jsonl:5: the row has no answer: the assistant's turn 1 is empty\n"
+            "hint: remove the row, or write the answer",
+        ),
+        (
+            "alpaca",
+            {"instruction": "x", "output": "y", "history": 5},
+            f"r.jsonl:5: `history` must be a list, got int{rename('history')}",
+        ),
+        (
+            "messages",
+            {"messages": [ASK, say("assistant", "a", weight=0, train=True)]},
+            "r.jsonl:5: messages[1] has marks that contradict each other: weight is 0, train is "
+            "True\nhint: keep one of them",
+        ),
+        (
+            "messages",
+            {"messages": [ASK, ANSWER], "tools": '[{"name": "\\ud83d"}]'},
+            "r.jsonl:5: `tools` holds half of a character, as a cut-off emoji leaves it: "
+            "'\\ud83d'\nhint: write the whole character, or remove the half",
         ),
         ("text", {"text": " "}, "r.jsonl:5: text is empty\nhint: remove the row"),
         ("text", {"text": ["a"]}, f"r.jsonl:5: `text` must be text, got list{rename('text')}"),

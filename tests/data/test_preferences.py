@@ -9,10 +9,11 @@ import pytest
 from tiny import tiny_tokenizer
 
 from alignkit.data.examples import Example, parse_rows
-from alignkit.data.formats import Completion, Conversation, Message, Text
+from alignkit.data.formats import Completion, Conversation, Text
 from alignkit.data.pairs import PAIR_PARSERS
 from alignkit.data.sources import Row, load_source
 from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
+from alignkit.data.turns import Message
 from alignkit.errors import DataError
 from alignkit.packed import Role
 from alignkit.recipe.assets import assets_root
@@ -72,7 +73,8 @@ def turns(example: Text) -> Turns:
 def trained(example: Text) -> list[str]:
     """Texts of the assistant's turns that carry loss."""
     assert isinstance(example, Conversation)
-    return [m.content for m in example.messages if m.role == "assistant" and m.trained]
+    turns = example.messages[example.context :]
+    return [turn.content for turn in turns if turn.role == "assistant" and turn.trained]
 
 
 def talk(*texts: str) -> Turns:
@@ -422,9 +424,28 @@ def test_an_answer_may_go_on_for_several_turns() -> None:
 
 def test_text_pairs_are_plain_text() -> None:
     values = {"prompt": "1+1=", "chosen": "2", "rejected": " 3\n", "system": "Sum."}
-    texts = Completion("1+1=", "2", PLACE), Completion("1+1=", " 3\n", PLACE)
+    texts = tuple(Completion("1+1=", text, PLACE, ("system",)) for text in ("2", " 3\n"))
     assert pair(values) == Example(texts, (Role.CHOSEN, Role.REJECTED), PLACE)
     assert pair({"prompt": "", "chosen": "2", "rejected": "3"}).texts[0].prompt == ""
+
+
+BEGUN = say("assistant", '{"answer":')
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prompt": [ASK, BEGUN], "chosen": [say("assistant", " 4}")]},
+        {"conversations": [ASK, BEGUN], "chosen": speak("gpt", " 4}")},
+    ],
+)
+def test_completions_go_on_from_the_beginning_that_the_prompt_has(values: dict[str, Any]) -> None:
+    chosen, rejected = pair(values | {"rejected": [say("assistant", " four")]}).texts
+    assert turns(chosen) == talk("Why?", '{"answer": 4}')
+    assert turns(rejected) == talk("Why?", '{"answer": four')
+    for text in (chosen, rejected):
+        assert isinstance(text, Conversation)
+        assert (text.context, text.messages[-1].given) == (1, len('{"answer":'))
 
 
 def test_text_that_begins_with_human_and_has_a_prompt_is_no_dialogue() -> None:

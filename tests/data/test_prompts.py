@@ -68,6 +68,7 @@ def decoded(prompts: PromptSet) -> list[str]:
 
 ASK, ANSWER = say("user", "Why?"), say("assistant", "Because.")
 SYSTEM = say("system", "Be kind.")
+BE = say("assistant", "Be")
 HUMAN, GPT = speak("human", "Why?"), speak("gpt", "Because.")
 BAD = say("assistant", "No.")
 HH = "\n\nHuman: Why?\n\nAssistant: {}"
@@ -241,6 +242,23 @@ def test_tools_that_the_template_does_not_know_are_written_out_and_noted() -> No
     assert json.dumps(SCHEMA) in decoded(prompts)[0]
     assert prompts.report.notes == {"tool calls written as text: the template has none": 1}
     assert prompts.prompts[0].shown == [ASK]
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"prompt": [ASK, BE]}, None),
+        (
+            {"prompt": [ASK, say("assistant", "Be")], "completion": [say("assistant", "cause.")]},
+            "cause.",
+        ),
+    ],
+)
+def test_a_prompt_may_begin_the_answer(row: dict[str, Any], answer: str | None) -> None:
+    prompts = load(write("a.jsonl", [row]))
+    assert decoded(prompts) == [ASKED + "Be"]
+    assert prompts.prompts[0].shown == [ASK, BE]
+    assert prompts.prompts[0].answer == answer
 
 
 def test_an_answer_that_only_calls_a_tool_has_no_text() -> None:

@@ -14,7 +14,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from alignkit.data.sources import load_source, mix_rows
+from alignkit.data.report import DataReport
+from alignkit.data.sources import load_source, mix_rows, mix_sources
 from alignkit.errors import DataError
 from alignkit.recipe.rows import SourceSpec
 
@@ -142,7 +143,7 @@ def test_lines_of_rows_in_a_json_list() -> None:
         (
             "r.json",
             '[\n{"a": 1},\n{"a": 2}\n',
-            "r.json:4: is not valid JSON: Expecting value at column 1\n"
+            "r.json:4: is not valid JSON: Expecting ',' delimiter at column 1\n"
             "hint: the list must close with ] and its rows be separated by commas",
         ),
         (
@@ -162,6 +163,46 @@ def test_lines_of_rows_in_a_json_list() -> None:
             "[1]",
             "r.json:1: a row must be a JSON object, got int\n"
             'hint: as in {"messages": [...]}; see data_templates/formats for every row format',
+        ),
+        (
+            "r.json",
+            '[{"a": 1} {"a": 2}]',
+            "r.json:1: is not valid JSON: Expecting ',' delimiter at column 11\n"
+            "hint: the list must close with ] and its rows be separated by commas",
+        ),
+        (
+            "r.json",
+            '[{"a": 1},, {"a": 2}]',
+            "r.json:1: is not valid JSON: Expecting value at column 11\n"
+            "hint: the list must close with ] and its rows be separated by commas",
+        ),
+        (
+            "r.jsonl",
+            '{"a": 1}\n{"b": ' + "[" * 30_000 + "]" * 30_000 + "}",
+            "r.jsonl:2: is nested too deeply\nhint: remove what nests, or the row",
+        ),
+        (
+            "r.json",
+            '[\n{"b": ' + "7" * 5000 + "}]",
+            "r.json:2: holds a number with more digits than can be read\n"
+            "hint: write such a number as text, in double quotes",
+        ),
+        (
+            "r.jsonl",
+            '{"a": [{"b": "smile \\ud83d please"}]}',
+            "r.jsonl:1: holds half of a character, as a cut-off emoji leaves it: "
+            "'smile \\ud83d please'\nhint: write the whole character, or remove the half",
+        ),
+        (
+            "r.jsonl",
+            '{"a": 1}\n'.encode("utf-16"),
+            "r.jsonl: is UTF-16 text, and rows are UTF-8\n"
+            "hint: convert it: iconv -f utf-16 -t utf-8 old > new",
+        ),
+        (
+            "r.csv",
+            "a,a\n1,2\n",
+            "r.csv:1: the header has 'a' twice\nhint: rename one of the columns",
         ),
         (
             "r.csv",
@@ -249,6 +290,13 @@ def test_lines_of_rows_in_a_json_list() -> None:
         "two lists",
         "object",
         "number in a list",
+        "no comma",
+        "two commas",
+        "deep",
+        "digits",
+        "surrogate",
+        "utf-16",
+        "two columns of one name",
         "short csv row",
         "long csv row",
         "huge csv field",
@@ -274,6 +322,36 @@ def test_a_broken_parquet_file() -> None:
     assert failure("r.parquet", b"PAR1 and nothing else").startswith(
         "r.parquet: is not a readable parquet file: "
     )
+
+
+def test_a_parquet_text_that_is_not_utf8() -> None:
+    column = pyarrow.array([b"a", b"\xff"]).cast(pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), "r.parquet")
+    with pytest.raises(DataError, match=r"r\.parquet row 2: is not UTF-8 text"):
+        _ = load_source(SourceSpec(path="r.parquet")).rows
+
+
+def test_a_small_file_that_unpacks_to_more_than_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Memory:
+        available = 40_000_000
+
+    monkeypatch.setattr("alignkit.data.files.psutil.virtual_memory", Memory)
+    assert failure("r.jsonl.gz", gzip.compress(b"\n" * 20_000_000)) == (
+        "r.jsonl.gz: unpacks to more than 10 MB, whose rows would not fit in memory\n"
+        "hint: split the file, and name the parts that are used"
+    )
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/null"])
+def test_rows_come_from_files_only(name: str) -> None:
+    with pytest.raises(DataError, match="cannot come from standard input or a pipe"):
+        load_source(SourceSpec(path=name))
+
+
+@pytest.mark.parametrize("weight", [1e8, 1e300, float("inf")])
+def test_weights_that_would_fill_memory(weight: float) -> None:
+    with pytest.raises(DataError, match=r"the weights make an epoch of .* rows, more than"):
+        mix_sources([SourceSpec(path="a.jsonl", weight=weight)], [16], 0, DataReport())
 
 
 def test_no_such_file() -> None:

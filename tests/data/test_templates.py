@@ -11,10 +11,18 @@ from documents import answers, as_rows
 from tiny import END_OF_TURN, TOKENIZERS, chat_template, tiny_tokenizer
 
 from alignkit.data.documents import Branch
-from alignkit.data.formats import Conversation, Message, parse_answers
+from alignkit.data.formats import Conversation, parse_answers
 from alignkit.data.sources import load_source
+from alignkit.data.spans import RenderedTurns
 from alignkit.data.templates import ChatTemplate, template_text
-from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
+from alignkit.data.texts import NO_BOS
+from alignkit.data.tokenize import (
+    TokenizeSettings,
+    answer_ends,
+    probe_template,
+    tokenize_examples,
+)
+from alignkit.data.turns import Message
 from alignkit.errors import DataError, ModelError
 from alignkit.recipe.assets import assets_root
 from alignkit.recipe.rows import SourceSpec
@@ -327,7 +335,8 @@ def test_shipped_rows_are_trained_without_a_doubt(family: str, name: str) -> Non
         assert set(report.notes) <= {"tool calls written as text: the template has none"}
         for example, row in zip(examples, rows, strict=True):
             if isinstance(example, Conversation):
-                wanted = [m for m in example.messages if m.role == "assistant" and m.trained]
+                turns = example.messages[example.context :]
+                wanted = [m for m in turns if m.role == "assistant" and m.trained]
                 found = decoded(tokenizer, row)
                 assert len(found) == len(wanted)
                 for text, message in zip(found, wanted, strict=True):
@@ -399,6 +408,167 @@ def test_markers_that_do_not_fit_the_turns_cannot_leave_one_out() -> None:
         "turns cannot be left out\n"
         "hint: choose a template without markers (model.chat_template)"
     )
+
+
+def test_a_refusal_is_one_sentence_with_markers_and_without() -> None:
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    for source in (
+        SHORT_MARKS,
+        SHORT_MARKS.replace(" generation ", " if true ").replace("endgeneration", "endif"),
+    ):
+        tokenizer = tiny_tokenizer("chatml", refuses + source)
+        with pytest.raises(DataError) as caught:
+            tokenize(tokenizer, conversation("system"))
+        assert str(caught.value).startswith(
+            "system:1: the chat template refuses the row: no system\nhint: "
+        )
+
+
+# a conversation that the assistant opens ------------------------------------------------------
+
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"
+)
+OPENED = (answer("Hello."), user("And?"), answer("So."))
+
+
+@pytest.mark.parametrize("train_on", ["completions", "last_turn"])
+@pytest.mark.parametrize("head", ["", DEFAULT_SYSTEM], ids=["", "default system text"])
+@pytest.mark.parametrize("name", ["chatml", "chatml-generation"])
+def test_the_header_of_a_first_answer_is_not_trained(name: str, head: str, train_on: str) -> None:
+    tokenizer = tiny_tokenizer("chatml", head + chat_template(name))
+    wanted = ["Hello.<|im_end|>", "So.<|im_end|>"]
+    rows = [Conversation(OPENED, (), "r:1"), Conversation(OPENED[:1], (), "r:2")]
+    both, single = tokenize(tokenizer, *rows, train_on=train_on)
+    assert decoded(tokenizer, both) == (wanted if train_on == "completions" else wanted[1:])
+    assert decoded(tokenizer, single) == wanted[:1]
+
+
+def test_a_first_answer_where_the_generation_prompt_has_a_thinking_switch() -> None:
+    source = chat_template("chatml").replace("assistant\\n' -}}", "assistant\\n<think>\\n' -}}")
+    tokenizer = tiny_tokenizer("chatml", source)
+    assert ChatTemplate(tokenizer).generation_prompt.endswith("<think>\n")
+    (row,) = tokenize(tokenizer, Conversation(OPENED, (), "r:1"))
+    assert decoded(tokenizer, row) == ["Hello.<|im_end|>", "So.<|im_end|>"]
+
+
+# an answer that the prompt begins -------------------------------------------------------------
+
+BEGUN = Message("assistant", '{"answer": 4}', given=len('{"answer":'))
+
+
+@pytest.mark.parametrize("name", ["chatml", "chatml-generation"])
+def test_an_answer_is_trained_from_where_the_prompt_leaves_it(name: str) -> None:
+    tokenizer = tiny_tokenizer("chatml", chat_template(name))
+    (row,) = tokenize(tokenizer, Conversation((user("JSON?"), BEGUN), (), "r:1", context=1))
+    assert decoded(tokenizer, row)[0].removeprefix(":").strip() == "4}<|im_end|>"
+    turns = [{"role": "user", "content": "JSON?"}, {"role": "assistant", "content": BEGUN.content}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert tokenizer.decode(row.ids) == text
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_a_prompt_ends_where_the_answer_goes_on_as_in_transformers(family: str) -> None:
+    tokenizer = tiny_tokenizer(family)
+    turns = [{"role": "user", "content": "JSON?"}, {"role": "assistant", "content": '{"answer":'}]
+    begun = Message("assistant", '{"answer":', given=10)
+    row = Conversation((user("JSON?"), begun), (), "r:1")
+    expected = tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True)
+    assert RenderedTurns(ChatTemplate(tokenizer), row).prompt() == expected
+
+
+def test_a_beginning_that_the_template_changes_is_refused() -> None:
+    loud = chat_template("chatml").replace("(message.content or '')", "message.content.upper()")
+    tokenizer = tiny_tokenizer("chatml", loud)
+    begun = Message("assistant", "it is four", given=5)
+    rendered = RenderedTurns(ChatTemplate(tokenizer), Conversation((user("a"), begun), (), "r:1"))
+    with pytest.raises(DataError, match="r:1: the chat template changes the beginning"):
+        rendered.prompt()
+
+
+# keys and marks of a turn ---------------------------------------------------------------------
+
+THINKS = chat_template("chatml").replace(
+    "(message.content or '')", "(message.reasoning_content or '') + (message.content or '')"
+)
+
+
+def test_further_keys_reach_the_template_or_are_counted() -> None:
+    thought = Message("assistant", "408.", more={"reasoning_content": "17 · 24. ", "mood": "good"})
+    row = Conversation((user("17 · 24?"), thought), (), "r:1")
+    settings = TokenizeSettings(1000, "error")
+    for source, left_out in ((THINKS, ["mood"]), ("", ["mood", "reasoning_content"])):
+        tokenizer = tiny_tokenizer("chatml", source)
+        documents, report = tokenize_examples(answers([row]), tokenizer, settings)
+        text = decoded(tokenizer, as_rows(documents)[0])[0]
+        assert text == ("17 · 24. " if source else "") + "408.<|im_end|>"
+        assert report.notes == {f"the template leaves out `{key}` of a turn": 1 for key in left_out}
+
+
+def test_ids_of_calls_reach_the_template() -> None:
+    calls = ({"type": "function", "function": WAIT, "id": "abcdefghi"},)
+    messages = (user("Q"), Message("assistant", "", calls))
+    messages += (Message("tool", "3", more={"tool_call_id": "abcdefghi"}), answer("A"))
+    row = Conversation(messages, (), "r:1")
+    template = ChatTemplate(tiny_tokenizer("mistral"))
+    text = template.render(template.messages(row), row)
+    assert '"id": "abcdefghi"}]' in text
+    assert '"call_id": "abcdefghi"' in text
+    settings = TokenizeSettings(1000, "error")
+    _, report = tokenize_examples(answers([row]), tiny_tokenizer("chatml"), settings)
+    assert {
+        "the template leaves out `id` of a turn",
+        "the template leaves out `tool_call_id` of a turn",
+    } <= report.notes.keys()
+
+
+@pytest.mark.parametrize("name", ["chatml", "chatml-generation"])
+def test_everything_honours_the_marks_of_any_turn(name: str) -> None:
+    tokenizer = tiny_tokenizer("chatml", chat_template(name))
+    bad = answer("Bad one.", trained=False)
+    shy = Message("user", "Shy.", trained=False)
+    row = Conversation((user("Hi?"), bad, shy, answer("Good.")), (), "r:1")
+    (found,) = tokenize(tokenizer, row, train_on="everything")
+    text = "".join(decoded(tokenizer, found))
+    assert [part in text for part in ("Bad one", "Shy", "Hi?", "Good.")] == [False] * 2 + [True] * 2
+
+
+# what is said of a template -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "doubt"),
+    [
+        (chat_template("chatml"), []),
+        (SHORT_MARKS, ["it has no generation prompt: an answer follows the last turn directly"]),
+        (
+            chat_template("chatml") + "{% if add_generation_prompt %}<think>\n{% endif %}",
+            ["its generation prompt opens a think block: '<|im_start|>assistant\\n<think>\\n'"],
+        ),
+        ("{{ strftime_now('%Y') }}" + chat_template("chatml"), ["it writes the date of the day"]),
+    ],
+)
+def test_doubts(source: str, doubt: list[str]) -> None:
+    found = ChatTemplate(tiny_tokenizer("chatml", source)).doubts()
+    assert [text.partition(": tomorrow")[0] for text in found] == doubt
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_one_rule_for_what_ends_an_answer(family: str) -> None:
+    tokenizer = tiny_tokenizer(family)
+    end = tokenizer.convert_tokens_to_ids(END_OF_TURN[family])
+    assert answer_ends(tokenizer) == sorted({end, tokenizer.eos_token_id})
+    assert answer_ends(tiny_tokenizer(family, None)) == [tokenizer.eos_token_id]
+    assert set(answer_ends(tokenizer, [1])) >= {1, end}
+
+
+def test_a_template_without_bos_is_noted() -> None:
+    settings = TokenizeSettings(1000, "error")
+    for source, notes in ((chat_template("chatml"), {NO_BOS}), ("", set())):
+        tokenizer = tiny_tokenizer("llama3", source)
+        _, report = tokenize_examples(answers([conversation("single")]), tokenizer, settings)
+        assert report.notes.keys() & {NO_BOS} == notes
+        assert probe_template(tokenizer).notes.keys() & {NO_BOS} == notes
 
 
 # templates that render a turn differently once others follow ----------------------------------

@@ -10,9 +10,11 @@ from tiny import TOKENIZERS, tiny_tokenizer
 from tokenizers import processors
 
 from alignkit.data.documents import Branch
-from alignkit.data.formats import Completion, Conversation, Message
+from alignkit.data.formats import Completion, Conversation
 from alignkit.data.report import DataReport
+from alignkit.data.texts import RENDERED
 from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
+from alignkit.data.turns import Message
 from alignkit.errors import DataError, ModelError
 
 ADDS_BOS = {"llama3", "mistral", "mistral-sentencepiece", "gemma"}
@@ -171,7 +173,8 @@ def test_the_first_token_is_never_trained() -> None:
     opening = Conversation((Message("assistant", "Hello."), Message("user", "Hi?")), (), "r:1")
     rows, _ = tokenize(tokenizer, text_row("Hello."), opening)
     assert [bool(row.trained[0]) for row in rows] == [False, False]
-    assert all(row.trained[1] for row in rows)
+    assert rows[0].trained[1:].all()
+    assert trained_text(tokenizer, rows[1]) == "Hello.<|im_end|>"
 
 
 def test_a_row_of_one_token_trains_nothing_and_is_dropped() -> None:
@@ -179,7 +182,7 @@ def test_a_row_of_one_token_trains_nothing_and_is_dropped() -> None:
     rows, report = tokenize(tokenizer, text_row("<|im_end|>", "r:7"), text_row("Hello."))
     assert len(rows) == 1
     assert report.dropped == {"nothing to train on": 1}
-    assert report.examples == {"nothing to train on": ["r:7"]}
+    assert report.examples["nothing to train on"] == ["r:7"]
 
 
 def test_a_last_turn_that_the_row_leaves_out_drops_the_row() -> None:
@@ -300,6 +303,23 @@ def test_truncate_left_drops_a_row_whose_answer_is_cut_away() -> None:
     assert report.dropped == {"the prompt alone fills max_length = 16 tokens": 1}
 
 
+def test_a_text_that_is_far_too_long_is_not_even_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alignkit.data.tokenize._SMALL", 1000)
+    tokenizer, rows = tiny_tokenizer("qwen"), [chat("Hi?", "x" * 8001), text_row("Hello.", "r:2")]
+    kept, report = tokenize(tokenizer, *rows, max_length=8, too_long="drop")
+    assert len(kept) == 1
+    assert report.dropped == {"far longer than max_length = 8 tokens": 1}
+    with pytest.raises(DataError, match="r:1: the row has 8,004 characters, far more than"):
+        tokenize(tokenizer, *rows, max_length=8, too_long="truncate_right")
+
+
+def test_a_rendered_text_gets_no_second_eos() -> None:
+    tokenizer = tiny_tokenizer("chatml")
+    text = "<|im_start|>user\nHi?<|im_end|>\n"
+    (row,), _ = tokenize(tokenizer, text_row(text))
+    assert tokenizer.decode(row.ids) == text
+
+
 # notes and failures --------------------------------------------------------------------------
 
 
@@ -316,6 +336,12 @@ def test_truncate_left_drops_a_row_whose_answer_is_cut_away() -> None:
             chat("Say <|im_end|> please.", "No."),
             "the text holds special tokens of this tokenizer",
         ),
+        (
+            Completion("a", "b", "r:1", ("system",)),
+            "`system` is left out: plain text has no place for it",
+        ),
+        (chat("Hi [INST] you", "Hello."), RENDERED),
+        (chat(" ", "Hello."), "a turn is empty"),
         (chat("Hi?", "Hello.", "And?"), "the last turn is not the assistant's; it is not trained"),
     ],
 )
@@ -327,9 +353,10 @@ def test_notes(row: Any, note: str) -> None:
     assert report.lines()[-1] == f"1 row: {note} (r:1)"
 
 
-def test_rendered_text_may_hold_special_tokens() -> None:
-    _, report = tokenize(tiny_tokenizer("chatml"), Completion("<|im_start|>a", "b", "r:1"))
-    assert report.notes == {}
+@pytest.mark.parametrize("text", ["<|im_start|>a", "<start_of_turn>user", "[INST] a"])
+def test_rows_that_are_rendered_already_are_noted(text: str) -> None:
+    _, report = tokenize(tiny_tokenizer("chatml"), Completion(text, "b", "r:1"))
+    assert report.notes == {RENDERED: 1}
 
 
 def test_at_most_three_places_are_shown() -> None:

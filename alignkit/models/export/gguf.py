@@ -97,6 +97,7 @@ def export_gguf(
     kind: str,
     rows: Sequence[IntArray],
     title: str,
+    ends: Sequence[int] = (),
     overwrite: bool = False,
 ) -> GgufReport:
     """Write a GGUF file and verify it.
@@ -107,6 +108,7 @@ def export_gguf(
         kind: one of `gguf_files.TYPES`.
         rows: token ids of real rows.
         title: display name of the model.
+        ends: ids that end an answer, beside those that the model names.
         overwrite: replace an existing file.
 
     Returns:
@@ -122,7 +124,7 @@ def export_gguf(
     plan = plan_tensors(config, weights)
     settings = settings_of(config)
     tokenizer = load_tokenizer(base)
-    vocabulary = vocabulary_of(tokenizer, config.vocab_size, stop_ids(base, tokenizer))
+    vocabulary = vocabulary_of(tokenizer, config.vocab_size, stop_ids(base, tokenizer, ends))
     architecture = family_of(config).architecture
     # transformers takes a Llama of just this name for another architecture, and fails.
     title = "Mistral" if title == "mistral" else title
@@ -195,9 +197,11 @@ def local_folder(base: BaseModel) -> Path:
         ) from error
 
 
-def stop_ids(base: BaseModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a response: EOS of the tokenizer, and those of the generation settings."""
+def stop_ids(
+    base: BaseModel, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int] = ()
+) -> list[int]:
+    """Ids that end a response: EOS, those of the generation settings, and those of `ends`."""
     ids = getattr(generation_settings(base)[0], "eos_token_id", None)
     listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    stops = [tokenizer.eos_token_id, *listed]
+    stops = [tokenizer.eos_token_id, *listed, *ends]
     return list(dict.fromkeys(int(number) for number in stops if number is not None))

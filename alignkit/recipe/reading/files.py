@@ -102,6 +102,8 @@ def no_file(path: KeyPath, value: str, document: Document, *, suffix: str = "") 
     """The error for a key whose file does not exist; suggests a file with a similar name."""
     near = _near_file(value, document.folders)
     hint = "looked in the recipe's folder, the working folder and the shipped examples"
+    if value == "-":
+        hint = "rows cannot come from standard input, since --resume reads them again: name a file"
     return AlignkitError(
         f"{document.place(path)}: {show_path(path)} names no file: {value!r}",
         hint=f"did you mean {near}{suffix}?" if near else hint,

@@ -13,6 +13,7 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+from alignkit.data.tokenize import answer_ends
 from alignkit.errors import ModelError
 from alignkit.models.adapters.files import has_head
 from alignkit.models.adapters.finding import base_of_adapter, tokenizer_of
@@ -108,6 +109,6 @@ def _merged(source: BaseModel, adapter: Path, *, merge: bool) -> BaseModel:
                 rows=rows,
                 dtype=stored_dtype(source),
                 tokenizer=tokenizer,
-                stop_tokens=stops,
+                stop_tokens=answer_ends(tokenizer, stops),
             )
     return merged

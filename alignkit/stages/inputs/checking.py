@@ -52,6 +52,7 @@ def file_rows(
 def kind_of_rows(source: SourceSpec) -> RowKind:
     """What the first row of a source looks like."""
     first = load_source(source.model_copy(update={"take": 1})).rows[0].values
-    if "chosen" in first or "rejected" in first:
+    keys = {key for key, value in first.items() if value is not None}
+    if keys & {"chosen", "rejected"}:
         return "pairs"
-    return "labelled" if "label" in first else "answers"
+    return "labelled" if "label" in keys else "answers"

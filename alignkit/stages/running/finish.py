@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from alignkit.data.tokenize import answer_ends
 from alignkit.errors import RoundingError
 from alignkit.models.adapters.files import TrainedOver, save_adapter
 from alignkit.models.base.identity import weights_fingerprint
@@ -134,7 +135,9 @@ def _write_models(
     settings: dict[str, Any] = {
         "rows": rows.checks,
         "dtype": stored_dtype(rows.base),
-        "stop_tokens": rows.stop_tokens,
+        "stop_tokens": rows.stop_tokens
+        if recipe.scalar_head
+        else answer_ends(rows.tokenizer, rows.stop_tokens),
     }
     if isinstance(recipe.adapter, FullSpec):
         session.say(f"writing all weights to {output / 'merged'}")

@@ -32,6 +32,10 @@ KEPT_PLAN = ("microbatch_tokens", "gradient_checkpointing")
 _KEPT_ABOUT = ("base", "adapter", "data", "rewards", "objective", "start")
 
 
+_COUNTS = ("kept", "tokens", "trained_tokens")
+"""Of a data set; they are the same whenever the same rows become the same tokens."""
+
+
 @dataclass(frozen=True)
 class Record:
     """What a run was started with.
@@ -199,9 +203,17 @@ def require_same_inputs(now: dict[str, Any], before: dict[str, Any]) -> None:
     for keys in (("base",), *data, *models, ("adapter",), ("objective",)):
         new, old = _entry(now, keys), _entry(before, keys)
         kind = "content" if "content" in new and "content" in old else "fingerprint"
-        if kind in old and not same_weights(new[kind], old[kind]):
-            name = {"adapter": "adapter.from", "objective": "objective.file"}.get(keys[0])
-            name = name or (keys[-1] if keys[0] == "rewards" else ".".join(keys))
+        name = {"adapter": "adapter.from", "objective": "objective.file"}.get(keys[0])
+        name = name or (keys[-1] if keys[0] == "rewards" else ".".join(keys))
+        other = kind in old and not same_weights(new[kind], old[kind])
+        same_source = "fingerprint" in old and same_weights(new["fingerprint"], old["fingerprint"])
+        counted = any(new[key] != old[key] for key in _COUNTS if key in new and key in old)
+        if same_source and (other or counted):
+            raise RunError(
+                f"{name}: this version of alignkit reads the same rows as other tokens",
+                hint="resume with the version that run.json names, or start anew with --overwrite",
+            )
+        if other:
             raise RunError(
                 f"{name} has changed since the run was started",
                 hint="put it back to resume, or start anew with --overwrite",
