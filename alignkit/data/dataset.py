@@ -239,7 +239,7 @@ def _write_cache(path: Path, part: TokenDataset) -> None:
     arrays = {
         name: getattr(part, name) for name in ("ids", "trained", "bounds", "roles", "margins")
     }
-    with contextlib.suppress(OSError), replace_file(path) as written:
+    with contextlib.suppress(OSError, FileError), replace_file(path) as written:
         np.savez(written, **arrays, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8))
 
 

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from alignkit.errors import AlignkitError
-from alignkit.recipe.reading.load import load_recipe, render_recipe, stored_recipe
+from alignkit.recipe.reading.load import load_recipe
+from alignkit.recipe.reading.stored import render_recipe, stored_recipe
 from alignkit.recipe.reading.pipeline import load_pipeline
 
 many = settings(

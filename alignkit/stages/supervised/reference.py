@@ -212,5 +212,5 @@ def _read(
 
 def _write(path: Path, needed: npt.NDArray[np.int64], values: npt.NDArray[np.float64]) -> None:
     """Store the values; if the cache cannot be written, go on."""
-    with contextlib.suppress(OSError), replace_file(path) as written:
+    with contextlib.suppress(OSError, FileError), replace_file(path) as written:
         np.savez(written, rows=needed, values=values)
