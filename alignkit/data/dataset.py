@@ -23,6 +23,7 @@ from alignkit.data.examples import parse_rows
 from alignkit.data.report import DataReport
 from alignkit.data.sources import Source, load_source, mix_sources
 from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
+from alignkit.errors import FileError
 from alignkit.files import replace_file
 from alignkit.packed import IntArray, Role
 from alignkit.recipe.rows import SourceSpec

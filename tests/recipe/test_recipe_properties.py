@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from alignkit.errors import AlignkitError
 from alignkit.recipe.reading.load import load_recipe
-from alignkit.recipe.reading.stored import render_recipe, stored_recipe
 from alignkit.recipe.reading.pipeline import load_pipeline
+from alignkit.recipe.reading.stored import render_recipe, stored_recipe
 
 many = settings(
     derandomize=True,

@@ -27,6 +27,7 @@ from torch import nn
 from alignkit.data.dataset import TokenDataset
 from alignkit.data.documents import Document
 from alignkit.data.packing import pack_documents, step_items
+from alignkit.errors import FileError
 from alignkit.evaluation.columns import MAX_TOKENS, score_documents
 from alignkit.files import replace_file
 from alignkit.models.adapters.attach import adapters_off
