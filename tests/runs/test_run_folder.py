@@ -17,6 +17,7 @@ from alignkit.recipe.reading.load import load_recipe
 from alignkit.stages.ppo import roles
 from alignkit.stages.registry import run_stage
 from alignkit.stages.running import run_folder, session
+from alignkit.stages.running.record import require_same_inputs
 from alignkit.stages.running.run_folder import RunFolder
 from alignkit.stages.running.session import RunOptions
 
@@ -97,6 +98,16 @@ def test_a_run_is_not_resumed_over_other_weights(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="base has changed since the run was started"):
         train(recipe, resume=True)
     assert contents(tmp_path / "run") == before
+
+
+def test_a_run_is_not_resumed_over_other_tokens_of_the_same_rows() -> None:
+    same = {"fingerprint": "a"}
+    stored = {"base": same, "adapter": same, "objective": same, "rewards": {}}
+    stored["data"] = {"train": same | {"kept": 2, "tokens": 20, "trained_tokens": 5}}
+    require_same_inputs(stored, stored)
+    now = stored | {"data": {"train": same | {"kept": 2, "tokens": 21, "trained_tokens": 5}}}
+    with pytest.raises(RunError, match=r"data.train: this version of alignkit reads the same rows"):
+        require_same_inputs(now, stored)
 
 
 def test_a_lock_that_its_last_owner_removes_does_not_count(
