@@ -58,7 +58,9 @@ def base_of_adapter(adapter: Path, base: str | None, *, any_base: bool = False) 
     try:
         source = resolve(name).whole()
     except ModelError as error:
-        hint = error.hint if base else f"the adapter records {name!r}; name the base with --base"
+        hint = (
+            error.hint if base else f"the adapter records {name[:200]!r}; name the base with --base"
+        )
         raise ModelError(error.message, hint=hint) from None
     if not any_base:
         require_base(adapter, source)

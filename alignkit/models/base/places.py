@@ -60,7 +60,7 @@ class Place:
             near = difflib.get_close_matches(self.name, KNOWN_MODELS, n=1)
             hint = f"did you mean {near[0]}?" if near else "name a folder, a .gguf file or a hub id"
             what = "is not a model: no such folder, file or known name"
-            raise ModelError(f"{self.name!r} {what}", hint=hint)
+            raise ModelError(f"{self.name[:200]!r} {what}", hint=hint)
         folder = Path(self.name).expanduser()
         if self.kind == "folder":
             raise ModelError(
@@ -83,6 +83,12 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> Place:
         trust_remote_code: run code that comes with the model.
     """
     path = Path(name).expanduser()
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError):  # such as a name that is too long
+        return Place(name, "nothing")
     if path.is_file() and path.suffix == ".gguf":
         return Place(name, "gguf", BaseModel(str(path.parent), path.name, trust_remote_code))
     if path.is_dir():
