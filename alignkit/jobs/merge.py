@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,9 @@ def _blend(adapters: Sequence[Path], options: MergeOptions) -> Blend:
             f"--weights has {len(weights)} numbers for {len(adapters)} adapters",
             hint="one for each, in their order: --weights 0.7,0.3",
         )
+    odd = [weight for weight in weights if not math.isfinite(weight)]
+    if odd:
+        raise ModelError(f"--weights holds {odd[0]}, which is not a number to multiply with")
     if not 0.0 < options.density <= 1.0:
         raise ModelError(
             f"--density must be above 0 and at most 1, got {options.density:g}",

@@ -19,6 +19,7 @@ from alignkit.models.adapters.finding import base_of_adapter, tokenizer_of
 from alignkit.models.base.fitness import is_classifier, require_language_model
 from alignkit.models.base.loading import load_model, load_tokenizer
 from alignkit.models.base.places import resolve
+from alignkit.models.base.skeleton import require_complete
 from alignkit.models.rewards.head import read_head
 
 
@@ -58,6 +59,7 @@ def open_model(
     adapter = place.unmerged if base is None else place.adapter
     if adapter is None:
         source = place.whole()
+        require_complete(source)
         # A classifier's decoder loads as a language model; its vocabulary head is never used.
         head = read_head(Path(source.location)) if is_classifier(source) else None
         return OpenModel(
@@ -65,6 +67,7 @@ def open_model(
         )
     source = base_of_adapter(adapter, base)
     require_language_model(source)
+    require_complete(source)
     model = load_adapter(load_model(source, dtype, device), adapter)
     tokenizer = load_tokenizer(tokenizer_of(adapter, source))
     head = read_head(adapter) if has_head(adapter) else None

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model
 
 from alignkit.errors import ModelError
+from alignkit.models.adapters import patterns
 from alignkit.models.adapters.files import (
     TRAINED_OVER,
     WEIGHTS,
@@ -26,11 +27,14 @@ from alignkit.models.adapters.files import (
     load_adapter,
     read_adapter_config,
     require_base,
+    save_adapter,
     trained_over,
 )
+from alignkit.models.adapters.tensors import read_weights
 from alignkit.models.base.adapter_kinds import peft_kind, require_mergeable
 from alignkit.models.base.identity import weights_fingerprint
 from alignkit.models.base.loading import BaseModel
+from alignkit.models.opening import open_model
 
 Tensors = dict[str, torch.Tensor]
 
@@ -210,3 +214,43 @@ def test_a_configuration_that_is_none(text: str, tmp_path: Path) -> None:
     assert not has_head(tmp_path)
     with pytest.raises(ModelError):
         read_adapter_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"base_model_name_or_path": 5}, "does not say which base it belongs to"),
+        ({"base_model_name_or_path": "x" * 5000}, "is not a model: no such folder"),
+        ({"peft_type": 5}, "adapter_config.json cannot be read: KeyError: 5"),
+        ({"rank_pattern": 5}, "does not fit the base"),
+        ({"target_modules": "("}, "a pattern is no regular expression: '('"),
+        ({"rank_pattern": {"([a-z0-9_.]+)+x": 1}}, "a pattern takes more than 1 s to match"),
+        ({"target_modules": "([a-z0-9_.]+)+,"}, "a pattern takes more than 1 s to match"),
+    ],
+)
+def test_wrong_values(
+    values: dict[str, Any], sentence: str, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 1.0)
+    file = adapter / "adapter_config.json"
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(stored | values), encoding="utf-8")
+    with pytest.raises(ModelError) as raised:
+        open_model(str(adapter), dtype=torch.float32)
+    assert sentence in raised.value.message
+
+
+@pytest.mark.parametrize("held", [[1], {"a": 5}, {"a": Path("x")}])
+def test_pickles_that_hold_more_than_tensors(held: Any, adapter: Path) -> None:
+    (adapter / WEIGHTS).unlink()
+    torch.save(held, adapter / "adapter_model.bin")
+    with pytest.raises(ModelError, match="are a pickle of more than named tensors"):
+        read_weights(adapter)
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    next(w for w in model.parameters() if w.requires_grad).data[0] = torch.nan
+    with pytest.raises(ModelError, match="the trained weights are not finite, in base_model"):
+        save_adapter(model, tmp_path / "adapter", "base")
+    assert not (tmp_path / "adapter").exists()

@@ -19,8 +19,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from alignkit.errors import AlignkitError, ModelError
 from alignkit.jobs.merge import MergeOptions, merge_run
 from alignkit.models.adapters.files import TRAINED_OVER, TrainedOver
+from alignkit.models.base.loading import BaseModel, load_tokenizer
 from alignkit.models.merging.updates import AdapterPart, Blend
+from alignkit.models.opening import open_model
 from alignkit.recipe.reading.load import load_recipe
+from alignkit.stages.registry import plan_stage
 
 
 def write(folder: Path, model: Any, **options: Any) -> Any:
@@ -55,6 +58,49 @@ def test_merged_exactly(family: str, options: dict[str, Any], tie: bool, tmp_pat
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=3e-4)
     assert report.mean_kl < 1e-6 < report.mean_kl_to_base
+
+
+@pytest.mark.parametrize("rows", [700, 730])  # of the base: 720
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("saved", [None, ["embed_tokens", "lm_head"]])
+def test_a_resized_vocabulary(saved: Any, tie: bool, rows: int, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base", tie_word_embeddings=tie, vocab_size=720)
+    resized = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    resized.resize_token_embeddings(rows)
+    model = write(tmp_path / "adapter", resized, modules_to_save=saved)
+    opened = open_model(str(tmp_path / "adapter"), dtype=torch.float32)
+    torch.testing.assert_close(logits(opened.model), logits(model), rtol=1e-5, atol=3e-4)
+    merge_run([str(tmp_path / "adapter")], MergeOptions(output=tmp_path / "merged"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=3e-4)
+    assert merged.config.vocab_size == rows
+    assert merged.config.tie_word_embeddings == (tie and saved is None)
+
+
+def test_half_of_a_resized_vocabulary(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base")
+    resized = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    resized.resize_token_embeddings(705)
+    write(tmp_path / "adapter", resized, target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(ModelError, match="of 705 rows, and those of lm_head are not in its file"):
+        open_model(str(tmp_path / "adapter"), dtype=torch.float32)
+
+
+def test_the_adapters_tokenizer_is_kept(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base")
+    write(tmp_path / "adapter", AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    own = tiny_tokenizer(template="{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    own.save_pretrained(tmp_path / "adapter")
+    report = merge_run([str(tmp_path / "adapter")], MergeOptions(output=tmp_path / "merged"))
+    merged = load_tokenizer(BaseModel(report.output))
+    assert merged.chat_template == own.chat_template
+    recipe = make_recipe(
+        tmp_path / "r",
+        tmp_path / "base",
+        adapter={"kind": "lora", "from": str(tmp_path / "adapter")},
+    )
+    rows = plan_stage(load_recipe(str(recipe)).recipe, 1)[0]
+    assert rows.tokenizer.chat_template == own.chat_template
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from alignkit.generation.rollout import RolloutSettings, TransformersEngine
 from alignkit.generation.sampling import SamplingSettings
 from alignkit.models.adapters import prefix
 from alignkit.models.adapters.attach import adapters_off, attach_adapter, trainable_report
-from alignkit.models.adapters.files import load_adapter, put_weights, read_weights, save_adapter
+from alignkit.models.adapters.files import load_adapter, put_weights, save_adapter
 from alignkit.models.adapters.prefix import (
     STATES,
     require_kept_keys,
@@ -29,6 +29,7 @@ from alignkit.models.adapters.prefix import (
     text_states,
 )
 from alignkit.models.adapters.sizes import measure_model
+from alignkit.models.adapters.tensors import read_weights
 from alignkit.models.attention.packed import packed_attention
 from alignkit.models.attention.prefix import prefix_length, prefix_states
 from alignkit.models.attention.prefix_rows import longer_segments

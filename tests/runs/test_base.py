@@ -15,7 +15,7 @@ from running import make_ppo_recipe, make_preference_recipe, make_recipe, steps_
 
 from alignkit.cli.inspect import inspect
 from alignkit.errors import ModelError
-from alignkit.models.adapters import files
+from alignkit.models.adapters import files, tensors
 from alignkit.models.base import loading
 from alignkit.models.base.loading import load_model
 from alignkit.models.base.places import resolve
@@ -37,7 +37,7 @@ READERS = (
     (shards, "open_weights"),
     (dense, "open_weights"),
     (files, "read_weights"),
-    (files, "load_peft_weights"),
+    (tensors, "load_peft_weights"),
     (transformers.AutoModelForCausalLM, "from_pretrained"),
     (safetensors, "safe_open"),
     (safetensors.torch, "load_file"),

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel, PrefixTuningConfig, set_peft_model_state_dict
-from peft.utils import get_peft_model_state_dict, load_peft_weights
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 from alignkit.errors import ModelError
 from alignkit.models.adapters.patterns import require_quick_patterns
 from alignkit.models.adapters.prefix import require_fitting_prefix
+from alignkit.models.adapters.tensors import read_weights
 from alignkit.models.base.adapter_kinds import KINDS, stored_config
 from alignkit.models.base.changes import BaseChanges
 from alignkit.models.base.files import reason
@@ -28,6 +28,7 @@ from alignkit.models.base.loading import BaseModel
 from alignkit.models.kernels.lora import use_fast_lora
 from alignkit.models.peft_parts import make_switchable
 from alignkit.models.quiet import quiet_transformers
+from alignkit.models.weights.writing import require_finite
 from alignkit.recipe.rope import RopeSpec
 
 WEIGHTS = "adapter_model.safetensors"
@@ -95,14 +96,18 @@ def save_adapter(
             sequence classifier, so that plain PEFT loads both.
         adapter: its name in the model.
         trained_over: the base's weights, recorded in a separate file.
+
+    Raises:
+        ModelError: a weight is not finite; nothing is written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     # PEFT would add whole embeddings if the vocabulary has grown; the new rows are enough.
     weights = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     if head is not None:
         weights = {**weights, HEAD_KEY: head.weight}
         if head.bias is not None:
             weights[HEAD_KEYS[1]] = head.bias
+    require_finite(weights)
+    folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: w.detach().cpu().contiguous() for name, w in sorted(weights.items())}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
     if trained_over is not None:
@@ -231,33 +236,6 @@ def fitting(folder: Path, hint: str = _SAME_BASE) -> Iterator[None]:
         ) from error
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter folder by their names in the file.
-
-    Raises:
-        ModelError: there is no such file, it is damaged, or it holds values that are not finite.
-    """
-    try:
-        if not any((folder / name).is_file() for name in (WEIGHTS, "adapter_model.bin")):
-            raise FileNotFoundError(f"there is no {WEIGHTS}")  # PEFT would look for it on the hub
-        stored: dict[str, torch.Tensor] = load_peft_weights(str(folder), device="cpu")
-    except Exception as error:  # a cut file or a pickle may end in any error
-        raise ModelError(
-            f"the adapter weights in {folder} cannot be read: {reason(error)}",
-            hint="copy the folder again, or train again; the file may be cut off",
-        ) from error
-    for name, weight in stored.items():
-        if not bool(torch.isfinite(weight).all()):
-            raise ModelError(
-                f"the adapter in {folder} holds values that are not finite, in {name}",
-                hint="training diverged; use an earlier checkpoint",
-            )
-    # Beside a whole embedding PEFT writes copies of it under its own names.
-    own = {name: name.replace(".modules_to_save.", ".") for name in stored}
-    copies = {n for n in stored if own[n] != n and own[n] in stored}
-    return {n: w for n, w in stored.items() if n not in copies or not w.equal(stored[own[n]])}
-
-
 def _require_whole(folder: Path, stored: set[str], loaded: PeftModel) -> None:
     """Refuse missing or extra tensors: PEFT fills in fresh weights, and skips what has no place."""
     expected = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
@@ -301,11 +279,14 @@ def trained_over(adapter: Path) -> TrainedOver | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return TrainedOver(**{**values, "tokens": tuple(values.get("tokens", ()))})
-    except (ValueError, TypeError) as error:
+        over = TrainedOver(**{**values, "tokens": tuple(values.get("tokens", ()))})
+        hash(over.changes)  # as far as they are values of a recipe
+    except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"{path} cannot be read: {error}", hint="copy the folder again, or remove this file"
+            f"{path} cannot be read: {reason(error)}",
+            hint="copy the folder again, or remove this file",
         ) from error
+    return over
 
 
 def is_plain_lora(adapter: Path) -> bool:

@@ -71,7 +71,9 @@ def base_of_adapter(
     try:
         source = resolve(name, trust_remote_code=trust).whole()
     except ModelError as error:
-        hint = error.hint if base else f"the adapter records {name!r}; name the base with --base"
+        hint = (
+            error.hint if base else f"the adapter records {name[:200]!r}; name the base with --base"
+        )
         raise ModelError(error.message, hint=hint) from None
     if not any_base:
         require_base(adapter, source)

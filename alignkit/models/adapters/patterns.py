@@ -24,6 +24,11 @@ _MATCH = (
 )
 
 
+def _of_kind(kind: type, value: Any) -> Any:
+    """A value, or an empty one if it is of another type: PEFT refuses it later."""
+    return value if isinstance(value, kind) else kind()
+
+
 def require_quick_patterns(config: Any, weights: Callable[[], Iterable[str]], folder: Path) -> None:
     """Refuse patterns that do not come to an end over a model's names.
 
@@ -41,9 +46,12 @@ def require_quick_patterns(config: Any, weights: Callable[[], Iterable[str]], fo
     keys = [
         rf"(.*\.)?({key})"
         for field in ("rank_pattern", "alpha_pattern")
-        for key in getattr(config, field, None) or {}
+        for key in _of_kind(dict, getattr(config, field, None))
         if any(sign in key for sign in "*+{")  # else as quick as a name
     ]
+    layers = getattr(config, "layers_pattern", None)
+    listed = [layers] if isinstance(layers, str) else _of_kind(list, layers)
+    keys += [rf".*\.({key})\.(\d+)\..*" for key in listed if isinstance(key, str)]
     patterns = [one for one in whole if isinstance(one, str)] + keys
     if not patterns:
         return

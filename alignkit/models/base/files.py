@@ -56,7 +56,8 @@ def reading(place: str | Path, what: str) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """The first line of an error; with its kind where the words alone say too little."""
-    line = str(error).strip().split("\n")[0][:_MAX_REASON]
+    lines = [line.strip() for line in str(error).strip().split("\n")]
+    line = " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:_MAX_REASON]
     plain = isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) and " " in line
     return line if plain else f"{type(error).__name__}{f': {line}' if line else ''}"
 

@@ -95,8 +95,10 @@ def load_tokenizer(base: BaseModel, template: str | None = None) -> PreTrainedTo
     """
     with reading(base.location, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(base.location, **base.options)
+        ids = tokenizer("Hello", add_special_tokens=False)["input_ids"]
+        if template is None:
+            _require_template(tokenizer.chat_template)
     # Without its files transformers silently makes an empty one for some families.
-    ids = tokenizer("Hello", add_special_tokens=False)["input_ids"]
     if not set(ids) - {tokenizer.unk_token_id}:
         raise ModelError(
             f"the tokenizer of {base.location!r} is empty: it can read no text",
@@ -107,6 +109,14 @@ def load_tokenizer(base: BaseModel, template: str | None = None) -> PreTrainedTo
         tokenizer.chat_template = template
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _require_template(template: Any) -> None:
+    """Refuse a chat template that is none; of several one must be the default."""
+    if isinstance(template, dict) and "default" not in template:
+        raise ValueError(f"of its chat templates ({', '.join(template)}) none is the default")
+    if not isinstance(template, str | dict | None):
+        raise ValueError(f"chat_template must be text, got {template!r}")
 
 
 def token_rows(base: BaseModel) -> tuple[list[int], list[list[int]]]:
@@ -150,7 +160,11 @@ def _stored_config(base: BaseModel) -> Any:
                 f"config.json of {base.location!r} asks for code from the hub: {key} = {value!r}",
                 hint=f"remove {key} from its config.json",
             )
-        base.stored.append(AutoConfig.from_pretrained(base.location, **base.options))
+        config = AutoConfig.from_pretrained(base.location, **base.options)
+        named = getattr(config, "architectures", None) or []
+        if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
+            raise ValueError(f"architectures must be a list of names, got {named!r}")
+        base.stored.append(config)
     return base.stored[0]
 
 

@@ -62,7 +62,7 @@ class Place:
             near = difflib.get_close_matches(self.name, KNOWN_MODELS, n=1)
             hint = f"did you mean {near[0]}?" if near else "name a folder, a .gguf file or a hub id"
             what = "is not a model: no such folder, file or known name"
-            raise ModelError(f"{self.name!r} {what}", hint=hint)
+            raise ModelError(f"{self.name[:200]!r} {what}", hint=hint)
         folder = Path(expanduser(self.name))
         if self.kind == "folder":
             raise ModelError(

@@ -32,9 +32,13 @@ def build_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False)
                 f"{config.model_type!r} is not a causal language model: {reason(error)}",
                 hint="alignkit trains decoder models that AutoModelForCausalLM loads",
             ) from error
+        values = {**config.to_dict(), **(getattr(config, "rope_parameters", None) or {})}
+        keys = [
+            k for k, v in values.items() if isinstance(error, KeyError) and [v] == [*error.args]
+        ]
+        what = f"it knows no {keys[0]} {values[keys[0]]!r}" if keys else reason(error)
         raise ModelError(
-            f"no {config.model_type!r} model can be built as its configuration says: "
-            f"{reason(error)}",
+            f"no {config.model_type!r} model can be built as its configuration says: {what}",
             hint="correct config.json, or copy it again from where the model came from",
         ) from error
     return model

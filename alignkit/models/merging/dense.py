@@ -14,8 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from alignkit.errors import ModelError, RoundingError
-from alignkit.models.adapters.files import load_adapter, read_weights, trained_over
+from alignkit.models.adapters.files import load_adapter, trained_over
 from alignkit.models.adapters.targets import vocabulary_ends
+from alignkit.models.adapters.tensors import read_weights
 from alignkit.models.base.changes import grown
 from alignkit.models.base.fitness import require_plain_weights
 from alignkit.models.base.loading import DTYPES, BaseModel, load_config, token_rows

@@ -97,7 +97,8 @@ class Updates:
                     parts[position] = parts[position] or (name, [])
                     parts[position][1].append(module)  # type: ignore[index]
             for name, value in replaced_weights(model).items():
-                if name.rpartition(".")[0] not in self._layers:  # else merged with its layer
+                # Else merged with its layer, or what was there before a whole module was trained.
+                if name.rpartition(".")[0] not in self._layers and name not in self._replaced:
                     self._replace(name, value)
         self._kept: tuple[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = ("", {})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -127,8 +127,9 @@ def write_and_read(
         The model as it is on disk, in evaluation mode.
 
     Raises:
-        ModelError: the files do not hold what was written.
+        ModelError: a weight is not finite, or the files do not hold what was written.
     """
+    require_finite(model.state_dict())
     if model.generation_config is not None:
         model.generation_config = repaired(model.generation_config)[0]
     with quiet_transformers():
@@ -140,6 +141,22 @@ def write_and_read(
     for name in wanted.keys() | stored.keys():
         require_written(name, wanted.get(name), stored.get(name), same_values)
     return read_back.eval()
+
+
+def require_finite(weights: Mapping[str, Any]) -> None:
+    """Refuse to write weights that no longer compute anything.
+
+    Raises:
+        ModelError: a value is NaN or infinite.
+    """
+    for name, weight in weights.items():
+        numbers = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+        if numbers and not bool(torch.isfinite(weight).all()):
+            raise ModelError(
+                f"the trained weights are not finite, in {name}: nothing was written",
+                hint="training diverged: lower training.learning_rate or weight_decay, and "
+                "start again or from an earlier checkpoint",
+            )
 
 
 def same_values(wanted: Any, stored: Any) -> bool:
