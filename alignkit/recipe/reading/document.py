@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from alignkit.errors import AlignkitError, RecipeError
+from alignkit.recipe.addresses import hide_secrets
 from alignkit.recipe.assets import show_file
 
 KeyPath = tuple[str | int, ...]
@@ -264,7 +265,10 @@ def apply_overrides(document: Document, overrides: list[str]) -> None:
         except yaml.YAMLError:
             hint = "quote the value for the shell, as in 'data.train=[{path: a.jsonl}]'"
             problems.append(
-                AlignkitError(f"command line: the value of {key} is not YAML: {raw!r}", hint=hint)
+                AlignkitError(
+                    f"command line: the value of {key} is not YAML: {hide_secrets(raw)!r}",
+                    hint=hint,
+                )
             )
             continue
         problems += override.problems
