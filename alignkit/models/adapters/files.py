@@ -298,7 +298,8 @@ def trained_over(adapter: Path) -> TrainedOver | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return TrainedOver(**{**values, "tokens": tuple(values.get("tokens", ()))})
+        over = TrainedOver(**{**values, "tokens": tuple(values.get("tokens", ()))})
+        return over if over.changes else None  # a scaling that is none is found here
     except (ValueError, TypeError) as error:
         raise ModelError(
             f"{path} cannot be read: {error}", hint="copy the folder again, or remove this file"

@@ -42,7 +42,10 @@ def stored_recipe(path: Path) -> Recipe:
         RecipeError: the file is not a resolved recipe.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("it has aliases, which no run writes: a few can stand for gigabytes")
+        values = yaml.safe_load(text)
         values["model"]["trust_remote_code"] = False
         return find_stage(values["stage"]).model_validate_json(json.dumps(values))
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, ValidationError) as error:
