@@ -39,6 +39,10 @@ def test_a_console_keeps_its_own_styles_only() -> None:
     console = PlainConsole(file=written, force_terminal=True, color_system="standard")
     console.print(Text.assemble(("red", "red"), " and \x1b[32mgreen"))
     assert written.getvalue() == "\x1b[31mred\x1b[0m and ␛[32mgreen\n"
+    for stderr, shown in ((False, "\x10\n"), (True, "␐\n")):  # into a file: data, and a message
+        written = io.StringIO()
+        PlainConsole(file=written, stderr=stderr).print(Text("\x10"))
+        assert written.getvalue() == shown
 
 
 def test_a_long_line_loses_its_middle() -> None:
