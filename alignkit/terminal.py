@@ -40,14 +40,20 @@ def cut(text: str) -> str:
 
 
 class PlainConsole(Console):
-    """A console that styles and lays out text, and never passes on control characters in it."""
+    """A console that styles and lays out text, and passes no control characters of it to a person.
+
+    Data for another program, on a standard output that is no terminal, stays as it is.
+    """
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
         """The segments of anything that rich shows; only rich's own control codes stay."""
+        data = not self.stderr and not self.is_terminal
         for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(plain(segment.text), segment.style)
+            yield (
+                segment if data or segment.control else Segment(plain(segment.text), segment.style)
+            )
 
 
 def _console(**options: Any) -> PlainConsole:

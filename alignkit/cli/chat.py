@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from alignkit.cli.generate import BaseOption, DtypeOption, ModelArgument, open_for_inference
-from alignkit.cli.output import print_error, say
+from alignkit.cli.output import print_error, say, stdout
 from alignkit.cli.versions import warn_of_versions
 from alignkit.errors import AlignkitError
 from alignkit.terminal import plain
@@ -49,7 +49,7 @@ class Conversation:
 
         def write(text: str) -> None:
             pieces.append(text)
-            sys.stdout.write(plain(text))
+            sys.stdout.write(plain(text) if stdout.is_terminal else text)
             sys.stdout.flush()
 
         try:

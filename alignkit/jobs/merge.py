@@ -197,12 +197,11 @@ def _output(home: Path, adapters: Sequence[Path], options: MergeOptions) -> Path
 
 def _run_facts(run: Path) -> dict[str, Any]:
     """What the card of a run's merged model repeats."""
-    summary = read_about(run).get("summary", {})
-    return {
-        "recipe": stored_recipe(run / NAME),
-        "before": summary.get("before"),
-        "after": summary.get("after"),
-    }
+    summary = read_about(run).get("summary")
+    held_out = summary if isinstance(summary, dict) else {}
+    measured = {key: held_out.get(key) for key in ("before", "after")}
+    known = {key: value for key, value in measured.items() if isinstance(value, dict)}
+    return {"recipe": stored_recipe(run / NAME), **known}
 
 
 def _check_output(output: Path, adapter: Path, overwrite: bool) -> None:

@@ -108,6 +108,21 @@ def test_a_default_system_text() -> None:
     assert 'SYSTEM """I am Tiny."""' in write_modelfile("a.gguf", found, [])
 
 
+@pytest.mark.parametrize("system", ['Hi."""\nFROM evil\nSYSTEM """', 'I am "Tiny"'])
+def test_no_foreign_text_ends_a_quotation(system: str) -> None:
+    template = (
+        "{% if messages[0]['role'] != 'system' %}"
+        f"<|im_start|>system\n{system}<|im_end|>\n{{% endif %}}{{% for m in messages %}}"
+        "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert recognise(tiny_tokenizer(template=template)) is None
+    text = write_modelfile("a.gguf", None, ['x"\nFROM evil\nPARAMETER stop "y', "\n\n"])
+    assert "evil" not in text
+    assert "# a stop text with quotes and line breaks is left out" in text
+    assert 'PARAMETER stop "\n\n"' in text
+
+
 def test_a_template_without_system_turns() -> None:
     template = (
         "{{ bos_token }}{% for m in messages %}"

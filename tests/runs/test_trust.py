@@ -15,7 +15,7 @@ import yaml
 from running import make_ppo_recipe, make_preference_recipe, make_recipe, train
 from tiny import save_tiny, tiny_model
 
-from alignkit.errors import AlignkitError, ModelError
+from alignkit.errors import AlignkitError, ModelError, RecipeError
 from alignkit.jobs.evaluate import evaluate_models
 from alignkit.jobs.merge import MergeOptions, merge_run
 from alignkit.jobs.question import Question
@@ -113,6 +113,19 @@ def test_a_stored_recipe_is_data(
     if case == "a loss":
         with pytest.raises(ModelError, match=r"and its recipe runs .*evil\.py"):
             acts[2]()
+
+
+def test_a_stored_recipe_has_no_aliases(downloaded: Path) -> None:
+    levels = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60))]
+    (downloaded / NAME).write_text("\n".join(levels), encoding="utf-8")
+    with pytest.raises(RecipeError, match="it has aliases, which no run writes"):
+        merge_run([str(downloaded)], MergeOptions(overwrite=True))
+
+
+@pytest.mark.parametrize("summary", [[], {"before": 5, "after": ["x"]}, {"after": {"a|b": "x"}}])
+def test_numbers_of_a_foreign_run_may_be_anything(summary: Any, downloaded: Path) -> None:
+    change(downloaded / "run.json", summary=summary)
+    merge_run([str(downloaded)], MergeOptions(overwrite=True))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ TEMPLATE and the user is told.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -137,8 +138,15 @@ def recognise(tokenizer: PreTrainedTokenizerBase) -> Recognised | None:
             if match is not None:
                 ids = tokenizer("a")["input_ids"]
                 added = bool(ids) and ids[0] == tokenizer.bos_token_id
-                return Recognised(known, match, "" if added else opener)
+                found = Recognised(known, match, "" if added else opener)
+                return found if _can_be_quoted(found) else None
     return None
+
+
+def _can_be_quoted(found: Recognised) -> bool:
+    """Whether a Modelfile can hold the model's own texts: none ends its quotation."""
+    inside = re.search(r'["{]', found.bos) or '"""' in found.system or found.system.endswith('"')
+    return not inside
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> str | None:
@@ -193,6 +201,9 @@ def write_modelfile(gguf_name: str, chat: Recognised | None, stops: Sequence[str
         if chat.system:
             lines.append(f'SYSTEM """{chat.system}"""')
         every.append(chat.format.stop)
-    quoted = (text.replace("\\", "\\\\").replace('"', '\\"') for text in dict.fromkeys(every))
+    stops = [text for text in dict.fromkeys(every) if not ('"' in text and "\n" in text)]
+    if len(stops) < len(set(every)):  # Ollama would read the rest as an instruction
+        lines.append("# a stop text with quotes and line breaks is left out")
+    quoted = (text.replace("\\", "\\\\").replace('"', '\\"') for text in stops)
     lines += [f'PARAMETER stop "{text}"' for text in quoted]
     return "\n".join(lines) + "\n"

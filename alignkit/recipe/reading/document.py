@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import AlignkitError, RecipeError
+from alignkit.recipe.addresses import hide_secrets
 from alignkit.recipe.assets import show_file
 from alignkit.recipe.reading.yaml_values import KeyPath, read_text, read_values, show_path
 
@@ -198,7 +199,8 @@ def _of_override(problem: AlignkitError, key: str, raw: str) -> AlignkitError:
     """A problem with the value of an override, which has no lines."""
     rule = problem.message.partition(": ")[2]
     if rule.startswith("is not valid YAML"):
-        shown = raw if len(raw) <= 60 else f"{raw[:57]}..."
+        shown = hide_secrets(raw)
+        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
         hint = "quote the value for the shell, as in 'data.train=[{path: a.jsonl}]'"
         return AlignkitError(f"command line: the value of {key} is not YAML: {shown!r}", hint=hint)
     return AlignkitError(f"command line: {key}: {rule}", hint=problem.hint)
