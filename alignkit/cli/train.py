@@ -54,6 +54,9 @@ def train_command(stage: str) -> Callable[..., None]:
         if as_json:
             print_json(summary.to_json())
             return
+        if summary.skipped_steps:
+            count = f"{summary.skipped_steps} of {summary.steps} steps"
+            say(f"{count} were skipped: their loss or gradients were not finite")
         if quiet:
             return
         if summary.held_out:

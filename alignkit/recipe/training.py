@@ -31,6 +31,10 @@ class LoopSpec(Section):
     """Decoupled weight decay; not applied to biases and norms."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
     """Gradient norm above which gradients are clipped; null never clips."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradients are not finite stops the run, or is skipped: no weight moves
+    (in ppo by the rest of its updates), and `skipped_steps` counts it. More than 10 in a row, or in
+    all more than 1% of the steps and more than 10, stop the run all the same."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """AdamW with betas 0.9 and 0.999 and epsilon 1e-8 (1e-5 in ppo). `adamw_8bit` keeps its two
     moments in 8 bits each (https://arxiv.org/abs/2110.02861), except those of weights with fewer

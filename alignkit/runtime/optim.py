@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignkit.errors import TrainingError
+from alignkit.errors import NotFiniteError, TrainingError
 
 try:
     import bitsandbytes
@@ -227,7 +227,7 @@ def step_parts(
         Norms before clipping: `grad_norm` of the first part, `<name>_grad_norm` of the others.
 
     Raises:
-        TrainingError: a norm is not finite; no weight has changed.
+        NotFiniteError: a norm is not finite; no weight has changed.
     """
     norms = {}
     for number, part in enumerate(parts):
@@ -235,10 +235,10 @@ def step_parts(
         norm = math.nan if total is None else float(total)
         if total is not None and not scaled and not math.isfinite(norm):
             where = f"the {part.name} in " if len(parts) > 1 else ""
-            raise TrainingError(
+            raise NotFiniteError(
                 f"the gradient of {where}step {step + 1} is not finite; its loss is {loss:.4g}",
-                hint="lower training.learning_rate"
-                + (", or set training.max_grad_norm" if limit is None else ""),
+                hint="lower training.learning_rate, or set training."
+                + ("max_grad_norm" if limit is None else "on_bad_step=skip"),
             )
         norms[_metric(part, number, "grad_norm")] = norm
     for part in parts:

@@ -146,7 +146,7 @@ def test_metrics_keep_every_line_that_can_be_read(copied: Path, said: list[str])
     assert [line["step"] for line in read_metrics(path)] == [1, 3, 4, 5, 6]
     aside = path.with_name("metrics.jsonl.damaged").read_bytes()
     assert aside == flipped + b'7\n{"loss": 1}\n'
-    assert "3 damaged lines of metrics.jsonl moved to metrics.jsonl.damaged" in said
+    assert "damaged lines of metrics.jsonl moved to metrics.jsonl.damaged: 3" in said
 
 
 def test_another_recipe_is_still_refused(copied: Path) -> None:

@@ -177,11 +177,11 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ValidationError, match="unless it names a home folder"):
         recipe(Path("~nobody-of-this-name/x"))
     pipeline = tmp_path / "p.yaml"
-    stage = "{model: {base: b}, data: {train: [{path: r.jsonl}]}"
+    stage = "{stage: sft, model: {base: b}, data: {train: [{path: r.jsonl}]}"
+    third = stage.replace("base: b", 'base: "${a}"')
     (tmp_path / "r.jsonl").write_text("{}", encoding="utf-8")
     pipeline.write_text(
-        f"output: ~/all\nstages:\n  a: {stage}}}\n  b: {stage}, output: ~/b}}\n"
-        "  c: " + stage.replace("base: b", 'base: "${a}"') + "}\n",
+        f"output: ~/all\nstages:\n  a: {stage}}}\n  b: {stage}, output: ~/b}}\n  c: {third}}}\n",
         encoding="utf-8",
     )
     steps = load_pipeline(str(pipeline)).steps

@@ -32,7 +32,7 @@ from alignkit.stages.ppo.roles import (
     describe_roles,
     starts_from_reward,
 )
-from alignkit.stages.ppo.step import PpoRun, train_step
+from alignkit.stages.ppo.step import PpoRun, step_places, train_step
 from alignkit.stages.ppo.update import Updater
 from alignkit.stages.rollouts.health import Health
 from alignkit.stages.rollouts.judging import Judge, build_judge
@@ -146,6 +146,7 @@ class PpoStage:
                 train=partial(train_step, run),
                 evaluate=partial(evaluate_policy, run),
                 save=partial(save_ppo, run),
+                rows=partial(step_places, run),
                 halt=lambda: run.guard.verdict(run.kl),
             )
             run_loop(run, hooks, first_step)
@@ -190,7 +191,7 @@ def start_ppo(
     processes = process_group(session.accelerator)
     limit, max_tokens = recipe.training.max_grad_norm, plan.microbatch_tokens
     updater = Updater(roles, optimizers, recipe.objective, limit, max_tokens, processes)
-    loop: Loop = session.loop(plan, first_step, updater.parts, describe_step)
+    loop: Loop = session.loop(plan, first_step, updater.parts, state, describe_step)
     samples = None
     if session.folder is not None:
         samples = SamplesFile(session.folder.path / "samples.jsonl", first_step or None)

@@ -24,7 +24,7 @@ from alignkit.stages.rollouts.health import Health, distinct_pairs
 from alignkit.stages.rollouts.judging import Rewards
 from alignkit.stages.rollouts.samples import SamplesFile
 from alignkit.stages.rollouts.sampling import Rollout, sample
-from alignkit.stages.running.loop import Loop
+from alignkit.stages.running.loop import NAMED, Loop
 
 TRAIN, HELD_OUT = 11, 12
 """First numbers of the seeds of responses."""
@@ -127,7 +127,7 @@ def train_step(run: PpoRun, step: int) -> dict[str, float]:
     started = time.monotonic()
     plan, spec, seed = run.plan, run.recipe.objective, run.seed
     prompts = run.rows.train
-    items = step_items(step, len(prompts), plan.batch_size, seed).tolist()
+    items = _items(run, step)
     mine = items[run.processes.rank :: run.processes.world]
     rollouts = run.collect(prompts, mine, (seed, TRAIN, step))
     sampled = time.monotonic()
@@ -164,6 +164,22 @@ def train_step(run: PpoRun, step: int) -> dict[str, float]:
     }
     _after(run, step, metrics, rollouts, rewards, kl.sum(1))
     return metrics
+
+
+def step_places(run: PpoRun, step: int) -> list[str]:
+    """`file:line` of a step's first prompts.
+
+    Args:
+        run: what to work with.
+        step: from 0.
+    """
+    places = run.rows.train.places
+    return [places[item] for item in _items(run, step)[:NAMED]]
+
+
+def _items(run: PpoRun, step: int) -> list[int]:
+    items: list[int] = step_items(step, len(run.rows.train), run.plan.batch_size, run.seed).tolist()
+    return items
 
 
 def _update_metrics(sums: dict[str, float], value_weight: float) -> dict[str, float]:

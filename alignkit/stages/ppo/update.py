@@ -128,7 +128,7 @@ class Updater:
             norms.
 
         Raises:
-            TrainingError: a loss or a gradient is not finite.
+            NotFiniteError: a loss or a gradient is not finite; this step has not been taken.
         """
         rows = response_rows(batch.rollouts)
         totals: dict[str, float] = {}
@@ -145,9 +145,10 @@ class Updater:
             policy, value = summed[0] / count, summed[1] / count
             require_finite(
                 policy + value,
-                f"a PPO loss is not finite: {policy:.3g} of the policy, {value:.3g} of the value "
-                "model",
-                "lower training.learning_rate or value.learning_rate",
+                f"a loss of step {step + 1} is not finite: {policy:.3g} of the policy, "
+                f"{value:.3g} of the value model",
+                "lower training.learning_rate or value.learning_rate, or set "
+                "training.on_bad_step=skip",
             )
             parts = self.parts
             for part in parts:

@@ -64,6 +64,7 @@ class RunSummary:
         after: held-out values at the end.
         merge: of the merged model; None for a language model's full weights or `merge: false`.
         held_out: before and after in one line; empty without held-out rows.
+        skipped_steps: steps without a finite loss or gradient, of which no weight has moved.
     """
 
     output: str
@@ -73,6 +74,7 @@ class RunSummary:
     after: dict[str, float]
     merge: MergeReport | ClassifierReport | None
     held_out: str = ""
+    skipped_steps: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The summary as plain values."""
@@ -211,7 +213,7 @@ def _summarise(
 ) -> RunSummary:
     metrics = read_metrics(output / "metrics.jsonl")
     evaluations = [m for m in metrics if any(key.startswith("eval/") for key in m)]
-    losses = [m["loss"] for m in metrics if "loss" in m]
+    steps = [m for m in metrics if m.get("loss") is not None]
 
     def values(line: dict[str, Any]) -> dict[str, float]:
         return {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")}
@@ -222,9 +224,10 @@ def _summarise(
     return RunSummary(
         output=str(output),
         steps=run.plan.steps,
-        loss=losses[-1] if losses else float("nan"),
+        loss=steps[-1]["loss"] if steps else float("nan"),
         before=before,
         after=after,
         merge=merge,
+        skipped_steps=max((m.get("skipped_steps", 0) for m in metrics), default=0),
         held_out=f"before: {say(before)}\nafter:  {say(after)}" if evaluations else "",
     )

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import random
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
-from alignkit.errors import Interrupted, RewardError, TrainingError
+from alignkit.errors import Interrupted, NotFiniteError, RewardError, TrainingError
 from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.training import LoopSpec
 from alignkit.runtime.checkpoint import save_checkpoint
@@ -27,19 +25,26 @@ from alignkit.runtime.devices import peak_memory
 from alignkit.runtime.metrics import MetricsFile, read_metrics
 from alignkit.runtime.optim import TrainedPart, set_rates
 from alignkit.runtime.progress import StepProgress
+from alignkit.stages.running.bad_steps import BadSteps, Spikes
 from alignkit.stages.running.run_folder import RunFolder
+from alignkit.stages.running.stopping import stop_on_signal
 
 METRICS = {
     "loss": "what the step lowers, a mean over all its items",
     "learning_rate": "of this step",
     "grad_norm": "norm of the gradient before clipping",
     "epoch": "passes over the rows so far",
+    "skipped_steps": "steps so far without a finite loss or gradient, if these are skipped",
     "tokens": "tokens read in this step, without padding",
     "step_seconds": "time of the step",
     "tokens_per_second": "of this step",
     "memory_gb": "largest memory that a process has held so far",
 }
 """Name of each metric that every stage logs -> what it means."""
+
+
+NAMED = 5
+"""Rows of a step that a message names."""
 
 
 @dataclass(kw_only=True)
@@ -55,6 +60,8 @@ class Loop:
         metrics: metrics.jsonl; None on every process but the first.
         progress: what the user sees.
         parts: what is trained, each part with its optimizer.
+        bad: counts the steps that cannot be taken.
+        spikes: finds losses that stand out.
     """
 
     plan: Plan
@@ -65,6 +72,8 @@ class Loop:
     metrics: MetricsFile | None
     progress: StepProgress
     parts: Sequence[TrainedPart]
+    bad: BadSteps
+    spikes: Spikes = field(default_factory=Spikes)
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,7 @@ class StageHooks:
         evaluate: held-out values after this many steps, and one line about them; None without
             held-out rows.
         save: a checkpoint after this many steps.
+        rows: `file:line` of the first rows of a step, from 0.
         halt: an error that ends the run after this step, or None.
     """
 
@@ -85,6 +95,7 @@ class StageHooks:
     train: Callable[[int], dict[str, float]]
     evaluate: Callable[[int], tuple[dict[str, float], str] | None]
     save: Callable[[int], None]
+    rows: Callable[[int], Sequence[str]]
     halt: Callable[[], TrainingError | None] = lambda: None
 
 
@@ -103,7 +114,7 @@ def run_loop(loop: Loop, hooks: StageHooks, first_step: int) -> None:
             or the stage halted the run.
     """
     training, steps = loop.training, loop.plan.steps
-    with _stop_on_signal() as stop:
+    with stop_on_signal() as stop:
         if first_step < steps:
             hooks.dry_run()
         if first_step == 0 or (first_step == steps and _any_process(loop, _lacks_evaluation(loop))):
@@ -121,7 +132,7 @@ def run_loop(loop: Loop, hooks: StageHooks, first_step: int) -> None:
             if loop.metrics is not None:
                 loop.metrics.write(done, metrics)
             loop.accelerator.log(metrics, step=done)
-            loop.progress.step(done, metrics)
+            _show_step(loop, hooks, done, metrics)
             stopped, halted = _any_process(loop, bool(stop)), hooks.halt()
             if done == steps or (training.eval_every and done % training.eval_every == 0):
                 try:
@@ -156,17 +167,53 @@ def _train_step(loop: Loop, hooks: StageHooks, step: int) -> dict[str, float]:
         warmup_steps=plan.warmup_steps,
         schedule=plan.schedule,
     )
-    metrics = hooks.train(step)
+    try:
+        metrics = hooks.train(step)
+    except NotFiniteError as error:
+        metrics = _skip(loop, hooks, step, error)
+    else:
+        loop.bad.passed()
     seconds = time.monotonic() - started
+    skipped = {"skipped_steps": loop.bad.skipped} if loop.bad.action == "skip" else {}
     return {
         "loss": metrics.pop("loss"),
         **rates,
         **metrics,
+        **skipped,
         "epoch": (step + 1) / plan.steps_per_epoch,
         "step_seconds": seconds,
-        "tokens_per_second": metrics["tokens"] / seconds,
+        "tokens_per_second": metrics.get("tokens", 0) / seconds,
         "memory_gb": peak_memory(accelerator.device.type) / 1e9,
     }
+
+
+def _skip(loop: Loop, hooks: StageHooks, step: int, error: NotFiniteError) -> dict[str, float]:
+    """Metrics of a step that cannot be taken; every process raised the same error.
+
+    Raises:
+        TrainingError: the run stops here.
+    """
+    places = ", ".join(hooks.rows(step))
+    named = NotFiniteError(f"{error.message}; its rows begin with {places}", hint=error.hint)
+    loop.bad.skip(named)
+    for part in loop.parts:
+        part.optimizer.zero_grad(set_to_none=True)
+    loop.progress.say(f"step {step + 1} is skipped: {named.message}")
+    return {"loss": math.nan}
+
+
+def _show_step(loop: Loop, hooks: StageHooks, done: int, metrics: dict[str, float]) -> None:
+    """The progress of a good step, and whether its loss stands out."""
+    loss = metrics["loss"]
+    if not math.isfinite(loss):
+        return
+    loop.progress.step(done, metrics)
+    median = loop.spikes.look(loss)
+    if median is not None:
+        loop.progress.say(
+            f"spike: the loss of step {done} is {loss:.4g}, far above the last steps' median "
+            f"{median:.4g}; its rows begin with {', '.join(hooks.rows(done - 1))}"
+        )
 
 
 def _seed_everything(seed: int) -> None:
@@ -181,14 +228,14 @@ def require_finite(loss: float, sentence: str, hint: str) -> None:
 
     Args:
         loss: of a step.
-        sentence: which step, which rows.
+        sentence: which step.
         hint: what to do.
 
     Raises:
-        TrainingError: the loss is not finite.
+        NotFiniteError: the loss is not finite.
     """
     if not math.isfinite(loss):
-        raise TrainingError(sentence, hint=hint)
+        raise NotFiniteError(sentence, hint=hint)
 
 
 @contextlib.contextmanager
@@ -253,36 +300,14 @@ def save_state(loop: Loop, step: int, model: Any, optimizer: Any, state: dict[st
         step,
         model,
         optimizer,
-        {"processes": loop.accelerator.num_processes, "run": loop.folder.record, **state},
+        {
+            "processes": loop.accelerator.num_processes,
+            "run": loop.folder.record,
+            "bad_steps": loop.bad.state,
+            **state,
+        },
         loop.training.keep,
     )
-
-
-_STOPPING = (
-    b"\nstopping after this step, with a checkpoint; press Ctrl-C once more to stop at once\n"
-)
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[list[bool]]:
-    """A list that becomes non-empty at the first Ctrl-C; the second one interrupts at once."""
-    stop: list[bool] = []
-    before = {}
-
-    def handle(number: int, frame: Any) -> None:
-        if stop:
-            raise KeyboardInterrupt
-        stop.append(True)
-        os.write(2, _STOPPING)  # not through a stream that this signal may have interrupted
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(ValueError):  # not in the main thread
-            before[number] = signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _any_process(loop: Loop, flag: bool) -> bool:

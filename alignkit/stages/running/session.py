@@ -33,6 +33,7 @@ from alignkit.runtime.progress import StepProgress
 from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.rows import AnyRows, Rows, keep_plan, plan_run
 from alignkit.stages.running.adapter_start import find_adapter_start
+from alignkit.stages.running.bad_steps import BadSteps
 from alignkit.stages.running.batches import Batches
 from alignkit.stages.running.hooks import RowHooks
 from alignkit.stages.running.loop import Loop
@@ -96,8 +97,7 @@ class Session:
     def say_damaged(self, name: str, lines: int) -> None:
         """Warn of lines in a file of the run that cannot be read."""
         if lines:
-            what = f"{lines} damaged line{'s' if lines > 1 else ''}"
-            self.say(f"{what} of {name} moved to {name}.damaged", "warning")
+            self.say(f"damaged lines of {name} moved to {name}.damaged: {lines}", "warning")
 
     def plan(self, rows: Rows) -> Plan:
         """The plan of this run; a resumed run keeps its micro-batches."""
@@ -185,10 +185,9 @@ class Session:
             yield start_model(self.recipe.model)
         except BaseException as error:
             if self.folder is not None:
+                status = "interrupted" if isinstance(error, Interrupted) else "failed"
                 with contextlib.suppress(OSError, FileError):  # the disk is full: `error` says so
-                    self.folder.finish(
-                        "interrupted" if isinstance(error, Interrupted) else "failed"
-                    )
+                    self.folder.finish(status)
             raise
         finally:
             if self.accelerator.num_processes > 1:
@@ -242,10 +241,10 @@ class Session:
             kind=self.recipe.training.optimizer,
             b_rate=b_rate(self.recipe.adapter),
         )
-        first_step, _ = self.restore(scorer, optimizer)
+        first_step, state = self.restore(scorer, optimizer)
         scorer, optimizer = self.accelerator.prepare(scorer, optimizer)
         weights = [weight for weight in scorer.parameters() if weight.requires_grad]
-        loop = self.loop(plan, first_step, [TrainedPart("model", weights, optimizer)])
+        loop = self.loop(plan, first_step, [TrainedPart("model", weights, optimizer)], state)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         batches = Batches(rows.train, hooks.weights, plan, self.recipe.seed, rank, world)
         run = Run(
@@ -288,6 +287,7 @@ class Session:
         plan: Plan,
         first_step: int,
         parts: Sequence[TrainedPart],
+        state: dict[str, Any],
         describe: Callable[[dict[str, float]], str] | None = None,
     ) -> Loop:
         """What every loop works with.
@@ -296,6 +296,7 @@ class Session:
             plan: the decisions.
             first_step: steps already done; what an interrupted run logged later is dropped.
             parts: what is trained, each part with its optimizer.
+            state: of the checkpoint; {} without one.
             describe: a step's metrics -> text on the progress line; None shows the loss.
         """
         training = self.recipe.training
@@ -315,4 +316,5 @@ class Session:
             metrics=metrics,
             progress=progress,
             parts=parts,
+            bad=BadSteps(training.on_bad_step, plan.steps, **state.get("bad_steps", {})),
         )

@@ -21,6 +21,7 @@ from alignkit.runtime.processes import process_group
 from alignkit.stages.running.batches import Batches, MicroBatch, StepBatches
 from alignkit.stages.running.hooks import RowHooks, StepSums
 from alignkit.stages.running.loop import (
+    NAMED,
     Loop,
     StageHooks,
     require_finite,
@@ -74,6 +75,7 @@ def run_steps(run: Run, first_step: int) -> None:
         partial(_train, run),
         partial(_evaluate, run),
         partial(_save, run),
+        lambda step: run.batches.places(run.batches.step(step).items[:NAMED]),
     )
     run_loop(run, hooks, first_step)
 
@@ -97,11 +99,11 @@ def _train(run: Run, step: int) -> dict[str, float]:
     batches = run.batches.step(step)
     means, tokens = _accumulate(run, batches)
     loss = means["loss"]
-    places = ", ".join(run.batches.places(batches.items[:5]))
     require_finite(
         loss,
-        f"the loss of step {step + 1} is {loss}; its rows begin with {places}",
-        "lower training.learning_rate, or look at these rows with `alignkit inspect`",
+        f"the loss of step {step + 1} is {loss}",
+        "lower training.learning_rate, look at these rows with `alignkit inspect`, or set "
+        "training.on_bad_step=skip",
     )
     norms = step_parts(
         run.parts,
