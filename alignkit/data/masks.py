@@ -76,12 +76,14 @@ class Masker:
         """
         if item.mask is not None:
             runs = _marked_runs(item, item.mask, len(ids))
+            limits = [len(item.text)] * len(runs)
         else:
             runs = [_token_run(offsets, *span) for span in item.spans]
+            limits = [stop for _, stop in item.spans]
         trained = np.full(len(ids), self.everything)
         stopped = False
-        for begin, end in runs:
-            end, stopped = self._trim(item, ids, offsets, begin, end)
+        for (begin, end), limit in zip(runs, limits, strict=True):
+            end, stopped = self._trim(item, ids, offsets, begin, end, limit)
             trained[begin:end] = True
             if stopped:
                 self.stop_tokens.add(int(ids[end - 1]))
@@ -103,13 +105,17 @@ class Masker:
         return Branch(ids, trained)
 
     def _trim(
-        self, item: Rendered, ids: IdArray, offsets: Offsets, begin: int, end: int
+        self, item: Rendered, ids: IdArray, offsets: Offsets, begin: int, end: int, limit: int
     ) -> tuple[int, bool]:
-        """End of the turn: one past its end-of-turn token, and whether there is one."""
+        """End of the turn: one past its end-of-turn token, and whether there is one.
+
+        A token across `limit`, where the turn's characters end, may be a blank of this turn and a
+        word of the next.
+        """
         last = end
         while last > begin and int(ids[last - 1]) not in self.special_ids:
             start, stop = offsets[last - 1]
-            if item.text[start:stop].strip():
+            if item.text[start : min(stop, limit)].strip():
                 break
             last -= 1
         if last > begin and int(ids[last - 1]) in self.special_ids:

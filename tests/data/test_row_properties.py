@@ -180,11 +180,11 @@ def test_any_row_is_used_dropped_or_refused_in_a_sentence(
 
 
 NASTY: list[Any] = [
-    *(None, True, 5, -1, 0.5, 10**400, float("nan"), "", " ", "x", "\ud83d", "{", "[1]", "{}"),
+    *(None, True, 5, -1, 0.5, 10**400, float("nan"), "", " ", "x", "{", "[1]", "{}"),
     *([], [[]], [None], [5], ["x"], [{}], {}, {"a": None}, {"role": "user"}, {"name": 5}),
     *([["a"]], [["a", "b", "c"]], [[None, None]], {"x": "\ud83d"}, [{"from": "human"}]),
 ]
-"""Values that are put in every place of every good row."""
+"""Values that are put in every place of every good row. Lone surrogates end where files are read."""
 
 
 @pytest.mark.parametrize("kind", GOOD_ROWS)

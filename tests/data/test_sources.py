@@ -348,10 +348,9 @@ def test_rows_come_from_files_only(name: str) -> None:
         load_source(SourceSpec(path=name))
 
 
-@pytest.mark.parametrize("weight", [1e8, 1e300, float("inf")])
-def test_weights_that_would_fill_memory(weight: float) -> None:
+def test_weights_that_would_fill_memory() -> None:
     with pytest.raises(DataError, match=r"the weights make an epoch of .* rows, more than"):
-        mix_sources([SourceSpec(path="a.jsonl", weight=weight)], [16], 0, DataReport())
+        mix_sources([SourceSpec(path="a.jsonl", weight=1e4)], [10_000], 0, DataReport())
 
 
 def test_no_such_file() -> None:

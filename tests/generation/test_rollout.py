@@ -17,6 +17,7 @@ from tiny import tiny_model, trained_model
 
 from alignkit.data.documents import Branch, Document
 from alignkit.data.packing import pack_documents
+from alignkit.errors import ModelError
 from alignkit.generation.rollout import (
     RolloutSettings,
     SampledResponse,
@@ -273,7 +274,7 @@ def test_mode_and_attention_are_put_back(training: bool) -> None:
     engine(model).generate(prompts(), seeds())
     assert model.training == training
     assert model.config._attn_implementation == "eager"
-    with pytest.raises(IndexError):
+    with pytest.raises(ModelError, match="embedding has only"):
         engine(model).generate([np.array([10**6])], [(0,)])
     assert model.training == training
     assert model.config._attn_implementation == "eager"
