@@ -63,10 +63,7 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             _report_bug()
         where = f"{error.filename}: " if error.filename else ""
-        print_error(
-            f"{where}cannot be written: {error.strerror}\n"
-            "hint: free disk space or choose another folder; a training run continues with --resume"
-        )
+        print_error(f"{where}{_refusal(error)}")
         sys.exit(2)
     except Exception:
         _report_bug()
@@ -77,6 +74,19 @@ def _print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def _refusal(error: OSError) -> str:
+    """What the system refused, and what to do."""
+    name = error.filename
+    unreadable = bool(name) and os.path.exists(name) and not os.access(name, os.R_OK)
+    if error.errno == errno.EACCES and unreadable:
+        hint = "change its permissions, or name another file"
+        return f"cannot be read: {error.strerror}\nhint: {hint}"
+    return (
+        f"cannot be written: {error.strerror}\n"
+        "hint: free disk space or choose another folder; a training run continues with --resume"
+    )
 
 
 def _report_bug() -> NoReturn:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from alignkit.errors import AlignkitError
+from alignkit.recipe.section import COLDEST
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,10 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         rules = {
             "max_new_tokens": self.max_new_tokens >= 1,
-            "temperature": self.temperature >= 0,
+            "temperature": self.temperature == 0 or COLDEST <= self.temperature < math.inf,
             "top_p": 0 < self.top_p <= 1,
             "top_k": self.top_k >= 0,
-            "repetition_penalty": self.repetition_penalty > 0,
+            "repetition_penalty": 0 < self.repetition_penalty < math.inf,
         }
         for name, holds in rules.items():
             if not holds:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from alignkit.recipe.section import Positive, PositiveInt, Section
+from alignkit.recipe.section import Positive, PositiveInt, Section, Temperature
 
 
 class RolloutSpec(Section):
@@ -18,7 +18,7 @@ class RolloutSpec(Section):
     """Responses per prompt."""
     max_new_tokens: PositiveInt = 64
     """Longest response in tokens, including its end-of-turn token."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Divides the logits, in sampling and in scoring alike."""
     missing_eos_penalty: Annotated[float, Field(ge=0.0)] | None = 1.0
     """Subtracted from the reward of a response that was cut off; null for no penalty."""

@@ -9,6 +9,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+COLDEST = 1e-4
+"""Temperature above 0. Logits divided by less may leave the range of float32."""
+Temperature = Annotated[float, Field(ge=COLDEST)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 

@@ -261,6 +261,22 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
             "hint: did you mean dpo?",
         ],
     ),
+    "yaml 1.1": (["training.batch_size=010"], ["training.batch_size: '010' starts with a zero"]),
+    "infinite": (
+        ["training.weight_decay=.inf", "training.epochs=1e400", "data.train.0.weight=.inf"],
+        [
+            "training.weight_decay must be a finite number",
+            "training.epochs must be a finite number",
+            "data.train[0].weight must be a finite number",
+        ],
+    ),
+    "a name too long": (
+        ["output=" + "x" * 300],
+        ["cannot be written: File name too long", "hint: name another place"],
+    ),
+    "a model name too long": (["model.base=" + "x" * 300], ["is not a model", "hint: "]),
+    "rows with a name too long": (["data.train.0.path=" + "x" * 300], ["names no file", "hint:"]),
+    "no list item": (["data.train.².take=1"], ["there is no data.train.² to set", "hint: set"]),
     "no override": (
         ["epochs"],
         ["command line: 'epochs' is not an override", "hint: write overrides"],
@@ -362,6 +378,8 @@ def test_every_problem_of_a_recipe_at_once_with_its_line(
         ("- a\n", "bad.yaml: must be a mapping of keys to values, got a single value or a list"),
         ("stage: sft\nstage: sft\n", "bad.yaml:2: stage is written twice, first on line 1"),
         ("stage: sft\n", "output is required"),
+        ("stage: !!int sft\n", "bad.yaml:1: 'sft' is not a value of !!int"),
+        ("stage: &a [*a]\n", "bad.yaml:1: is nested more than 40 levels deep"),
     ],
 )
 def test_recipe_files(text: str, part: str, alignkit: CommandLine, folder: Path) -> None:
@@ -453,6 +471,10 @@ OTHER_COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "generate too cold": (
         ["generate", "BASE", "Hi", "--temperature", "-1"],
         ["temperature cannot be -1", "hint: 0 for the likeliest token"],
+    ),
+    "generate colder than float32": (
+        ["generate", "BASE", "Hi", "--temperature", "1e-300"],
+        ["temperature cannot be 1e-300", "hint: 0 for the likeliest token"],
     ),
     "generate nothing": (
         ["generate", "BASE", "Hi", "--max-new-tokens", "0"],

@@ -334,3 +334,8 @@ def test_a_plan_fills_no_more_than_its_share_of_the_memory() -> None:
 def test_warm_up_ends_before_the_last_step(warmup: float, steps: int) -> None:
     made = plan("sft", training={"warmup": warmup, "max_steps": 5})
     assert made.warmup_steps == steps
+    sentence = (
+        f"training.warmup = {warmup} steps, but the run has 5: the learning rate reaches its peak "
+        "only at the end"
+    )
+    assert (sentence in made.warnings) == (warmup == 100)

@@ -375,7 +375,7 @@ def test_no_reward() -> None:
         ),
         (
             "rollout: {temperature: 0}",
-            "rollout.temperature must be greater than 0, got 0\n"
+            "rollout.temperature must be at least 0.0001, got 0\n"
             "hint: 1 is usual and samples from the unchanged policy",
         ),
         (

@@ -286,7 +286,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "cold": (
         {"temperature": 0},
-        "command line: temperature must be greater than 0, got 0.0\nhint: 0.7 to 1 is usual\n",
+        "command line: temperature must be at least 0.0001, got 0.0\nhint: 0.7 to 1 is usual\n",
     ),
     "margin": (
         {"margin": -1},

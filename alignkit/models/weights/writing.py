@@ -37,7 +37,10 @@ def replace_model(
     try:
         with replace(output) as written:
             yield written
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # On a full disk tokenizers raise a bare Exception, which names the system's error.
+        if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):
+            raise
         raise ModelError(
             f"{output} could not be written: {error}", hint="free disk space; nothing was kept"
         ) from error

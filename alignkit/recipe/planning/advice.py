@@ -44,6 +44,11 @@ def find_warnings(
         ratio = spec.alpha / (spec.rank**0.5 if spec.rslora else spec.rank)
         if not 0.25 <= ratio <= 8:
             warnings.append(f"adapter.alpha / {root} = {ratio:g} is outside the usual 0.25 to 8")
+    if training.warmup >= steps > 1:
+        warnings.append(
+            f"training.warmup = {training.warmup:g} steps, but the run has {steps}: the learning "
+            "rate reaches its peak only at the end"
+        )
     if steps < 10:
         key = recipe.examples_key.rpartition(".")[2]
         warnings.append(f"only {steps} optimizer steps: lower {key} or raise epochs")

@@ -16,7 +16,7 @@ from alignkit.recipe.reading.load import without
 from alignkit.recipe.reading.problems import describe_problems, file_order
 from alignkit.recipe.reading.yaml_values import KeyPath
 from alignkit.recipe.rows import SourceSpec
-from alignkit.recipe.section import Folder, PositiveInt, Section
+from alignkit.recipe.section import Folder, PositiveInt, Section, Temperature
 
 LABEL = "label"
 """Kind of the stage in a pipeline."""
@@ -39,7 +39,7 @@ class LabelSpec(Section):
     """Responses per prompt."""
     max_new_tokens: PositiveInt = 128
     """Longest response, in tokens."""
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    temperature: Temperature = 1.0
     """Divides the logits; there is no other sampling filter."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the sampling."""
