@@ -91,7 +91,7 @@ def load_tokenizer(base: BaseModel, template: str | None = None) -> PreTrainedTo
     Returns:
         A transformers tokenizer that pads on the right.
     """
-    with reading(base.location, "the tokenizer"):
+    with reading(base.name, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(base.location, **base.options)
         ids = tokenizer("Hello", add_special_tokens=False)["input_ids"]
         if template is None:
@@ -130,7 +130,7 @@ def token_rows(base: BaseModel) -> tuple[list[int], list[list[int]]]:
 def load_config(base: BaseModel) -> PreTrainedConfig:
     """The model's configuration, a copy for the caller; the files are read once."""
     if not base.stored:
-        with reading(base.location, "the configuration"):
+        with reading(base.name, "the configuration"):
             config = AutoConfig.from_pretrained(base.location, **base.options)
             named = getattr(config, "architectures", None) or []
             if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
@@ -187,7 +187,7 @@ def read_model(kind: Any, base: BaseModel, **options: Any) -> PreTrainedModel:
     if base.gguf is None:
         require_plausible(base)
     model: PreTrainedModel
-    with reading(base.location, "the weights"):
+    with reading(base.name, "the weights"):
         model, found = kind.from_pretrained(
             base.location, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )

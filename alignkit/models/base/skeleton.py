@@ -64,7 +64,7 @@ def require_complete(base: BaseModel) -> None:
     tied = skeleton.all_tied_weights_keys
     weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     try:
-        with reading(base.location, "the weights"):
+        with reading(base.name, "the weights"):
             model, found = type(skeleton).from_pretrained(
                 None,
                 config=config,
