@@ -1,4 +1,4 @@
-"""Generation settings that transformers would refuse to save: repaired, and said."""
+"""What a base says wrongly, known before training: generation settings, tokens without rows."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from running import make_recipe, train
+from tiny import save_tiny
 from transformers import GenerationConfig
 
 from alignkit.errors import ModelError
 from alignkit.models.base.generation import generation_settings, repaired
 from alignkit.models.base.loading import BaseModel
+from alignkit.recipe.reading.load import load_recipe
+from alignkit.stages.registry import plan_stage
 
 
 def stored(folder: Path, values: Any) -> BaseModel:
@@ -54,3 +58,25 @@ def test_files_that_cannot_be_read(values: Any, tmp_path: Path) -> None:
 
 def test_no_settings(tmp_path: Path) -> None:
     assert generation_settings(BaseModel(str(tmp_path))) == (None, "")
+
+
+@pytest.mark.parametrize("kind", [{"kind": "lora", "rank": 2}, {"kind": "full"}])
+def test_a_run_over_them_ends(
+    kind: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny(tmp_path / "base")
+    stored(tmp_path / "base", {"temperature": 0.6, "eos_token_id": 0})
+    recipe = make_recipe(tmp_path / "r", tmp_path / "base", adapter=kind, training__max_steps=1)
+    train(recipe)
+    assert "do_sample is set to true, without which" in capsys.readouterr().err
+    merged = GenerationConfig.from_pretrained(tmp_path / "r" / "run" / "merged")
+    assert (merged.do_sample, merged.temperature) == (True, 0.6)
+    card = (tmp_path / "r" / "run" / "merged" / "README.md").read_text(encoding="utf-8")
+    assert "4.57 reads it with the same logits" in card
+
+
+def test_tokens_without_rows(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base", vocab_size=400)
+    recipe = load_recipe(str(make_recipe(tmp_path / "r", tmp_path / "base"))).recipe
+    with pytest.raises(ModelError, match=r"rows.jsonl:\d+ has the token \d+, but the model's emb"):
+        plan_stage(recipe, 1)

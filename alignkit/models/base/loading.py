@@ -93,7 +93,7 @@ def load_tokenizer(base: BaseModel, template: str | None = None) -> PreTrainedTo
     Returns:
         A transformers tokenizer that pads on the right.
     """
-    with reading(base.location, "the tokenizer"):
+    with reading(base.name, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(base.location, **base.options)
         ids = tokenizer("Hello", add_special_tokens=False)["input_ids"]
         if template is None:
@@ -148,7 +148,7 @@ def _stored_config(base: BaseModel) -> Any:
     """
     if base.stored:
         return base.stored[0]
-    with reading(base.location, "the configuration"):
+    with reading(base.name, "the configuration"):
         if not Path(base.location).is_dir() and find_adapter_config_file(base.location):
             raise ModelError(
                 f"{base.location} is an adapter on the hub",
@@ -220,7 +220,7 @@ def read_model(kind: Any, base: BaseModel, **options: Any) -> PreTrainedModel:
     if base.gguf is None:
         require_plausible(base)
     model: PreTrainedModel
-    with reading(base.location, "the weights"):
+    with reading(base.name, "the weights"):
         model, found = kind.from_pretrained(
             base.location, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )

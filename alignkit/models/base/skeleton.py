@@ -48,8 +48,8 @@ def require_complete(base: BaseModel) -> None:
     """Refuse a folder that does not hold all weights of its model, before any of them is read.
 
     transformers puts weights of the stored shapes, without storage, into the model, as it will put
-    the real ones: by the same names, into the same stacks. A hub id, a GGUF file and a model with
-    code of its own are checked when they are loaded.
+    the real ones: by the same names, into the same stacks. A hub id, a GGUF file, quantized
+    weights and a model with code of its own are checked when they are loaded.
 
     Raises:
         ModelError: a weight is missing, left over or of another shape.
@@ -60,11 +60,13 @@ def require_complete(base: BaseModel) -> None:
     if not shapes:
         return
     config = load_config(BaseModel(base.location))
+    if getattr(config, "quantization_config", None):
+        return
     skeleton = build_skeleton(config)
     tied = skeleton.all_tied_weights_keys
     weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     try:
-        with reading(base.location, "the weights"):
+        with reading(base.name, "the weights"):
             model, found = type(skeleton).from_pretrained(
                 None,
                 config=config,
