@@ -21,6 +21,7 @@ import pytest
 from commandline import CommandLine, Done
 from tiny import save_tiny
 
+from alignkit.cli import output
 from alignkit.cli.main import main
 from bad_inputs.cases import Case, read_cases
 from bad_inputs.layout import fill, lay_out, snapshot
@@ -177,6 +178,8 @@ def _in_place(arguments: list[str], folder: Path, case: Case) -> Iterator[None]:
             signal.signal(number, handler)
         sys.argv, sys.stdin, sys.stdout, sys.stderr, cwd = kept
         os.chdir(cwd)
+        for console in (output.stdout, output.stderr):
+            console._buffer.clear()  # what it failed to write, it would try to write again
         for name in [n for n in sys.modules if n not in modules and "alignkit_user_" in n]:
             del sys.modules[name]
         for key in os.environ.keys() - environment.keys():

@@ -109,7 +109,7 @@ def _file_instead(run: Path) -> None:
 
 
 def _half_written(run: Path) -> None:
-    shutil.copytree(newest(run), run / "checkpoints" / ".writing-step-000008-abc" / "step-000008")
+    shutil.copytree(newest(run), run / "checkpoints" / ".writing-step-000006-abc" / "step-000006")
 
 
 FOLDERS: dict[str, Callable[[Path], None]] = {
