@@ -182,16 +182,26 @@ def list_folder(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.name.startswith(_MARK)]
 
 
+def sweep(folder: Path, prefix: str = _MARK) -> None:
+    """Remove what killed writers left in a folder.
+
+    Args:
+        folder: may be missing.
+        prefix: of the hidden folders to remove; all of them by default.
+    """
+    for leftover in folder.iterdir() if folder.is_dir() else ():
+        if leftover.name.startswith(prefix):
+            with contextlib.suppress(OSError), _opened(leftover) as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer runs
+                shutil.rmtree(leftover)
+
+
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """The same name in a hidden folder next to `path`, which no other writer uses."""
     make_folder(path.parent)
     prefix = f"{_MARK}{path.name}-"
-    for leftover in path.parent.iterdir():
-        if leftover.name.startswith(prefix):
-            with contextlib.suppress(OSError), _opened(leftover) as handle:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer runs
-                shutil.rmtree(leftover)
+    sweep(path.parent, prefix)
     with contextlib.ExitStack() as stack:
         own = _own_folder(stack, path.parent, prefix)
         stack.callback(shutil.rmtree, own, ignore_errors=True)

@@ -43,6 +43,10 @@ def common(
     """Fine-tune and align open language models from a small YAML recipe."""
 
 
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What a disk answers, wherever something is written."""
+
+
 def main() -> None:
     """Run the command line; a broken rule exits with 2, a bug with 1, an interruption with 130."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -60,7 +64,7 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(0)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in _REFUSED:
             _report_bug()
         where = f"{error.filename}: " if error.filename else ""
         print_error(f"{where}{_refusal(error)}")

@@ -96,6 +96,9 @@ def label_prompts(
         DataError: no prompt is left, or no pair.
     """
     check_target(path, overwrite=overwrite)
+    for source in spec.prompts:
+        if source.path is not None and Path(source.path).resolve() == path.resolve():
+            raise RunError(f"{path} holds the prompts that are read", hint="name another file")
     opened = open_answering(spec.model, spec.reward, spec.dtype, base)
     tokenizer, room = opened.tokenizer, room_for_prompts(opened, spec.max_new_tokens)
     prompts = load_prompts(

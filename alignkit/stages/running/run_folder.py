@@ -23,6 +23,7 @@ from alignkit.files import (
     open_lock,
     remove,
     require_folder_name,
+    sweep,
     write_text,
 )
 from alignkit.models.adapters.finding import base_of
@@ -131,6 +132,8 @@ class RunFolder:
             raise RunError(
                 f"{path} is in use by another process", hint="wait for it, or choose another output"
             )
+        for written in (path, self.checkpoints):
+            sweep(written)
         self.about: dict[str, Any] = {}
         self.record: dict[str, Any] = {}
 
