@@ -38,6 +38,7 @@ class SamplingSettings:
             "top_p": 0 < self.top_p <= 1,
             "top_k": self.top_k >= 0,
             "repetition_penalty": 0 < self.repetition_penalty < math.inf,
+            "seed": 0 <= self.seed < 2**63,
         }
         for name, holds in rules.items():
             if not holds:
@@ -79,5 +80,6 @@ _RANGES = {
     "temperature": "0 for the likeliest token; 0.7 to 1 for variety",
     "top_p": "above 0, at most 1",
     "top_k": "a whole number from 0",
+    "seed": "a whole number from 0, below 2^63",
     "repetition_penalty": "above 0; 1 is none",
 }

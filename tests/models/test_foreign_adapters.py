@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from alignkit.errors import AlignkitError, ModelError
 from alignkit.jobs.merge import MergeOptions, merge_run
+from alignkit.models.adapters.continued import started_adapter
 from alignkit.models.adapters.files import TRAINED_OVER, TrainedOver
 from alignkit.models.base.loading import BaseModel, load_tokenizer
 from alignkit.models.merging.updates import AdapterPart, Blend
 from alignkit.models.opening import open_model
+from alignkit.recipe.adapters import LoraSpec
 from alignkit.recipe.reading.load import load_recipe
 from alignkit.stages.registry import plan_stage
 
@@ -75,6 +77,9 @@ def test_a_resized_vocabulary(saved: Any, tie: bool, rows: int, tmp_path: Path) 
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=3e-4)
     assert merged.config.vocab_size == rows
     assert merged.config.tie_word_embeddings == (tie and saved is None)
+    spec = LoraSpec.model_validate({"kind": "lora", "from": str(tmp_path / "adapter")})
+    with pytest.raises(ModelError, match=f"trained over a vocabulary of {rows} rows"):
+        started_adapter(spec, BaseModel(str(tmp_path / "base")))
 
 
 def test_half_of_a_resized_vocabulary(tmp_path: Path) -> None:

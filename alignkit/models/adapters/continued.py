@@ -11,6 +11,7 @@ from alignkit.models.adapters.files import (
     require_base,
     trained_over,
 )
+from alignkit.models.adapters.finding import other_rows
 from alignkit.models.adapters.patterns import require_quick_patterns
 from alignkit.models.base.adapter_kinds import KINDS
 from alignkit.models.base.loading import BaseModel, load_config
@@ -67,6 +68,13 @@ def started_adapter(spec: AnySpec, base: BaseModel) -> AnySpec:
         raise ModelError(
             f"{folder} was trained with another model.rope_scaling or model.add_tokens",
             hint="copy both from the recipe of the run it comes from",
+        )
+    rows = other_rows(folder, base)
+    if rows:
+        raise ModelError(
+            f"{folder} was trained over a vocabulary of {rows} rows, which {base.name} has not",
+            hint=f"run `alignkit merge-lora {folder} --output FOLDER`, name the result as "
+            "model.base, and train a fresh adapter over it",
         )
     config = read_adapter_config(folder)
     trust = base.trust_remote_code

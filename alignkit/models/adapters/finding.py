@@ -79,16 +79,16 @@ def base_of_adapter(
         require_base(adapter, source)
     over = trained_over(adapter)
     changes = UNCHANGED if over is None else over.changes
-    return replace(source, changes=replace(changes, rows=_other_rows(adapter, source)))
+    return replace(source, changes=replace(changes, rows=other_rows(adapter, source)))
 
 
 @cache
 def _announce(adapter: Path, name: str) -> None:
     """Say, once, which model an adapter's files make this process open."""
-    print_line(f"{adapter} names its base: {name}", "note")
+    print_line(f"{adapter} names its base: {' '.join(name.split())}", "note")
 
 
-def _other_rows(adapter: Path, base: BaseModel) -> int:
+def other_rows(adapter: Path, base: BaseModel) -> int:
     """Rows of embedding and output head in an adapter's file; 0 if they are not there, or are as
     many as the base's.
 

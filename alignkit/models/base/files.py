@@ -70,8 +70,8 @@ def _hint(place: str | Path, error: BaseException) -> str:
                 return f"pip install 'alignkit[{extra}]'"
     if "trust_remote_code" in str(error):
         return (
-            "it comes with Python code, which runs only if you name this model yourself, with "
-            "--trust-remote-code or model.trust_remote_code: true"
+            "it comes with Python code, which runs only if you name this model yourself: with "
+            "model.trust_remote_code: true in a recipe, or --base NAME --trust-remote-code"
         )
     if Path(place).exists():
         return "check the name and the files"
