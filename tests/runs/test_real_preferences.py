@@ -50,19 +50,20 @@ def test_a_policy_starts_at_its_reference_and_learns(
     start: float,
     alignkit: CommandLine,
     real_base: Path,
+    real_dtype: str,
     tmp_path: Path,
 ) -> None:
     # In bfloat16 too, policy and reference are the same numbers before the first step.
-    steps = train(alignkit, stage, recipe, tmp_path, "merge=false")
+    steps = train(alignkit, stage, recipe, tmp_path, "merge=false", real_dtype)
     assert steps[0]["loss"] == pytest.approx(start, rel=1e-5)
     assert steps[2]["loss"] < steps[0]["loss"]
     assert steps[2]["rewards/margins"] > 0.0
 
 
 def test_a_reward_model_in_plain_transformers(
-    alignkit: CommandLine, real_base: Path, tmp_path: Path
+    alignkit: CommandLine, real_base: Path, real_dtype: str, tmp_path: Path
 ) -> None:
-    steps = train(alignkit, "reward", "reward/smollm2-135m-lora.yaml", tmp_path)
+    steps = train(alignkit, "reward", "reward/smollm2-135m-lora.yaml", tmp_path, real_dtype)
     assert steps[2]["loss"] < steps[0]["loss"]
     merged = tmp_path / "run" / "merged"
     model = AutoModelForSequenceClassification.from_pretrained(merged, dtype=torch.float32).eval()
