@@ -88,13 +88,26 @@ def load_json(text: str, where: str, hint: str) -> Any:
         hint: what to do about broken JSON.
 
     Raises:
-        DataError: it is not JSON, too deep, or holds a number or a text that nothing can use.
+        DataError: it is not JSON, too deep, has a key twice, or holds a number or a text that
+            nothing can use.
     """
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         raise _json_fault(error, where, hint) from None
     _require_whole(values, text, where)
+    return values
+
+
+class _TwiceError(ValueError):
+    """A key that an object has twice."""
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _TwiceError(next(key for key in values if keys.count(key) > 1))
     return values
 
 
@@ -103,6 +116,8 @@ def _json_fault(error: Exception, where: str, hint: str) -> DataError:
         return DataError(
             f"{where} is not valid JSON: {error.msg} at column {error.colno}", hint=hint
         )
+    if isinstance(error, _TwiceError):
+        return DataError(f"{where} has the key {error.args[0]!r} twice", hint="remove one of them")
     if isinstance(error, RecursionError):
         return DataError(f"{where} is nested too deeply", hint="remove what nests, or the row")
     return DataError(
@@ -181,7 +196,7 @@ def _read_jsonl(text: str, shown: str) -> Iterator[Found]:
 
 def _read_json(text: str, shown: str) -> Iterator[Found]:
     """Rows of a JSON array, each with the line it starts on."""
-    decoder, position, line = json.JSONDecoder(), 0, 1
+    decoder, position, line = json.JSONDecoder(object_pairs_hook=_distinct), 0, 1
 
     def skip(position: int, line: int) -> tuple[int, int]:
         while position < len(text) and text[position] in " \t\r\n":

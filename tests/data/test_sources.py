@@ -189,6 +189,16 @@ def test_lines_of_rows_in_a_json_list() -> None:
         ),
         (
             "r.jsonl",
+            '{"a": 1}\n{"b": {"c": 1, "a": 2, "c": 3}}\n',
+            "r.jsonl:2: has the key 'c' twice\nhint: remove one of them",
+        ),
+        (
+            "r.json",
+            '[\n{"a": 1},\n{"a": 2, "a": 2}]',
+            "r.json:3: has the key 'a' twice\nhint: remove one of them",
+        ),
+        (
+            "r.jsonl",
             '{"a": [{"b": "smile \\ud83d please"}]}',
             "r.jsonl:1: holds half of a character, as a cut-off emoji leaves it: "
             "'smile \\ud83d please'\nhint: write the whole character, or remove the half",
@@ -294,6 +304,8 @@ def test_lines_of_rows_in_a_json_list() -> None:
         "two commas",
         "deep",
         "digits",
+        "key twice",
+        "key twice in a list",
         "surrogate",
         "utf-16",
         "two columns of one name",
