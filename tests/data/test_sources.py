@@ -261,6 +261,18 @@ def test_lines_of_rows_in_a_json_list() -> None:
             "hint: convert it: iconv -f latin1 -t utf-8 old > new",
         ),
         (
+            "r.jsonl",
+            gzip.compress(b'{"a": 1}\n', mtime=0),
+            "r.jsonl: is a gzip file, not text\n"
+            "hint: unpack or convert it; only a file whose name ends in .gz is unpacked",
+        ),
+        (
+            "r.csv",
+            b"PK\x03\x04" + bytes(30),
+            "r.csv: is a zip file or a spreadsheet, not text\n"
+            "hint: unpack or convert it; only a file whose name ends in .gz is unpacked",
+        ),
+        (
             "r.jsonl.gz",
             b'{"a": 1}\n',
             "r.jsonl.gz: is not an intact gzip file (Not a gzipped file (b'{\"'))\n"
@@ -319,6 +331,8 @@ def test_lines_of_rows_in_a_json_list() -> None:
         "byte order mark only",
         "empty gzip",
         "latin-1",
+        "gzip without its suffix",
+        "spreadsheet",
         "no gzip",
         "cut gzip",
         "rubbish after a good gzip header",
