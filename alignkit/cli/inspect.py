@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,9 @@ from rich.text import Text
 from alignkit.cli.output import print_json, print_pairs, stdout
 from alignkit.cli.plan import name_foreign
 from alignkit.cli.train import OverridesArgument, RecipeArgument
+
+_MOST_SHARED = 16
+"""Tokens that are shown as one piece at most, if the text itself holds signs for broken ones."""
 
 
 def inspect(
@@ -53,7 +57,7 @@ def inspect(
                 note = ", scored and not trained" if part["name"] == "mismatched" else ""
                 head = f"[{part['name']}, {part['length']} tokens{note}]"
                 stdout.print(Text(head, style="bold cyan"))
-            stdout.print(_paint(row, part, stdout.is_terminal))
+            stdout.print(_paint(row, part, parts.tokenizer, stdout.is_terminal))
         stdout.print()
     report = dataset.report
     lengths = ", ".join(f"{name} {value}" for name, value in report.percentiles().items())
@@ -106,19 +110,35 @@ def _is_own(branch: Any) -> bool:
     return bool(branch.role.name != "MISMATCHED")
 
 
-def _paint(row: dict[str, Any], part: dict[str, Any], colour: bool) -> Text:
+def _paint(row: dict[str, Any], part: dict[str, Any], tokenizer: Any, colour: bool) -> Text:
     """Trained tokens in bold green, every other one underlined; without colour between « and »."""
     text = Text()
     inside = False
     span = slice(part["start"], part["start"] + part["length"])
-    tokens = zip(row["tokens"][span], row["labels"][span], strict=True)
-    for number, (token, label) in enumerate(tokens):
-        trained = label != -100
+    marks = [label != -100 for label in row["labels"][span]]
+    for number, (piece, trained) in enumerate(_pieces(row["ids"][span], marks, tokenizer)):
         if not colour and trained != inside:
             text.append("«" if trained else "»")
         inside = trained
         shade = "bold green" if trained else "dim"
-        text.append(token, style=f"{shade} underline" if trained and number % 2 else shade)
+        text.append(piece, style=f"{shade} underline" if trained and number % 2 else shade)
     if inside and not colour:
         text.append("»")
     return text
+
+
+def _pieces(ids: list[int], marks: list[bool], tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """The text of each token with its mark; tokens that share a character are one piece.
+
+    Each is decoded behind the one before it, because many decoders drop the first blank.
+    """
+    before = start = 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[before:end])
+        open_end = text.endswith("\N{REPLACEMENT CHARACTER}") and end - start < _MOST_SHARED
+        if open_end and end < len(ids) and marks[end] == marks[start]:
+            continue
+        head = tokenizer.decode(ids[before:start])
+        known = text.startswith(head)
+        yield text[len(head) :] if known else tokenizer.decode(ids[start:end]), marks[start]
+        before, start = start, end

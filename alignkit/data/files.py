@@ -25,7 +25,9 @@ Found = tuple[dict[str, Any], str]
 _SHARE = 4
 """Rows take about four times the memory of their text."""
 _BLOCK = 1 << 20
+_PACKED = {b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file or a spreadsheet"}
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_PACKED_HINT = "unpack or convert it; only a file whose name ends in .gz is unpacked"
 _LIST_HINT = "the list must close with ] and its rows be separated by commas"
 
 
@@ -88,13 +90,24 @@ def load_json(text: str, where: str, hint: str) -> Any:
         hint: what to do about broken JSON.
 
     Raises:
-        DataError: it is not JSON, too deep, or holds a number or a text that nothing can use.
+        DataError: it is not JSON, too deep, or holds what nothing can use, as a key twice.
     """
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         raise _json_fault(error, where, hint) from None
     _require_whole(values, text, where)
+    return values
+
+
+class _TwiceError(ValueError):
+    """A key that an object has twice."""
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise _TwiceError(next(key for key in values if sum(k == key for k, _ in pairs) > 1))
     return values
 
 
@@ -103,6 +116,8 @@ def _json_fault(error: Exception, where: str, hint: str) -> DataError:
         return DataError(
             f"{where} is not valid JSON: {error.msg} at column {error.colno}", hint=hint
         )
+    if isinstance(error, _TwiceError):
+        return DataError(f"{where} has the key {error.args[0]!r} twice", hint="remove one of them")
     if isinstance(error, RecursionError):
         return DataError(f"{where} is nested too deeply", hint="remove what nests, or the row")
     return DataError(
@@ -154,6 +169,9 @@ def _unpack(content: bytes, shown: str) -> bytes:
 
 def _decode(content: bytes, shown: str) -> str:
     head = content[:_BLOCK]
+    for start, kind in _PACKED.items():
+        if head.startswith(start):
+            raise DataError(f"{shown}: is {kind}, not text", hint=_PACKED_HINT)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or 4 * head.count(0) > len(head) > 0:
         kind = "utf-16" if head[:1] in (b"\xff", b"\xfe") else "utf-16le"
         kind = "utf-16be" if head[:1] == b"\0" else kind
@@ -181,7 +199,7 @@ def _read_jsonl(text: str, shown: str) -> Iterator[Found]:
 
 def _read_json(text: str, shown: str) -> Iterator[Found]:
     """Rows of a JSON array, each with the line it starts on."""
-    decoder, position, line = json.JSONDecoder(), 0, 1
+    decoder, position, line = json.JSONDecoder(object_pairs_hook=_distinct), 0, 1
 
     def skip(position: int, line: int) -> tuple[int, int]:
         while position < len(text) and text[position] in " \t\r\n":

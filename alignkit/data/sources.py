@@ -231,7 +231,7 @@ def mix_sources(
         nothing = "no prompt is left" if report.prompts else "no row is left to train on"
         raise DataError(
             f"{labels}: {nothing}: {'; '.join(report.lines()[1:])}",
-            hint="raise data.max_length, or choose another data.too_long",
+            hint=_way_out(report),
         )
     wanted = sum(count * spec.weight for count, spec in zip(num_rows, specs, strict=True))
     if not wanted <= MOST_ROWS:
@@ -246,3 +246,13 @@ def mix_sources(
             hint="raise the weights of the sources",
         )
     return order
+
+
+def _way_out(report: DataReport) -> str:
+    """What to do when every row is dropped, by the most frequent reason."""
+    reason = max(report.dropped, key=lambda name: report.dropped[name], default="")
+    if "max_length" in reason:
+        return "raise data.max_length, or choose another data.too_long"
+    if reason == "nothing to train on":
+        return "every row needs an answer to train on: see data.train_on and the marks of turns"
+    return "correct the rows, or name other columns of the file with columns"

@@ -29,6 +29,8 @@ from alignkit.errors import DataError
 TooLong = Literal["drop", "truncate_left", "truncate_right", "error"]
 TrainOn = Literal["completions", "last_turn", "everything"]
 
+UNKNOWN = "trained tokens are unknown to the tokenizer"
+
 _BATCH = 1000
 _FAR, _SMALL = 1000, 1_000_000
 """Characters that no token has, and characters that are always tokenized."""
@@ -188,9 +190,23 @@ def _mask_texts(
                 report.note("the last turn is not the assistant's; it is not trained", text.place)
         encoded = encode_texts(rendered, tokenizer)
         note_bos(rendered, [ids for ids, _ in encoded], tokenizer, report)
-        masked += [masker.mask(item, *t) for item, t in zip(rendered, encoded, strict=True)]
+        for item, (ids, offsets) in zip(rendered, encoded, strict=True):
+            masked.append(masker.mask(item, ids, offsets))
+            _note_unknown(item, masked[-1], tokenizer, report)
     report.stop_tokens = sorted(masker.stop_tokens)
     return masked
+
+
+def _note_unknown(item: Rendered, row: Branch, tokenizer: Any, report: DataReport) -> None:
+    """Note an answer with characters that the tokenizer cannot write.
+
+    Families without such characters name another token for them: EOS, or one that texts hold.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown == tokenizer.eos_token_id or tokenizer.unk_token in item.text:
+        return
+    if (row.ids[row.trained] == unknown).any():
+        report.note(UNKNOWN, item.place)
 
 
 def _render(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from alignkit.recipe.section import Fraction, PositiveInt, Section
 
@@ -40,6 +40,15 @@ class SourceSpec(Section):
     """How often the rows count: 2.0 repeats each row twice an epoch, 0.5 draws half of them."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Renames: the format's key -> the file's column, as in `{prompt: question}`."""
+
+    @field_validator("columns")
+    @classmethod
+    def _each_once(cls, columns: dict[str, str]) -> dict[str, str]:
+        named = list(columns.values())
+        for column in named:
+            if named.count(column) > 1:
+                raise ValueError(f"names the column {column} twice")
+        return columns
 
     @model_validator(mode="after")
     def _one_place(self) -> SourceSpec:

@@ -13,10 +13,11 @@ import torch
 from commandline import CommandLine, Done
 from peft import LoraConfig, get_peft_model
 from running import make_recipe, make_rows, write_rows
-from tiny import tiny_model, tiny_tokenizer
+from tiny import TOKENIZERS, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import alignkit as package
+from alignkit.cli.inspect import _pieces
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,22 @@ def test_inspect_marks_what_is_trained(alignkit: CommandLine, folder: Path) -> N
     assert text.count("«") == 2  # and once in the legend
     assert "answers end with  '<|im_end|>'" in text
     assert "trained tokens stand between « and »" in text
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_inspect_shows_characters_of_several_tokens_whole(family: str) -> None:
+    tokenizer = tiny_tokenizer(family)
+    texts = ("He said: 天气 🙂", " naïve 好的🙂🙂 and so on.", "� ��")
+    ids: list[int] = []
+    marks: list[bool] = []
+    for number, text in enumerate(texts):
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+        marks += [number % 2 == 1] * (len(ids) - len(marks))
+    pieces = list(_pieces(ids, marks, tokenizer))
+    assert "".join(text for text, _ in pieces) == tokenizer.decode(ids)
+    shown = "".join(text for text, trained in pieces if trained)
+    assert shown.lstrip() == texts[1].lstrip()
+    assert len(pieces) > 20
 
 
 def test_inspect_held_out_rows(alignkit: CommandLine, folder: Path) -> None:

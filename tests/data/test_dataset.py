@@ -113,6 +113,19 @@ def test_no_row_left() -> None:
     )
 
 
+def test_no_row_left_for_another_reason() -> None:
+    spec = write("a.jsonl", texts("<|im_end|>", "<|im_end|>", "long " * 200))
+    with pytest.raises(DataError, match="2 rows dropped: nothing to train on") as caught:
+        load(spec)
+    assert caught.value.hint == (
+        "every row needs an answer to train on: see data.train_on and the marks of turns"
+    )
+    pair = {"prompt": "a", "chosen": "b", "rejected": "b"}
+    with pytest.raises(DataError, match="1 rows dropped: the two answers are equal") as caught:
+        load(write("b.jsonl", [pair]), rows="pairs")
+    assert caught.value.hint == "correct the rows, or name other columns of the file with columns"
+
+
 # mixture -------------------------------------------------------------------------------------
 
 

@@ -189,6 +189,16 @@ def test_lines_of_rows_in_a_json_list() -> None:
         ),
         (
             "r.jsonl",
+            '{"a": 1}\n{"b": {"c": 1, "a": 2, "c": 3}}\n',
+            "r.jsonl:2: has the key 'c' twice\nhint: remove one of them",
+        ),
+        (
+            "r.json",
+            '[\n{"a": 1},\n{"a": 2, "a": 2}]',
+            "r.json:3: has the key 'a' twice\nhint: remove one of them",
+        ),
+        (
+            "r.jsonl",
             '{"a": [{"b": "smile \\ud83d please"}]}',
             "r.jsonl:1: holds half of a character, as a cut-off emoji leaves it: "
             "'smile \\ud83d please'\nhint: write the whole character, or remove the half",
@@ -251,6 +261,18 @@ def test_lines_of_rows_in_a_json_list() -> None:
             "hint: convert it: iconv -f latin1 -t utf-8 old > new",
         ),
         (
+            "r.jsonl",
+            gzip.compress(b'{"a": 1}\n', mtime=0),
+            "r.jsonl: is a gzip file, not text\n"
+            "hint: unpack or convert it; only a file whose name ends in .gz is unpacked",
+        ),
+        (
+            "r.csv",
+            b"PK\x03\x04" + bytes(30),
+            "r.csv: is a zip file or a spreadsheet, not text\n"
+            "hint: unpack or convert it; only a file whose name ends in .gz is unpacked",
+        ),
+        (
             "r.jsonl.gz",
             b'{"a": 1}\n',
             "r.jsonl.gz: is not an intact gzip file (Not a gzipped file (b'{\"'))\n"
@@ -294,6 +316,8 @@ def test_lines_of_rows_in_a_json_list() -> None:
         "two commas",
         "deep",
         "digits",
+        "key twice",
+        "key twice in a list",
         "surrogate",
         "utf-16",
         "two columns of one name",
@@ -307,6 +331,8 @@ def test_lines_of_rows_in_a_json_list() -> None:
         "byte order mark only",
         "empty gzip",
         "latin-1",
+        "gzip without its suffix",
+        "spreadsheet",
         "no gzip",
         "cut gzip",
         "rubbish after a good gzip header",

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 from documents import answers, as_rows
 from tiny import TOKENIZERS, tiny_tokenizer
-from tokenizers import processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from alignkit.data.documents import Branch
 from alignkit.data.formats import Completion, Conversation
 from alignkit.data.report import DataReport
 from alignkit.data.texts import RENDERED
-from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
+from alignkit.data.tokenize import UNKNOWN, TokenizeSettings, tokenize_examples
 from alignkit.data.turns import Message
 from alignkit.errors import DataError, ModelError
 
@@ -357,6 +358,18 @@ def test_notes(row: Any, note: str) -> None:
 def test_rows_that_are_rendered_already_are_noted(text: str) -> None:
     _, report = tokenize(tiny_tokenizer("chatml"), Completion(text, "b", "r:1"))
     assert report.notes == {RENDERED: 1}
+
+
+def test_answers_that_the_tokenizer_cannot_write_are_noted() -> None:
+    words = {"[UNK]": 0, "</s>": 1, "yes": 2}
+    plain = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="[UNK]", eos_token="</s>")
+    rows = [("yes", " maybe"), ("what", " yes"), ("yes", " [UNK]")]
+    texts = [Completion(*row, f"r:{n}") for n, row in enumerate(rows, start=1)]
+    _, report = tokenize(tokenizer, *texts)
+    assert report.notes == {UNKNOWN: 1}
+    assert report.lines()[-1] == "1 row: trained tokens are unknown to the tokenizer (r:1)"
 
 
 def test_at_most_three_places_are_shown() -> None:

@@ -160,6 +160,23 @@ def test_the_template_can_be_replaced(tiny_base: Path) -> None:
     assert own.padding_side == "right"
 
 
+def test_a_tokenizer_that_cuts_at_random_is_told_not_to(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_base, tmp_path / "m")
+    file = tmp_path / "m" / "tokenizer.json"
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored["model"]["dropout"] = 0.5
+    file.write_text(json.dumps(stored), encoding="utf-8")
+    text = "The weather is fine today, and everyone goes out for a walk."
+    wanted = load_tokenizer(BaseModel(str(tiny_base)))(text)["input_ids"]
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        assert load_tokenizer(BaseModel(str(tmp_path / "m")))(text)["input_ids"] == wanted
+    said = capsys.readouterr().err
+    assert said.count("cuts text at random (BPE dropout 0.5); it is switched off") == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_stored_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     save_tiny(tmp_path / "m", dtype=dtype)

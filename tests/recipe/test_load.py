@@ -304,6 +304,11 @@ def test_a_default_learning_rate_is_filled_in() -> None:
             "r.yaml:7: data.train[0] must have exactly one of `path` and `hub`, got {}",
         ),
         (
+            "path: rows.jsonl",
+            "path: rows.jsonl, columns: {prompt: q, completion: q}",
+            "r.yaml:7: data.train[0].columns names the column q twice, got {prompt, completion}",
+        ),
+        (
             "max_length: 512",
             "eval: [{path: rows.jsonl}]\n  eval_fraction: 0.1",
             "r.yaml:6: data must have only one of `eval` and `eval_fraction`, got "

@@ -31,6 +31,7 @@ from alignkit.models.base.changes import (
     scale_positions,
 )
 from alignkit.models.base.files import reading, require_whole, stored_shapes
+from alignkit.models.base.tokenizers import always_cut_alike, require_template
 from alignkit.models.heap import release_memory
 from alignkit.models.kernels.quantized import multiply_dense
 
@@ -91,13 +92,14 @@ def load_tokenizer(base: BaseModel, template: str | None = None) -> PreTrainedTo
         template: Jinja source that replaces the model's chat template; None keeps it.
 
     Returns:
-        A transformers tokenizer that pads on the right.
+        A transformers tokenizer that pads on the right and cuts a text always alike.
     """
     with reading(base.name, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(base.location, **base.options)
+        always_cut_alike(tokenizer, base.name)
         ids = tokenizer("Hello", add_special_tokens=False)["input_ids"]
         if template is None:
-            _require_template(tokenizer.chat_template)
+            require_template(tokenizer.chat_template)
     # Without its files transformers silently makes an empty one for some families.
     if not set(ids) - {tokenizer.unk_token_id}:
         raise ModelError(
@@ -109,14 +111,6 @@ def load_tokenizer(base: BaseModel, template: str | None = None) -> PreTrainedTo
         tokenizer.chat_template = template
     tokenizer.padding_side = "right"
     return tokenizer
-
-
-def _require_template(template: Any) -> None:
-    """Refuse a chat template that is none; of several one must be the default."""
-    if isinstance(template, dict) and "default" not in template:
-        raise ValueError(f"of its chat templates ({', '.join(template)}) none is the default")
-    if not isinstance(template, str | dict | None):
-        raise ValueError(f"chat_template must be text, got {template!r}")
 
 
 def token_rows(base: BaseModel) -> tuple[list[int], list[list[int]]]:
