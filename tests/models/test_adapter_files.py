@@ -225,6 +225,7 @@ def test_a_configuration_that_is_none(text: str, tmp_path: Path) -> None:
         ({"rank_pattern": 5}, "does not fit the base"),
         ({"target_modules": "("}, "a pattern is no regular expression: '('"),
         ({"rank_pattern": {"([a-z0-9_.]+)+x": 1}}, "a pattern takes more than 1 s to match"),
+        ({"alpha_pattern": {"(.|..|...)?" * 40 + "zz": 1}}, "a pattern takes more than 1 s"),
         ({"target_modules": "([a-z0-9_.]+)+,"}, "a pattern takes more than 1 s to match"),
     ],
 )
