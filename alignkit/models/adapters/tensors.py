@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from alignkit.errors import ModelError
 from alignkit.models.base.files import reason
+from alignkit.models.peft_parts import get_pattern_key
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
