@@ -20,6 +20,7 @@ from peft.utils.constants import (
 from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_TARGETS,
 )
+from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
@@ -32,6 +33,7 @@ __all__ = [
     "convert_peft_config_for_transformers",
     "forget_merge",
     "get_eva_state_dict",
+    "get_pattern_key",
     "is_of_adapter",
     "make_switchable",
     "stored_name",

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -130,7 +131,8 @@ def load_checkpoint(
     """Restore the stored weights and optimizer state.
 
     Raises:
-        RunError: the weights in the checkpoint are not those of the model.
+        RunError: the weights in the checkpoint are not those of the model, or its files hold
+            something else than was saved.
     """
     stored = load_file(checkpoint.folder / "trainable.safetensors")
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -140,11 +142,23 @@ def load_checkpoint(
             f"{checkpoint.folder} holds other weights than the recipe trains, first {odd[0]}",
             hint="resume with the recipe that started the run",
         )
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(stored[name])
-    state = torch.load(checkpoint.folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state)
+    try:
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(stored[name])
+        path = checkpoint.folder / "optimizer.pt"
+        optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except MemoryError:
+        raise
+    except Exception as error:  # what is no state of this optimizer may end in any error
+        kind, line = type(error).__name__, str(error).strip().split("\n")[0][:200]
+        reason = line if isinstance(error, OSError | ValueError) else f"{kind}: {line}"
+        if isinstance(error, UnpicklingError):
+            reason = "optimizer.pt is a pickle of more than tensors and plain values"
+        raise RunError(
+            f"checkpoint {checkpoint.folder} cannot be read: {reason}",
+            hint="remove its folder and resume again: the checkpoint before it is used",
+        ) from error
 
 
 def trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:

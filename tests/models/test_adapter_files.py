@@ -104,7 +104,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "tensors missing": (rewrite(lose), "is incomplete: 6 of 28 tensors are missing, such as .*mlp"),
     "not finite": (rewrite(spoil), "holds values that are not finite, in base_model"),
     "shape": (rewrite(widen), "does not fit the base: .*size mismatch"),
-    "rank": (other_rank, "does not fit the base: .*size mismatch"),
+    "rank": (other_rank, "says r = 8, but its weights are of rank 4, in model.layers.0"),
     "deeper model": (rewrite(deepen), "does not fit the base: 14 of its 42 tensors have no place"),
 }
 
@@ -223,8 +223,11 @@ def test_a_configuration_that_is_none(text: str, tmp_path: Path) -> None:
         ({"base_model_name_or_path": "x" * 5000}, "is not a model: no such folder"),
         ({"peft_type": 5}, "adapter_config.json cannot be read: KeyError: 5"),
         ({"rank_pattern": 5}, "does not fit the base"),
+        ({"r": 10**9}, "says r = 1000000000, but its weights are of rank "),
+        ({"rank_pattern": {"q_proj": 10**9}}, "says rank_pattern.q_proj = 1000000000, but its"),
         ({"target_modules": "("}, "a pattern is no regular expression: '('"),
         ({"rank_pattern": {"([a-z0-9_.]+)+x": 1}}, "a pattern takes more than 1 s to match"),
+        ({"alpha_pattern": {"(.|..|...)?" * 40 + "zz": 1}}, "a pattern takes more than 1 s"),
         ({"target_modules": "([a-z0-9_.]+)+,"}, "a pattern takes more than 1 s to match"),
     ],
 )

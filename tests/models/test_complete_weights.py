@@ -93,6 +93,13 @@ def test_experts_that_do_not_fit(
         load(BaseModel(str(tmp_path)))
 
 
+def test_integers_without_their_meaning(tmp_path: Path) -> None:
+    save(tmp_path, "llama")
+    edit(tmp_path, lambda w: w.update({MLP: (w[MLP] * 10).to(torch.int8)}))
+    with pytest.raises(ModelError, match=f"^{MLP} of .* is stored as integers, but its config"):
+        require_complete(BaseModel(str(tmp_path)))
+
+
 @pytest.mark.parametrize("layers", [4, 10**6])
 def test_more_layers_than_weights(layers: int, tmp_path: Path) -> None:
     save(tmp_path, "llama")

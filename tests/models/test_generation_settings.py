@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from running import make_recipe, train
 from tiny import save_tiny
 from transformers import GenerationConfig
 
 from alignkit.errors import ModelError
+from alignkit.generation.rollout import stop_tokens
 from alignkit.models.base.generation import generation_settings, repaired
 from alignkit.models.base.loading import BaseModel
+from alignkit.models.opening import open_model
 from alignkit.recipe.reading.load import load_recipe
 from alignkit.stages.registry import plan_stage
 
@@ -48,6 +51,20 @@ def test_repairs(values: dict[str, Any], kept: dict[str, Any], said: str, tmp_pa
     settings.save_pretrained(tmp_path / "again")
     found = GenerationConfig.from_pretrained(tmp_path / "again").to_diff_dict()
     assert {k: v for k, v in found.items() if k != "transformers_version"} == kept
+
+
+@pytest.mark.parametrize(
+    ("ids", "kept"), [(10**30, None), (700, None), ([3, 10**30], [3]), (699, 699)]
+)
+def test_ids_beyond_the_vocabulary(ids: Any, kept: Any, tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    base = stored(tmp_path, {"eos_token_id": ids})
+    settings, change = generation_settings(base)
+    assert settings is not None
+    assert settings.eos_token_id == kept
+    assert ("eos_token_id beyond the vocabulary of 700 left out" in change) == (ids != kept)
+    opened = open_model(str(tmp_path), dtype=torch.float32)
+    assert max(stop_tokens(opened.model, opened.tokenizer)) < 700
 
 
 @pytest.mark.parametrize("values", [[], {"cache_implementation": "x"}, {"max_new_tokens": -1}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,22 @@ def test_statistics_are_read_as_they_were_saved(tmp_path: Path) -> None:
     STATED.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [STATISTICS]
     assert read_statistics(tmp_path) == STATED
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"mean": "x"}, "mean cannot be 'x'"),
+        ({"mean": 1e39}, "mean must be -1e[+]30 to 1e[+]30, got 1e[+]39"),
+        ({"std": 1e-300}, "std must be 0 or 1e-30 to 1e[+]30, got 1e-300"),
+        ({"std": -1.0}, "std must be 0 or 1e-30 to 1e[+]30, got -1.0"),
+        ({"std": float("nan")}, "std must be 0 or 1e-30 to 1e[+]30, got nan"),
+    ],
+)
+def test_statistics_that_are_none(values: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    dataclasses.replace(STATED, **values).save(tmp_path)
+    with pytest.raises(ModelError, match=sentence):
+        read_statistics(tmp_path)
 
 
 def write_classifier(folder: Path, labels: int, **options: Any) -> nn.Linear:

@@ -177,6 +177,15 @@ def test_a_fault_is_found_and_said(
     assert "model.attention to auto" in raised.value.hint
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_named(name: str, value: float) -> None:
+    model = tiny_model()
+    model.get_parameter(name).data[5] = value
+    with pytest.raises(ModelError, match=f"^the model's {name} holds values that are not finite"):
+        build_scorer(model, torch.float32, "auto", print)
+
+
 def test_what_packed_rows_cannot_do_is_named() -> None:
     with pytest.raises(ModelError, match="packed attention does not support s_aux"):
         build_scorer(other_model("gpt_oss"), torch.float32, "packed", print)

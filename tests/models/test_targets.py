@@ -12,6 +12,7 @@ from tiny import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from alignkit.errors import ModelError
+from alignkit.models.adapters import patterns
 from alignkit.models.adapters.attach import attach_adapter, trainable_report
 from alignkit.models.adapters.files import load_adapter, save_adapter
 from alignkit.models.adapters.sizes import measure_model
@@ -104,13 +105,21 @@ def test_scales() -> None:
             "adapter.freeze leaves nothing to train",
             "name fewer modules",
         ),
+        (
+            LoraSpec(targets=r"(\w|\w\w|[a-z_.0-9])*\.zz"),
+            "adapter.targets: a pattern takes more than 1 s to match",
+            "name the modules in a list",
+        ),
     ],
     ids=[
         *("rank", "rank of a pattern", "rank_pattern", "alpha_pattern", "expression"),
-        *("ia3 target", "ia3 feed-forward", "freeze", "everything frozen"),
+        *("ia3 target", "ia3 feed-forward", "freeze", "everything frozen", "endless"),
     ],
 )
-def test_what_means_nothing(spec: Any, sentence: str, hint: str) -> None:
+def test_what_means_nothing(
+    spec: Any, sentence: str, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 1.0)
     for use in (
         lambda: attach_adapter(tiny_model(), spec, 0),
         lambda: measure_model(tiny_model().config, spec),
@@ -180,9 +189,9 @@ def test_the_report_in_one_sentence() -> None:
 
 def test_overlapping_patterns_mean_the_same_after_reading(tmp_path: Path) -> None:
     # The first that fits counts, and PEFT's files are sorted: "[" comes before "l".
-    patterns = {r"layers\.0\.self_attn\.q_proj": 2, "[qv]_proj": 5}
+    ranks = {r"layers\.0\.self_attn\.q_proj": 2, "[qv]_proj": 5}
     spec = LoraSpec(
-        rank=4, rank_pattern=patterns, alpha_pattern={n: 8.0 * r for n, r in patterns.items()}
+        rank=4, rank_pattern=ranks, alpha_pattern={n: 8.0 * r for n, r in ranks.items()}
     )
     model = attach_adapter(tiny_model(), spec, 0)
     for name, weight in model.named_parameters():

@@ -30,6 +30,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000, and its files hold only 21"),
     ({"vocab_size": 10**12}, "but [1000000000000, 64] by its configuration"),
+    ({"attention_dropout": 7}, "says attention_dropout = 7, which must be 0 to 1"),
     ({"model_type": 5}, "has model type `5`"),
     ({"architectures": [5]}, "architectures must be a list of names, got [5]"),
     ({"quantization_config": 5}, "the configuration of"),

@@ -16,6 +16,7 @@ from torch import nn
 from alignkit.errors import RunError, TrainingError
 from alignkit.runtime import checkpoint
 from alignkit.runtime.checkpoint import (
+    Checkpoint,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -144,6 +145,23 @@ def test_weights_of_another_recipe(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 4))
     with pytest.raises(RunError, match=r"holds other weights than the recipe trains, first 1\.we"):
         load_checkpoint(found, model, build_optimizer(model.named_parameters(), 1e-2, 0.0))
+
+
+class Hostile:
+    def __reduce__(self) -> Any:
+        return (print, ("executed",))
+
+
+@pytest.mark.parametrize("held", [Hostile(), 5, {}, {"state": {}, "param_groups": []}])
+def test_an_optimizer_file_of_something_else(
+    held: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, optimizer = trained()
+    folder = save_checkpoint(tmp_path, 1, model, optimizer, {}, keep=1)
+    torch.save(held, folder / "optimizer.pt")
+    with pytest.raises(RunError, match=r"checkpoint .*step-000001 cannot be read: \w"):
+        load_checkpoint(Checkpoint(folder, 1, {}), model, optimizer)
+    assert capsys.readouterr().out == ""
 
 
 def refused(tmp_path: Path, model: nn.Module, optimizer: Any, reason: str) -> None:

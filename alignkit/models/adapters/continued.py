@@ -13,6 +13,7 @@ from alignkit.models.adapters.files import (
 )
 from alignkit.models.adapters.finding import other_rows
 from alignkit.models.adapters.patterns import require_quick_patterns
+from alignkit.models.adapters.tensors import require_stored_ranks
 from alignkit.models.base.adapter_kinds import KINDS
 from alignkit.models.base.loading import BaseModel, load_config
 from alignkit.models.base.places import resolve
@@ -83,6 +84,7 @@ def started_adapter(spec: AnySpec, base: BaseModel) -> AnySpec:
         lambda: build_skeleton(load_config(base), trust_remote_code=trust).state_dict(),
         folder,
     )
+    require_stored_ranks(config, folder)
     kind = KINDS[str(getattr(config.peft_type, "value", config.peft_type))]
     if kind != spec.kind:
         raise ModelError(

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from alignkit.errors import ModelError
 from alignkit.models.adapters.patterns import require_quick_patterns
 from alignkit.models.adapters.prefix import require_fitting_prefix
-from alignkit.models.adapters.tensors import read_weights
+from alignkit.models.adapters.tensors import read_weights, require_stored_ranks
 from alignkit.models.base.adapter_kinds import KINDS, stored_config
 from alignkit.models.base.changes import BaseChanges
 from alignkit.models.base.files import reason
@@ -189,6 +189,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
         config.task_type, config.modules_to_save = "CAUSAL_LM", whole or None
     require_fitting_prefix(config, model, folder)
     require_quick_patterns(config, model.state_dict, folder)
+    require_stored_ranks(config, folder)
     if isinstance(config, PrefixTuningConfig):
         config.task_type = "CAUSAL_LM"  # without a task, PEFT's forward leaves the prefix out
     stored = read_weights(folder)

@@ -1,8 +1,10 @@
-"""Regular expressions that come with an adapter's file: none may keep the program busy for ever."""
+"""Regular expressions of files and recipes: none may keep the program busy for ever."""
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -47,7 +49,7 @@ def require_quick_patterns(config: Any, weights: Callable[[], Iterable[str]], fo
         rf"(.*\.)?({key})"
         for field in ("rank_pattern", "alpha_pattern")
         for key in _of_kind(dict, getattr(config, field, None))
-        if any(sign in key for sign in "*+{")  # else as quick as a name
+        if not is_plain(key)
     ]
     layers = getattr(config, "layers_pattern", None)
     listed = [layers] if isinstance(layers, str) else _of_kind(list, layers)
@@ -57,19 +59,33 @@ def require_quick_patterns(config: Any, weights: Callable[[], Iterable[str]], fo
         return
     names = set(weights())
     names |= {name.rpartition(".")[0] for name in names}
+    fault = pattern_fault(tuple(patterns), tuple(sorted(names)))
+    if fault:
+        raise ModelError(
+            f"{folder}/adapter_config.json: a pattern {fault}: {patterns[0][:80]!r}",
+            hint="name the modules in a list; do not trust a file that does this",
+        )
+
+
+def is_plain(pattern: str) -> bool:
+    """Whether a pattern holds no sign of a regular expression but dots: as quick as a name."""
+    return re.fullmatch(r"[\w.]*", pattern) is not None
+
+
+@functools.lru_cache(maxsize=64)
+def pattern_fault(patterns: tuple[str, ...], names: tuple[str, ...]) -> str:
+    """What is wrong with patterns over some names; empty if they are quick to match."""
     try:
         subprocess.run(
             [sys.executable, "-I", "-c", _MATCH],
-            input=json.dumps([patterns, sorted(names)]),
+            input=json.dumps([patterns, names]),
             text=True,
             capture_output=True,
             timeout=SECONDS,
             check=True,
         )
-    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-        slow = isinstance(error, subprocess.TimeoutExpired)
-        what = f"takes more than {SECONDS:g} s to match" if slow else "is no regular expression"
-        raise ModelError(
-            f"{folder}/adapter_config.json: a pattern {what}: {patterns[0][:80]!r}",
-            hint="name the modules in a list; do not trust a file that does this",
-        ) from None
+    except subprocess.TimeoutExpired:
+        return f"takes more than {SECONDS:g} s to match"
+    except subprocess.CalledProcessError:
+        return "is no regular expression"
+    return ""

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from alignkit.errors import ModelError
+from alignkit.models.adapters.patterns import is_plain, pattern_fault
 from alignkit.models.adapters.stacks import (
     ROUTING,
     Adaptable,
@@ -39,6 +40,8 @@ def adapted_layers(model: nn.Module, spec: LoraSpec | Ia3Spec) -> dict[str, Adap
     linear = linear_layers(model)
     stacks = stacked_weights(model) if isinstance(spec, LoraSpec) else {}
     targets = ia3_names(model, spec)[0] if isinstance(spec, Ia3Spec) else spec.targets
+    if isinstance(spec, LoraSpec):
+        _require_quick_patterns(model, spec)
     if isinstance(spec, LoraSpec) and targets == "all-linear":
         return _all_linear(model, spec, linear, stacks)
     every = linear | stacks
@@ -64,6 +67,25 @@ def adapted_layers(model: nn.Module, spec: LoraSpec | Ia3Spec) -> dict[str, Adap
         _refuse_misread(model, adapted)
         _check(adapted, spec)
     return adapted
+
+
+def _require_quick_patterns(model: nn.Module, spec: LoraSpec) -> None:
+    names = {name for name, _ in [*model.named_modules(), *model.named_parameters()]}
+    _require_quick([spec.targets] if isinstance(spec.targets, str) else [], "targets", names)
+    for key in ("rank_pattern", "alpha_pattern"):
+        keys = [one for one in getattr(spec, key) if not is_plain(one)]
+        _require_quick([rf"(.*\.)?({one})" for one in keys], key, names)
+
+
+def _require_quick(patterns: Iterable[str], key: str, names: Iterable[str]) -> None:
+    """Refuse patterns that do not come to an end over some names."""
+    odd = [pattern for pattern in patterns if not is_plain(pattern)]
+    fault = pattern_fault(tuple(odd), tuple(sorted(names))) if odd else ""
+    if fault.startswith("takes"):  # `_fits` says what is wrong with one that is no expression
+        raise ModelError(
+            f"adapter.{key}: a pattern {fault}: {odd[0][:80]!r}",
+            hint="name the modules in a list" if key == "targets" else "use module names",
+        )
 
 
 def _all_linear(
@@ -222,6 +244,8 @@ def frozen_weights(names: Iterable[str], spec: FullSpec) -> set[str]:
         ModelError: a pattern matches nothing, or nothing is left to train.
     """
     every = list(names)
+
+    _require_quick(spec.freeze, "freeze", every)
 
     def fits(pattern: str, name: str) -> bool:
         return name == pattern or name.startswith(f"{pattern}.") or _fits(pattern, name, "freeze")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
-from peft.utils import load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from safetensors import SafetensorError, safe_open
 
 from alignkit.errors import ModelError
 from alignkit.models.base.files import reason
+from alignkit.models.peft_parts import get_pattern_key
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -43,6 +46,46 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     own = {name: name.replace(".modules_to_save.", ".") for name in stored}
     copies = {n for n in stored if own[n] != n and own[n] in stored}
     return {n: w for n, w in stored.items() if n not in copies or not w.equal(stored[own[n]])}
+
+
+def require_stored_ranks(config: Any, folder: Path) -> None:
+    """Refuse a configuration with larger ranks than its weights: they are built before those are
+    read.
+
+    Args:
+        config: PEFT's, with patterns that are quick to match.
+        folder: of the adapter.
+
+    Raises:
+        ModelError: the header of its file has a smaller rank for a layer.
+    """
+    patterns = getattr(config, "rank_pattern", None)
+    patterns = patterns if isinstance(patterns, dict) else {}
+    for name, held in _stored_ranks(folder / SAFETENSORS_WEIGHTS_NAME).items():
+        key = get_pattern_key(list(patterns), name)
+        rank = patterns.get(key, getattr(config, "r", 0))
+        if isinstance(rank, int | float) and rank > held:
+            what = f"rank_pattern.{key}" if key in patterns else "r"
+            raise ModelError(
+                f"{folder}/adapter_config.json says {what} = {rank}, but its weights are of rank "
+                f"{held}, in {name}",
+                hint="copy the folder again, with the configuration that belongs to its weights",
+            )
+
+
+def _stored_ranks(file: Path) -> dict[str, int]:
+    """Name of each layer in the file of a LoRA adapter -> its rank, or that of all its experts."""
+    ranks = {}
+    try:
+        with safe_open(file, "pt") as stored:
+            for key in list(stored.keys()):
+                name, found, _ = key.removeprefix("base_model.model.").partition(".lora_A.")
+                shape = stored.get_slice(key).get_shape() if found else []
+                if shape:
+                    ranks[name] = int(shape[0])
+    except (OSError, SafetensorError):  # `read_weights` says what is wrong
+        return {}
+    return ranks
 
 
 def _pickle(folder: Path) -> ModelError:

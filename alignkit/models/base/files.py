@@ -130,6 +130,17 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def integer_weights(folder: Path) -> list[str]:
+    """Names of the weights in a folder's files that are stored as integers, from their headers."""
+    found = []
+    for name in weight_files(folder):
+        with reading(folder, "the weights"), safe_open(folder / name, "pt") as file:
+            for key in list(file.keys()):
+                if key.endswith(".weight") and file.get_slice(key).get_dtype()[0] in "IU":
+                    found.append(key)
+    return found
+
+
 def require_whole(place: str, model: Any, found: dict[str, Any]) -> None:
     """Refuse weights that are not those of the model that the configuration describes.
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from alignkit.models.base.files import reading, reason
-from alignkit.models.base.loading import BaseModel
+from alignkit.models.base.loading import BaseModel, load_config
 from alignkit.models.quiet import quiet_transformers
 
 _FILE = "generation_config.json"
@@ -39,12 +39,38 @@ def generation_settings(base: BaseModel) -> tuple[GenerationConfig | None, str]:
                 settings = GenerationConfig.from_pretrained(base.location)
         except OSError:
             return None, ""
-    settings, change = repaired(settings)
+    rows = None
+    if not Path(base.location).is_dir() or (Path(base.location) / "config.json").is_file():
+        rows = getattr(load_config(base).get_text_config(), "vocab_size", None)
+    settings, change = repaired(settings, rows)
     return settings, f"{_FILE} of {base.name}: {change}" if change else ""
 
 
-def repaired(settings: Any) -> tuple[Any, str]:
-    """Generation settings that transformers saves, and what was changed in them."""
+def repaired(settings: Any, rows: int | None = None) -> tuple[Any, str]:
+    """Generation settings that transformers saves, and what was changed in them.
+
+    Args:
+        settings: changed in place.
+        rows: of the vocabulary, which no id of theirs may be beyond; None if it is not known.
+    """
+    beyond = [] if rows is None else [key for key in _KEPT if _leave_out(settings, key, rows)]
+    settings, change = _saved(settings)
+    said = f"{', '.join(beyond)} beyond the vocabulary of {rows} left out" if beyond else ""
+    return settings, "; ".join(filter(None, [said, change]))
+
+
+def _leave_out(settings: Any, key: str, rows: int) -> bool:
+    """Remove ids beyond the vocabulary; whether there were any. Some write -1 for no token."""
+    value = getattr(settings, key, None)
+    ids = value if isinstance(value, list) else [value]
+    kept = [one for one in ids if not isinstance(one, int) or -1 <= one < rows]
+    if len(kept) < len(ids):
+        setattr(settings, key, (kept if isinstance(value, list) else None) or None)
+    return len(kept) < len(ids)
+
+
+def _saved(settings: Any) -> tuple[Any, str]:
+    """Settings that transformers saves."""
     refused = _refused(settings)
     if not refused:
         return settings, ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from alignkit.errors import ModelError
-from alignkit.models.base.files import reading, reason, require_whole
+from alignkit.models.base.files import integer_weights, reading, reason, require_whole
 from alignkit.models.base.loading import BaseModel, load_config, require_plausible
 from alignkit.models.quiet import quiet_transformers
 from alignkit.models.transformers_parts import has_language_model, revert_weight_conversion
@@ -52,7 +54,8 @@ def require_complete(base: BaseModel) -> None:
     weights and a model with code of its own are checked when they are loaded.
 
     Raises:
-        ModelError: a weight is missing, left over or of another shape.
+        ModelError: a weight is missing, left over, of another shape or an integer; or a dropout is
+            no probability.
     """
     if base.gguf is not None or base.trust_remote_code or base.unmerged is not None:
         return
@@ -62,6 +65,8 @@ def require_complete(base: BaseModel) -> None:
     config = load_config(BaseModel(base.location))
     if getattr(config, "quantization_config", None):
         return
+    _require_real_weights(base)
+    _require_probabilities(base, config)
     skeleton = build_skeleton(config)
     tied = skeleton.all_tied_weights_keys
     weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
@@ -87,3 +92,24 @@ def require_complete(base: BaseModel) -> None:
         require_whole(base.name, skeleton, found)
         raise
     require_whole(base.name, model, found)
+
+
+def _require_real_weights(base: BaseModel) -> None:
+    """Refuse integers: quantized weights whose scales the configuration does not tell."""
+    names = integer_weights(Path(base.location))
+    if names:
+        raise ModelError(
+            f"{names[0]} of {base.name} is stored as integers, but its config.json has no "
+            "quantization_config that says what they mean",
+            hint="name the model they were made from, and set model.quantization",
+        )
+
+
+def _require_probabilities(base: BaseModel, config: PreTrainedConfig) -> None:
+    for key, value in config.get_text_config().to_dict().items():
+        dropout = key.endswith(("dropout", "pdrop")) and isinstance(value, int | float)
+        if dropout and not 0 <= value <= 1:
+            raise ModelError(
+                f"config.json of {base.name} says {key} = {value}, which must be 0 to 1",
+                hint="correct config.json, or copy it again from where the model came from",
+            )

@@ -14,6 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from alignkit.files import replace_folder
 from alignkit.models.adapters.files import fitting, read_adapter_config
 from alignkit.models.adapters.patterns import require_quick_patterns
+from alignkit.models.adapters.tensors import require_stored_ranks
 from alignkit.models.base.loading import BaseModel, load_config, stored_dtype
 from alignkit.models.base.skeleton import build_skeleton
 from alignkit.models.peft_parts import stored_name
@@ -60,6 +61,7 @@ def _unties(model: Any, adapter: Path) -> bool:
         return False
     config = read_adapter_config(adapter)
     require_quick_patterns(config, model.state_dict, adapter)
+    require_stored_ranks(config, adapter)
     with fitting(adapter), torch.device("meta"):
         adapted = get_peft_model(model, config)
     kinds = {

@@ -22,6 +22,9 @@ from alignkit.models.scoring.scorer import causal_model
 STATISTICS = "reward.json"
 """Name of the file next to the weights that holds the `RewardStatistics`."""
 
+STD_RANGE = (1e-30, 1e30)
+"""Of a standard deviation that rewards can be divided by in float32."""
+
 
 @dataclass(frozen=True)
 class RewardStatistics:
@@ -70,6 +73,11 @@ def read_statistics(folder: Path) -> RewardStatistics | None:
             right = isinstance(value, str) if kind == "str" else isinstance(value, int | float)
             if not right:
                 raise ValueError(f"{key} cannot be {value!r}")
+        low, high = STD_RANGE
+        if values["std"] != 0 and not low <= values["std"] <= high:
+            raise ValueError(f"std must be 0 or {low:g} to {high:g}, got {values['std']!r}")
+        if not abs(values["mean"]) <= high:
+            raise ValueError(f"mean must be -{high:g} to {high:g}, got {values['mean']!r}")
     return RewardStatistics(**values)
 
 

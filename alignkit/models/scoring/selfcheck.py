@@ -83,7 +83,11 @@ def build_scorer(
 
 
 def packed_fault(model: Any, dtype: torch.dtype) -> str | None:
-    """What is wrong with packed rows for this model; None if they agree with its own forward."""
+    """What is wrong with packed rows for this model; None if they agree with its own forward.
+
+    Raises:
+        ModelError: a weight is not finite, and so is what the model says.
+    """
     inner = causal_model(model)
     batch = probe_batch(int(inner.config.get_text_config().vocab_size))
     was_training = model.training
@@ -100,6 +104,8 @@ def packed_fault(model: Any, dtype: torch.dtype) -> str | None:
         return str(error).split("\n")[0][:200]
     finally:
         model.train(was_training)
+    if not bool(expected.isfinite().all()):
+        _require_finite(inner)
     # Barely trained weights would hide this in the numbers.
     layers = int(inner.config.get_text_config().num_hidden_layers)
     if len(reached) < layers:
@@ -111,6 +117,16 @@ def packed_fault(model: Any, dtype: torch.dtype) -> str | None:
     if not worst <= TOLERANCE[dtype] or not mean <= MEAN_TOLERANCE[dtype]:
         return f"log-probs differ by up to {worst:.3g} nats, {mean:.3g} on average"
     return None
+
+
+def _require_finite(model: nn.Module) -> None:
+    """Name the weight that makes a model's own log-probs not finite, if it is one."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise ModelError(
+                f"the model's {name.replace('.base_layer', '')} holds values that are not finite",
+                hint="copy the model again, or name an earlier one: nothing can be trained on it",
+            )
 
 
 def _with_other_start(batch: PackedBatch) -> PackedBatch:

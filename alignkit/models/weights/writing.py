@@ -134,7 +134,8 @@ def write_and_read(
     """
     require_finite(model.state_dict())
     if model.generation_config is not None:
-        model.generation_config = repaired(model.generation_config)[0]
+        rows = model.config.get_text_config().vocab_size
+        model.generation_config = repaired(model.generation_config, rows)[0]
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
