@@ -63,6 +63,12 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except MemoryError:
+        print_error(
+            "memory ran out\nhint: use a smaller file, model or batch, or free memory; a training run "
+            "continues with --resume"
+        )
+        sys.exit(2)
     except OSError as error:
         if error.errno not in _REFUSED:
             _report_bug()

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from alignkit.data.formats import Conversation
@@ -22,11 +23,19 @@ def template_text(name_or_path: str) -> str:
 
     Returns:
         Jinja source.
+
+    Raises:
+        DataError: the file is not UTF-8 text.
     """
     shipped = assets_root() / "data_templates" / "chat" / f"{name_or_path}.jinja"
     path = shipped if shipped.is_file() else name_or_path
-    with open(path, encoding="utf-8") as file:
-        return file.read().rstrip("\n")
+    try:
+        return Path(path).read_text(encoding="utf-8").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}",
+            hint="a chat template is a text file of Jinja source",
+        ) from None
 
 
 class ChatTemplate:

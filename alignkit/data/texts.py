@@ -12,7 +12,7 @@ from alignkit.data.formats import Completion, Conversation, Text
 from alignkit.data.masks import Offsets, Rendered
 from alignkit.data.report import DataReport
 from alignkit.data.templates import ChatTemplate, is_written
-from alignkit.errors import ModelError
+from alignkit.errors import DataError, ModelError
 
 PLACEHOLDER = re.compile(r"\{\{\s*[A-Za-z_][\w .-]{0,40}\s*\}\}")
 _MARKS = re.compile(r"<\|(?!endoftext)[A-Za-z_]\w{1,30}\|>|<(?:start|end)_of_turn>|\[/?INST\]")
@@ -136,6 +136,8 @@ def encode_texts(rendered: list[Rendered], tokenizer: Any) -> list[tuple[IdArray
         texts = [rendered[n].text for n in numbers]
         if not is_chat and adds_bos(tokenizer):
             texts = [text.removeprefix(bos) for text in texts]
+        for number in numbers:
+            _require_characters(rendered[number])
         output = _call(tokenizer, texts, add_special_tokens=not is_chat)
         for position, number in enumerate(numbers):
             removed = len(rendered[number].text) - len(texts[position])
@@ -145,6 +147,16 @@ def encode_texts(rendered: list[Rendered], tokenizer: Any) -> list[tuple[IdArray
                 ids, offsets = ids[:-1], offsets[:-1]  # the tokenizer added EOS to a plain text
             encoded[number] = ids, offsets + removed
     return [encoded[number] for number in range(len(rendered))]
+
+
+def _require_characters(item: Rendered) -> None:
+    """Refuse half characters, which come from the command line; files are checked when read."""
+    try:
+        item.text.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{item.place}: holds half of a character", hint="write it as UTF-8 text"
+        ) from None
 
 
 def _call(tokenizer: Any, texts: list[str], *, add_special_tokens: bool) -> Any:

@@ -178,7 +178,12 @@ class RunFolder:
         Args:
             status: `finished`, `interrupted` or `failed`.
             values: further entries of run.json.
+
+        Raises:
+            RunError: the folder has gone.
         """
+        if not self.path.is_dir():
+            raise RunError(f"{self.path} was removed while the run used it", hint="start it again")
         if self.about:
             self.about = {**self.about, **values, "status": status, "ended": _now()}
             self._write_about()
@@ -188,7 +193,11 @@ class RunFolder:
 
     def close(self) -> None:
         """Let other processes use the folder; remove it if it was created and is still empty."""
-        if not self.about and [child.name for child in self.path.iterdir()] == [".lock"]:
+        if (
+            not self.about
+            and self.path.is_dir()
+            and [child.name for child in self.path.iterdir()] == [".lock"]
+        ):
             (self.path / ".lock").unlink()
             with contextlib.suppress(OSError):  # one of them is in use by now
                 for folder in self.created:
