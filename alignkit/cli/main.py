@@ -65,8 +65,8 @@ def main() -> None:
         sys.exit(0)
     except MemoryError:
         print_error(
-            "memory ran out\nhint: use a smaller file, model or batch, or free memory; a training run "
-            "continues with --resume"
+            "memory ran out\n"
+            "hint: use a smaller file, model or batch; a training run continues with --resume"
         )
         sys.exit(2)
     except OSError as error:

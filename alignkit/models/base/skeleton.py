@@ -40,8 +40,8 @@ def build_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False)
         ]
         what = f"it knows no {keys[0]} {values[keys[0]]!r}" if keys else reason(error)
         raise ModelError(
-            f"{config.name_or_path or 'config.json'}: no {config.model_type!r} model can be built as "
-            f"its configuration says: {what}",
+            f"{config.name_or_path or 'config.json'}: no {config.model_type!r} model can be built "
+            f"as its configuration says: {what}",
             hint="correct config.json, or copy it again from where the model came from",
         ) from error
     return model
