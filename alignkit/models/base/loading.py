@@ -244,7 +244,8 @@ def _load_unchanged(
     base: BaseModel, dtype: torch.dtype, device: torch.device | str, quantization: str
 ) -> PreTrainedModel:
     """Weights as they are stored, positions as they are scaled."""
-    _stored_config(base)
+    if not base.gguf:
+        _stored_config(base)  # before anything that it names is fetched
     options = dict(base.options)
     if base.changes.rope is not None:
         if base.gguf:

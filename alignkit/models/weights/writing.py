@@ -133,7 +133,7 @@ def write_and_read(
         ModelError: a weight is not finite, or the files do not hold what was written.
     """
     require_finite(model.state_dict())
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         rows = model.config.get_text_config().vocab_size
         model.generation_config = repaired(model.generation_config, rows)[0]
     with quiet_transformers():
