@@ -155,6 +155,7 @@ def test_a_card_holds_no_foreign_markdown(tiny_base: Path, tmp_path: Path) -> No
     base.mkdir()
     head = yaml.safe_dump({"license": evil})
     (base / "README.md").write_text(f"---\n{head}---\n", encoding="utf-8")
+    (base / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     (tmp_path / "run").mkdir()
     recipe = load_recipe(str(make_recipe(tmp_path / "run", tiny_base))).recipe
     source = recipe.data.train[0].model_copy(update={"path": f"/data/{evil}.jsonl"})
@@ -164,7 +165,7 @@ def test_a_card_holds_no_foreign_markdown(tiny_base: Path, tmp_path: Path) -> No
     (tmp_path / "out").mkdir()
     write_card(tmp_path / "out", BaseModel(str(base)), recipe=recipe, after={evil: 1.0, "b": "<b>"})
     about, text = card_of(tmp_path / "out")
-    assert about["license"] == " ".join(evil.split())
+    assert "license" not in about  # it is none
     body = text.partition("\n---\n")[2]
     prose, fence, settings = body.partition("````yaml\n")
     assert fence
@@ -173,5 +174,5 @@ def test_a_card_holds_no_foreign_markdown(tiny_base: Path, tmp_path: Path) -> No
     prose = prose.replace("`sft`", "")  # our own
     assert not re.search(r"(?<!\\)[<`]|://", prose + rest)
     headings = re.findall(r"^#+ .*", prose + rest, re.M)
-    ours = ["# out", "## Held-out results", "## Data", "## Settings", "## Licence"]
+    ours = ["# out", "## Held-out results", "## Data", "## Settings", "## Use", "## Licence"]
     assert headings == ours
