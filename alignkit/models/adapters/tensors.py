@@ -7,7 +7,8 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
+from peft.utils import WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError, safe_open
 
 from alignkit.errors import ModelError
@@ -23,6 +24,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
             it holds values that are not finite.
     """
     try:
+        if not any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_NAME)):
+            raise FileNotFoundError(f"there is no {WEIGHTS}")  # PEFT would ask the hub for it
         stored: dict[str, torch.Tensor] = load_peft_weights(str(folder), device="cpu")
     except UnpicklingError as error:
         raise _pickle(folder) from error
@@ -61,7 +64,7 @@ def require_stored_ranks(config: Any, folder: Path) -> None:
     """
     patterns = getattr(config, "rank_pattern", None)
     patterns = patterns if isinstance(patterns, dict) else {}
-    for name, held in _stored_ranks(folder / SAFETENSORS_WEIGHTS_NAME).items():
+    for name, held in _stored_ranks(folder / WEIGHTS).items():
         key = get_pattern_key(list(patterns), name)
         rank = patterns.get(key, getattr(config, "r", 0))
         if isinstance(rank, int | float) and rank > held:
