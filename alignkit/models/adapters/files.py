@@ -106,9 +106,9 @@ def save_adapter(
         weights = {**weights, HEAD_KEY: head.weight}
         if head.bias is not None:
             weights[HEAD_KEYS[1]] = head.bias
-    require_finite(weights)
-    folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: w.detach().cpu().contiguous() for name, w in sorted(weights.items())}
+    require_finite(contiguous)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
     if trained_over is not None:
         about = dataclasses.asdict(trained_over)

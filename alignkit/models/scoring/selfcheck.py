@@ -104,13 +104,26 @@ def packed_fault(model: Any, dtype: torch.dtype) -> str | None:
         return str(error).split("\n")[0][:200]
     finally:
         model.train(was_training)
-    if not bool(expected.isfinite().all()):
+    fault = _difference(inner, dtype, expected, actual, (apart, actual[others]), len(reached))
+    if fault is not None:
         _require_finite(inner)
+    return fault
+
+
+def _difference(
+    inner: Any,
+    dtype: torch.dtype,
+    expected: torch.Tensor,
+    actual: torch.Tensor,
+    apart: tuple[torch.Tensor, torch.Tensor],
+    reached: int,
+) -> str | None:
+    """Why packed log-probs are not the model's own; None if they are."""
     # Barely trained weights would hide this in the numbers.
     layers = int(inner.config.get_text_config().num_hidden_layers)
-    if len(reached) < layers:
-        return f"{layers - len(reached)} of {layers} layers mix tokens in a way of their own"
-    if not torch.allclose(apart, actual[others], rtol=0.0, atol=1e-3):
+    if reached < layers:
+        return f"{layers - reached} of {layers} layers mix tokens in a way of their own"
+    if not torch.allclose(*apart, rtol=0.0, atol=1e-3):
         return "tokens of one document reach another"
     difference = (actual - expected).abs()
     worst, mean = float(difference.max()), float(difference.mean())
