@@ -30,6 +30,7 @@ class DataReport:
         stop_tokens: ids that end a trained turn.
         prompts: the rows are prompts, without a completion that could lose its end.
         held_out: rows that are kept for evaluation instead.
+        noted: observation -> place of the row it was last made on.
     """
 
     rows: int = 0
@@ -46,6 +47,7 @@ class DataReport:
     stop_tokens: list[int] = field(default_factory=list)
     prompts: bool = False
     held_out: int = 0
+    noted: dict[str, str] = field(default_factory=dict)
 
     @property
     def truncated(self) -> int:
@@ -74,7 +76,10 @@ class DataReport:
         self._example(reason, place)
 
     def note(self, observation: str, place: str) -> None:
-        """Count a row that is kept, but that the user should know about."""
+        """Count a row that is kept, but that the user should know about; once for all its texts."""
+        if self.noted.get(observation) == place:
+            return
+        self.noted[observation] = place
         self.notes[observation] = self.notes.get(observation, 0) + 1
         self._example(observation, place)
 

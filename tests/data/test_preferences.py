@@ -892,3 +892,15 @@ def test_roles_of_the_documents(kind: Any, roles: list[list[int]]) -> None:
         for branch in document.branches:
             assert tokenizer.decode(branch.ids) == answers[branch.role]
         assert document.margin == (2.0 if kind == "pairs" else 0.0)
+
+
+def test_a_note_counts_a_row_once_whatever_its_completions() -> None:
+    rows = [
+        Row({"system": "S", "prompt": f"{n}?", "chosen": " a b", "rejected": " c"}, f"r.jsonl:{n}")
+        for n in (1, 2)
+    ]
+    settings = TokenizeSettings(64, "drop", rows="pairs")
+    _, report = tokenize_examples(parse_pairs(rows, "auto"), tiny_tokenizer(), settings)
+    (noted,) = [key for key in report.notes if "`system` is left out" in key]
+    assert report.notes[noted] == 2
+    assert report.examples[noted] == ["r.jsonl:1", "r.jsonl:2"]
