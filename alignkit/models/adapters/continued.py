@@ -63,20 +63,7 @@ def started_adapter(spec: AnySpec, base: BaseModel) -> AnySpec:
     folder = adapter_folder(spec)
     if folder is None or isinstance(spec, FullSpec):
         return spec
-    require_base(folder, base)
-    over = trained_over(folder)
-    if over is not None and over.changes != base.changes:
-        raise ModelError(
-            f"{folder} was trained with another model.rope_scaling or model.add_tokens",
-            hint="copy both from the recipe of the run it comes from",
-        )
-    rows = other_rows(folder, base)
-    if rows:
-        raise ModelError(
-            f"{folder} was trained over a vocabulary of {rows} rows, which {base.name} has not",
-            hint=f"run `alignkit merge-lora {folder} --output FOLDER`, name the result as "
-            "model.base, and train a fresh adapter over it",
-        )
+    _require_same_base(folder, base)
     config = read_adapter_config(folder)
     trust = base.trust_remote_code
     require_quick_patterns(
@@ -91,16 +78,7 @@ def started_adapter(spec: AnySpec, base: BaseModel) -> AnySpec:
             f"adapter.kind = {spec.kind}, but {folder} is of kind {kind}",
             hint=f"set adapter.kind={kind}",
         )
-    odd = [name for name in _UNKNOWN if getattr(config, name, None)]
-    if getattr(config, "bias", "none") != "none":
-        odd.append("bias")
-    if over is None and getattr(config, "trainable_token_indices", None):
-        odd.append("trainable_token_indices")
-    if odd:
-        raise ModelError(
-            f"{folder} uses PEFT's {odd[0]}, which alignkit does not train",
-            hint="merge it and train a fresh adapter over the result",
-        )
+    _require_known_options(config, folder)
     stored = {key: _plain(key, getattr(config, name)) for key, name in _NAMES[kind].items()}
     if getattr(config, "target_parameters", None):  # a recipe has one list for both
         stored["targets"] = _plain("targets", {*stored["targets"], *config.target_parameters})
@@ -114,6 +92,38 @@ def started_adapter(spec: AnySpec, base: BaseModel) -> AnySpec:
                 hint=f"remove adapter.{key}: it comes with the adapter",
             )
     return spec.model_copy(update=stored)
+
+
+def _require_same_base(folder: Path, base: BaseModel) -> None:
+    """Refuse a base other than the one that the adapter was trained over."""
+    require_base(folder, base)
+    over = trained_over(folder)
+    if over is not None and over.changes != base.changes:
+        raise ModelError(
+            f"{folder} was trained with another model.rope_scaling or model.add_tokens",
+            hint="copy both from the recipe of the run it comes from",
+        )
+    rows = other_rows(folder, base)
+    if rows:
+        raise ModelError(
+            f"{folder} was trained over a vocabulary of {rows} rows, unlike that of {base.name}",
+            hint=f"run `alignkit merge-lora {folder} --output FOLDER`, name the result as "
+            "model.base, and train a fresh adapter over it",
+        )
+
+
+def _require_known_options(config: Any, folder: Path) -> None:
+    """Refuse what a recipe cannot express."""
+    odd = [name for name in _UNKNOWN if getattr(config, name, None)]
+    if getattr(config, "bias", "none") != "none":
+        odd.append("bias")
+    if trained_over(folder) is None and getattr(config, "trainable_token_indices", None):
+        odd.append("trainable_token_indices")
+    if odd:
+        raise ModelError(
+            f"{folder} uses PEFT's {odd[0]}, which alignkit does not train",
+            hint="merge it and train a fresh adapter over the result",
+        )
 
 
 def adapter_folder(spec: AnySpec) -> Path | None:
