@@ -151,16 +151,25 @@ def make_folder(path: Path) -> None:
         raise _not_written(path, error) from None
 
 
-def open_lock(path: Path) -> IO[str]:
-    """The open file of a lock, created if it is not there.
+def take_lock(path: Path) -> IO[str] | None:
+    """The open file of a lock that this process owns until it is closed; None if another does.
 
     Raises:
-        FileError: it cannot be opened.
+        FileError: the file cannot be opened.
     """
     try:
-        return path.open("a+")
+        lock = path.open("a+")
     except OSError as error:
         raise _not_written(path, error) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Its last owner may have removed the file since: another process may lock a new one.
+        if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    lock.close()
+    return None
 
 
 def _not_written(path: Path, error: Exception) -> FileError:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from alignkit.errors import FileError, RunError
-from alignkit.files import make_folder, open_lock, read_json, require_folder_name, write_text
+from alignkit.files import make_folder, read_json, require_folder_name, take_lock, write_text
 
 
 @dataclass(frozen=True)
@@ -57,18 +56,17 @@ class PipelineState:
             )
         make_folder(folder)
         self.path, self.source = folder / "pipeline.json", str(source)
-        self.lock = open_lock(folder / ".lock")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.records = self._read(overwrite)
-        except BlockingIOError:
-            self.lock.close()
+        lock = take_lock(folder / ".lock")
+        if lock is None:
             raise RunError(
                 f"{folder} is in use by another process",
                 hint="wait for it, or choose another output",
-            ) from None
+            )
+        self.lock = lock
+        try:
+            self.records = self._read(overwrite)
         except RunError:
-            self.lock.close()
+            self.close()
             raise
 
     def _read(self, overwrite: bool) -> dict[str, Record]:
@@ -102,5 +100,7 @@ class PipelineState:
         )
 
     def close(self) -> None:
-        """Let other processes use the folder."""
+        """Let other processes use the folder; one that holds no record keeps nothing of ours."""
+        if not self.path.is_file():
+            self.path.with_name(".lock").unlink(missing_ok=True)
         self.lock.close()

@@ -12,11 +12,12 @@ from running import make_ppo_recipe, make_recipe, train
 from safetensors.torch import save_file
 from tiny import save_tiny, tiny_model
 
+from alignkit import files
 from alignkit.errors import AlignkitError, ModelError, RunError
 from alignkit.recipe.reading.load import load_recipe
 from alignkit.stages.ppo import roles
 from alignkit.stages.registry import run_stage
-from alignkit.stages.running import run_folder, session
+from alignkit.stages.running import session
 from alignkit.stages.running.record import require_same_inputs
 from alignkit.stages.running.run_folder import RunFolder
 from alignkit.stages.running.session import RunOptions
@@ -120,7 +121,7 @@ def test_a_lock_that_its_last_owner_removes_does_not_count(
         first.close()
         lock(*args)
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", lock_late)
+    monkeypatch.setattr(files.fcntl, "flock", lock_late)
     with pytest.raises(RunError, match="is in use by another process"):
         RunFolder(tmp_path / "run")
     monkeypatch.undo()

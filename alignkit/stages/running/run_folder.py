@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import time
@@ -20,10 +18,10 @@ from alignkit.errors import FileError, ModelError, RunError
 from alignkit.files import (
     list_folder,
     make_folder,
-    open_lock,
     remove,
     require_folder_name,
     sweep,
+    take_lock,
     write_text,
 )
 from alignkit.models.adapters.finding import base_of
@@ -120,18 +118,12 @@ class RunFolder:
         self.path = path
         self.created = [folder for folder in (path, *path.parents) if not folder.exists()]
         make_folder(path)
-        lock = path / ".lock"
-        try:
-            self.lock = open_lock(lock)
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last owner may have removed the file since: another process may lock a new one.
-            owned = os.path.samestat(os.fstat(self.lock.fileno()), lock.stat())
-        except (BlockingIOError, FileNotFoundError):
-            owned = False
-        if not owned:
+        lock = take_lock(path / ".lock")
+        if lock is None:
             raise RunError(
                 f"{path} is in use by another process", hint="wait for it, or choose another output"
             )
+        self.lock = lock
         for written in (path, self.checkpoints):
             sweep(written)
         self.about: dict[str, Any] = {}
