@@ -17,9 +17,10 @@ import alignkit
 PACKAGE = Path(alignkit.__file__).parent
 
 RECIPE = {"recipe", "recipe/stages", "recipe/reading", "recipe/planning"}
-PLAIN = {"errors", "packed", "files", "terminal", "recipe"}
+PLAIN = {"errors", "packed", "files", "terminal", "rendering", "recipe"}
 """What every room may read: plain values and small specs, never a whole Recipe; `files`, the only
-way to replace a file or folder, and `terminal`, the only way to print."""
+way to replace a file or folder, `terminal`, the only way to print, and `rendering`, the only way
+to apply a chat template."""
 MODELS = {
     *("models/opening", "models/rewards", "models/merging", "models/adapters", "models/scoring"),
     *("models/attention", "models/export", "models/weights", "models/base", "models/kernels"),
@@ -78,6 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": {"errors"},
     "files": {"errors"},
     "terminal": set(),
+    "rendering": {"errors"},
     "errors": set(),
     "__init__": set(),
 }

@@ -13,6 +13,7 @@ from alignkit.data.formats import Conversation
 from alignkit.data.turns import Message
 from alignkit.errors import DataError, ModelError
 from alignkit.recipe.assets import assets_root
+from alignkit.rendering import RenderingError, render_chat
 
 
 def template_text(name_or_path: str) -> str:
@@ -120,24 +121,38 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the row.
         """
-        return str(
-            self.apply(turns, conversation, tokenize=False, add_generation_prompt=generation_prompt)
-        )
+        try:
+            return render_chat(
+                self.tokenizer,
+                turns,
+                tools=self._tools(conversation),
+                add_generation_prompt=generation_prompt,
+            )
+        except RenderingError as error:
+            raise DataError(
+                f"{conversation.place}: {error.message}",
+                hint=error.hint
+                or "change the row, or choose another template with model.chat_template",
+            ) from error
 
-    def apply(self, turns: list[dict[str, Any]], conversation: Conversation, **options: Any) -> Any:
-        """What transformers' `apply_chat_template` makes of the turns.
+    def _tools(self, conversation: Conversation) -> list[dict[str, Any]] | None:
+        return list(conversation.tools) or None if self.knows_tools else None
+
+    def marked(self, conversation: Conversation) -> tuple[str, list[int]]:
+        """The text of a template that marks what the assistant generates, and the mask [T] of it.
 
         Raises:
             DataError: the template refuses the row.
         """
-        return apply_template(
-            self.tokenizer,
+        turns = self.messages(conversation)
+        text = self.render(turns, conversation)  # within limits, so that the next may have none
+        marked = self.tokenizer.apply_chat_template(
             turns,
-            f"{conversation.place}: the chat template refuses the row",
-            "change the row, or choose another template with model.chat_template",
-            tools=list(conversation.tools) or None if self.knows_tools else None,
-            **options,
+            tools=self._tools(conversation),
+            return_dict=True,
+            return_assistant_tokens_mask=True,
         )
+        return text, list(marked["assistant_masks"])
 
     @cached_property
     def generation_prompt(self) -> str:
@@ -145,10 +160,10 @@ class ChatTemplate:
         asked = [{"role": "user", "content": "a"}]
         try:
             plain, prompt = (
-                str(apply_template(self.tokenizer, asked, "", "", tokenize=False, **more))
-                for more in ({}, {"add_generation_prompt": True})
+                render_chat(self.tokenizer, asked, add_generation_prompt=add)
+                for add in (False, True)
             )
-        except DataError:
+        except RenderingError:
             return ""
         return prompt[common_length(plain, prompt) :]
 
@@ -168,27 +183,6 @@ class ChatTemplate:
         elif "date_string" in self.names:
             found.append("it writes a fixed date")
         return found
-
-
-def apply_template(
-    tokenizer: Any, turns: Sequence[dict[str, Any]], refused: str, hint: str, **options: Any
-) -> Any:
-    """What the tokenizer's chat template makes of turns.
-
-    Args:
-        tokenizer: with its template.
-        turns: with `role` and `content`.
-        refused: beginning of the error if the template refuses them.
-        hint: what to do then.
-        **options: of transformers' `apply_chat_template`.
-
-    Raises:
-        DataError: the template refuses the turns, or fails on them.
-    """
-    try:
-        return tokenizer.apply_chat_template(list(turns), **options)
-    except Exception as error:  # a template may raise anything
-        raise DataError(f"{refused}: {error}", hint=hint) from error
 
 
 def written_out(message: Message) -> str:

@@ -226,7 +226,7 @@ def _render(
     last_only = settings.train_on == "last_turn"
     begun = any(turn.given for turn in text.messages)
     if template.has_markers and not last_only and not begun:
-        full, mask = _render_markers(text, template)
+        full, mask = template.marked(text)
         wanted = tuple(
             turn.trained and number >= text.context
             for number, turn in enumerate(text.messages)
@@ -235,12 +235,3 @@ def _render(
         return Rendered(full, [], text.place, True, mask, wanted)
     rendered = RenderedTurns(template, text)
     return Rendered(rendered.full, rendered.trained(last_only=last_only), text.place, True)
-
-
-def _render_markers(example: Conversation, template: ChatTemplate) -> tuple[str, list[int]]:
-    """Text and token mask of a template that marks what the assistant generates."""
-    turns = template.messages(example)
-    output = template.apply(
-        turns, example, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    return template.render(turns, example), list(output["assistant_masks"])

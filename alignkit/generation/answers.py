@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from alignkit.data.templates import apply_template
-from alignkit.errors import AlignkitError
+from alignkit.errors import AlignkitError, DataError
 from alignkit.generation.rollout import stop_tokens
 from alignkit.generation.sampling import SamplingSettings
 from alignkit.models.attention.prefix import has_window, prefix_length
 from alignkit.models.opening import OpenModel
 from alignkit.models.quiet import quiet_transformers
+from alignkit.rendering import RenderingError, render_chat
 
 Turns = list[dict[str, str]]
 
@@ -82,10 +82,11 @@ def render_prompt(opened: OpenModel, turns: Turns) -> str:
         DataError: the chat template refuses them.
     """
     if opened.tokenizer.chat_template:
-        refused = "the chat template refuses the conversation"
-        hint = "change the prompt or the system message; many templates know no system turn"
-        options = {"tokenize": False, "add_generation_prompt": True}
-        return str(apply_template(opened.tokenizer, turns, refused, hint, **options))
+        try:
+            return render_chat(opened.tokenizer, turns, add_generation_prompt=True)
+        except RenderingError as error:
+            hint = "change the prompt or the system message; many templates know no system turn"
+            raise DataError(error.message, hint=error.hint or hint) from error
     return "\n".join(turn["content"] for turn in turns)
 
 

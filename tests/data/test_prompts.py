@@ -511,7 +511,9 @@ def test_a_template_that_refuses_the_row() -> None:
     found = failure(
         write("a.jsonl", [{"messages": [ASK]}]), tokenizer=tiny_tokenizer("chatml", refuses)
     )
-    assert found.startswith("a.jsonl:1: the chat template refuses the row: no\nhint: change the")
+    assert found.startswith(
+        "a.jsonl:1: the chat template refuses the conversation: no\nhint: change the"
+    )
 
 
 def test_no_prompt_left() -> None:

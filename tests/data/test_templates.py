@@ -265,7 +265,7 @@ def test_refused_turns(family: str, messages: tuple[Message, ...], rule: str) ->
     with pytest.raises(DataError) as caught:
         tokenize(tiny_tokenizer(family), Conversation(messages, (), "r.jsonl:3"))
     assert str(caught.value) == (
-        f"r.jsonl:3: the chat template refuses the row: {rule}\n"
+        f"r.jsonl:3: the chat template refuses the conversation: {rule}\n"
         "hint: change the row, or choose another template with model.chat_template"
     )
 
@@ -420,7 +420,7 @@ def test_a_refusal_is_one_sentence_with_markers_and_without() -> None:
         with pytest.raises(DataError) as caught:
             tokenize(tokenizer, conversation("system"))
         assert str(caught.value).startswith(
-            "system:1: the chat template refuses the row: no system\nhint: "
+            "system:1: the chat template refuses the conversation: no system\nhint: "
         )
 
 

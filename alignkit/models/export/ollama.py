@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
+
+from alignkit.rendering import RenderingError, render_chat
 
 Turn = dict[str, str]
 
@@ -151,10 +152,8 @@ def _can_be_quoted(found: Recognised) -> bool:
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> str | None:
     try:
-        return str(
-            tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
-        )
-    except (jinja2.TemplateError, ValueError, TypeError):  # it refuses such a conversation
+        return render_chat(tokenizer, turns, add_generation_prompt=True)
+    except RenderingError:
         return None
 
 

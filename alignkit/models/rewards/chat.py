@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from alignkit.rendering import render_chat
+
 
 def choose_padding(tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int]) -> str | None:
     """A special token that neither ends a completion nor occurs in a chat.
@@ -32,7 +34,7 @@ def missing_end(tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int]) 
     if not tokenizer.chat_template or tokenizer.eos_token not in stops:
         return ""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
+    text = render_chat(tokenizer, turns).rstrip()
     return "" if text.endswith(tuple(stops)) else str(tokenizer.eos_token)
 
 

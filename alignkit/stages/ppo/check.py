@@ -12,6 +12,7 @@ from alignkit.errors import TrainingError
 from alignkit.evaluation.intervals import mean_interval
 from alignkit.generation.rollout import SampledResponse
 from alignkit.objectives.ppo import log_ratio
+from alignkit.rendering import render_chat
 from alignkit.stages.ppo.scoring import Scored, score_rollouts
 from alignkit.stages.ppo.step import PpoRun
 from alignkit.stages.ppo.update import Batch, Updater, group_rollouts
@@ -138,7 +139,7 @@ def _end_of_turn(run: PpoRun) -> int:
     tokenizer, stops = run.rows.tokenizer, run.engine.settings.stop_tokens
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = render_chat(tokenizer, turns)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         end = next((i for i in reversed(ids) if i in stops), None)
         if end is not None:
