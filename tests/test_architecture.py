@@ -17,7 +17,7 @@ import alignkit
 PACKAGE = Path(alignkit.__file__).parent
 
 RECIPE = {"recipe", "recipe/stages", "recipe/reading", "recipe/planning"}
-PLAIN = {"errors", "packed", "files", "terminal", "rendering", "recipe"}
+PLAIN = {"errors", "packed", "files", "terminal", "limits", "rendering", "recipe"}
 """What every room may read: plain values and small specs, never a whole Recipe; `files`, the only
 way to replace a file or folder, `terminal`, the only way to print, and `rendering`, the only way
 to apply a chat template."""
@@ -79,7 +79,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": {"errors"},
     "files": {"errors"},
     "terminal": set(),
-    "rendering": {"errors"},
+    "limits": set(),
+    "rendering": {"errors", "limits"},
     "errors": set(),
     "__init__": set(),
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 from alignkit.errors import RewardError
 from alignkit.generation.responses import Response, Score
+from alignkit.limits import TimeUp, time_limit
 from alignkit.recipe.rewards import (
     ExactReward,
     FormatReward,
@@ -19,7 +20,6 @@ from alignkit.recipe.rewards import (
     RegexReward,
     RuleReward,
 )
-from alignkit.runtime.worker import Worker, WorkerLost
 
 # a sign counts where it cannot be a minus between two numbers or a hyphen
 _NUMBER = re.compile(
@@ -28,9 +28,6 @@ _NUMBER = re.compile(
     r"(?P<power>[eE][-+]?\d{1,3}(?!\w))?"
 )
 _FENCE = re.compile(r"```\w*[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
-
-_WORKER = Worker()
-"""Tries the patterns of recipes."""
 
 
 def rule_score(spec: RuleReward) -> Score:
@@ -67,45 +64,27 @@ def _judge(spec: RuleReward) -> Callable[[Response], float]:
 
 
 def _pattern_score(spec: RegexReward | FormatReward) -> Score:
-    """The score of a pattern, which is tried in a process of its own: it may never come to an end.
-
-    Returns:
-        A function that raises RewardError if it does not.
-    """
+    """1 for each response that the pattern matches, else 0; an error if it comes to no end."""
+    pattern = re.compile(spec.pattern, re.DOTALL)
     whole = isinstance(spec, FormatReward)
 
+    def match(text: str) -> re.Match[str] | None:
+        return pattern.fullmatch(text.strip()) if whole else pattern.search(text)
+
     def run(responses: Sequence[Response]) -> list[float]:
-        texts = [response.text for response in responses]
         try:
-            return list(
-                _WORKER.call(
-                    f"{__name__}:{match_here.__name__}",
-                    *(spec.pattern, texts, whole),
-                    timeout=spec.timeout,
-                    fault=RewardError,
-                )
-            )
-        except WorkerLost as lost:
+            with time_limit(spec.timeout):
+                found = [match(response.text) for response in responses]
+        except TimeUp:
             raise RewardError(
-                f"the pattern of the reward rule `{spec.rule}` {lost}",
+                f"the pattern of the reward rule `{spec.rule}` takes more than {spec.timeout:g} "
+                "seconds",
                 hint="repeats inside repeats, as in (a+)+, can be tried in too many ways: simplify "
                 "the pattern, or raise reward.timeout",
             ) from None
+        return [float(one is not None) for one in found]
 
     return run
-
-
-def match_here(pattern: str, texts: Sequence[str], whole: bool) -> list[float]:
-    """1 for each text that a pattern matches, else 0, found in this process.
-
-    Args:
-        pattern: Python regular expression; the dot matches line breaks.
-        texts: responses.
-        whole: match all of a text without the spaces around it, not any part.
-    """
-    compiled = re.compile(pattern, re.DOTALL)
-    found = [compiled.fullmatch(t.strip()) if whole else compiled.search(t) for t in texts]
-    return [float(match is not None) for match in found]
 
 
 def exact(response: Response, spec: ExactReward) -> float:

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from alignkit.models.adapters.files import fitting, put_weights, read_adapter_config
+from alignkit.models.adapters.patterns import require_quick_patterns
 from alignkit.models.kernels.lora import use_fast_lora
 from alignkit.models.peft_parts import active_adapter, adapter_layers, switched
 from alignkit.models.quiet import quiet_transformers
@@ -108,6 +109,7 @@ def add_stored_adapter(model: PeftModel, name: str, folder: Path) -> None:
     config = read_adapter_config(folder)
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
     config.lora_dropout = 0.0  # roles score in training mode
+    require_quick_patterns(config, model.state_dict, folder)
     with fitting(folder):
         model.add_adapter(name, config)
     put_weights(model, folder, name)
