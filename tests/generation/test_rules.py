@@ -158,10 +158,10 @@ def test_patterns() -> None:
 @pytest.mark.parametrize("kind", [RegexReward, FormatReward])
 def test_a_pattern_that_never_comes_to_an_end(kind: type[RegexReward] | type[FormatReward]) -> None:
     rule: Any = "regex" if kind is RegexReward else "format"
-    spec = kind(rule=rule, pattern="(a+)+$", timeout=3.0)
+    spec = kind(rule=rule, pattern="(a+)+$", timeout=0.5)
     assert scored(spec, "aaa") == 1
     said = fault(spec, "a" * 64 + "b")
-    assert f"the pattern of the reward rule `{rule}` gave no result within 3 seconds" in said
+    assert f"the pattern of the reward rule `{rule}` takes more than 0.5 seconds" in said
     assert "hint: repeats inside repeats, as in (a+)+, can be tried in too many ways" in said
     assert scored(spec, "aaa") == 1
 
