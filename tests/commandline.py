@@ -190,10 +190,18 @@ if __name__ == "__main__":
     os.dup2(2, 1)
     # No pass forward or backward here: autograd's threads would not survive the fork.
 
-    import alignkit.generation.answers
-    import alignkit.jobs.evaluate
-    import alignkit.jobs.merge
-    import alignkit.stages.registry  # noqa: F401
+    import importlib
+    import pkgutil
+
+    import alignkit.cli
+    import alignkit.recipe.stages
+
+    for room in (alignkit.cli, alignkit.recipe.stages):
+        for module in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
+            importlib.import_module(module.name)
+    for name in ("generation.answers", "jobs.evaluate", "jobs.merge", "stages.registry"):
+        importlib.import_module(f"alignkit.{name}")
+    importlib.import_module("transformers.models.llama.modeling_llama")
 
     gc.collect()
     gc.freeze()  # what is imported is not searched for garbage in every child

@@ -152,7 +152,7 @@ CHANGES: dict[str, Callable[[Path, Path, random.Random], Path]] = {
     "base": lambda here, base, rng: _flipped(base / "model.safetensors", rng),
     "configuration of the base": lambda here, base, rng: _edited(base / "config.json"),
     "rows": lambda here, base, rng: _doubled(next(here.glob("*.used"))),
-    "template": lambda here, base, rng: _doubled(here / "chat.jinja"),
+    "template": lambda here, base, rng: _respaced(here / "chat.jinja"),
 }
 
 
@@ -166,6 +166,12 @@ def _doubled(path: Path) -> Path:
     text = target.read_text(encoding="utf-8")
     target.write_text(text + text.splitlines()[0] + "\n", encoding="utf-8")
     return target
+
+
+def _respaced(path: Path) -> Path:
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("<|im_start|>", "<|im_start|> "), encoding="utf-8")
+    return path
 
 
 def _edited(path: Path) -> Path:

@@ -204,30 +204,29 @@ def test_the_fingerprint_tells_weights_apart(tiny_base: Path, tmp_path: Path) ->
 
 
 def test_the_fingerprint_of_a_hub_model_names_its_commit(tiny_base: Path, tmp_path: Path) -> None:
-    def fingerprint() -> str:
-        code = (
-            "from alignkit.models.base.identity import weights_fingerprint\n"
-            "from alignkit.models.base.loading import BaseModel\n"
-            "print(weights_fingerprint(BaseModel('owner/name')))"
-        )
-        places = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, **places},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return done.stdout.strip()
-
     cache = tmp_path / "hub" / "models--owner--name"
-    for commit in ("a" * 40, "b" * 40):  # the hub's own layout: what a name means may move on
+    commits = ("a" * 40, "b" * 40)  # the hub's own layout: what a name means may move on
+    for commit in commits:
         snapshot = cache / "snapshots" / commit
         snapshot.mkdir(parents=True)
         shutil.copy(tiny_base / "config.json", snapshot)
-        (cache / "refs").mkdir(exist_ok=True)
-        (cache / "refs" / "main").write_text(commit, encoding="ascii")
-        assert fingerprint() == f"owner/name@{commit}"
+    (cache / "refs").mkdir()
+    code = (
+        "import pathlib, sys\n"
+        "from alignkit.models.base.identity import weights_fingerprint\n"
+        "from alignkit.models.base.loading import BaseModel\n"
+        "for commit in sys.argv[2:]:\n"
+        "    pathlib.Path(sys.argv[1]).write_text(commit, encoding='ascii')\n"
+        "    print(weights_fingerprint(BaseModel('owner/name')))\n"
+    )
+    done = subprocess.run(  # the library reads the place of its cache when it is imported
+        [sys.executable, "-c", code, str(cache / "refs" / "main"), *commits],
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [f"owner/name@{commit}" for commit in commits]
 
 
 def test_opening_prefers_the_merged_model(run: Path, tiny_base: Path) -> None:

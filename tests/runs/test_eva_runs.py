@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from commandline import CommandLine
 from documents import random_documents
 from peft import PeftModel
 from running import (
@@ -227,36 +225,34 @@ def test_resuming_is_exact(
 
 APART = """
 import os
-if "RANK" in os.environ:
-    import torch
-    import alignkit.models.adapters.attach as adapters
-    import peft.tuners.lora.eva as eva
-    made, seed = eva.IncrementalPCA, int(os.environ["RANK"])
-    eva.IncrementalPCA = lambda **options: made(**{**options, "lowrank_seed": 42 + seed})
-    attach = adapters.attach_adapter
-    def attach_and_keep(*args, **kwargs):
-        model = attach(*args, **kwargs)
-        weights = {n: w.data for n, w in model.named_parameters() if "lora_A" in n}
-        torch.save(weights, "FOLDER/start-" + os.environ["RANK"] + ".pt")
-        return model
-    adapters.attach_adapter = attach_and_keep
+import torch
+import peft.tuners.lora.eva as eva
+import alignkit.models.adapters.attach
+made, seed = eva.IncrementalPCA, int(os.environ["RANK"])
+eva.IncrementalPCA = lambda **options: made(**{**options, "lowrank_seed": 42 + seed})
+attach = alignkit.models.adapters.attach.attach_adapter
+def attach_and_keep(*args, **kwargs):
+    model = attach(*args, **kwargs)
+    weights = {n: w.data for n, w in model.named_parameters() if "lora_A" in n}
+    torch.save(weights, "start-" + os.environ["RANK"] + ".pt")
+    return model
+for module in list(__import__("sys").modules.values()):
+    if getattr(module, "attach_adapter", None) is attach:
+        module.attach_adapter = attach_and_keep
 """
 """Each process computes a start of its own, and stores the one that it attaches."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_two_processes_start_alike(stage: str, tiny_base: Path, tmp_path: Path) -> None:
+def test_two_processes_start_alike(
+    stage: str, alignkit: CommandLine, tiny_base: Path, tmp_path: Path
+) -> None:
     fields = {"training__learning_rate": 1e-30, "training__max_steps": 1, "merge": False}
     one = starts(tmp_path / "one", tiny_base, stage)
     recipe = make(tmp_path / "two", tiny_base, stage, **fields)
-    (tmp_path / "sitecustomize.py").write_text(APART.replace("FOLDER", str(tmp_path)))
-    command = [sys.executable, "-m", "alignkit", stage, str(recipe), "--processes", "2"]
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
-    assert done.returncode == 0, done.stderr
+    done = alignkit.together(2, stage, recipe, cwd=tmp_path, before=APART)
+    assert done.code == 0, done.stderr
     held = [torch.load(tmp_path / f"start-{rank}.pt") for rank in range(2)]
     assert held[0].keys() == held[1].keys()
     assert all(torch.equal(held[0][name], held[1][name]) for name in held[0])

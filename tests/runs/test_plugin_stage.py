@@ -6,14 +6,17 @@ installed the way pip does it, as files on the path with an entry point in their
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commandline import CommandLine, Done
 from running import make_recipe, steps_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -82,7 +85,6 @@ BALANCED = SupervisedStage(hooks, {"tokens_a_row": "mean length of a row's answe
 
 KILLED = """
 import os, signal, sys
-from alignkit.cli.main import main
 from alignkit.runtime.metrics import MetricsFile
 write = MetricsFile.write
 def write_and_die(self, step, values):
@@ -90,7 +92,6 @@ def write_and_die(self, step, values):
     if step == 3 and "loss" in values:
         os.kill(os.getpid(), signal.SIGKILL)
 MetricsFile.write = write_and_die
-main()
 """
 
 
@@ -114,27 +115,38 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
-def run(
-    package: Path, *arguments: str, cwd: Path, program: tuple[str, ...] = ("-m", "alignkit")
-) -> subprocess.CompletedProcess[str]:
+def start(alignkit: CommandLine, site: Path, *arguments: str, cwd: Path, before: str = "") -> Done:
+    """A command in a process that has the package on its path."""
+    before = f"import sys; sys.path.insert(0, {str(site)!r})\n{before}"
+    return alignkit(*arguments, cwd=cwd, before=before)
+
+
+@pytest.fixture
+def run(alignkit: CommandLine) -> Callable[..., Done]:
+    return functools.partial(start, alignkit)
+
+
+def passed(done: Done) -> str:
+    assert done.code == 0, done.stderr
+    return done.stdout
+
+
+def test_a_new_process_finds_the_stage(package: Path, tmp_path: Path) -> None:
     paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return subprocess.run(
-        [sys.executable, *program, *arguments],
-        cwd=cwd,
+    shown = subprocess.run(
+        [sys.executable, "-m", "alignkit", "balanced", "--help"],
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
+        check=True,
     )
-
-
-def passed(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert "weighing the same" in shown.stdout
 
 
 @pytest.mark.slow
 def test_inspect_plan_train_kill_resume_and_merge(
-    package: Path, tiny_base: Path, tmp_path: Path
+    run: Callable[..., Done], package: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     fields: dict[str, Any] = {"stage": "balanced", "training__save_every": 1}
     recipe = make_recipe(tmp_path, tiny_base, **fields, data__eval_fraction=0.25).name
@@ -147,8 +159,8 @@ def test_inspect_plan_train_kill_resume_and_merge(
     assert "short rows weigh as much as long ones" in plan["warnings"]
 
     passed(run(package, "balanced", recipe, "output=straight", cwd=tmp_path))
-    killed = run(package, "balanced", recipe, cwd=tmp_path, program=("-c", KILLED))
-    assert killed.returncode == -9, killed.stderr
+    killed = run(package, "balanced", recipe, cwd=tmp_path, before=KILLED)
+    assert killed.code == -9, killed.stderr
     assert not (tmp_path / "run" / "adapter").exists()
     passed(run(package, "balanced", recipe, "--resume", cwd=tmp_path))
 
@@ -170,16 +182,17 @@ def test_inspect_plan_train_kill_resume_and_merge(
     assert "perplexity" in json.dumps(values)
 
 
-def test_its_keys_are_explained_and_checked(package: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_its_keys_are_explained_and_checked(
+    run: Callable[..., Done], package: Path, tiny_base: Path, tmp_path: Path
+) -> None:
     done = run(package, "recipes", "explain", "objective.power", cwd=tmp_path)
     assert "Power of the length that divides; 0 sums." in passed(done)
-    assert "weighing the same" in passed(run(package, "balanced", "--help", cwd=tmp_path))
     recipe = make_recipe(tmp_path, tiny_base, stage="balanced").name
     done = run(package, "balanced", recipe, "objective.power=2", cwd=tmp_path)
-    assert done.returncode == 2
+    assert done.code == 2
     assert "objective.power must be at most 1, got 2\nhint: 1 is usual" in done.stderr
     done = run(package, "balanced", recipe, "adapter={kind: full}", cwd=tmp_path)
-    assert done.returncode == 2
+    assert done.code == 2
     assert "has kind = full, which balanced does not train: use lora" in done.stderr
     done = run(package, "sft", recipe, "stage=balance", cwd=tmp_path)
     assert "'ppo' or 'balanced'" in done.stderr
@@ -199,7 +212,12 @@ def test_its_keys_are_explained_and_checked(package: Path, tiny_base: Path, tmp_
     ],
 )
 def test_a_broken_package_is_named_and_stops_no_other_stage(
-    entry: str, sentence: str, package: Path, tiny_base: Path, tmp_path: Path
+    entry: str,
+    sentence: str,
+    run: Callable[..., Done],
+    package: Path,
+    tiny_base: Path,
+    tmp_path: Path,
 ) -> None:
     site = tmp_path / "site"
     for name in ("balanced", "balanced-1.0.dist-info"):
@@ -215,7 +233,7 @@ def test_a_broken_package_is_named_and_stops_no_other_stage(
     assert any(sentence in warning for warning in json.loads(done.stdout)["warnings"])
     if entry.startswith("broken"):
         done = run(site, "broken", recipe, "stage=broken", cwd=tmp_path)
-        assert done.returncode == 2
+        assert done.code == 2
         assert sentence in done.stderr
         assert "hint: " in done.stderr
         assert "Traceback" not in done.stderr

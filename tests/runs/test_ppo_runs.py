@@ -600,10 +600,7 @@ def test_processes(
         if count == 1:
             train(recipe)
         else:
-            if rows == 12:
-                done = alignkit.together(2, "ppo", recipe, cwd=folder)
-            else:
-                done = alignkit("ppo", recipe, "--processes", "2", cwd=folder)
+            done = alignkit.together(2, "ppo", recipe, cwd=folder)
             assert done.code == 0, done.stderr
             assert done.stderr.count("step 4/4") == 1, "one process speaks"
         runs.append(folder / "run")

@@ -156,11 +156,8 @@ def test_processes(
         if count == 1:
             train(recipe)
         else:
-            if case == "dpo":
-                place = {"ALIGNKIT_HOME": str(home)}
-                done = alignkit(case, recipe, "--processes", "2", cwd=tmp_path, **place)
-            else:
-                done = alignkit.together(2, case, recipe, cwd=tmp_path)
+            here = f"import os; os.environ['ALIGNKIT_HOME'] = {str(home)!r}"
+            done = alignkit.together(2, case, recipe, cwd=tmp_path, before=here)
             assert done.code == 0, done.stderr
             scored = done.stderr.count("with the reference model, once")
             assert scored == (2 if case == "dpo" else 0), "training rows and held-out rows"

@@ -18,7 +18,7 @@ from alignkit.recipe.assets import assets_root
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
 PROMPTS = ["What is the capital of France?", "How do I boil an egg?"]
-ROWS = 6
+ROWS = 3
 FEW = [f"data.train.0.take={ROWS}", f"training.batch_size={ROWS}", "data.eval=[]"]
 
 

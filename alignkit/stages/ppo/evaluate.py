@@ -67,10 +67,13 @@ def _gain(run: PpoRun, step: int) -> dict[str, float]:
     """
     if step == 0 or run.samples is None or run.processes.world > 1:
         return {}
-    before = read_rewards(run.samples.path, 0, "held_out")
-    after = read_rewards(run.samples.path, step, "held_out")
-    if before.keys() != after.keys():
+    # In the order of the prompts: their file may have moved since the run was started.
+    before, after = (
+        [np.mean(rewards) for rewards in read_rewards(run.samples.path, at, "held_out").values()]
+        for at in (0, step)
+    )
+    if len(before) != len(after):
         return {}
-    differences = np.asarray([np.mean(after[place]) - np.mean(before[place]) for place in before])
+    differences = np.asarray(after) - np.asarray(before)
     mean, low, high = mean_interval(differences)
     return {"reward_gain": mean, "reward_gain_low": low, "reward_gain_high": high}
