@@ -74,7 +74,7 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 0.95,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    dtype: DtypeOption = "bfloat16",
+    dtype: DtypeOption = "auto",
     base: BaseOption = None,
 ) -> None:
     """Talk to a model."""

@@ -36,7 +36,7 @@ def label(
     margin: Annotated[
         float, typer.Option(help="Leave out prompts whose rewards differ by no more.")
     ] = 0.0,
-    dtype: DtypeOption = "bfloat16",
+    dtype: DtypeOption = "auto",
     base: BaseOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,

@@ -74,7 +74,8 @@ def _examine() -> tuple[dict[str, dict[str, Any]], list[str]]:
         for name, use in OPTIONAL.items()
     }
     from alignkit.recipe.assets import alignkit_home
-    from alignkit.runtime.devices import describe_bf16, describe_hardware
+    from alignkit.runtime.devices import describe_hardware
+    from alignkit.runtime.precision import describe_precision
 
     hardware = describe_hardware()
     machine = {
@@ -84,7 +85,7 @@ def _examine() -> tuple[dict[str, dict[str, Any]], list[str]]:
         "processor": hardware.name,
         "threads": hardware.cores,
         "free memory": f"{hardware.memory / 1e9:.1f} GB",
-        "bf16 matmul": describe_bf16(hardware.device),
+        "precision": describe_precision(hardware.device),
     }
     home = alignkit_home()
     known = home / "models"

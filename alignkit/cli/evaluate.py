@@ -33,7 +33,7 @@ def evaluate(
     answer: Annotated[
         list[str] | None, typer.Option(help="An answer to --prompt; may be repeated.")
     ] = None,
-    dtype: DtypeOption = "bfloat16",
+    dtype: DtypeOption = "auto",
     base: BaseOption = None,
     trust_recipe: Annotated[
         bool,

@@ -22,7 +22,7 @@ ModelArgument = Annotated[
         show_default=False,
     ),
 ]
-DtypeOption = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base.")
 ]
@@ -56,7 +56,7 @@ def generate(
         int | None, typer.Option(help="Sample this many answers; --reward picks the best.", min=2)
     ] = None,
     reward: Annotated[str | None, typer.Option(help="Reward model of --best-of.")] = None,
-    dtype: DtypeOption = "bfloat16",
+    dtype: DtypeOption = "auto",
     base: BaseOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answers as JSON.")] = False,
 ) -> None:
@@ -64,13 +64,14 @@ def generate(
     warn_of_versions()
     from alignkit.generation.answers import generate_answers
     from alignkit.generation.sampling import SamplingSettings
+    from alignkit.jobs.precision import dtype_for
 
     usual = 0.0 if best_of is None else 1.0
     warmth = usual if temperature is None else temperature
     settings = SamplingSettings(max_new_tokens, warmth, top_p, top_k, repetition_penalty, seed)
     if best_of is not None or reward is not None:
         check_best_of(best_of, reward, against, settings)
-        _check_dtype(dtype)
+        dtype = dtype_for(model, dtype, base)
     asked = _prompts(prompts or [], file)
     head = [{"role": "system", "content": system}] if system else []
     turns = [[*head, {"role": "user", "content": prompt}] for prompt in asked]
@@ -91,19 +92,13 @@ def generate(
 
 def open_for_inference(name: str, dtype: str, base: str | None = None) -> Any:
     """The model on this machine's device; see `open_language_model`."""
+    from alignkit.jobs.precision import dtype_for
     from alignkit.models.base.loading import DTYPES
     from alignkit.models.opening import open_language_model
     from alignkit.runtime.devices import find_device
 
-    _check_dtype(dtype)
-    return open_language_model(name, dtype=DTYPES[dtype], device=find_device(), base=base)
-
-
-def _check_dtype(dtype: str) -> None:
-    from alignkit.models.base.loading import DTYPES
-
-    if dtype not in DTYPES:
-        raise AlignkitError(f"--dtype cannot be {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
+    chosen = DTYPES[dtype_for(name, dtype, base)]
+    return open_language_model(name, dtype=chosen, device=find_device(), base=base)
 
 
 def _prompts(arguments: list[str], file: Path | None) -> list[str]:

@@ -57,6 +57,7 @@ def plan(
                 f"{data.rows:,} rows, {data.tokens:,} tokens ({data.trained_tokens:,} trained), "
                 f"longest {data.longest}; held out {data.eval_rows:,}",
             ),
+            ("precision", f"{facts.dtype}, {facts.dtype_reason}"),
             *([("reference", f"{reference}, {facts.reference_reason}")] if reference else []),
             *((name, text) for name, text in (role.split(": ", 1) for role in facts.roles)),
             (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
 from alignkit.errors import ModelError
 from alignkit.evaluation.columns import MAX_TOKENS, score_documents
 from alignkit.evaluation.heldout import evaluate_heldout
+from alignkit.jobs.precision import dtype_for
 from alignkit.jobs.question import (
     Question,
     followed_recipe,
@@ -85,6 +86,7 @@ def evaluate_models(names: list[str], question: Question) -> dict[str, Evaluatio
     """
     question.check()
     tune_processor()
+    question = replace(question, dtype=dtype_for(names[0], question.dtype, question.base))
     run = None if question.data else run_with_recipe(names)
     evaluations: dict[str, Evaluation] = {}
     used: set[int] = set()
@@ -134,6 +136,7 @@ def score_answers(
     question.check()
     if question.reference is not None:
         raise useless_reference("answers to --prompt")
+    question = replace(question, dtype=dtype_for(name, question.dtype, question.base))
     opened = open_model(
         name, dtype=DTYPES[question.dtype], device=find_device(), base=question.base
     )

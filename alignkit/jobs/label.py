@@ -24,6 +24,7 @@ from alignkit.jobs.candidates import (
     room_for_prompts,
     sample_answers,
 )
+from alignkit.jobs.precision import dtype_for
 from alignkit.recipe.reading.label import LabelSpec
 from alignkit.recipe.rows import SourceSpec
 
@@ -99,19 +100,18 @@ def label_prompts(
     for source in spec.prompts:
         if source.path is not None and Path(source.path).resolve() == path.resolve():
             raise RunError(f"{path} holds the prompts that are read", hint="name another file")
-    opened = open_answering(spec.model, spec.reward, spec.dtype, base)
+    dtype = dtype_for(spec.model, spec.dtype, base)
+    opened = open_answering(spec.model, spec.reward, dtype, base)
     tokenizer, room = opened.tokenizer, room_for_prompts(opened, spec.max_new_tokens)
     prompts = load_prompts(
         spec.prompts, tokenizer, max_length=room, too_long="drop", seed=spec.seed
     )
     for line in describe_rows("prompts", prompts.report):
         say(line)
-    settings = SampleSettings(
-        spec.samples, spec.max_new_tokens, spec.temperature, spec.seed, spec.dtype
-    )
+    settings = SampleSettings(spec.samples, spec.max_new_tokens, spec.temperature, spec.seed, dtype)
     rollouts = sample_answers(opened, prompts, settings, say)
     del opened  # the reward model takes its place in memory
-    candidates = judge_answers(rollouts, spec.reward, spec.dtype, say)
+    candidates = judge_answers(rollouts, spec.reward, dtype, say)
     rows, report = _make_rows(spec, prompts.prompts, candidates)
     if not rows:
         raise DataError(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from alignkit.errors import ModelError
 from alignkit.models.base.identity import same_weights, weights_fingerprint
-from alignkit.models.base.loading import DTYPES
 from alignkit.recipe.model import ModelSpec
 from alignkit.recipe.objectives import CustomSpec
 from alignkit.recipe.reading.load import load_recipe
@@ -27,7 +26,8 @@ class Question:
         data: file of rows; None takes the held-out rows of the first run folder.
         max_length: longest row of `data` in tokens; longer ones are dropped and counted.
         take: only this many rows of `data`, the first ones.
-        dtype: compute precision.
+        dtype: compute precision of all models; `auto` is that of the first one's run, else the
+            fastest here.
         base: of adapters that name another.
         reference: model to compare log-probs of pairs with; None takes the base of a dpo or kto
             run, and plain log-probs for any other model.
@@ -39,7 +39,7 @@ class Question:
     data: str | None = None
     max_length: int | None = None
     take: int | None = None
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     base: str | None = None
     reference: str | None = None
     trust_recipe: bool = False
@@ -50,12 +50,8 @@ class Question:
         """Refuse what would be ignored.
 
         Raises:
-            ModelError: an unknown precision, or options that need a file.
+            ModelError: options that need a file.
         """
-        if self.dtype not in DTYPES:
-            raise ModelError(
-                f"--dtype cannot be {self.dtype!r}", hint=f"one of {', '.join(DTYPES)}"
-            )
         if self.data is None and (self.take is not None or self.max_length is not None):
             raise ModelError(
                 "--take and --max-length go with --data: the run's own rows follow its recipe",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from alignkit.recipe.rope import RopeSpec
 from alignkit.recipe.section import Section
@@ -15,8 +15,10 @@ class ModelSpec(Section):
 
     base: Annotated[str, Field(min_length=1)]
     """Hub id, folder, `.gguf` file, run folder (its `merged/`) or a name from `alignkit fetch`."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Compute precision. Trainable weights and loss arithmetic are float32 in every case."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute precision. `auto` is bfloat16 on a GPU that multiplies it, else float16; on a CPU the
+    faster of float32 and bfloat16, measured in a second or two, once for a machine. The choice is
+    stored with the run. Trainable weights and loss arithmetic are float32 in every case."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Storage of the frozen base weights: `nf4` keeps them in 4 bits with double quantization
     (QLoRA, https://arxiv.org/abs/2305.14314), `int8` in 8 bits with one scale per row. Products
@@ -34,3 +36,16 @@ class ModelSpec(Section):
     tokens they were split into before, are trained, and are saved with the adapter."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for sources you trust."""
+
+    _dtype_reason: str = PrivateAttr("as the recipe says")
+
+    @property
+    def dtype_reason(self) -> str:
+        """Why `dtype` is what it is."""
+        return self._dtype_reason
+
+    def computing_in(self, dtype: str, reason: str) -> Self:
+        """The same model in a dtype that was chosen for it."""
+        chosen = self.model_copy(update={"dtype": dtype})
+        chosen._dtype_reason = reason
+        return chosen

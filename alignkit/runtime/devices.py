@@ -41,22 +41,12 @@ def describe_hardware(processes: int = 1) -> HardwareFacts:
         free, _ = torch.cuda.mem_get_info()
         name, memory = torch.cuda.get_device_name(), int(free)
     else:
-        name, memory = _processor_name(), int(psutil.virtual_memory().available) // processes
+        name, memory = processor_name(), int(psutil.virtual_memory().available) // processes
     return HardwareFacts(device, name, memory, torch.get_num_threads(), processes)
 
 
-def describe_bf16(device: str) -> str:
-    """Whether a device multiplies bfloat16 matrices in hardware, as `yes (AMX)` or `no: …`."""
-    if device == "cuda":
-        return "yes" if torch.cuda.is_bf16_supported() else "no: use model.dtype float32"
-    text = _processor_facts()
-    for flag, name in (("amx_bf16", "yes (AMX)"), ("avx512_bf16", "yes (AVX-512)")):
-        if flag in text:
-            return name
-    return "no: float32 may be faster (model.dtype=float32)"
-
-
-def _processor_name() -> str:
+def processor_name() -> str:
+    """What the system calls the CPU."""
     for line in _processor_facts().split("\n"):
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

@@ -1,12 +1,19 @@
-"""This process among those of a run, and sums over all of them."""
+"""This process among those of a run, sums over all of them, and what all of them agree on."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+
+from alignkit.runtime.devices import find_device
+
+T = TypeVar("T")
 
 
 def _keep(sums: torch.Tensor) -> torch.Tensor:
@@ -41,3 +48,21 @@ def process_group(accelerator: Accelerator) -> ProcessGroup:
         accelerator.num_processes,
         lambda sums: accelerator.reduce(sums.to(accelerator.device), "sum").cpu(),
     )
+
+
+def world_size() -> int:
+    """Number of processes that were started together, before they know each other."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def agree(value: T) -> T:
+    """The first process's value, in every process of the run.
+
+    Args:
+        value: of this process; it pickles.
+    """
+    if world_size() == 1:
+        return value
+    PartialState(cpu=find_device() == "cpu")  # what accelerate goes on with
+    first: T = broadcast_object_list([value])[0]
+    return first

@@ -7,6 +7,7 @@ from alignkit.recipe.stages.base import Recipe
 from alignkit.runtime.devices import find_device
 from alignkit.runtime.optim import require_optimizer
 from alignkit.stages.inputs.base import start_model
+from alignkit.stages.inputs.precision import with_precision
 from alignkit.stages.inputs.rows import AnyRows
 from alignkit.stages.running.definition import definition_of
 from alignkit.stages.running.finish import RunSummary
@@ -25,7 +26,7 @@ def plan_stage(recipe: Recipe, processes: int) -> tuple[AnyRows, Plan]:
     """
     require_optimizer(recipe.training.optimizer, find_device())
     base = start_model(recipe.model, merge=False)
-    return definition_of(recipe).prepare(recipe, base, processes)
+    return definition_of(recipe).prepare(with_precision(recipe, processes), base, processes)
 
 
 def run_stage(recipe: Recipe, options: RunOptions) -> RunSummary | None:

@@ -36,6 +36,9 @@ _BRANCHES = 1.2
 """Factor on activations if prompts are shared: each branch has its own copy of their keys and
 values. Fitted to runs of 2,800 and 4,000 tokens."""
 
+_SMALLEST = 512
+"""Smallest token budget of a plan."""
+
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -132,6 +135,27 @@ def estimate_memory(
         merging=merging,
         peak=max(training, libraries + merging) if on_cpu else training,
     )
+
+
+def fits(recipe: Recipe, model: ModelFacts, hardware: HardwareFacts) -> bool:
+    """Whether the smallest micro-batches of a run fit.
+
+    Args:
+        recipe: with its dtype chosen.
+        model: sizes of the model.
+        hardware: the device and its free memory.
+    """
+    kind = getattr(getattr(recipe, "reference", None), "kind", None)
+    memory = estimate_memory(
+        recipe,
+        model,
+        hardware,
+        tokens=max(recipe.data.max_length, _SMALLEST),
+        checkpointing=recipe.training.gradient_checkpointing is not False,
+        reference=kind,
+        documents=1,
+    )
+    return memory.peak <= ROOM * hardware.memory
 
 
 def _kept_as_trained(recipe: Recipe, model: ModelFacts) -> int:

@@ -49,6 +49,8 @@ class Plan:
         roles: the model in each role of PPO and what it costs; empty for other stages.
         schedule: shape of all learning rates after warm-up.
         peak_rates: trained part -> its peak learning rate; `learning_rate` is the first.
+        dtype: compute precision.
+        dtype_reason: why it was chosen.
     """
 
     stage: str
@@ -72,6 +74,21 @@ class Plan:
     roles: tuple[str, ...] = ()
     schedule: str = "cosine"
     peak_rates: dict[str, float] = field(default_factory=dict)
+    dtype: str = ""
+    dtype_reason: str = ""
+
+    def lines(self) -> list[str]:
+        """What a person sees when the run starts."""
+        model, most = self.model, "at most " if self.model.at_most else ""
+        lines = [
+            f"plan: {self.steps} steps of {self.batch_size} examples, {most}"
+            f"{model.trainable / 1e6:.1f} of {model.parameters / 1e6:.1f} M weights trained, about "
+            f"{self.memory.peak / 1e9:.1f} GB",
+            f"precision: {self.dtype}, {self.dtype_reason}",
+        ]
+        if self.reference is not None:
+            lines.append(f"reference: {self.reference.replace('_', ' ')}, {self.reference_reason}")
+        return [*lines, *self.roles]
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -149,6 +166,8 @@ def make_plan(
         warnings=tuple(find_warnings(recipe, data, hardware, steps, memory)),
         roles=roles,
         schedule=training.schedule,
+        dtype=recipe.model.dtype,
+        dtype_reason=recipe.model.dtype_reason,
     )
 
 

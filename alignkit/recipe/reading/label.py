@@ -45,8 +45,8 @@ class LabelSpec(Section):
     """Seed of the sampling."""
     margin: Annotated[float, Field(ge=0.0)] = 0.0
     """Skip prompts whose best and worst rewards differ by no more than this."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Compute precision of both models."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute precision of both; `auto` is that of the model's run, else the fastest here."""
 
 
 _HINTS = {

@@ -68,6 +68,8 @@ class ValueSpec(Section):
 class PpoRecipe(RolloutRecipe):
     """Reinforcement learning from rewards: policy, reference, reward and value over one base."""
 
+    scales_loss: ClassVar[bool] = False
+
     stage: Literal["ppo"]
     """The training stage."""
     objective: PpoSpec = PpoSpec()

@@ -28,9 +28,10 @@ from alignkit.runtime.checkpoint import find_checkpoint, load_checkpoint
 from alignkit.runtime.devices import build_accelerator, tune_processor
 from alignkit.runtime.metrics import MetricsFile
 from alignkit.runtime.optim import TrainedPart, build_optimizer
-from alignkit.runtime.processes import process_group
+from alignkit.runtime.processes import process_group, world_size
 from alignkit.runtime.progress import StepProgress
 from alignkit.stages.inputs.base import start_model
+from alignkit.stages.inputs.precision import with_precision
 from alignkit.stages.inputs.rows import AnyRows, Rows, keep_plan, plan_run
 from alignkit.stages.running.adapter_start import find_adapter_start
 from alignkit.stages.running.bad_steps import BadSteps
@@ -75,13 +76,17 @@ class Session:
 
     def __init__(self, recipe: Recipe, options: RunOptions) -> None:
         tune_processor()
-        self.recipe, self.options = recipe, options
+        self.options = options
         self.output: Path = check_output(
             recipe, resume=options.resume, overwrite=options.overwrite, reads=options.reads
         )
         self.before = read_record(self.output) if options.resume else None
+        stored = self.before.recipe if self.before is not None else None
+        self.recipe = with_precision(recipe, world_size(), stored)
         trackers = recipe.training.trackers
-        self.accelerator: Accelerator = build_accelerator(recipe.model.dtype, trackers, self.output)
+        self.accelerator: Accelerator = build_accelerator(
+            self.recipe.model.dtype, trackers, self.output
+        )
         self.leads = bool(self.accelerator.is_main_process)
         self.quiet = options.quiet or not self.leads
         self.folder: RunFolder | None = None
@@ -121,16 +126,8 @@ class Session:
                 self.say(head)
                 for note in notes:
                     self.say(note, "note")
-        most = "at most " if plan.model.at_most else ""
-        self.say(
-            f"plan: {plan.steps} steps of {plan.batch_size} examples, {most}"
-            f"{plan.model.trainable / 1e6:.1f} of {plan.model.parameters / 1e6:.1f} M weights "
-            f"trained, about {plan.memory.peak / 1e9:.1f} GB"
-        )
-        if plan.reference is not None:
-            self.say(f"reference: {plan.reference.replace('_', ' ')}, {plan.reference_reason}")
-        for role in plan.roles:
-            self.say(role)
+        for line in plan.lines():
+            self.say(line)
         for warning in plan.warnings:
             self.say(warning, "warning")
         return plan
