@@ -39,7 +39,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from alignkit.models.kernels.lora import use_fast_lora
 from alignkit.models.kernels.quantized import multiply_dense
-from alignkit.runtime.devices import tune_processor
+from alignkit.runtime.processor import tune_processor
 
 READS = {
     "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

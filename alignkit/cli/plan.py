@@ -39,10 +39,9 @@ def plan(
     if as_json:
         print_json({**facts.to_json(), "foreign": foreign})
         return
-    model, data, memory = facts.model, facts.data, facts.memory
-    gigabytes = {name: value / 1e9 for name, value in vars(memory).items()}
+    model, data = facts.model, facts.data
+    gigabytes = {name: value / 1e9 for name, value in vars(facts.memory).items()}
     terms = ", ".join(f"{n.replace('_', ' ')} {v:.2f}" for n, v in gigabytes.items() if n != "peak")
-    reference = (facts.reference or "").replace("_", " ")
     print_pairs(
         [
             ("stage", f"{facts.stage} -> {loaded.recipe.output}"),
@@ -58,7 +57,7 @@ def plan(
                 f"longest {data.longest}; held out {data.eval_rows:,}",
             ),
             ("precision", f"{facts.dtype}, {facts.dtype_reason}"),
-            *([("reference", f"{reference}, {facts.reference_reason}")] if reference else []),
+            *_reference(facts),
             *((name, text) for name, text in (role.split(": ", 1) for role in facts.roles)),
             (
                 "steps",
@@ -73,7 +72,7 @@ def plan(
             ("tokens", f"{facts.tokens:,} read, {facts.trained_tokens:,} trained"),
             (
                 "device",
-                f"{facts.hardware.device} ({facts.hardware.name}), {facts.hardware.cores} cores",
+                f"{facts.hardware.device} ({facts.hardware.name}), {facts.hardware.cores} threads",
             ),
             ("memory", f"about {gigabytes['peak']:.1f} GB ({terms})"),
         ]
@@ -83,3 +82,9 @@ def plan(
             print_line(line)
     for warning in facts.warnings:
         print_line(warning, "warning")
+
+
+def _reference(facts: Any) -> list[tuple[str, str]]:
+    if facts.reference is None:
+        return []
+    return [("reference", f"{facts.reference.replace('_', ' ')}, {facts.reference_reason}")]

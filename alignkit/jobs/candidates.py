@@ -24,8 +24,9 @@ from alignkit.models.opening import OpenModel, open_language_model, open_model
 from alignkit.models.scoring.scorer import causal_model
 from alignkit.models.scoring.selfcheck import build_scorer
 from alignkit.recipe.stages.ppo import SAMPLING_TOKENS
-from alignkit.runtime.devices import find_device, tune_processor
+from alignkit.runtime.devices import find_device
 from alignkit.runtime.processes import SINGLE
+from alignkit.runtime.processor import tune_processor
 from alignkit.stages.rollouts.judging import Judge, RewardPart, ScoringModel
 from alignkit.stages.rollouts.reward_models import check_tokens, require_reward_model
 from alignkit.stages.rollouts.sampling import Rollout, sample

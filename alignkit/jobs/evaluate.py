@@ -41,8 +41,9 @@ from alignkit.packed import PackedBatch
 from alignkit.recipe.assets import alignkit_home
 from alignkit.recipe.rows import SourceSpec
 from alignkit.recipe.stages.base import Recipe
-from alignkit.runtime.devices import find_device, tune_processor
+from alignkit.runtime.devices import find_device
 from alignkit.runtime.processes import SINGLE
+from alignkit.runtime.processor import tune_processor
 from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.checking import kind_of_rows
 from alignkit.stages.inputs.rows import load_rows, require_rows_of, row_settings

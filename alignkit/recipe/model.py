@@ -46,6 +46,9 @@ class ModelSpec(Section):
 
     def computing_in(self, dtype: str, reason: str) -> Self:
         """The same model in a dtype that was chosen for it."""
-        chosen = self.model_copy(update={"dtype": dtype})
-        chosen._dtype_reason = reason
-        return chosen
+        return self.model_copy(update={"dtype": dtype}).chosen_because(reason)
+
+    def chosen_because(self, reason: str) -> Self:
+        """This model, which from now on says why its dtype was chosen."""
+        self._dtype_reason = reason
+        return self

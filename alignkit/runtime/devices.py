@@ -1,8 +1,7 @@
-"""The device, the process group, the allocator and the cache of compiled kernels."""
+"""The device and the process group."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import resource
@@ -14,14 +13,6 @@ import torch
 from accelerate import Accelerator
 
 from alignkit.recipe.facts import HardwareFacts
-
-_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2
-
-_KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-
-MAX_KERNELS = 256
-"""Kernels that oneDNN keeps, about 3 MB each. Rows keep having new lengths, and at its own limit of
-1,024 a run of 50 steps grew by 2.7 GB; one layer needs more than 64 at a time."""
 
 
 def find_device() -> str:
@@ -57,27 +48,6 @@ def _processor_facts() -> str:
     """What Linux reports about its CPUs; empty elsewhere."""
     info = Path("/proc/cpuinfo")
     return info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
-
-
-def tune_processor() -> bool:
-    """Settings that make steps on a CPU faster and stop memory from growing.
-
-    glibc is kept from returning every large block to the kernel and faulting it in again, and
-    oneDNN from keeping a kernel for every shape that it ever met, unless the environment sets how
-    many. Results are bit-identical. Must run before the first large allocation and product.
-
-    Returns:
-        Whether the C library accepted the settings.
-    """
-    os.environ.setdefault(_KERNELS, str(MAX_KERNELS))
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**28))
-        return all(libc.mallopt(key, value) == 1 for key, value in settings)
-    except (OSError, AttributeError):
-        return False
 
 
 def peak_memory(device: str) -> int:

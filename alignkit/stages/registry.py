@@ -6,6 +6,7 @@ from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.stages.base import Recipe
 from alignkit.runtime.devices import find_device
 from alignkit.runtime.optim import require_optimizer
+from alignkit.runtime.processor import tune_processor
 from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.precision import with_precision
 from alignkit.stages.inputs.rows import AnyRows
@@ -25,6 +26,7 @@ def plan_stage(recipe: Recipe, processes: int) -> tuple[AnyRows, Plan]:
         AlignkitError: anything the user can fix.
     """
     require_optimizer(recipe.training.optimizer, find_device())
+    tune_processor()
     base = start_model(recipe.model, merge=False)
     return definition_of(recipe).prepare(with_precision(recipe, processes), base, processes)
 

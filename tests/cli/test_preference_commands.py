@@ -353,7 +353,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "a prompt in no dtype": (
         ["eval", "reward/run", "--prompt", "a", "--answer", "b", "--dtype", "int4"],
-        "error: --dtype cannot be 'int4'\nhint: one of bfloat16, float16, float32\n",
+        "error: --dtype cannot be 'int4'\nhint: one of auto, bfloat16, float16, float32\n",
     ),
     "a prompt and a number of rows": (
         ["eval", "reward/run", "--prompt", "a", "--answer", "b", "--take", "3"],

@@ -466,7 +466,7 @@ OTHER_COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "generate in no dtype": (
         ["generate", "BASE", "Hi", "--dtype", "int4"],
-        ["--dtype cannot be 'int4'", "hint: one of bfloat16, float16, float32"],
+        ["--dtype cannot be 'int4'", "hint: one of auto, bfloat16, float16, float32"],
     ),
     "generate too cold": (
         ["generate", "BASE", "Hi", "--temperature", "-1"],

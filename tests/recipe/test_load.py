@@ -230,7 +230,7 @@ def test_a_default_learning_rate_is_filled_in() -> None:
         (
             "base: some/model",
             "base: some/model\n  dtype: bf16",
-            "r.yaml:5: model.dtype must be 'bfloat16', 'float16' or 'float32', got 'bf16'\n"
+            "r.yaml:5: model.dtype must be 'auto', 'bfloat16', 'float16' or 'float32', got 'bf16'\n"
             "hint: did you mean bfloat16?",
         ),
         (
@@ -385,7 +385,7 @@ def test_every_error_comes_at_once_in_file_order() -> None:
         "r.yaml:1: output must be text, got 7",
         "r.yaml:2: zebra is not a key of a recipe",
         "r.yaml:4: seed must be at least 0, got -1",
-        "r.yaml:5: model.dtype must be 'bfloat16', 'float16' or 'float32', got 'bf16'",
+        "r.yaml:5: model.dtype must be 'auto', 'bfloat16', 'float16' or 'float32', got 'bf16'",
         "r.yaml:7: data.max_length must be at least 8, got 2",
         "r.yaml:9: data.train[0].path names no file: 'gone.jsonl'",
         "r.yaml:11: data.train[1].tke is not a key of a recipe",

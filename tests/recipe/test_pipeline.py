@@ -272,7 +272,7 @@ def test_all_problems_of_all_stages_at_once_each_with_its_place() -> None:
     assert heads == [
         "command line: sft: seed must be at least 0, got -1",
         "p.yaml:3: data is required and missing",
-        "p.yaml:5: model.dtype must be 'bfloat16', 'float16' or 'float32', got 'int3'",
+        "p.yaml:5: model.dtype must be 'auto', 'bfloat16', 'float16' or 'float32', got 'int3'",
         "p.yaml:10: adapter.rank must be at least 1, got 0",
         "sft.yaml:6: training.max_stepz is not a key of a recipe",
         "p.yaml:14: model.base refers to an unknown stage: ${x}",

@@ -10,7 +10,7 @@ import pytest
 
 from alignkit.errors import AlignkitError
 from alignkit.recipe.facts import DataFacts, HardwareFacts, ModelFacts
-from alignkit.recipe.planning.memory import estimate_memory
+from alignkit.recipe.planning.memory import estimate_memory, fits
 from alignkit.recipe.planning.plan import Plan, make_plan
 from alignkit.recipe.stages.base import Recipe
 from alignkit.recipe.stages.registry import stages
@@ -50,7 +50,10 @@ def recipe(stage: str, **fields: Any) -> Recipe:
         **({"reward": {"rule": "json"}} if stage == "ppo" else {}),
         **fields,
     }
-    return stages()[stage].model_validate_json(json.dumps(values)).with_defaults()
+    made = stages()[stage].model_validate_json(json.dumps(values)).with_defaults()
+    if made.model.dtype == "auto":  # chosen before a plan is made
+        return made.model_copy(update={"model": made.model.computing_in("bfloat16", "a test")})
+    return made
 
 
 def plan(stage: str, data: DataFacts = DATA, **fields: Any) -> Plan:
@@ -339,3 +342,15 @@ def test_warm_up_ends_before_the_last_step(warmup: float, steps: int) -> None:
         "only at the end"
     )
     assert (sentence in made.warnings) == (warmup == 100)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
+def test_what_fits_depends_on_the_precision(stage: str) -> None:
+    narrow, wide = (
+        recipe(stage, model={"base": "m", "dtype": dtype}) for dtype in ("bfloat16", "float32")
+    )
+    sizes = [dataclasses.replace(HARDWARE, memory=size * 10**8) for size in range(1, 400)]
+    found = [(fits(narrow, MODEL, size), fits(wide, MODEL, size)) for size in sizes]
+    # More memory never stops fitting; between the two bounds only bfloat16 fits.
+    assert found == sorted(found)
+    assert set(found) == {(False, False), (True, False), (True, True)}

@@ -84,7 +84,7 @@ class Plan:
             f"plan: {self.steps} steps of {self.batch_size} examples, {most}"
             f"{model.trainable / 1e6:.1f} of {model.parameters / 1e6:.1f} M weights trained, about "
             f"{self.memory.peak / 1e9:.1f} GB",
-            f"precision: {self.dtype}, {self.dtype_reason}",
+            f"precision: {self.dtype} on {self.hardware.cores} threads, {self.dtype_reason}",
         ]
         if self.reference is not None:
             lines.append(f"reference: {self.reference.replace('_', ' ')}, {self.reference_reason}")

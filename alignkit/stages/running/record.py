@@ -161,9 +161,12 @@ def differences(before: Recipe, now: Recipe) -> list[str]:
     """Keys with other values, in words.
 
     The output and trust in a model's code are no part of what a run computes. Of a file only the
-    name counts: its content is compared by its fingerprint, wherever it is.
+    name counts: its content is compared by its fingerprint, wherever it is. A dtype that is left
+    open is that of the run.
     """
     old, new = before.as_dict(), now.as_dict()
+    if new["model"]["dtype"] == "auto":
+        new["model"]["dtype"] = old["model"]["dtype"]
     for values in (old, new):
         del values["output"], values["model"]["trust_remote_code"]
     return list(_differences(old, new, ""))

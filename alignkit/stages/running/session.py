@@ -25,10 +25,11 @@ from alignkit.recipe.adapters import FullSpec, b_rate
 from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.stages.base import Recipe
 from alignkit.runtime.checkpoint import find_checkpoint, load_checkpoint
-from alignkit.runtime.devices import build_accelerator, tune_processor
+from alignkit.runtime.devices import build_accelerator
 from alignkit.runtime.metrics import MetricsFile
 from alignkit.runtime.optim import TrainedPart, build_optimizer
 from alignkit.runtime.processes import process_group, world_size
+from alignkit.runtime.processor import tune_processor
 from alignkit.runtime.progress import StepProgress
 from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.precision import with_precision

@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 
-from alignkit.runtime.devices import MAX_KERNELS
+from alignkit.runtime.processor import MAX_KERNELS
 
 SHAPES = MAX_KERNELS + 40
 
 PROGRAM = f"""
 import torch
-from alignkit.runtime.devices import tune_processor
+from alignkit.runtime.processor import tune_processor
 tune_processor()
 right = torch.ones(32, 32, dtype=torch.bfloat16)
 for again in range(2):

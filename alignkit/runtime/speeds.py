@@ -1,0 +1,112 @@
+"""How fast this machine multiplies: measured once, because no flag of a CPU says it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from alignkit.errors import FileError
+from alignkit.files import make_folder, read_json, write_text
+from alignkit.recipe.assets import alignkit_home
+from alignkit.runtime.devices import processor_name
+
+Layers = Sequence[tuple[int, int]]
+"""Inputs and outputs of each."""
+
+PRECISIONS = ("float32", "bfloat16")
+"""Those that are compared."""
+
+_ROUNDS = 2
+_SECONDS = 1.0
+"""Longest round of the slower precision."""
+_FIRST, _MOST = 6e7, 1.5e10
+"""Floating-point operations of one layer's products."""
+_SMALL = ((512, 512), (512, 1024))
+"""Layers of the first products."""
+_TOKENS = (32, 512)
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA")
+"""Variables that hide instructions from the libraries."""
+
+
+def precision_speeds(device: str, layers: Layers) -> dict[str, float]:
+    """Floating-point operations a second in products with frozen weights, forward and backward.
+
+    Products grow as long as the slower precision needs no more than a second for the next ones: a
+    CPU may need a hundred times as long for bfloat16. The precisions take turns, and the best round
+    of each counts.
+
+    Args:
+        device: `cpu` or `mps`.
+        layers: of the model.
+
+    Returns:
+        `float32` and `bfloat16` -> operations a second.
+    """
+    speeds = dict.fromkeys(PRECISIONS, float("inf"))
+    for some, work in ((_SMALL, _FIRST), (layers, _FIRST), (layers, _MOST)):
+        expected = sum(_work(*layer, _tokens(*layer, work)) for layer in some)
+        if expected / min(speeds.values()) > _SECONDS:
+            break
+        rounds = [
+            {name: _round(device, some, getattr(torch, name), work) for name in PRECISIONS}
+            for _ in range(_ROUNDS + 1)  # the first one compiles kernels and fills caches
+        ]
+        speeds = {name: max(one[name] for one in rounds[1:]) for name in PRECISIONS}
+    return speeds
+
+
+def product_speed(device: str, layers: Layers, dtype: torch.dtype) -> float:
+    """The same of one precision, without care for how long it takes."""
+    return max([_round(device, layers, dtype, _MOST) for _ in range(_ROUNDS + 1)][1:])
+
+
+def _tokens(inputs: int, outputs: int, work: float) -> int:
+    fewest, most = _TOKENS
+    return int(min(max(work / (4 * inputs * outputs), fewest), most))
+
+
+def _work(inputs: int, outputs: int, tokens: int) -> float:
+    return 4.0 * tokens * inputs * outputs
+
+
+def _round(device: str, layers: Layers, dtype: torch.dtype, work: float) -> float:
+    done = seconds = 0.0
+    for inputs, outputs in layers:
+        tokens = _tokens(inputs, outputs, work)
+        rows = torch.ones(tokens, inputs, dtype=dtype, device=device)
+        weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
+        started = time.perf_counter()
+        (F.linear(rows, weight) @ weight).sum().item()
+        seconds += time.perf_counter() - started
+        done += _work(inputs, outputs, tokens)
+    return done / seconds
+
+
+def kept(what: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What was measured before on this machine, with this version of torch; else measured now.
+
+    Args:
+        what: names the measurement.
+        measure: name -> number.
+    """
+    limits = [f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ]
+    key = ", ".join((processor_name(), f"torch {torch.__version__}", *limits, what))
+    path = alignkit_home() / "cache" / "speeds.json"
+    known: dict[str, Any] = {}
+    with contextlib.suppress(FileError):
+        known = read_json(path)
+    speeds = known.get(key)
+    if isinstance(speeds, dict) and all(isinstance(speed, float) for speed in speeds.values()):
+        return speeds
+    speeds = measure()
+    with contextlib.suppress(FileError):
+        make_folder(path.parent)
+        write_text(path, json.dumps({**known, key: speeds}, indent=1))
+    return speeds

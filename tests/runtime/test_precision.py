@@ -1,0 +1,109 @@
+"""Which precision is chosen from what a machine measures, and that measuring it takes no time."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alignkit.runtime import precision, speeds
+from alignkit.runtime.precision import describe_precision, fastest
+
+LAYERS = ((64, 64), (64, 96))
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("ALIGNKIT_HOME", str(tmp_path))
+    return tmp_path / "cache" / "speeds.json"
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, narrow: float, wide: float) -> list[Any]:
+    calls: list[Any] = []
+
+    def measure(*arguments: Any) -> dict[str, float]:
+        calls.append(arguments)
+        return {"bfloat16": narrow, "float32": wide}
+
+    monkeypatch.setattr(precision, "precision_speeds", measure)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("narrow", "wide", "chosen"),
+    [(6e11, 1e11, "bfloat16"), (1.2e11, 1e11, "bfloat16"), (1.19e11, 1e11, "float32")],
+)
+def test_bfloat16_has_to_win_by_a_fifth(
+    narrow: float, wide: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(monkeypatch, narrow, wide)
+    dtype, reason = fastest("cpu", LAYERS)
+    assert dtype == chosen
+    numbers = f"bfloat16 {narrow / 1e9:,.0f} and float32 {wide / 1e9:,.0f} GFLOP/s measured here"
+    assert reason == numbers
+
+
+def test_a_machine_is_measured_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = measured(monkeypatch, 1e11, 1e12)
+    assert fastest("cpu", LAYERS) == fastest("cpu", LAYERS)
+    assert len(calls) == 1
+    fastest("cpu", ((64, 64),))  # another model
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # other instructions
+    fastest("cpu", LAYERS)
+    assert len(calls) == 3
+    home.write_text("{damaged")
+    fastest("cpu", LAYERS)
+    assert len(calls) == 4
+    kept = json.loads(home.read_text())
+    home.write_text(json.dumps({key: {"float32": "fast"} for key in kept}))
+    assert fastest("cpu", LAYERS)[0] == "float32"
+    assert len(calls) == 5
+
+
+def test_a_home_that_cannot_be_written_is_no_error(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(monkeypatch, 1e11, 1e12)
+    home.parent.write_text("a file where the folder should be")
+    assert fastest("cpu", LAYERS)[0] == "float32"
+
+
+@pytest.mark.parametrize(("multiplies", "chosen"), [(True, "bfloat16"), (False, "float16")])
+def test_on_a_card_its_own_kernels_decide(
+    multiplies: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def supported(including_emulation: bool = True) -> bool:
+        asked.append(including_emulation)
+        return multiplies
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert fastest("cuda", LAYERS)[0] == chosen
+    assert asked == [False], "a T4 only imitates bfloat16"
+    assert describe_precision("cuda").startswith(f"{chosen}: ")
+
+
+def test_a_precision_that_crawls_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a CPU that imitates bfloat16: 4,096 x 14,336 would take minutes.
+    rounds: list[tuple[tuple[int, int], ...]] = []
+
+    def slow(device: str, layers: Any, dtype: torch.dtype, work: float) -> float:
+        rounds.append(tuple(layers))
+        return 1e8 if dtype == torch.bfloat16 else 1e11
+
+    monkeypatch.setattr(speeds, "_round", slow)
+    found = speeds.precision_speeds("cpu", ((4096, 14336),))
+    assert found == {"float32": 1e11, "bfloat16": 1e8}
+    assert ((4096, 14336),) not in rounds
+
+
+def test_speeds_are_of_products_of_these_sizes() -> None:
+    started = time.monotonic()
+    found = speeds.precision_speeds("cpu", LAYERS)
+    assert time.monotonic() - started < 30.0  # a fraction of a second on an idle machine
+    assert all(1e6 < speed < 1e15 for speed in found.values())
