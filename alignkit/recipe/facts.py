@@ -79,6 +79,7 @@ class HardwareFacts:
         memory: bytes that a process on the device can use now.
         cores: processor cores that torch uses.
         processes: training processes.
+        speed: operations a second in products of the model's layers; 0 if it was not measured.
     """
 
     device: str
@@ -86,3 +87,4 @@ class HardwareFacts:
     memory: int
     cores: int
     processes: int
+    speed: float = 0.0

@@ -30,12 +30,27 @@ def fastest(device: str, layers: Layers) -> tuple[str, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16", "the card multiplies it"
         return "float16", "the card does not multiply bfloat16"
-    sizes = " ".join(f"{inputs}x{outputs}" for inputs, outputs in layers)
-    what = f"{device}, {torch.get_num_threads()} threads, {sizes}"
-    speeds = kept(what, lambda: precision_speeds(device, layers))
+    speeds = _speeds(device, layers)
     narrow, wide = speeds["bfloat16"], speeds["float32"]
     measured = f"bfloat16 {narrow / 1e9:,.0f} and float32 {wide / 1e9:,.0f} GFLOP/s measured here"
     return ("bfloat16" if narrow >= GAIN * wide else "float32"), measured
+
+
+def layer_speed(device: str, layers: Layers, dtype: str) -> float:
+    """Operations a second in products of a model's layers; 0 where nothing is measured.
+
+    Args:
+        device: `cuda`, `mps` or `cpu`.
+        layers: of the model.
+        dtype: that it is computed in.
+    """
+    return 0.0 if device == "cuda" else _speeds(device, layers).get(dtype, 0.0)
+
+
+def _speeds(device: str, layers: Layers) -> dict[str, float]:
+    sizes = " ".join(f"{inputs}x{outputs}" for inputs, outputs in layers)
+    what = f"{device}, {torch.get_num_threads()} threads, {sizes}"
+    return kept(what, lambda: precision_speeds(device, layers))
 
 
 def describe_precision(device: str) -> str:

@@ -56,7 +56,8 @@ class StepProgress:
     ) -> None:
         self.describe = describe or describe_loss
         self.steps, self.first, self.log_every, self.quiet = steps, first_step, log_every, quiet
-        self.started = time.monotonic()
+        self.begun = 0.0
+        """When the first step was done, which is no measure of the others: it compiles kernels."""
         self.live: Progress | None = None
         self.task: TaskID | None = None
         if stderr.is_terminal and not quiet:
@@ -74,12 +75,16 @@ class StepProgress:
 
         Args:
             step: steps done, from 1.
-            metrics: must hold tokens_per_second, memory_gb, and what `describe` reads.
+            metrics: must hold step_seconds, tokens_per_second, memory_gb, and what `describe`
+                reads.
         """
         if self.quiet:
             return
-        done = max(1, step - self.first)
-        left = (time.monotonic() - self.started) / done * (self.steps - step)
+        done, now = step - self.first, time.monotonic()
+        if done <= 1:
+            self.begun = now
+        each = (now - self.begun) / (done - 1) if done > 1 else metrics["step_seconds"]
+        left = each * (self.steps - step)
         line = (
             f"{self.describe(metrics)}  {metrics['tokens_per_second']:,.0f} tokens/s  "
             f"{metrics['memory_gb']:.1f} GB  {show_duration(left)} left"

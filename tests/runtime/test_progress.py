@@ -12,6 +12,7 @@ METRICS = {
     "loss": 1.23456,
     "learning_rate": 2e-4,
     "grad_norm": 0.5,
+    "step_seconds": 0.0,
     "tokens_per_second": 1234.5,
     "memory_gb": 1.26,
 }

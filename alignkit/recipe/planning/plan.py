@@ -15,6 +15,7 @@ from alignkit.errors import AlignkitError
 from alignkit.recipe.adapters import has_adapter
 from alignkit.recipe.facts import DataFacts, HardwareFacts, ModelFacts
 from alignkit.recipe.planning.advice import find_warnings
+from alignkit.recipe.planning.duration import estimate_seconds
 from alignkit.recipe.planning.memory import ROOM, MemoryEstimate, estimate_memory
 from alignkit.recipe.stages.base import Recipe
 
@@ -51,6 +52,7 @@ class Plan:
         peak_rates: trained part -> its peak learning rate; `learning_rate` is the first.
         dtype: compute precision.
         dtype_reason: why it was chosen.
+        seconds: that all steps and evaluations will take; None if nothing is known.
     """
 
     stage: str
@@ -76,6 +78,7 @@ class Plan:
     peak_rates: dict[str, float] = field(default_factory=dict)
     dtype: str = ""
     dtype_reason: str = ""
+    seconds: float | None = None
 
     def lines(self) -> list[str]:
         """What a person sees when the run starts."""
@@ -83,12 +86,20 @@ class Plan:
         lines = [
             f"plan: {self.steps} steps of {self.batch_size} examples, {most}"
             f"{model.trainable / 1e6:.1f} of {model.parameters / 1e6:.1f} M weights trained, about "
-            f"{self.memory.peak / 1e9:.1f} GB",
+            f"{self.memory.peak / 1e9:.1f} GB{self._time()}",
             f"precision: {self.dtype} on {self.hardware.cores} threads, {self.dtype_reason}",
         ]
         if self.reference is not None:
             lines.append(f"reference: {self.reference.replace('_', ' ')}, {self.reference_reason}")
         return [*lines, *self.roles]
+
+    def _time(self) -> str:
+        if self.seconds is None:
+            return ""
+        minutes = round(self.seconds / 60)
+        if not minutes:
+            return " and less than a minute"
+        return f" and {minutes} minute{'s' * (minutes > 1)}"
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -168,6 +179,7 @@ def make_plan(
         schedule=training.schedule,
         dtype=recipe.model.dtype,
         dtype_reason=recipe.model.dtype_reason,
+        seconds=estimate_seconds(recipe, model, data, hardware, steps, checkpointing, reference),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from alignkit.models.adapters.continued import started_adapter
@@ -14,7 +15,7 @@ from alignkit.recipe.facts import HardwareFacts
 from alignkit.recipe.planning.memory import ROOM, fits
 from alignkit.recipe.stages.base import Recipe
 from alignkit.runtime.devices import describe_hardware
-from alignkit.runtime.precision import fastest
+from alignkit.runtime.precision import fastest, layer_speed
 from alignkit.runtime.processes import agree
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
@@ -56,6 +57,19 @@ def fastest_dtype(name: str) -> str:
         if 4 * weights > ROOM * hardware.memory:
             return "bfloat16"
     return chosen
+
+
+def measured_hardware(recipe: Recipe, config: Any, processes: int) -> HardwareFacts:
+    """The machine, and how fast it multiplies in the recipe's precision.
+
+    Args:
+        recipe: with its dtype chosen.
+        config: of the model.
+        processes: training processes.
+    """
+    hardware = describe_hardware(processes)
+    speed = layer_speed(hardware.device, _shapes(config), recipe.model.dtype)
+    return replace(hardware, speed=speed)
 
 
 def _choose(recipe: Recipe, processes: int) -> tuple[str, str]:

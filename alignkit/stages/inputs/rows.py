@@ -37,6 +37,7 @@ from alignkit.recipe.stages.base import Recipe
 from alignkit.recipe.stages.rollouts import RolloutRecipe
 from alignkit.runtime.devices import describe_hardware
 from alignkit.stages.inputs.checking import check_rows
+from alignkit.stages.inputs.precision import measured_hardware
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,8 @@ def plan_run(recipe: Recipe, rows: Rows, processes: int) -> Plan:
         scalar_head=recipe.scalar_head,
         new_tokens=len(recipe.model.add_tokens),
     )
-    return make_plan(recipe, model, data_facts(rows), describe_hardware(processes))
+    hardware = measured_hardware(recipe, config, processes)
+    return make_plan(recipe, model, data_facts(rows), hardware)
 
 
 def plan_rollouts(

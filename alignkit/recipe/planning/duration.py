@@ -1,0 +1,54 @@
+"""How long a run will take, from how fast this machine multiplies."""
+
+from __future__ import annotations
+
+from alignkit.recipe.adapters import has_adapter
+from alignkit.recipe.facts import DataFacts, HardwareFacts, ModelFacts
+from alignkit.recipe.stages.base import Recipe
+
+_SHARE = 0.5
+"""Share of the measured speed that steps reach. Fitted to runs on processors."""
+
+
+def estimate_seconds(
+    recipe: Recipe,
+    model: ModelFacts,
+    data: DataFacts,
+    hardware: HardwareFacts,
+    steps: int,
+    checkpointing: bool,
+    reference: str | None,
+) -> float | None:
+    """Seconds of all steps and evaluations; None where nothing is known.
+
+    Products with the decoder's weights for every token and with the vocabulary head for scored ones
+    are counted, 2 operations a weight in each direction.
+
+    Args:
+        recipe: gives adapter and kind of the rows.
+        model: its sizes.
+        data: sizes of the rows.
+        hardware: its speed in the run's precision.
+        steps: of the run.
+        checkpointing: whether activations are computed twice.
+        reference: kind of the reference; None without one.
+    """
+    if not hardware.speed or model.experts or recipe.row_kind == "prompts":
+        return None
+    passes = steps * recipe.examples_per_step / data.rows
+    evaluations = 1 + max(1, steps // (recipe.training.eval_every or steps))
+    decoder = model.layers * (
+        2 * model.hidden * (model.attention_width + model.key_value_width)
+        + 3 * model.hidden * model.intermediate
+    )
+    head = 0 if recipe.scalar_head else model.vocabulary * model.hidden
+    backward = 2 if has_adapter(recipe.adapter) else 4
+    read = 2 * (data.tokens * decoder + data.trained_tokens * head)
+    trained = data.tokens * decoder * (2 + backward + 2 * checkpointing)
+    trained += data.trained_tokens * head * (2 + backward)
+    scored = 0.0
+    if reference is not None:
+        scored = read * (min(passes, 1.0) if reference == "cached" else passes)
+    held_out = 2.0 * data.eval_tokens * decoder * (1 + (reference is not None)) * evaluations
+    work = passes * trained + scored + held_out
+    return work / (_SHARE * hardware.speed * hardware.processes)
