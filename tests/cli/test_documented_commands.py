@@ -113,8 +113,8 @@ def test_recipes_are_listed_and_explained(alignkit: CommandLine, tmp_path: Path)
 
 FEW = ["training.max_steps=2", "data.train.0.take=8", "data.eval.0.take=4", "model.dtype=float32"]
 QUICKLY = {
-    "sft": [*FEW, "--overwrite"],
-    "dpo": [*FEW, "--overwrite"],
+    "sft": FEW,
+    "dpo": FEW,
     "run": [f"{stage}.{value}" for stage in ("sft", "reward", "ppo") for value in FEW],
 }
 """Command -> what makes it quick."""
