@@ -2,7 +2,7 @@
 
 import logging
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # At import it warns about a kernel that few processors can have.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
