@@ -14,15 +14,17 @@ from transformers.utils import logging as transformers_logging
 def quiet_transformers() -> Iterator[None]:
     """Silence progress bars and warnings of transformers; errors pass."""
     level = transformers_logging.get_verbosity()
+    loud = level < logging.ERROR  # each change of a level makes every logger forget what it knew
     bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+    if loud:
+        transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        transformers_logging.set_verbosity(level)
+        if loud:
+            transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()

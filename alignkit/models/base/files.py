@@ -42,9 +42,15 @@ def reading(place: str | Path, what: str) -> Iterator[None]:
     Raises:
         ModelError: it cannot be read.
     """
+    with naming(place, what), quiet_transformers():
+        yield
+
+
+@contextlib.contextmanager
+def naming(place: str | Path, what: str) -> Iterator[None]:
+    """The same for what prints nothing, and is read many times."""
     try:
-        with quiet_transformers():
-            yield
+        yield
     except (AlignkitError, MemoryError):
         raise
     except Exception as error:

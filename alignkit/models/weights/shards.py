@@ -18,6 +18,7 @@ from alignkit.models.base.changes import BaseChanges
 from alignkit.models.base.files import (
     INDEX,
     ONE_FILE,
+    naming,
     reading,
     stored_shapes,
     weight_files,
@@ -54,7 +55,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         """One weight as it is stored; its file stays mapped as long as the tensor lives."""
         name = name if name in self._file else self.tied.get(name, name)
         with (
-            reading(self.folder, "the weights"),
+            naming(self.folder, "the weights"),
             safe_open(self.folder / self._file[name], "pt") as file,
         ):
             weight: torch.Tensor = file.get_tensor(name)
