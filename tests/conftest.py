@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,22 +78,3 @@ def real_base(alignkit: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if done.code != 0:
         pytest.fail(f"the real model cannot be fetched: {done.stderr}")
     return Path(done.stdout.strip())
-
-
-@pytest.fixture(scope="session")
-def real_dtype() -> str:
-    """`model.dtype=…` for runs of the 135M model: bfloat16, unless this CPU only imitates it.
-
-    Without AVX-512 a product in bfloat16 takes ten times as long, and a run of seconds minutes.
-    """
-    import torch
-
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        one = torch.ones(768, 768, dtype=dtype)
-        one @ one
-        started = time.perf_counter()
-        one @ one
-        seconds[dtype] = time.perf_counter() - started
-    narrow = seconds[torch.bfloat16] < 3 * seconds[torch.float32]
-    return f"model.dtype={'bfloat16' if narrow else 'float32'}"

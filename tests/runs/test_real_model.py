@@ -31,11 +31,10 @@ def rows() -> list[dict[str, Any]]:
 def run(
     alignkit: CommandLine,
     real_base: Path,
-    real_dtype: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     folder = tmp_path_factory.mktemp("real")
-    options = [*FEW, "training.max_steps=3", "output=run", real_dtype]
+    options = [*FEW, "training.max_steps=3", "output=run"]
     done = alignkit("sft", "quickstart/sft.yaml", *options, cwd=folder)
     assert done.code == 0, done.stderr
     return folder / "run"

@@ -20,7 +20,7 @@ PAIRS = 2
 FEW = [
     f"data.train.0.take={PAIRS}",
     f"training.batch_size={PAIRS}",
-    "training.max_steps=3",
+    "training.max_steps=2",
     "training.learning_rate=2e-4",
     "training.warmup=0",
     "data.eval=[]",
@@ -49,22 +49,21 @@ def test_a_policy_starts_at_its_reference_and_learns(
     start: float,
     alignkit: CommandLine,
     real_base: Path,
-    real_dtype: str,
     tmp_path: Path,
 ) -> None:
-    # In bfloat16 too, policy and reference are the same numbers before the first step.
+    # In any precision, policy and reference are the same numbers before the first step.
     more = ("data.train.0.take=4", "training.batch_size=4") if stage == "kto" else ()  # both labels
-    steps = train(alignkit, stage, recipe, tmp_path, "merge=false", real_dtype, *more)
+    steps = train(alignkit, stage, recipe, tmp_path, "merge=false", *more)
     assert steps[0]["loss"] == pytest.approx(start, rel=1e-5)
-    assert steps[2]["loss"] < steps[0]["loss"]
-    assert steps[2]["rewards/margins"] > 0.0
+    assert steps[1]["loss"] < steps[0]["loss"]
+    assert steps[1]["rewards/margins"] > 0.0
 
 
 def test_a_reward_model_in_plain_transformers(
-    alignkit: CommandLine, real_base: Path, real_dtype: str, tmp_path: Path
+    alignkit: CommandLine, real_base: Path, tmp_path: Path
 ) -> None:
-    steps = train(alignkit, "reward", "reward/smollm2-135m-lora.yaml", tmp_path, real_dtype)
-    assert steps[2]["loss"] < steps[0]["loss"]
+    steps = train(alignkit, "reward", "reward/smollm2-135m-lora.yaml", tmp_path)
+    assert steps[1]["loss"] < steps[0]["loss"]
     merged = tmp_path / "run" / "merged"
     model = AutoModelForSequenceClassification.from_pretrained(merged, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(merged)
