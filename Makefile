@@ -24,6 +24,8 @@ $(VENV)/.test: $(VENV)/.runtime
 	touch $@
 
 demo: $(VENV)/.runtime
+	@echo "A 135M chat model learns to answer in three short lines (SFT), then to close with a question (DPO)."
+	@echo "Every plan says how long it takes: on two cores a minute or two with AMX, eight minutes with AVX2."
 	$(BIN)/alignkit fetch smollm2-135m-instruct
 	$(BIN)/alignkit sft quickstart/sft.yaml --overwrite
 	$(BIN)/alignkit dpo quickstart/dpo.yaml --overwrite
