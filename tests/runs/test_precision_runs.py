@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 from commandline import CommandLine
-from running import KILL_AFTER, adapter_of, losses, make_preference_recipe, make_recipe, train
+from running import (
+    KILL_AFTER,
+    adapter_of,
+    losses,
+    make_ppo_recipe,
+    make_preference_recipe,
+    make_recipe,
+    train,
+)
 
 from alignkit.recipe.reading.load import load_recipe
 from alignkit.recipe.reading.stored import stored_recipe
@@ -134,3 +142,29 @@ def test_the_reference_follows_the_precision(
             precision, "fastest", lambda device, layers, dtype=dtype: (dtype, "measured")
         )
         assert plan_stage(recipe, 1)[1].reference == kind
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo", "kto", "ppo"])
+def test_every_stage_computes_in_what_was_chosen(
+    stage: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "fastest", lambda device, layers: ("float32", "measured"))
+    fields = {"model__dtype": "auto", "training__max_steps": 2}
+    if stage == "ppo":
+        recipe = make_ppo_recipe(tmp_path, tiny_base, **fields)
+    else:
+        recipe = make_preference_recipe(tmp_path, tiny_base, stage, **fields)
+    train(recipe)
+    assert dtype_of(tmp_path / "run") == "float32"
+    train(recipe, "model.dtype=float32", f"output={tmp_path / 'twin'}")
+    assert losses(tmp_path / "run") == losses(tmp_path / "twin")
+
+
+def test_ppo_takes_float32_where_only_float16_is_fast(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "fastest", lambda device, layers: ("float16", "an old card"))
+    recipe = load_recipe(str(make_ppo_recipe(tmp_path, tiny_base, model__dtype="auto"))).recipe
+    plan = plan_stage(recipe, 1)[1]
+    assert plan.dtype == "float32"
+    assert plan.dtype_reason == "an old card, and ppo cannot scale its loss for float16"

@@ -6,8 +6,8 @@ from alignkit.recipe.adapters import has_adapter
 from alignkit.recipe.facts import DataFacts, HardwareFacts, ModelFacts
 from alignkit.recipe.stages.base import Recipe
 
-_SHARE = 0.5
-"""Share of the measured speed that steps reach. Fitted to runs on processors."""
+_SHARE = 0.6
+"""Share of the measured speed that steps reach: 72 of 120 GFLOP/s in SFT and DPO of a 135M model."""
 
 
 def estimate_seconds(
