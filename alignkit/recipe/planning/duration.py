@@ -7,7 +7,7 @@ from alignkit.recipe.facts import DataFacts, HardwareFacts, ModelFacts
 from alignkit.recipe.stages.base import Recipe
 
 _SHARE = 0.6
-"""Share of the measured speed that steps reach: 72 of 120 GFLOP/s in SFT and DPO of a 135M model."""
+"""Share of the measured speed that is reached: 72 of 120 GFLOP/s in SFT and DPO of 135M weights."""
 
 
 def estimate_seconds(
