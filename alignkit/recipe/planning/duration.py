@@ -21,9 +21,6 @@ def estimate_seconds(
 ) -> float | None:
     """Seconds of all steps and evaluations; None where nothing is known.
 
-    Products with the decoder's weights for every token and with the vocabulary head for scored ones
-    are counted, 2 operations a weight in each direction.
-
     Args:
         recipe: gives adapter and kind of the rows.
         model: its sizes.
@@ -35,20 +32,49 @@ def estimate_seconds(
     """
     if not hardware.speed or model.experts or recipe.row_kind == "prompts":
         return None
-    passes = steps * recipe.examples_per_step / data.rows
+    work = step_work(recipe, model, data, steps, checkpointing, reference)
     evaluations = 1 + max(1, steps // (recipe.training.eval_every or steps))
-    decoder = model.layers * (
-        2 * model.hidden * (model.attention_width + model.key_value_width)
-        + 3 * model.hidden * model.intermediate
-    )
-    head = 0 if recipe.scalar_head else model.vocabulary * model.hidden
+    models = 1 + (reference is not None)
+    work += 2.0 * data.eval_tokens * _decoder(model) * models * evaluations
+    return work / (_SHARE * hardware.speed * hardware.processes)
+
+
+def step_work(
+    recipe: Recipe,
+    model: ModelFacts,
+    data: DataFacts,
+    steps: int,
+    checkpointing: bool,
+    reference: str | None,
+) -> float:
+    """Floating-point operations of all steps: 2 for a weight and a token in each direction.
+
+    Products with the decoder's weights count for every token, those with the vocabulary head for
+    the scored ones; attention and the adapter do not count.
+
+    Args:
+        recipe: gives adapter and head.
+        model: its sizes.
+        data: sizes of the rows.
+        steps: of the run.
+        checkpointing: whether activations are computed twice.
+        reference: kind of the reference; None without one.
+    """
+    passes = steps * recipe.examples_per_step / data.rows
+    decoder, head = _decoder(model), 0 if recipe.scalar_head else model.vocabulary * model.hidden
     backward = 2 if has_adapter(recipe.adapter) else 4
-    read = 2 * (data.tokens * decoder + data.trained_tokens * head)
     trained = data.tokens * decoder * (2 + backward + 2 * checkpointing)
     trained += data.trained_tokens * head * (2 + backward)
     scored = 0.0
     if reference is not None:
+        read = 2.0 * (data.tokens * decoder + data.trained_tokens * head)
         scored = read * (min(passes, 1.0) if reference == "cached" else passes)
-    held_out = 2.0 * data.eval_tokens * decoder * (1 + (reference is not None)) * evaluations
-    work = passes * trained + scored + held_out
-    return work / (_SHARE * hardware.speed * hardware.processes)
+    return passes * trained + scored
+
+
+def _decoder(model: ModelFacts) -> int:
+    """Weights of the decoder's products."""
+    return model.layers * (
+        2 * model.hidden * (model.attention_width + model.key_value_width)
+        + 3 * model.hidden * model.intermediate
+    )
