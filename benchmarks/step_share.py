@@ -2,7 +2,7 @@
 
     python benchmarks/step_share.py sft --data rows.jsonl [--rows 16] [--batch 8] [--json FILE]
 
-Work is that of the base's products (`alignkit/recipe/planning/duration.py`); attention, the adapter,
+Work is that of the base's products (alignkit/recipe/planning/duration.py); attention, the adapter,
 norms and the optimizer are what else the time goes to. Products of 2,048 x 2,048 take turns with
 the steps, in the run's precision; the first step, which compiles kernels, is left out.
 """
