@@ -295,7 +295,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "dtype": (
         {"dtype": "int3"},
-        "command line: dtype must be 'bfloat16', 'float16' or 'float32', got 'int3'\n",
+        "command line: dtype must be 'auto', 'bfloat16', 'float16' or 'float32', got 'int3'\n",
     ),
     "suffix": (
         {"output": "out.json"},
