@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -105,6 +106,8 @@ def require_folder_name(path: Path) -> None:
     Raises:
         FileError: it is a file, lies under one, leads to nothing, or cannot be used here.
     """
+    if re.search("[\x00-\x1f\x7f]", str(path)):
+        raise FileError(f"{str(path)!r} holds a control character", hint="choose another name")
     for here in (path, *path.parents):
         try:
             here.stat()

@@ -14,6 +14,10 @@ MEMORY = 1 << 30
 """Bytes that one chat may take besides what the process holds."""
 
 
+LONGEST, GROWTH = 1_000_000, 16
+"""Characters that a template may write of its own, and for each character of the chat."""
+
+
 class RenderingError(ModelError):
     """A chat template refuses the turns, fails on them, or passes a limit."""
 
@@ -38,7 +42,11 @@ def render_chat(
     """
     try:
         with memory_limit(MEMORY), time_limit(seconds):
-            return str(tokenizer.apply_chat_template(list(turns), tokenize=False, **options))
+            text = str(tokenizer.apply_chat_template(list(turns), tokenize=False, **options))
+            given = len(repr(turns)) + len(repr(options))
+        if len(text) <= LONGEST + GROWTH * given:
+            return text
+        reason = f"it makes {len(text):,} characters of a chat of {given:,}"
     except TimeUp:
         reason = f"it takes more than {seconds:g} seconds for one chat"
     except MemoryError:

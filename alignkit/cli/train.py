@@ -38,10 +38,12 @@ def train_command(stage: str) -> Callable[..., None]:
         quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
     ) -> None:
+        from alignkit.recipe.planning.plan import require_examples
         from alignkit.recipe.reading.load import load_recipe
 
         loaded = load_recipe(recipe, overrides, stage=stage)
         if processes > 1 and not is_worker():
+            require_examples(loaded.recipe, processes)
             raise typer.Exit(launch_processes(processes))
         warn_of_versions()
         from alignkit.stages.registry import run_stage

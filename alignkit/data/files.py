@@ -245,18 +245,20 @@ def _read_json(text: str, shown: str) -> Iterator[Found]:
 
 
 def _read_csv(text: str, shown: str) -> Iterator[Found]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     while True:
+        begins = reader.line_num + 1
         try:
+            names = list(reader.fieldnames or [])
+            begins = reader.line_num + 1
             values = next(reader, None)
         except csv.Error as error:
             raise DataError(
-                f"{shown}:{reader.reader.line_num}: is not valid CSV: {error}",
-                hint="write the rows as .jsonl, which has no such limits",
+                f"{shown}:{begins}: is not valid CSV: {error}",
+                hint='close every quote, and double a quote inside a quoted field: "like ""this"""',
             ) from None
         if values is None:
             return
-        names = list(reader.fieldnames or [])
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise DataError(

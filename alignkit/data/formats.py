@@ -13,6 +13,7 @@ Where prompts are wanted, the completion may be missing, and `text` is a prompt.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -124,7 +125,9 @@ def detect_format(row: Row) -> str:
         return name
     raise DataError(
         f"{row.place}: no known row format has the keys {', '.join(map(str, keys))}",
-        hint="rows are messages | conversations | instruction, output | prompt, completion | text; "
+        hint="the columns of a CSV file are separated by commas"
+        if len(keys) == 1 and re.search("[;\t|]", str(next(iter(keys))))
+        else "rows are messages | conversations | instruction, output | prompt, completion | text; "
         "rename with columns, as in columns: {prompt: question, completion: answer}",
     )
 

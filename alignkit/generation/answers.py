@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import LogitsProcessor, TextStreamer
 
-from alignkit.errors import AlignkitError, DataError
+from alignkit.errors import AlignkitError, DataError, ModelError
 from alignkit.generation.rollout import stop_tokens
 from alignkit.generation.sampling import SamplingSettings
 from alignkit.models.attention.prefix import has_window, prefix_length
@@ -118,6 +118,14 @@ def _encode(opened: OpenModel, texts: list[str], settings: SamplingSettings) -> 
             f"model's context of {context}{after}",
             hint="shorten the prompt, or lower --max-new-tokens",
         )
+    rows = opened.model.get_input_embeddings().weight.shape[0]
+    if int(inputs["input_ids"].max()) >= rows:
+        number = int(inputs["input_ids"].max())
+        raise ModelError(
+            f"{tokenizer.convert_ids_to_tokens(number)!r} of a prompt is token {number}, and the "
+            f"model {opened.name} has {rows} tokens",
+            hint="the tokenizer is of another model, or tokens were added to it alone",
+        )
     return inputs.to(opened.model.device)
 
 
@@ -131,9 +139,32 @@ def _generate(
             **settings.options(),
             eos_token_id=sorted(stop_tokens(opened.model, opened.tokenizer)) or None,
             pad_token_id=opened.tokenizer.pad_token_id,
+            logits_processor=[_FiniteLogits(opened.name)],
             **options,
         )
     return output
+
+
+class _FiniteLogits(LogitsProcessor):  # type: ignore[misc]
+    """Refuses a model whose first logits say nothing.
+
+    Args:
+        name: of the model.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.checked = name, False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores `[B, V]`."""
+        if not self.checked and bool(scores.isnan().any()):
+            raise ModelError(
+                f"{self.name} computes logits that are not numbers",
+                hint="its files are damaged, or a value in its config.json is wrong; in float16 "
+                "large activations overflow: --dtype float32",
+            )
+        self.checked = True
+        return scores
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]

@@ -304,4 +304,5 @@ def stop_tokens(inner: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int
     named = getattr(inner.generation_config, "eos_token_id", None)
     ids: Sequence[int | None] = named if isinstance(named, list) else [named]
     rows = inner.config.get_text_config().vocab_size  # a file may name ids beyond it
-    return frozenset(i for i in (*ids, *answer_ends(tokenizer)) if i is not None and i < rows)
+    every: list[Any] = [*ids, *answer_ends(tokenizer)]
+    return frozenset(i for i in every if type(i) is int and 0 <= i < rows)

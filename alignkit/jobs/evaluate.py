@@ -17,7 +17,7 @@ from alignkit.data.mismatch import with_mismatched
 from alignkit.data.report import describe_rows
 from alignkit.data.sources import Row
 from alignkit.data.tokenize import TokenizeSettings, tokenize_examples
-from alignkit.errors import ModelError
+from alignkit.errors import DataError, ModelError
 from alignkit.evaluation.columns import MAX_TOKENS, score_documents
 from alignkit.evaluation.heldout import evaluate_heldout
 from alignkit.jobs.precision import dtype_for
@@ -87,6 +87,9 @@ def evaluate_models(names: list[str], question: Question) -> dict[str, Evaluatio
     """
     question.check()
     tune_processor()
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ModelError(f"{twice[0]} is named twice", hint="name each model once")
     question = replace(question, dtype=dtype_for(names[0], question.dtype, question.base))
     run = None if question.data else run_with_recipe(names)
     evaluations: dict[str, Evaluation] = {}
@@ -194,7 +197,12 @@ def _rows(opened: OpenModel, question: Question, run: Path | None) -> tuple[RowK
         kind = "answers"  # a reward model scores each answer, whatever its label
     settings = TokenizeSettings(limit, "drop", "completions", kind)
     cache = alignkit_home() / "cache" / "tokens"
-    dataset = load_dataset([source], opened.tokenizer, settings, 0, cache)
+    try:
+        dataset = load_dataset([source], opened.tokenizer, settings, 0, cache)
+    except DataError as error:
+        if "data.max_length" not in error.hint:
+            raise
+        raise DataError(error.message, hint="raise --max-length") from None
     require_rows_of(dataset, opened.model.config)
     return kind, with_mismatched(dataset, limit, 0) if kind == "labelled" else dataset
 

@@ -85,6 +85,12 @@ def merge_run(
     options = options or MergeOptions()
     adapters = [_adapter(source) for source in sources]
     first = adapters[0]
+    twice = [path for path in adapters if adapters.count(path) > 1]
+    if twice:
+        raise ModelError(
+            f"{twice[0]} is named twice: its change would count double",
+            hint="name it once; --weights says how much of it is merged",
+        )
     blend = _blend(adapters, options)
     choices = (("dtype", tuple(DTYPES)), ("onto", ONTO), ("method", METHODS))
     for key, allowed in choices:

@@ -17,6 +17,7 @@ from alignkit.models.adapters.files import (
 )
 from alignkit.models.adapters.finding import base_of_adapter, tokenizer_of
 from alignkit.models.base.fitness import is_classifier, require_language_model
+from alignkit.models.base.generation import repaired
 from alignkit.models.base.loading import load_model, load_tokenizer
 from alignkit.models.base.places import resolve
 from alignkit.models.base.skeleton import require_complete
@@ -62,13 +63,12 @@ def open_model(
         require_complete(source)
         # A classifier's decoder loads as a language model; its vocabulary head is never used.
         head = read_head(Path(source.location)) if is_classifier(source) else None
-        return OpenModel(
-            load_model(source, dtype, device), load_tokenizer(source), name, _to(head, device)
-        )
+        model = _repaired(load_model(source, dtype, device))
+        return OpenModel(model, load_tokenizer(source), name, _to(head, device))
     source = base_of_adapter(adapter, base)
     require_language_model(source)
     require_complete(source)
-    model = load_adapter(load_model(source, dtype, device), adapter)
+    model = load_adapter(_repaired(load_model(source, dtype, device)), adapter)
     tokenizer = load_tokenizer(tokenizer_of(adapter, source))
     head = read_head(adapter) if has_head(adapter) else None
     return OpenModel(model, tokenizer, name, _to(head, device))
@@ -89,6 +89,13 @@ def open_language_model(
             hint=f"score with `alignkit eval {name} --prompt TEXT --answer TEXT`",
         )
     return opened
+
+
+def _repaired(model: Any) -> Any:
+    """The model with generation settings that transformers can follow."""
+    rows = model.config.get_text_config().vocab_size
+    model.generation_config = repaired(model.generation_config, rows)[0]
+    return model
 
 
 def _to(head: nn.Linear | None, device: str) -> nn.Linear | None:

@@ -27,7 +27,7 @@ class LoopSpec(Section):
     """Shape after warm-up; cosine and linear end at zero."""
     warmup: Annotated[float, Field(ge=0.0, le=1e9)] = 0.03
     """Warm-up: below 1 a share of the steps, from 1 a number of steps."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
     """Decoupled weight decay; not applied to biases and norms."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
     """Gradient norm above which gradients are clipped; null never clips."""

@@ -106,10 +106,15 @@ def kept(what: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]
     with contextlib.suppress(FileError):
         known = read_json(path)
     speeds = known.get(key)
-    if isinstance(speeds, dict) and all(isinstance(speed, float) for speed in speeds.values()):
+    if isinstance(speeds, dict) and all(_is_speed(speed) for speed in speeds.values()):
         return speeds
     speeds = measure()
-    with contextlib.suppress(FileError):
+    with contextlib.suppress(FileError, OSError):
         make_folder(path.parent)
         write_text(path, json.dumps({**known, key: speeds}, indent=1))
     return speeds
+
+
+def _is_speed(value: object) -> bool:
+    """Whether a machine may have measured it."""
+    return isinstance(value, float) and 0.0 < value < 1e17

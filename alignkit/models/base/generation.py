@@ -53,17 +53,19 @@ def repaired(settings: Any, rows: int | None = None) -> tuple[Any, str]:
         settings: changed in place.
         rows: of the vocabulary, which no id of theirs may be beyond; None if it is not known.
     """
-    beyond = [] if rows is None else [key for key in _KEPT if _leave_out(settings, key, rows)]
+    odd = [key for key in _KEPT if _leave_out(settings, key, rows)]
     settings, change = _saved(settings)
-    said = f"{', '.join(beyond)} beyond the vocabulary of {rows} left out" if beyond else ""
+    size = "" if rows is None else f" of {rows}"
+    said = f"{', '.join(odd)} beyond the vocabulary{size} left out" if odd else ""
     return settings, "; ".join(filter(None, [said, change]))
 
 
-def _leave_out(settings: Any, key: str, rows: int) -> bool:
-    """Remove ids beyond the vocabulary; whether there were any. Some write -1 for no token."""
+def _leave_out(settings: Any, key: str, rows: int | None) -> bool:
+    """Remove what is no token of the vocabulary; whether there was any. Some write -1 for none."""
     value = getattr(settings, key, None)
     ids = value if isinstance(value, list) else [value]
-    kept = [one for one in ids if not isinstance(one, int) or -1 <= one < rows]
+    most = float("inf") if rows is None else rows
+    kept = [one for one in ids if one is None or (type(one) is int and -1 <= one < most)]
     if len(kept) < len(ids):
         setattr(settings, key, (kept if isinstance(value, list) else None) or None)
     return len(kept) < len(ids)

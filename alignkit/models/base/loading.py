@@ -154,12 +154,19 @@ def _stored_config(base: BaseModel) -> Any:
                 f"config.json of {base.location!r} asks for code from the hub: {key} = {value!r}",
                 hint=f"remove {key} from its config.json",
             )
+        for key in _SIZES & values.keys():
+            if type(value := values[key]) is int and value < 1:
+                raise ValueError(f"{key} must be at least 1, got {value}")
         config = AutoConfig.from_pretrained(base.location, **base.options)
         named = getattr(config, "architectures", None) or []
         if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
             raise ValueError(f"architectures must be a list of names, got {named!r}")
         base.stored.append(config)
     return base.stored[0]
+
+
+_SIZES = {"hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
+_SIZES |= {"intermediate_size", "vocab_size", "max_position_embeddings"}
 
 
 def _implementations(values: Any) -> Iterator[tuple[str, str]]:

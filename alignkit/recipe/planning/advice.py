@@ -51,7 +51,8 @@ def find_warnings(
         )
     if steps < 10:
         key = recipe.examples_key.rpartition(".")[2]
-        warnings.append(f"only {steps} optimizer steps: lower {key} or raise epochs")
+        way = "raise max_steps" if training.max_steps else f"lower {key} or raise epochs"
+        warnings.append(f"only {steps} optimizer steps: {way}")
     epochs = steps * recipe.examples_per_step / data.rows
     if epochs > 10 and not recipe.repeats_rows:
         warnings.append(f"{epochs:.0f} passes over {data.rows} rows: expect memorised completions")

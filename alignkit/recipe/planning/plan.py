@@ -132,11 +132,7 @@ def make_plan(
         AlignkitError: the recipe cannot be run as written.
     """
     training, batch_size = recipe.training, recipe.examples_per_step
-    if batch_size < hardware.processes:
-        raise AlignkitError(
-            f"{recipe.examples_key} = {batch_size} is less than the {hardware.processes} processes",
-            hint=f"each process needs an example: set it to {hardware.processes} or more",
-        )
+    require_examples(recipe, hardware.processes)
     room = model.context - model.prefix
     if model.context and recipe.data.max_length > room:
         before = f" after a prefix of {model.prefix}" if model.prefix else ""
@@ -181,6 +177,20 @@ def make_plan(
         dtype_reason=recipe.model.dtype_reason,
         seconds=estimate_seconds(recipe, model, data, hardware, steps, checkpointing, reference),
     )
+
+
+def require_examples(recipe: Recipe, processes: int) -> None:
+    """Refuse more processes than a step has examples.
+
+    Raises:
+        AlignkitError: a process would have nothing to do.
+    """
+    if recipe.examples_per_step < processes:
+        raise AlignkitError(
+            f"{recipe.examples_key} = {recipe.examples_per_step} is less than the {processes} "
+            "processes",
+            hint=f"each process needs an example: set it to {processes} or more",
+        )
 
 
 def _choose_reference(recipe: Recipe, passes: float) -> tuple[str | None, str]:
