@@ -245,9 +245,8 @@ def _read_json(text: str, shown: str) -> Iterator[Found]:
 
 
 def _read_csv(text: str, shown: str) -> Iterator[Found]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader, begins = csv.DictReader(io.StringIO(text, newline=""), strict=True), 1
     while True:
-        begins = reader.line_num + 1
         try:
             names = list(reader.fieldnames or [])
             begins = reader.line_num + 1
@@ -255,15 +254,14 @@ def _read_csv(text: str, shown: str) -> Iterator[Found]:
         except csv.Error as error:
             raise DataError(
                 f"{shown}:{begins}: is not valid CSV: {error}",
-                hint='close every quote, and double a quote inside a quoted field: "like ""this"""',
+                hint="close every quote, or write .jsonl, which has no such limits",
             ) from None
         if values is None:
             return
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise DataError(
-                f"{shown}:1: the header has {twice[0]!r} twice", hint="rename one of the columns"
-            )
+            message = f"{shown}:1: the header has {twice[0]!r} twice"
+            raise DataError(message, hint="rename one of the columns")
         first_line = reader.line_num - sum(str(value).count("\n") for value in values.values())
         if None in values or None in values.values():
             raise DataError(

@@ -230,7 +230,7 @@ def test_lines_of_rows_in_a_json_list() -> None:
             "r.csv",
             "a,b\n1,2\n" + "x" * 131073 + ",3\n",
             "r.csv:3: is not valid CSV: field larger than field limit (131072)\n"
-            "hint: write the rows as .jsonl, which has no such limits",
+            "hint: close every quote, or write .jsonl, which has no such limits",
         ),
         ("r.csv", "a,b\n", "r.csv: holds no rows\nhint: check the path and the split"),
         ("r.json", "[]", "r.json: holds no rows\nhint: check the path and the split"),
