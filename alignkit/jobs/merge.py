@@ -85,12 +85,6 @@ def merge_run(
     options = options or MergeOptions()
     adapters = [_adapter(source) for source in sources]
     first = adapters[0]
-    twice = [path for path in adapters if adapters.count(path) > 1]
-    if twice:
-        raise ModelError(
-            f"{twice[0]} is named twice: its change would count double",
-            hint="name it once; --weights says how much of it is merged",
-        )
     blend = _blend(adapters, options)
     choices = (("dtype", tuple(DTYPES)), ("onto", ONTO), ("method", METHODS))
     for key, allowed in choices:
@@ -100,6 +94,12 @@ def merge_run(
     is_run = all((first.parent / name).is_file() for name in (NAME, "run.json"))
     run = first.parent if is_run else None
     output = _output(run or first, adapters, options)
+    twice = [path for path in adapters if adapters.count(path) > 1]
+    if twice:
+        raise ModelError(
+            f"{twice[0]} is named twice: its change would count double",
+            hint="name it once; --weights says how much of it is merged",
+        )
     model = _base(adapters, options)
     if Path(model.location).resolve().is_relative_to(output.resolve()):
         raise ModelError(f"{output} holds the base itself", hint="name another --output")

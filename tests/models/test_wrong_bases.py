@@ -19,9 +19,9 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"hidden_size": "64"}, "Field 'hidden_size' expected int, got str"),
     ({"hidden_size": 10**9}, "is [700, 64] in its file, but [700, 1000000000] by its"),
     ({"max_position_embeddings": None}, "Validation error for field 'max_position_embeddings'"),
-    ({"num_attention_heads": 0}, "ZeroDivisionError"),
+    ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
     ({"num_attention_heads": 3}, "the configuration of"),
-    ({"num_key_value_heads": 0}, "no 'llama' model can be built as its configuration says"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1, got 0"),
     ({"dtype": "float13"}, "module 'torch' has no attribute 'float13'"),
     ({"hidden_act": "nope"}, "as its configuration says: it knows no hidden_act 'nope'"),
     (

@@ -17,6 +17,10 @@ _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
 """What is kept of settings that cannot be repaired."""
 
 
+_TEXTS = {"cache_implementation", "early_stopping", "stop_strings", "transformers_version"}
+"""Settings that may be text."""
+
+
 def generation_settings(base: BaseModel) -> tuple[GenerationConfig | None, str]:
     """The base's settings, repaired where transformers refuses to save them.
 
@@ -54,10 +58,18 @@ def repaired(settings: Any, rows: int | None = None) -> tuple[Any, str]:
         rows: of the vocabulary, which no id of theirs may be beyond; None if it is not known.
     """
     odd = [key for key in _KEPT if _leave_out(settings, key, rows)]
+    texts = [
+        key
+        for key, value in vars(settings).items()
+        if isinstance(value, str) and key not in _TEXTS and not key.startswith("_")
+    ]
+    for key in texts:
+        setattr(settings, key, None)
     settings, change = _saved(settings)
     size = "" if rows is None else f" of {rows}"
     said = f"{', '.join(odd)} beyond the vocabulary{size} left out" if odd else ""
-    return settings, "; ".join(filter(None, [said, change]))
+    wrong = f"{', '.join(texts)} left out, which must not be text" if texts else ""
+    return settings, "; ".join(filter(None, [said, wrong, change]))
 
 
 def _leave_out(settings: Any, key: str, rows: int | None) -> bool:
