@@ -15,8 +15,11 @@ from running import assert_same, break_off, make_ppo_recipe, make_recipe, steps_
 from safetensors.torch import load_file
 
 from alignkit.errors import NotFiniteError, TrainingError
+from alignkit.recipe.reading.load import load_recipe
 from alignkit.stages.ppo import update
+from alignkit.stages.registry import run_stage
 from alignkit.stages.running.bad_steps import BadSteps, Spikes
+from alignkit.stages.running.session import RunOptions
 from alignkit.stages.supervised import sft
 
 ERROR = NotFiniteError("the loss of step 7 is nan")
@@ -168,11 +171,13 @@ sft.cross_entropy_loss = wrong
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny_base: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(tmp_path, tiny_base, **FIELDS)
+    recipe = load_recipe(str(make_recipe(tmp_path, tiny_base, **FIELDS))).recipe
+    # More than a recipe may say: whatever makes weights infinite, they are not saved.
+    training = recipe.training.model_copy(update={"weight_decay": 1e300})
     with pytest.raises(
         TrainingError, match=r"is not finite after step 1: it is not saved"
     ) as caught:
-        train(recipe, "training.weight_decay=1e300")
+        run_stage(recipe.model_copy(update={"training": training}), RunOptions(quiet=True))
     assert "training.weight_decay" in caught.value.hint
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
     assert not (tmp_path / "run" / "adapter").exists()
