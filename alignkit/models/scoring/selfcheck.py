@@ -107,7 +107,7 @@ def packed_fault(model: Any, dtype: torch.dtype) -> str | None:
     fault = _difference(inner, dtype, expected, actual, (apart, actual[others]), len(reached))
     if fault is not None:
         _require_finite(inner)
-    if not bool(expected.isfinite().all()):
+    if fault is not None and not bool(expected.isfinite().all()):
         raise ModelError(
             f"the model's log-probs of a short text are not finite in {str(dtype)[6:]}",
             hint="a value in its config.json may be wrong; in float16 large activations overflow: "
