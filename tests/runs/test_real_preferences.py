@@ -52,12 +52,13 @@ def test_a_policy_starts_at_its_reference_and_learns(
     tmp_path: Path,
 ) -> None:
     # In any precision, policy and reference are the same numbers before the first step.
-    more = ("data.train.0.take=4", "training.batch_size=4") if stage == "kto" else ()  # both labels
+    # KTO's baseline moves, too: with fewer rows or steps its loss first rises.
+    kto = ("data.train.0.take=6", "training.batch_size=6", "training.max_steps=3")
+    more = kto if stage == "kto" else ()
     steps = train(alignkit, stage, recipe, tmp_path, "merge=false", *more)
     assert steps[0]["loss"] == pytest.approx(start, rel=1e-5)
-    assert steps[1]["rewards/margins"] > 0.0
-    if stage != "kto":  # whose baseline moves, too
-        assert steps[1]["loss"] < steps[0]["loss"]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert steps[-1]["rewards/margins"] > 0.0
 
 
 def test_a_reward_model_in_plain_transformers(
