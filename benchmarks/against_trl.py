@@ -93,11 +93,12 @@ def run_trl(args: argparse.Namespace, folder: Path, track: str) -> dict[str, obj
     from alignkit.peers.trl import run_trl
     from alignkit.recipe.reading.load import load_recipe
     from alignkit.stages.inputs.base import start_model
+    from alignkit.stages.inputs.precision import with_precision
     from alignkit.stages.inputs.rows import load_rows
 
     path = folder / "recipe.yaml"
     path.write_text(recipe_text(args, str(folder / "run")))
-    recipe = load_recipe(str(path)).recipe
+    recipe = with_precision(load_recipe(str(path)).recipe, 1)
     rows = load_rows(recipe, start_model(recipe.model))
     steps = args.rows // args.batch
     found = run_trl(

@@ -22,6 +22,7 @@ from alignkit.models.base.loading import load_model, load_tokenizer
 from alignkit.models.base.places import resolve
 from alignkit.models.base.skeleton import require_complete
 from alignkit.models.rewards.head import read_head
+from alignkit.terminal import print_line
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,12 @@ def open_model(
         require_complete(source)
         # A classifier's decoder loads as a language model; its vocabulary head is never used.
         head = read_head(Path(source.location)) if is_classifier(source) else None
-        model = _repaired(load_model(source, dtype, device))
+        model = _repaired(load_model(source, dtype, device), name)
         return OpenModel(model, load_tokenizer(source), name, _to(head, device))
     source = base_of_adapter(adapter, base)
     require_language_model(source)
     require_complete(source)
-    model = load_adapter(_repaired(load_model(source, dtype, device)), adapter)
+    model = load_adapter(_repaired(load_model(source, dtype, device), name), adapter)
     tokenizer = load_tokenizer(tokenizer_of(adapter, source))
     head = read_head(adapter) if has_head(adapter) else None
     return OpenModel(model, tokenizer, name, _to(head, device))
@@ -91,10 +92,12 @@ def open_language_model(
     return opened
 
 
-def _repaired(model: Any) -> Any:
+def _repaired(model: Any, name: str) -> Any:
     """The model with generation settings that transformers can follow."""
     rows = model.config.get_text_config().vocab_size
-    model.generation_config = repaired(model.generation_config, rows)[0]
+    model.generation_config, change = repaired(model.generation_config, rows)
+    if change:
+        print_line(f"generation_config.json of {name}: {change}", "note")
     return model
 
 

@@ -129,7 +129,8 @@ def run_trl(
     """Train with TRL's trainer for the recipe's stage.
 
     Args:
-        recipe: with its defaults filled in; at most one epoch of whole batches is run.
+        recipe: with its defaults filled in and its dtype chosen; at most one epoch of whole batches
+            is run.
         base: the model to start from.
         tokenizer: with its chat template.
         rows: training rows; for KTO with mismatched branches.

@@ -12,13 +12,24 @@ import psutil
 import torch
 from accelerate import Accelerator
 
+from alignkit.errors import AlignkitError
 from alignkit.recipe.facts import HardwareFacts
+
+_DEVICES = ("cpu", "cuda", "mps")
 
 
 def find_device() -> str:
-    """`cuda`, `mps` or `cpu`; `$ALIGNKIT_DEVICE` names one."""
+    """`cuda`, `mps` or `cpu`; `$ALIGNKIT_DEVICE` names one.
+
+    Raises:
+        AlignkitError: it names another.
+    """
     named = os.environ.get("ALIGNKIT_DEVICE")
     if named:
+        if named not in _DEVICES:
+            raise AlignkitError(
+                f"ALIGNKIT_DEVICE names no device: {named!r}", hint=f"one of {', '.join(_DEVICES)}"
+            )
         return named
     if torch.cuda.is_available():
         return "cuda"

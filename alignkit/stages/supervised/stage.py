@@ -55,7 +55,6 @@ class SupervisedStage:
         """
         check_custom(recipe.objective, self.custom)
         session = Session(recipe, options)
-        recipe = session.recipe
         with session.running() as base:
             rows = load_rows(recipe, base)
             plan = session.plan(rows)
