@@ -1,4 +1,4 @@
-"""The shipped quickstart on the real 135M model, a few rows of it."""
+"""The shipped quickstart on the real 135M model, with a few short rows."""
 
 from __future__ import annotations
 
@@ -10,21 +10,34 @@ import pytest
 import torch
 from commandline import CommandLine
 from peft import PeftModel
-from running import losses, steps_of
+from running import losses, steps_of, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from alignkit.recipe.assets import assets_root
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
-PROMPTS = ["What is the capital of France?", "How do I boil an egg?"]
-ROWS = 3
-FEW = [f"data.train.0.take={ROWS}", f"training.batch_size={ROWS}", "data.eval=[]"]
+TURNS = [
+    ["Name a fruit.", "An apple."],
+    ["What is 2 + 2?", "4.", "And 3 + 3?", "6."],
+    ["Say hello.", "Hello, my friend!"],
+]
+FEW = ["data.train=[{path: rows.jsonl}]", "training.batch_size=3", "data.eval=[]"]
 
 
 def rows() -> list[dict[str, Any]]:
-    path = assets_root() / "data_templates" / "sft" / "messages.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:ROWS]]
+    """Chats behind a short system message, which takes the place of the template's long one."""
+    system = {"role": "system", "content": "Be brief."}
+    return [
+        {
+            "messages": [
+                system,
+                *(
+                    {"role": ("user", "assistant")[number % 2], "content": text}
+                    for number, text in enumerate(turns)
+                ),
+            ]
+        }
+        for turns in TURNS
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +47,7 @@ def run(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     folder = tmp_path_factory.mktemp("real")
+    write_rows(folder / "rows.jsonl", rows())
     options = [*FEW, "training.max_steps=3", "output=run"]
     done = alignkit("sft", "quickstart/sft.yaml", *options, cwd=folder)
     assert done.code == 0, done.stderr
@@ -49,30 +63,31 @@ def test_the_loss_falls(run: Path) -> None:
 
 
 @torch.no_grad()
-def test_merged_answers_like_base_and_adapter(run: Path, real_base: Path) -> None:
+def test_merged_is_base_and_adapter(run: Path, real_base: Path) -> None:
+    # The merged weights are rounded to bfloat16, as the base's are.
     tokenizer = AutoTokenizer.from_pretrained(run / "merged")
     base = AutoModelForCausalLM.from_pretrained(real_base, dtype=torch.float32)
-    adapted = PeftModel.from_pretrained(base, str(run / "adapter")).eval()
-    merged = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32).eval()
-    for prompt in PROMPTS:
-        turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-        options = {"attention_mask": torch.ones_like(ids), "do_sample": False}
-        answers = [
-            model.generate(
-                input_ids=ids, max_new_tokens=12, pad_token_id=tokenizer.pad_token_id, **options
-            )[0].tolist()
-            for model in (adapted, merged)
-        ]
-        assert answers[0] == answers[1]
-        assert len(answers[0]) > ids.shape[1]
+    merged = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)
+    text = tokenizer.apply_chat_template(rows()[1]["messages"], tokenize=False)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+
+    def logprobs(model: Any) -> torch.Tensor:
+        return model.eval()(input_ids=ids).logits[0].log_softmax(-1)  # [T, V]
+
+    before, after = logprobs(base), logprobs(merged)
+    adapted = logprobs(PeftModel.from_pretrained(base, str(run / "adapter")))
+    rounded, trained = (
+        float((adapted.exp() * (adapted - other)).sum(-1).mean()) for other in (after, before)
+    )
+    assert trained > 0.1
+    assert rounded < 1e-3 * trained
 
 
 def test_the_mask_decodes_to_the_completions(
     alignkit: CommandLine, real_base: Path, tmp_path: Path
 ) -> None:
-    options = [*FEW, "--json", "--rows", str(ROWS)]
+    write_rows(tmp_path / "rows.jsonl", rows())
+    options = [*FEW, "--json", "--rows", str(len(TURNS))]
     done = alignkit("inspect", "quickstart/sft.yaml", *options, cwd=tmp_path)
     found = json.loads(done.stdout)
     tokenizer = AutoTokenizer.from_pretrained(real_base)
@@ -86,6 +101,7 @@ def test_the_mask_decodes_to_the_completions(
 def test_the_first_loss_is_plain_transformers(
     alignkit: CommandLine, real_base: Path, tmp_path: Path
 ) -> None:
+    write_rows(tmp_path / "rows.jsonl", rows())
     options = [*FEW, "training.max_steps=1", "output=run", "model.dtype=float32", "merge=false"]
     done = alignkit("sft", "quickstart/sft.yaml", *options, cwd=tmp_path)
     assert done.code == 0, done.stderr

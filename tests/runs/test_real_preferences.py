@@ -1,25 +1,28 @@
-"""The shipped preference recipes on the real 135M model, a few pairs of them."""
+"""The shipped preference recipes on the real 135M model, with a few short pairs."""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from commandline import CommandLine
-from running import steps_of
+from running import steps_of, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-from alignkit.recipe.assets import assets_root
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
-PAIRS = 2
+ANSWERS = [
+    ("Name a fruit.", "An apple.", "I would rather not."),
+    ("What is 2 + 2?", "4.", "Who knows."),
+    ("Say hello.", "Hello!", "No."),
+]
 FEW = [
-    f"data.train.0.take={PAIRS}",
-    f"training.batch_size={PAIRS}",
+    "data.train=[{path: pairs.jsonl}]",
+    "training.batch_size=6",
     "training.max_steps=2",
     "training.learning_rate=2e-4",
     "training.warmup=0",
@@ -28,9 +31,25 @@ FEW = [
 ]
 
 
+def pairs() -> list[dict[str, Any]]:
+    """Pairs behind a short system message, which takes the place of the template's long one."""
+    return [
+        {
+            "prompt": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": question},
+            ],
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}],
+        }
+        for question, chosen, rejected in ANSWERS
+    ]
+
+
 def train(
     alignkit: CommandLine, stage: str, recipe: str, folder: Path, *options: str
 ) -> list[dict[str, float]]:
+    write_rows(folder / "pairs.jsonl", pairs())
     done = alignkit(stage, recipe, *FEW, *options, cwd=folder)
     assert done.code == 0, done.stderr
     return steps_of(folder / "run")
@@ -52,9 +71,8 @@ def test_a_policy_starts_at_its_reference_and_learns(
     tmp_path: Path,
 ) -> None:
     # In any precision, policy and reference are the same numbers before the first step.
-    # KTO's baseline moves, too: with fewer rows or steps its loss first rises.
-    kto = ("data.train.0.take=6", "training.batch_size=6", "training.max_steps=3")
-    more = kto if stage == "kto" else ()
+    # KTO's baseline moves, too: in two steps its loss first rises.
+    more = ("training.max_steps=3",) if stage == "kto" else ()
     steps = train(alignkit, stage, recipe, tmp_path, "merge=false", *more)
     assert steps[0]["loss"] == pytest.approx(start, rel=1e-5)
     assert steps[-1]["loss"] < steps[0]["loss"]
@@ -69,17 +87,14 @@ def test_a_reward_model_in_plain_transformers(
     merged = tmp_path / "run" / "merged"
     model = AutoModelForSequenceClassification.from_pretrained(merged, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(merged)
-    path = assets_root() / "data_templates" / "preference" / "pairs.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:PAIRS]]
+    rows = pairs()
     turns = [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
     texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in turns]
     inputs = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
     with torch.no_grad():
         rewards = model(**inputs).logits[:, 0].view(-1, 2)
     assert (rewards[:, 0] - rewards[:, 1]).mean() > 0.0
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    options = ["--data", file, "--dtype", "float32", "--json"]
+    options = ["--data", "pairs.jsonl", "--dtype", "float32", "--json"]
     done = alignkit("eval", tmp_path / "run", *options, cwd=tmp_path)
     assert done.code == 0, done.stderr
     (values,) = json.loads(done.stdout).values()
