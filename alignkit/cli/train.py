@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Annotated
 
@@ -49,6 +50,7 @@ def train_command(stage: str) -> Callable[..., None]:
         from alignkit.stages.registry import run_stage
         from alignkit.stages.running.session import RunOptions
 
+        gc.freeze()  # no search for garbage in what is imported: half a second each
         options = RunOptions(resume, overwrite, quiet, typed_command(), loaded.document.files)
         summary = run_stage(loaded.recipe, options)
         if summary is None:

@@ -23,6 +23,7 @@ PINNED = {
 }
 os.environ.update(PINNED)  # read when torch is imported
 
+import gc
 import hashlib
 import json
 import sys
@@ -130,6 +131,8 @@ def nf4_bits() -> str:
 def record() -> dict[str, Any]:
     """All values of this machine."""
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # each run searches for garbage twice: most of its time beside all that is imported
     functional.dequantize_4bit = exact_nf4  # its own rounds otherwise where there is AVX-512
     with tempfile.TemporaryDirectory() as folder:
         os.environ["ALIGNKIT_HOME"] = str(Path(folder) / "home")

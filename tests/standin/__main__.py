@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -29,6 +30,8 @@ def main(options: argparse.Namespace) -> None:
         options: as from `parse`.
     """
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # each run searches for garbage twice: most of its time beside all that is imported
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["ALIGNKIT_HOME"] = f"{folder}/home"
