@@ -18,6 +18,9 @@ MIN_SAVED = 1 / 8
 """Share of their documents' tokens that a shared start must save. Attention to a prefix needs a
 mask, which costs a little; most shared starts save much more than this, or nothing."""
 
+LOOKAHEAD = 1000
+"""Steps that are searched for the largest one."""
+
 NOTHING = slice(0, 0)
 """No prefix."""
 
@@ -39,8 +42,42 @@ def step_items(step: int, num_items: int, batch_size: int, seed: int) -> IntArra
     """
     steps_per_epoch = -(-num_items // batch_size)
     epoch, position = divmod(step, steps_per_epoch)
-    permutation = np.random.default_rng([seed, 3, epoch]).permutation(num_items)
-    return permutation[position * batch_size : (position + 1) * batch_size].astype(np.int64)
+    order = epoch_order(epoch, num_items, seed)
+    return order[position * batch_size : (position + 1) * batch_size]
+
+
+def epoch_order(epoch: int, num_items: int, seed: int) -> IntArray:
+    """`[n]` all items in the order of one epoch.
+
+    Args:
+        epoch: from 0.
+        num_items: items in the dataset, `n`.
+        seed: of the run.
+    """
+    return np.random.default_rng([seed, 3, epoch]).permutation(num_items).astype(np.int64)
+
+
+def largest_share(
+    lengths: IntArray, batch_size: int, seed: int, processes: int, steps: int | None
+) -> int:
+    """Most tokens that one process reads in one of the first steps.
+
+    Args:
+        lengths: `[n]` tokens of each item.
+        batch_size: items per step, over all processes.
+        seed: of the run.
+        processes: that share a step.
+        steps: of the run, if it is known; none after the first epoch are looked at.
+    """
+    ordered = lengths[epoch_order(0, len(lengths), seed)]
+    end = min(LOOKAHEAD, steps or LOOKAHEAD) * batch_size
+    starts = range(0, min(len(ordered), end), batch_size)
+    shares = (
+        ordered[start : start + batch_size][rank::processes]
+        for start in starts
+        for rank in range(processes)
+    )
+    return max(int(share.sum()) for share in shares)
 
 
 def split_documents(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

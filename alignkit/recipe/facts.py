@@ -51,6 +51,7 @@ class DataFacts:
         tokens: tokens of these items.
         trained_tokens: of these, the ones that carry loss.
         longest: tokens of the longest row.
+        step: tokens of the largest step, of one process.
         eval_rows: held-out rows.
         eval_tokens: tokens of the held-out rows.
         overlap: held-out rows that also appear in the training rows.
@@ -62,6 +63,7 @@ class DataFacts:
     tokens: int
     trained_tokens: int
     longest: int
+    step: int
     eval_rows: int
     eval_tokens: int
     overlap: int

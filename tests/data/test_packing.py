@@ -13,6 +13,7 @@ from alignkit.data.documents import Branch, Document
 from alignkit.data.packing import (
     MIN_COMMON,
     common_starts,
+    largest_share,
     pack_documents,
     split_documents,
     step_items,
@@ -54,6 +55,18 @@ def test_a_step_depends_on_nothing_that_came_before() -> None:
     assert step_items(7, 50, 8, seed=1).tolist() == epoch_of(1, 50, 8, seed=1)[0]
     assert step_items(7, 50, 8, 1).tolist() == step_items(7, 50, 8, 1).tolist()
     assert step_items(0, 50, 8, 1).dtype == np.int64
+
+
+@pytest.mark.parametrize(("processes", "steps"), [(1, None), (2, None), (3, 2)])
+def test_the_largest_share_of_a_step(processes: int, steps: int | None) -> None:
+    lengths = np.random.default_rng(0).integers(1, 100, 50)
+    shares = [
+        sum(int(lengths[item]) for item in items[rank::processes])
+        for items in epoch_of(0, 50, 8, seed=1)[:steps]
+        for rank in range(processes)
+    ]
+    assert largest_share(lengths, 8, 1, processes, steps) == max(shares)
+    assert min(shares) < max(shares)
 
 
 def test_the_batch_size_cuts_the_order_and_does_not_change_it() -> None:

@@ -15,7 +15,14 @@ from alignkit.recipe.stages.registry import stages
 # A decoder of 2 x (2 x 8 x (8 + 4) + 3 x 8 x 16) = 1,152 weights and a head of 100 x 8 = 800.
 MODEL = ModelFacts("Tiny", 2000, 10, 2, 8, 16, 8, 4, 100, 512)
 DATA = DataFacts(
-    rows=10, tokens=1000, trained_tokens=100, longest=200, eval_rows=0, eval_tokens=0, overlap=0
+    rows=10,
+    tokens=1000,
+    trained_tokens=100,
+    longest=200,
+    step=1000,
+    eval_rows=0,
+    eval_tokens=0,
+    overlap=0,
 )
 HARDWARE = HardwareFacts("cpu", "processor", 10**9, 2, 1, speed=1000.0)
 

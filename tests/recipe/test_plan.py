@@ -32,6 +32,7 @@ DATA = DataFacts(
     tokens=64_000,
     trained_tokens=20_000,
     longest=400,
+    step=4000,
     eval_rows=32,
     eval_tokens=6_400,
     overlap=0,

@@ -227,9 +227,6 @@ def _fit_memory(
 ) -> tuple[int, bool, MemoryEstimate]:
     """The largest token budget that fits, without recomputation if possible."""
     training = recipe.training
-    step_tokens = math.ceil(
-        min(data.rows, recipe.examples_per_step) * data.tokens / data.rows / hardware.processes
-    )
     wanted = training.gradient_checkpointing
     choices = [False, True] if wanted == "auto" else [wanted]
     if training.microbatch_tokens == "auto":
@@ -240,7 +237,7 @@ def _fit_memory(
     last = None
     for checkpointing in choices:
         for budget in budgets:
-            tokens = max(min(budget, round(1.25 * step_tokens)), data.longest)
+            tokens = max(min(budget, data.step), data.longest)
             documents = math.ceil(tokens * data.rows / data.tokens)
             memory = estimate_memory(
                 recipe, model, hardware, tokens, checkpointing, reference, reward_models, documents

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.dataset import TokenDataset, load_dataset
 from alignkit.data.mismatch import with_mismatched
+from alignkit.data.packing import largest_share
 from alignkit.data.prompts import PromptSet, load_prompts
 from alignkit.data.split import count_overlap, count_prompt_overlap, split_dataset, split_prompts
 from alignkit.data.templates import template_text
@@ -229,7 +230,7 @@ def plan_run(recipe: Recipe, rows: Rows, processes: int) -> Plan:
         new_tokens=len(recipe.model.add_tokens),
     )
     hardware = measured_hardware(recipe, config, processes)
-    return make_plan(recipe, model, data_facts(rows), hardware)
+    return make_plan(recipe, model, data_facts(recipe, rows, processes), hardware)
 
 
 def plan_rollouts(
@@ -256,6 +257,7 @@ def plan_rollouts(
         tokens=sum(lengths) + new * len(prompts),
         trained_tokens=new * len(prompts),
         longest=max(lengths) + new,
+        step=_largest_step(recipe, np.asarray(lengths) + new, processes),
         eval_rows=0 if held_out is None else len(held_out),
         eval_tokens=0 if held_out is None else held_out.report.tokens,
         overlap=0 if held_out is None else count_prompt_overlap(prompts, held_out),
@@ -266,8 +268,14 @@ def plan_rollouts(
     )
 
 
-def data_facts(rows: Rows) -> DataFacts:
-    """Sizes of the rows."""
+def data_facts(recipe: Recipe, rows: Rows, processes: int) -> DataFacts:
+    """Sizes of the rows.
+
+    Args:
+        recipe: says how many of them are a step.
+        rows: read as it says.
+        processes: that share a step.
+    """
     train, held_out = rows.train, rows.held_out
     labels = train.roles[train.order, 0]
     return DataFacts(
@@ -275,12 +283,18 @@ def data_facts(rows: Rows) -> DataFacts:
         tokens=int(train.lengths.sum()),
         trained_tokens=int(train.num_trained.sum()),
         longest=int(train.lengths.max()),
+        step=_largest_step(recipe, train.lengths, processes),
         eval_rows=0 if held_out is None else len(held_out),
         eval_tokens=0 if held_out is None else int(held_out.lengths.sum()),
         overlap=0 if held_out is None else count_overlap(train, held_out),
         chosen=int((labels == Role.CHOSEN).sum()),
         rejected=int((labels == Role.REJECTED).sum()),
     )
+
+
+def _largest_step(recipe: Recipe, lengths: IntArray, processes: int) -> int:
+    steps = recipe.training.max_steps
+    return largest_share(lengths, recipe.examples_per_step, recipe.seed, processes, steps)
 
 
 def keep_plan(plan: Plan, stored: dict[str, Any]) -> Plan:

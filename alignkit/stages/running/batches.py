@@ -7,11 +7,8 @@ from dataclasses import dataclass
 
 from alignkit.data.dataset import TokenDataset
 from alignkit.data.documents import Document
-from alignkit.data.packing import common_starts, split_documents, step_items
+from alignkit.data.packing import LOOKAHEAD, common_starts, split_documents, step_items
 from alignkit.recipe.planning.plan import Plan
-
-_LOOKAHEAD = 1000
-"""Steps that are searched for the largest micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ class Batches:
     def largest(self) -> MicroBatch:
         """The micro-batch with the most tokens for the model to read, in the steps to come."""
         best: tuple[int, int, int] | None = None
-        for step in range(min(self.plan.steps, self.plan.steps_per_epoch, _LOOKAHEAD)):
+        for step in range(min(self.plan.steps, self.plan.steps_per_epoch, LOOKAHEAD)):
             for number, batch in enumerate(self.step(step).micro_batches):
                 if best is None or batch.num_read > best[0]:
                     best = (batch.num_read, step, number)
