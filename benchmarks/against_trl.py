@@ -6,6 +6,11 @@ head. The first-step losses must agree before any ratio is printed.
 
     python benchmarks/against_trl.py dpo --data pairs.json --rows 12 --batch 4 --out result.json
 
+What a ratio could be is printed beside it. If our steps ran at the machine's own product of large
+matrices, measured in turns with the engines, the ratio would be (TRL's operations / ours) / (TRL's
+share of that peak). TRL's operations are counted while it runs once more; ours are those of the
+base's products (alignkit/recipe/planning/duration.py).
+
 Tracks: `default` is TRL as its documentation starts it (float32 weights under bf16 autocast,
 gradient checkpointing); `tuned` is TRL with bf16 weights and no checkpointing. Rows are not grouped
 by length in either: the order is part of the comparison.
@@ -25,7 +30,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from machine import describe_machine
+from machine import describe_machine, product_seconds, product_work
 
 OBJECTIVES = {"dpo": {"kind": "dpo", "beta": 0.1}, "kto": {"kind": "kto", "beta": 0.1}}
 
@@ -53,7 +58,7 @@ def recipe_text(args: argparse.Namespace, output: str) -> str:
         "output": output,
         "model": {"base": args.model, "dtype": args.dtype},
         "adapter": {"kind": "lora", "rank": 16, "alpha": 32.0},
-        "data": {"train": [{"path": args.data}], "max_length": args.max_length},
+        "data": {"train": [{"path": args.data, "take": args.rows}], "max_length": args.max_length},
         "training": {
             "max_steps": args.rows // args.batch,
             "batch_size": args.batch,
@@ -72,19 +77,27 @@ def recipe_text(args: argparse.Namespace, output: str) -> str:
 
 def run_alignkit(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     """Through the command's own function; the clock runs over the optimizer steps."""
+    from alignkit.recipe.planning.duration import step_work
     from alignkit.recipe.reading.load import load_recipe
     from alignkit.runtime.metrics import read_metrics
-    from alignkit.stages.registry import run_stage
+    from alignkit.stages.inputs.precision import with_precision
+    from alignkit.stages.registry import plan_stage, run_stage
     from alignkit.stages.running.session import RunOptions
 
     recipe = folder / "recipe.yaml"
     recipe.write_text(recipe_text(args, str(folder / "run")))
-    run_stage(load_recipe(str(recipe)).recipe, RunOptions(quiet=True))
+    loaded = with_precision(load_recipe(str(recipe)).recipe, 1)
+    plan = plan_stage(loaded, 1)[1]
+    run_stage(loaded, RunOptions(quiet=True))
     steps = read_metrics(folder / "run" / "metrics.jsonl")
     return {
         "losses": [m["loss"] for m in steps],
         "step_seconds": [m["step_seconds"] for m in steps],
         "tokens": sum(m["tokens"] for m in steps),
+        "operations": step_work(
+            loaded, plan.model, plan.data, plan.steps, plan.gradient_checkpointing, plan.reference
+        ),
+        "planned_gb": plan.memory.peak / 1e9,
     }
 
 
@@ -113,12 +126,36 @@ def run_trl(args: argparse.Namespace, folder: Path, track: str) -> dict[str, obj
     return {"losses": found.losses, "step_seconds": found.step_seconds, "tokens": 0}
 
 
+def count_trl(args: argparse.Namespace, folder: Path, track: str) -> dict[str, object]:
+    """TRL's run with the operations of its products and attention; slower, so not timed."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        found = run_trl(args, folder, track)
+    return {**found, "operations": counter.get_total_flops()}
+
+
+def peak_flops(dtype: str) -> float:
+    """Operations a second of large products, once the kernels are there."""
+    import torch
+
+    seconds = [product_seconds(getattr(torch, dtype)) for _ in range(6)]
+    return product_work() / statistics.median(seconds[1:])
+
+
 def work(args: argparse.Namespace) -> None:
     engine, _, track = args.worker.partition(":")
+    track, _, counted = track.partition(":")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        found = run_alignkit(args, folder) if engine == "alignkit" else run_trl(args, folder, track)
+        if engine == "alignkit":
+            found = run_alignkit(args, folder)
+        elif counted:
+            found = count_trl(args, folder, track)
+        else:
+            found = run_trl(args, folder, track)
+    found["peak_flops"] = peak_flops(args.dtype)
     found["wall_seconds"] = time.monotonic() - started
     found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     sys.stdout.write("RESULT " + json.dumps(found) + "\n")
@@ -152,6 +189,24 @@ def summarise(blocks: list[dict[str, object]], rows: int) -> dict[str, float]:
     }
 
 
+def bound(
+    ours: list[dict[str, object]], theirs: list[dict[str, object]], counted: dict[str, object]
+) -> dict[str, float]:
+    """What the ratio of times would be at the machine's own peak, and what it is of that."""
+    peak = statistics.median(block["peak_flops"] for block in [*ours, *theirs])  # type: ignore[type-var]
+    our_work, their_work = float(ours[0]["operations"]), float(counted["operations"])  # type: ignore[arg-type]
+    our_time, their_time = (summarise(b, 1)["step_seconds_total"] for b in (ours, theirs))
+    most = their_work / our_work / (their_work / their_time / peak)
+    return {
+        "peak GFLOP/s": peak / 1e9,
+        "our share of it": our_work / our_time / peak,
+        "their share": their_work / their_time / peak,
+        "their operations / ours": their_work / our_work,
+        "most that the ratio could be": most,
+        "reached of it": their_time / our_time / most,
+    }
+
+
 def main() -> None:
     args = parse()
     if args.worker:
@@ -178,17 +233,21 @@ def main() -> None:
     }
     tolerance = 2e-2 if args.dtype == "bfloat16" else 1e-4
     first = {worker: blocks[0]["losses"][0] for worker, blocks in found.items()}  # type: ignore[index]
+    limits: dict[str, dict[str, float]] = {}
+    result["bounds"] = limits
     for worker in workers[1:]:
         gap = abs(first[worker] - first["alignkit"])
         print(f"first-step loss: alignkit {first['alignkit']:.5f}, {worker} {first[worker]:.5f}")
         if gap > tolerance:
             sys.exit(f"the losses differ by {gap:.2g}: no ratio is meaningful")
         theirs = summarise(found[worker], used)
+        limits[worker] = bound(found["alignkit"], found[worker], block(args, f"{worker}:count"))
         print(
             f"{worker}: {theirs['step_seconds_total'] / ours['step_seconds_total']:.2f}× our time "
             f"in steps, {theirs['wall_seconds'] / ours['wall_seconds']:.2f}× in all, "
-            f"{theirs['peak_gb'] / ours['peak_gb']:.2f}× our memory"
+            f"our memory {ours['peak_gb'] / theirs['peak_gb']:.2f}× theirs"
         )
+        print("  " + ", ".join(f"{name} {value:.3g}" for name, value in limits[worker].items()))
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -17,9 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
-
-SIZE = 2048
+from machine import describe_machine, product_seconds, product_work
 
 
 def parse() -> argparse.Namespace:
@@ -33,16 +31,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
-
-
-def product_seconds(dtype: Any) -> float:
-    """One product of large matrices."""
-    import torch
-
-    one = torch.ones(SIZE, SIZE, dtype=dtype)
-    started = time.perf_counter()
-    (one @ one).sum().item()
-    return time.perf_counter() - started
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -85,7 +73,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         recipe, plan.model, plan.data, plan.steps, plan.gradient_checkpointing, plan.reference
     )
     seconds = sum(step["step_seconds"] for step in later)
-    peak = 2.0 * SIZE**3 / statistics.median(products[1:])
+    peak = product_work() / statistics.median(products[1:])
     return {
         "stage": args.stage,
         "dtype": recipe.model.dtype,

@@ -25,6 +25,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from alignkit.models.kernels.quantized import dense_weight, is_quantized, weight_dtype
+from alignkit.models.kernels.remade import Remade, how_made
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names in transformers' models of layers that read the same input."""
@@ -71,16 +72,21 @@ class _LoraProduct(torch.autograd.Function):
         x: torch.Tensor,
         layers: Sequence[_Frozen],
         narrow: _Factors,
+        made: Remade | None,
         *factors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         outputs, low = _products(x, layers, narrow)
-        ctx.save_for_backward(x, low, narrow.a, *narrow.b)
+        sources, ctx.make = made or ((x,), None)
+        ctx.save_for_backward(low, narrow.a, *narrow.b, *sources)
         ctx.layers = layers  # frozen: no in-place change to guard against
+        ctx.dtype = x.dtype
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        x, low, narrow_a, *narrow_b = ctx.saved_tensors
+        low, narrow_a, *others = ctx.saved_tensors
+        narrow_b, sources = others[: len(grads)], others[len(grads) :]
+        x = sources[0] if ctx.make is None else ctx.make(*sources).to(ctx.dtype).view(len(low), -1)
         ranks = [layer.rank for layer in ctx.layers]
         grad_low = torch.cat([grad @ b for grad, b in zip(grads, narrow_b, strict=True)], dim=1)
         # Transposed in memory first: the products gain more time than the copy takes.
@@ -97,7 +103,7 @@ class _LoraProduct(torch.autograd.Function):
             grad_x = torch.mm(grad_low, narrow_a)
             for grad, layer in zip(grads, ctx.layers, strict=True):
                 grad_x.addmm_(grad, dense_weight(layer.base))
-        return grad_x, None, None, *itertools.chain(*zip(grad_a, grad_b, strict=True))
+        return grad_x, None, None, None, *itertools.chain(*zip(grad_a, grad_b, strict=True))
 
 
 def _products(
@@ -270,7 +276,7 @@ def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
     if torch.is_grad_enabled():
         pairs = ((layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers)
         weights = itertools.chain(*pairs)
-        outputs = _LoraProduct.apply(flat, frozen, factors, *weights)  # type: ignore[no-untyped-call]
+        outputs = _LoraProduct.apply(flat, frozen, factors, how_made(x), *weights)  # type: ignore[no-untyped-call]
     else:
         outputs, _ = _products(flat, frozen, factors)
     first, *others = (y.view(*x.shape[:-1], -1) for y in outputs)

@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 from alignkit.models.kernels.blocks import ELEMENTS, buffers, row_blocks
 from alignkit.models.kernels.precision import product_dtype
+from alignkit.models.kernels.remade import can_be_remade
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -32,7 +33,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: torch.dtype
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         y = x.new_empty(x.shape, dtype=dtype)
         inverse = x.new_empty(len(x), 1, dtype=torch.float32)
         # A wide input is kept as narrow as the output. Backward needs only its direction, and the
@@ -40,22 +41,21 @@ class _RmsNorm(torch.autograd.Function):
         narrow = dtype.itemsize < x.dtype.itemsize
         kept = torch.empty_like(y) if narrow else x
         (room,) = buffers(x, 1, torch.float32)
-        factor = weight.to(torch.promote_types(x.dtype, weight.dtype))
         for rows in row_blocks(x):
             wide, scale, normed = x[rows].float(), inverse[rows], room[: rows.stop - rows.start]
             torch.mul(wide, wide, out=normed)
             torch.mean(normed, -1, keepdim=True, out=scale).add_(epsilon).rsqrt_()
             torch.mul(wide, scale, out=normed)
-            # Rounded to the input's dtype: nothing changes if that is float32.
-            y[rows] = normed.to(x.dtype).to(factor.dtype).mul_(factor)
+            y[rows] = _weighted(normed, x.dtype, weight)
             if narrow:
                 kept[rows] = wide
         ctx.save_for_backward(kept, weight, inverse)
+        ctx.mark_non_differentiable(inverse)
         ctx.dtype = x.dtype
-        return y
+        return y, inverse
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
         kept, weight, inverse = ctx.saved_tensors
         factor = weight.to(torch.promote_types(ctx.dtype, weight.dtype))
         grad_x = torch.empty_like(kept, dtype=ctx.dtype)
@@ -88,8 +88,27 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     """
     dtype = _output_dtype(x, weight)
     flat = x.reshape(-1, x.shape[-1])
-    y: torch.Tensor = _RmsNorm.apply(flat, weight, epsilon, dtype)  # type: ignore[no-untyped-call]
-    return y.view(x.shape)
+    y, inverse = _RmsNorm.apply(flat, weight, epsilon, dtype)  # type: ignore[no-untyped-call]
+    y = y.view(x.shape)
+    if dtype.itemsize < x.dtype.itemsize:  # what is kept of x does not give the same bits
+        return y  # type: ignore[no-any-return]
+    return can_be_remade(y, (flat, weight, inverse), functools.partial(_normed, dtype=dtype))
+
+
+def _normed(
+    x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """The output once more."""
+    y = x.new_empty(x.shape, dtype=dtype)
+    for rows in row_blocks(x):
+        y[rows] = _weighted(x[rows].float() * inverse[rows], x.dtype, weight)
+    return y
+
+
+def _weighted(normed: torch.Tensor, dtype: torch.dtype, weight: torch.Tensor) -> torch.Tensor:
+    """w ∘ x̂, with x̂ rounded to the input's dtype: nothing changes if that is float32."""
+    factor = weight.to(torch.promote_types(dtype, weight.dtype))
+    return normed.to(dtype).to(factor.dtype).mul_(factor)
 
 
 def _output_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:

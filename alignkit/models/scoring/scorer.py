@@ -19,6 +19,7 @@ from torch import nn
 
 from alignkit.models.attention.packed import PACKED
 from alignkit.models.attention.prefix import prefix_states
+from alignkit.models.kernels.gated import use_gated_products
 from alignkit.models.kernels.norms import use_cpu_norms
 from alignkit.models.kernels.precision import compute_context, widen_layer_norms
 from alignkit.models.kernels.vocab_head import TokenScores, logit_transform, score_targets
@@ -129,6 +130,7 @@ class TokenScorer(Scorer):
         with quiet_transformers():
             inner.set_attn_implementation(PACKED)
         use_cpu_norms(inner)
+        use_gated_products(inner)
         transform = logit_transform(inner.config.get_text_config())
         self.transform = dataclasses.replace(transform, temperature=temperature)
 
