@@ -54,12 +54,12 @@ PAIRS = [{"path": "data_templates/preference/pairs.jsonl", "take": 8}]
 IDS = torch.arange(12)[None]
 
 
-@pytest.fixture
-def adapter_run(tmp_path: Path, tiny_base: Path) -> Path:
+@pytest.fixture(scope="module")
+def adapter_run(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     """An SFT run that was not merged, with a large update."""
-    recipe = make_recipe(tmp_path / "sft", tiny_base, merge=False, training__learning_rate=2e-2)
-    train(recipe)
-    return tmp_path / "sft" / "run"
+    folder = tmp_path_factory.mktemp("sft")
+    train(make_recipe(folder, tiny_base, merge=False, training__learning_rate=2e-2))
+    return folder / "run"
 
 
 def test_an_unmerged_run_is_merged_first(

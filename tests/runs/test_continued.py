@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def run_of(
 ) -> Path:
     fields = {
         "adapter": adapter,
-        "training__max_steps": 3,
+        "training__max_steps": 2,
         "training__learning_rate": 5e-3,
         "merge": False,
         **fields,
@@ -50,8 +51,15 @@ def values(run: Path, which: str) -> dict[str, float]:
     return {key: value for key, value in found.items() if "seconds" not in key}
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.fixture(scope="module")
+def lora_run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_of(tmp_path_factory.mktemp("lora"), tiny_base, KINDS["lora"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [("sft", "patterns"), ("sft", "ia3"), ("reward", "lora"), ("reward", "dora")],
+)
 def test_it_starts_where_the_other_ended(
     stage: str, kind: str, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -89,8 +97,10 @@ def test_new_rows_and_whole_modules_go_on(tiny_base: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("damage", ["missing", "too many", "shape", "nan"])
-def test_damaged_weights_are_not_trained_on(damage: str, tiny_base: Path, tmp_path: Path) -> None:
-    first = run_of(tmp_path / "a", tiny_base, KINDS["lora"])
+def test_damaged_weights_are_not_trained_on(
+    damage: str, lora_run: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    first = Path(shutil.copytree(lora_run, tmp_path / "a"))
     path = first / "adapter/adapter_model.safetensors"
     weights = load_file(path)
     name = next(iter(weights))
@@ -108,9 +118,10 @@ def test_damaged_weights_are_not_trained_on(damage: str, tiny_base: Path, tmp_pa
         run_of(tmp_path / "b", tiny_base, {"kind": "lora", "from": str(first)})
 
 
-def test_only_where_no_reference_is_compared_with(tiny_base: Path, tmp_path: Path) -> None:
-    first = run_of(tmp_path / "a", tiny_base, KINDS["lora"])
-    adapter = {"kind": "lora", "from": str(first)}
+def test_only_where_no_reference_is_compared_with(
+    lora_run: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    adapter = {"kind": "lora", "from": str(lora_run)}
     recipes = [
         make_preference_recipe(tmp_path / stage, tiny_base, stage, adapter=adapter)
         for stage in ("dpo", "kto")
@@ -131,15 +142,18 @@ def test_only_where_no_reference_is_compared_with(tiny_base: Path, tmp_path: Pat
     train(free)
 
 
-def test_what_does_not_fit_is_a_sentence(tiny_base: Path, tmp_path: Path) -> None:
-    first = run_of(tmp_path / "a", tiny_base, KINDS["lora"])
-    start = {"kind": "lora", "from": str(first)}
+def test_what_does_not_fit_is_a_sentence(lora_run: Path, tiny_base: Path, tmp_path: Path) -> None:
+    start = {"kind": "lora", "from": str(lora_run)}
     save_tiny(tmp_path / "other", seed=5)
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (tiny_base, {**start, "rank": 8}, r"adapter\.rank = 8, but the adapter in .* has 4"),
         (tiny_base, {**start, "dora": True}, r"adapter\.dora = True, but the adapter in .* has F"),
         (tiny_base, {**start, "targets": ["q_proj"]}, r"adapter\.targets = "),
-        (tiny_base, {"kind": "ia3", "from": str(first)}, "adapter.kind = ia3, but .* of kind lora"),
+        (
+            tiny_base,
+            {"kind": "ia3", "from": str(lora_run)},
+            "adapter.kind = ia3, but .* of kind lora",
+        ),
         (tiny_base, {**start, "from": str(tmp_path)}, "holds no adapter"),
         (tmp_path / "other", start, "was trained over other weights"),
     ]
@@ -170,12 +184,11 @@ def test_adapters_of_plain_peft(kind: str, tiny_base: Path, tmp_path: Path) -> N
         assert (found["r"], found["lora_alpha"]) == (3, 9)
 
 
-def test_resuming_wants_the_same_adapter(tiny_base: Path, tmp_path: Path) -> None:
-    first = run_of(tmp_path / "a", tiny_base, KINDS["lora"])
-    adapter = {"kind": "lora", "from": str(first)}
-    run_of(tmp_path / "b", tiny_base, adapter, training__save_every=2)
-    weights = first / "adapter/adapter_model.safetensors"
-    other = run_of(tmp_path / "c", tiny_base, KINDS["lora"], seed=3)
-    weights.write_bytes((other / "adapter/adapter_model.safetensors").read_bytes())
+def test_resuming_wants_the_same_adapter(lora_run: Path, tiny_base: Path, tmp_path: Path) -> None:
+    first = Path(shutil.copytree(lora_run, tmp_path / "a"))
+    run_of(tmp_path / "b", tiny_base, {"kind": "lora", "from": str(first)}, training__save_every=1)
+    path = first / "adapter/adapter_model.safetensors"
+    other = {name: weight + 1e-3 for name, weight in load_file(path).items()}
+    save_file(other, path, metadata={"format": "pt"})
     with pytest.raises(AlignkitError, match=r"adapter\.from has changed since the run was started"):
         train(tmp_path / "b/recipe.yaml", resume=True)

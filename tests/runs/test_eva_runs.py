@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow  # whole runs
 
 MOVING = {"rho": 2.0}
 EVA: dict[str, Any] = {"kind": "lora", "rank": 4, "alpha": 8, "init": "eva", "eva": MOVING}
-FIELDS: dict[str, Any] = {"training__max_steps": 3, "merge": True}
+FIELDS: dict[str, Any] = {"training__max_steps": 2, "merge": True}
 ROWS = torch.arange(5, 65).view(3, 20)
 
 
@@ -49,7 +49,7 @@ def make(folder: Path, base: Path, stage: str, **fields: Any) -> Path:
     if stage == "sft":
         return make_recipe(folder, base, **fields)
     if stage == "ppo":
-        return make_ppo_recipe(folder, base, **fields)
+        return make_ppo_recipe(folder, base, **{"objective": {"epochs": 1}, **fields})
     return make_preference_recipe(folder, base, stage, **fields)
 
 
@@ -75,12 +75,19 @@ def starts(folder: Path, base: Path, stage: str, *overrides: str, **fields: Any)
     return a_of(folder / "run")
 
 
+@pytest.fixture(scope="module")
+def plain_start(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Factors A of an SFT run whose rows are read at once."""
+    folder = tmp_path_factory.mktemp("start")
+    return starts(folder, tiny_base, "sft", "training.microbatch_tokens=4096")
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto", "ppo"])
 def test_every_stage(stage: str, tiny_base: Path, tmp_path: Path) -> None:
-    train(make(tmp_path, tiny_base, stage))
+    train(make(tmp_path, tiny_base, stage, merge=False))
     run = tmp_path / "run"
     start = about(run)["start"]
-    assert start["rows"] == 12
+    assert start["rows"] == 8
     assert 0 < start["used"] <= start["read"]
     config = json.loads((run / "adapter/adapter_config.json").read_text(encoding="utf-8"))
     assert config["init_lora_weights"] is True
@@ -93,6 +100,8 @@ def test_every_stage(stage: str, tiny_base: Path, tmp_path: Path) -> None:
         assert first["rewards/margins"] == 0.0
     if stage == "ppo":
         assert first["kl/k1"] == pytest.approx(0.0, abs=1e-5)
+    else:
+        assert_first_loss_of_a_plain_start(run, stage, tiny_base)
     merge_run([str(run)], MergeOptions(output=tmp_path / "again"))
     if stage == "reward":
         return
@@ -105,22 +114,18 @@ def test_every_stage(stage: str, tiny_base: Path, tmp_path: Path) -> None:
     assert (read - untouched).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto"])
-def test_the_first_loss_is_that_of_a_plain_start(
-    stage: str, tiny_base: Path, tmp_path: Path
-) -> None:
+def assert_first_loss_of_a_plain_start(run: Path, stage: str, base: Path) -> None:
     plain = {key: value for key, value in EVA.items() if key not in ("init", "eva")}
-    found = []
-    for name, adapter in (("eva", EVA), ("plain", plain)):
-        path = make(tmp_path / name, tiny_base, stage, adapter=adapter, merge=False)
-        train(path, "training.max_steps=2")
-        found.append(losses(tmp_path / name / "run"))
+    train(make(run.parent / "plain", base, stage, adapter=plain, merge=False))
+    found = losses(run), losses(run.parent / "plain" / "run")
     assert found[0][0] == found[1][0]
     assert found[0][1] != found[1][1]
 
 
-def test_the_start_does_not_follow_micro_batches(tiny_base: Path, tmp_path: Path) -> None:
-    one = starts(tmp_path / "a", tiny_base, "sft", "training.microbatch_tokens=4096")
+def test_the_start_does_not_follow_micro_batches(
+    plain_start: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    one = plain_start
     two = starts(tmp_path / "b", tiny_base, "sft", "training.microbatch_tokens=64")
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -128,34 +133,27 @@ def test_the_start_does_not_follow_micro_batches(tiny_base: Path, tmp_path: Path
     assert any(one[n].shape != other[n].shape or not torch.equal(one[n], other[n]) for n in one)
 
 
-@pytest.mark.parametrize("attention", ["packed", "eager"])
-def test_packed_and_padded_rows_start_alike(
-    attention: str, tiny_base: Path, tmp_path: Path
-) -> None:
+def test_packed_and_padded_rows_start_alike(tiny_base: Path, tmp_path: Path) -> None:
     adapter = {**EVA, "eva": {"rho": 1.0}}
-    override = f"model.attention={attention}"
-    one = starts(tmp_path / "a", tiny_base, "dpo", override, adapter=adapter)
-    two = starts(tmp_path / "b", tiny_base, "dpo", adapter=adapter)
+    one, two = (
+        starts(tmp_path / name, tiny_base, "dpo", f"model.attention={name}", adapter=adapter)
+        for name in ("eager", "packed")
+    )
     for name, a in one.items():
         torch.testing.assert_close(a, two[name], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-@pytest.mark.parametrize("fields", [{}, {"dora": True}, {"rslora": True}])
 def test_over_quantized_bases(
-    fields: dict[str, Any], quantization: str, tiny_base: Path, tmp_path: Path
+    quantization: str, plain_start: Any, tiny_base: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    adapter = {**EVA, **fields}
-    train(make(tmp_path, tiny_base, "sft", adapter=adapter, model__quantization=quantization))
-    assert len(losses(tmp_path / "run")) == 3
-    plain = starts(tmp_path / "plain", tiny_base, "sft", adapter=adapter)
-    narrow = starts(
-        tmp_path / "narrow", tiny_base, "sft", adapter=adapter, model__quantization=quantization
-    )
+    narrow = starts(tmp_path, tiny_base, "sft", model__quantization=quantization)
     # The states are those that the quantized layers pass on.
     last = "model.layers.1.mlp.down_proj"
-    assert plain[last].shape != narrow[last].shape or not torch.equal(plain[last], narrow[last])
+    assert plain_start[last].shape != narrow[last].shape or not torch.equal(
+        plain_start[last], narrow[last]
+    )
 
 
 @pytest.mark.parametrize(("targets", "states"), [(True, 5), (False, 25)])
@@ -195,32 +193,35 @@ def break_after(run: Path, step: int) -> None:
     shutil.rmtree(run / "adapter")
 
 
-@pytest.mark.parametrize("step", [0, 2])
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_resuming_is_exact(
-    stage: str, step: int, tiny_base: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_resuming_is_exact(stage: str, tiny_base: Path, tmp_path: Path, monkeypatch: Any) -> None:
     fields = {"training__save_every": 2, "training__max_steps": 4, "merge": False}
     adapter = {**EVA, "rslora": True, "alpha_pattern": {"up_proj": 3}}
-    for name in ("straight", "broken"):
-        train(make(tmp_path / name, tiny_base, stage, adapter=adapter, **fields))
-    straight, broken = tmp_path / "straight/run", tmp_path / "broken/run"
-    found = about(broken)["start"]
+    recipe = make(tmp_path, tiny_base, stage, adapter=adapter, **fields)
+    train(recipe)
+    broken = tmp_path / "run"
+    straight = Path(shutil.copytree(broken, tmp_path / "straight"))
+    if stage == "sft":
+        resume_and_compare(broken, straight, 0)
+
+    def never(*args: Any) -> None:
+        raise AssertionError("the start was looked for again")
+
+    # The rows are not looked at again.
+    monkeypatch.setattr("alignkit.stages.running.adapter_start.find_start", never)
+    resume_and_compare(broken, straight, 2)
+
+
+def resume_and_compare(broken: Path, straight: Path, step: int) -> None:
     break_after(broken, step)
-    if step:  # the rows are not looked at again
-
-        def never(*args: Any) -> None:
-            raise AssertionError("the start was looked for again")
-
-        monkeypatch.setattr("alignkit.stages.running.adapter_start.find_start", never)
-    train(tmp_path / "broken/recipe.yaml", resume=True)
+    train(broken.parent / "recipe.yaml", resume=True)
     assert losses(broken) == losses(straight)
     one, two = adapter_of(straight), adapter_of(broken)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     config = "adapter/adapter_config.json"
     assert (straight / config).read_text() == (broken / config).read_text()
-    assert about(broken)["start"] == found
+    assert about(broken)["start"] == about(straight)["start"]
 
 
 APART = """
@@ -246,10 +247,10 @@ for module in list(__import__("sys").modules.values()):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_two_processes_start_alike(
-    stage: str, alignkit: CommandLine, tiny_base: Path, tmp_path: Path
+    stage: str, alignkit: CommandLine, plain_start: Any, tiny_base: Path, tmp_path: Path
 ) -> None:
     fields = {"training__learning_rate": 1e-30, "training__max_steps": 1, "merge": False}
-    one = starts(tmp_path / "one", tiny_base, stage)
+    one = plain_start if stage == "sft" else starts(tmp_path / "one", tiny_base, stage)
     recipe = make(tmp_path / "two", tiny_base, stage, **fields)
     done = alignkit.together(2, stage, recipe, cwd=tmp_path, before=APART)
     assert done.code == 0, done.stderr

@@ -39,7 +39,8 @@ def machine(narrow: float, home: Path) -> str:
 
 def open_recipe(folder: Path, base: Path, **fields: Any) -> Path:
     """A recipe that leaves the precision open."""
-    return make_recipe(folder, base, **{"model__dtype": "auto", **fields})
+    few = {"model__dtype": "auto", "training__max_steps": 2, "merge": False}
+    return make_recipe(folder, base, **{**few, **fields})
 
 
 def dtype_of(run: Path) -> str:
@@ -50,7 +51,7 @@ def dtype_of(run: Path) -> str:
 def test_what_is_measured_decides(
     narrow: float, chosen: str, alignkit: CommandLine, tiny_base: Path, tmp_path: Path
 ) -> None:
-    recipe = open_recipe(tmp_path, tiny_base, merge=False)
+    recipe = open_recipe(tmp_path, tiny_base)
     before = machine(narrow, tmp_path / "home")
     shown = alignkit("plan", recipe, "--json", cwd=tmp_path, before=before)
     assert json.loads(shown.stdout)["dtype"] == chosen, shown.stderr
@@ -63,7 +64,7 @@ def test_what_is_measured_decides(
 
 
 def test_a_resumed_run_keeps_it(alignkit: CommandLine, tiny_base: Path, tmp_path: Path) -> None:
-    recipe = open_recipe(tmp_path, tiny_base, merge=False, training__save_every=2)
+    recipe = open_recipe(tmp_path, tiny_base, training__max_steps=4, training__save_every=2)
     quick, slow = (machine(speed, tmp_path / "home") for speed in (5e11, 1e9))
     killed = alignkit("sft", recipe, cwd=tmp_path, before=quick + KILL_AFTER.replace("STEP", "3"))
     assert killed.code == -9
@@ -149,7 +150,7 @@ def test_every_stage_computes_in_what_was_chosen(
     stage: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "fastest", lambda device, layers: ("float32", "measured"))
-    fields = {"model__dtype": "auto", "training__max_steps": 2}
+    fields = {"model__dtype": "auto", "training__max_steps": 1}
     if stage == "ppo":
         recipe = make_ppo_recipe(tmp_path, tiny_base, **fields)
     else:

@@ -51,7 +51,7 @@ HELD = [{"path": "data_templates/sft/messages_eval.jsonl", "take": 6}]
 def run_of(folder: Path, base: Path, kind: str = "raw", stage: str = "sft", **fields: Any) -> Path:
     fields = {
         "adapter": KINDS[kind],
-        "training__max_steps": 3,
+        "training__max_steps": 2,
         "training__learning_rate": RATES[kind],
         **fields,
     }
@@ -67,11 +67,14 @@ def run_of(folder: Path, base: Path, kind: str = "raw", stage: str = "sft", **fi
 
 
 @pytest.mark.parametrize(
-    ("stage", "kind", "quantization"),
+    ("stage", "kind", "quantization"),  # each kind in every stage and over every base
     [
-        (stage, list(KINDS)[(row + column) % 2], quantization)  # every pair of two of them
-        for row, stage in enumerate(["dpo", "sft", "kto"])
-        for column, quantization in enumerate(["none", "nf4", "int8"])
+        ("dpo", "raw", "none"),
+        ("dpo", "projection", "nf4"),
+        ("sft", "projection", "none"),
+        ("sft", "raw", "int8"),
+        ("kto", "raw", "nf4"),
+        ("kto", "projection", "int8"),
     ],
 )
 def test_trained_saved_and_read(
@@ -80,14 +83,15 @@ def test_trained_saved_and_read(
     if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("needs bitsandbytes")
     run = run_of(tmp_path, tiny_base, kind, stage, model__quantization=quantization)
-    assert len(losses(run)) == 3
+    assert len(losses(run)) == 2
     assert not (run / "merged").exists()
     about = json.loads((run / "run.json").read_text(encoding="utf-8"))
     assert about["status"] == "finished"
     assert about["summary"]["merge"] is None
     (stored,) = adapter_of(run).values()
     assert stored.shape == (6, 2 * 2 * 2 * 16)
-    fresh = run_of(tmp_path / "still", tiny_base, kind, stage, training__learning_rate=1e-12)
+    still = {"training__learning_rate": 1e-12, "training__max_steps": 1}
+    fresh = run_of(tmp_path / "still", tiny_base, kind, stage, **still)
     (start,) = adapter_of(fresh).values()
     assert float((stored - start).abs().max()) > 1e-3
     ids = torch.arange(5, 65).view(3, 20)
@@ -150,8 +154,10 @@ def test_what_must_not_change_the_result(stage: str, tiny_base: Path, tmp_path: 
     fields = {"training__microbatch_tokens": 4096}
     whole = run_of(tmp_path / "whole", tiny_base, "raw", stage, **fields)
     others: dict[str, dict[str, Any]] = {
-        "micro-batches": {"training__microbatch_tokens": 64},
-        "checkpointing": {**fields, "training__gradient_checkpointing": True},
+        "micro-batches and checkpointing": {
+            "training__microbatch_tokens": 64,
+            "training__gradient_checkpointing": True,
+        },
         "padded": {**fields, "model__attention": "sdpa"},
     }
     for name, changes in others.items():
@@ -172,11 +178,11 @@ def test_every_reference_is_the_base_alone(stage: str, tiny_base: Path, tmp_path
         assert losses(other) == pytest.approx(losses(runs[0]), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes(kind: str, alignkit: CommandLine, tiny_base: Path, tmp_path: Path) -> None:
+def test_two_processes(alignkit: CommandLine, tiny_base: Path, tmp_path: Path) -> None:
+    kind = "projection"
     one = run_of(tmp_path / "one", tiny_base, kind)
     fields = {"adapter": KINDS[kind], "training__learning_rate": RATES[kind]}
-    recipe = make_recipe(tmp_path / "two", tiny_base, training__max_steps=3, **fields)
+    recipe = make_recipe(tmp_path / "two", tiny_base, training__max_steps=2, **fields)
     done = alignkit.together(2, "sft", recipe, cwd=tmp_path)
     assert done.code == 0, done.stderr
     assert done.stderr.count("there is no merged/") == 1
