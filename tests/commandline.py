@@ -193,15 +193,16 @@ if __name__ == "__main__":
     import importlib
     import pkgutil
 
-    import alignkit.cli
-    import alignkit.recipe.stages
+    import alignkit
 
-    for room in (alignkit.cli, alignkit.recipe.stages):
-        for module in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
+    for module in pkgutil.walk_packages(alignkit.__path__, "alignkit."):
+        if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-    for name in ("generation.answers", "jobs.evaluate", "jobs.merge", "stages.registry"):
-        importlib.import_module(f"alignkit.{name}")
+    for name in ("packaging.requirements", "typer._click.decorators", "pydantic.type_adapter"):
+        importlib.import_module(name)
     importlib.import_module("transformers.models.llama.modeling_llama")
+    conversion = importlib.import_module("transformers.conversion_mapping")
+    conversion.get_checkpoint_conversion_mapping("llama")  # a thousand patterns, kept
 
     gc.collect()
     gc.freeze()  # what is imported is not searched for garbage in every child
