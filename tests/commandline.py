@@ -41,11 +41,11 @@ def refused(done: Done, sentence: str, hint: str) -> None:
 class Running:
     """A command under way; `pid` takes signals."""
 
-    def __init__(self, server: subprocess.Popen[str], folder: Path, pid: int) -> None:
-        self.server, self.folder, self.pid = server, folder, pid
+    def __init__(self, answers: IO[str], folder: Path, pid: int) -> None:
+        self.answers, self.folder, self.pid = answers, folder, pid
 
     def wait(self) -> Done:
-        code = json.loads(reply(self.server))["code"]
+        code = json.loads(reply(self.answers))["code"]
         out, err = ((self.folder / n).read_text(encoding="utf-8") for n in ("stdout", "stderr"))
         return Done(code, out, err)
 
@@ -58,6 +58,8 @@ class CommandLine:
         self.server = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        self.jobs: Any = self.server.stdin
+        self.answers: Any = self.server.stdout
         self.scratch = tempfile.TemporaryDirectory()
         self.count = 0
 
@@ -104,10 +106,12 @@ class CommandLine:
             "before": before,
             "environments": environments,
         }
-        stream: Any = self.server.stdin
-        stream.write(json.dumps(job) + "\n")
-        stream.flush()
-        return Running(self.server, folder, json.loads(reply(self.server))["pid"])
+        self.send(job)
+        return Running(self.answers, folder, json.loads(reply(self.answers))["pid"])
+
+    def send(self, job: dict[str, Any]) -> None:
+        self.jobs.write(json.dumps(job) + "\n")
+        self.jobs.flush()
 
     def __call__(self, *arguments: object, cwd: Path, stdin: str = "", **more: str) -> Done:
         return self.start(*arguments, cwd=cwd, stdin=stdin, **more).wait()
@@ -118,9 +122,27 @@ class CommandLine:
         self.scratch.cleanup()
 
 
-def reply(server: subprocess.Popen[str]) -> str:
-    stream: Any = server.stdout
-    line = stream.readline()
+class SecondCommandLine(CommandLine):
+    """Runs commands beside those of the first, in a server forked from its own."""
+
+    def __init__(self, first: CommandLine) -> None:
+        self.scratch = tempfile.TemporaryDirectory()
+        self.count = 0
+        pipes = [str(Path(self.scratch.name) / name) for name in ("jobs", "answers")]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        first.send({"pipes": pipes})
+        self.jobs = os.fdopen(os.open(pipes[0], os.O_WRONLY), "w")
+        self.answers = os.fdopen(os.open(pipes[1], os.O_RDONLY))
+
+    def close(self) -> None:
+        self.jobs.close()  # which ends the server
+        self.answers.close()
+        self.scratch.cleanup()
+
+
+def reply(answers: IO[str]) -> str:
+    line = answers.readline()
     assert line, "the server of commands has died"
     return str(line)
 
@@ -128,6 +150,9 @@ def reply(server: subprocess.Popen[str]) -> str:
 def serve(jobs: IO[str], answers: IO[str]) -> None:
     for line in jobs:
         job = json.loads(line)
+        if "pipes" in job:
+            serve_beside(*job["pipes"])
+            continue
         pids = [fork_job(job, environment) for environment in job["environments"]]
         answers.write(json.dumps({"pid": pids[0]}) + "\n")
         answers.flush()
@@ -135,11 +160,21 @@ def serve(jobs: IO[str], answers: IO[str]) -> None:
         answers.flush()
 
 
+def serve_beside(jobs: str, answers: str) -> None:
+    """In a fork, serve commands that come through pipes until they are closed."""
+    if os.fork() == 0:
+        with open(jobs) as lines, open(answers, "w") as stream:
+            serve(lines, stream)
+        os._exit(0)
+
+
 def wait_for(pids: set[int]) -> int:
     """Exit code of the first that fails, or 0; the others would wait for it and are killed."""
     code = 0
     while pids:
         pid, status = os.wait()
+        if pid not in pids:  # a server beside this one
+            continue
         pids.remove(pid)
         code = code or os.waitstatus_to_exitcode(status)
         for other in pids if code else ():
@@ -193,15 +228,16 @@ if __name__ == "__main__":
     import importlib
     import pkgutil
 
-    import alignkit.cli
-    import alignkit.recipe.stages
+    import alignkit
 
-    for room in (alignkit.cli, alignkit.recipe.stages):
-        for module in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
+    for module in pkgutil.walk_packages(alignkit.__path__, "alignkit."):
+        if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-    for name in ("generation.answers", "jobs.evaluate", "jobs.merge", "stages.registry"):
-        importlib.import_module(f"alignkit.{name}")
+    for name in ("packaging.requirements", "typer._click.decorators", "pydantic.type_adapter"):
+        importlib.import_module(name)
     importlib.import_module("transformers.models.llama.modeling_llama")
+    conversion = importlib.import_module("transformers.conversion_mapping")
+    conversion.get_checkpoint_conversion_mapping("llama")  # a thousand patterns, kept
 
     gc.collect()
     gc.freeze()  # what is imported is not searched for garbage in every child

@@ -55,6 +55,16 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def talkers(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with sft/run, a model that answers, and rm/run, which judges; copy it to write."""
+    from labelling import make_models
+
+    folder = tmp_path_factory.mktemp("talkers") / "models"
+    make_models(folder, tiny_base)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def alignkit() -> Iterator[Any]:
     """Runs `alignkit` commands in processes of their own; see `commandline.CommandLine`."""
     from commandline import CommandLine

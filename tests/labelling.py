@@ -29,7 +29,7 @@ def make_models(folder: Path, base: Path) -> tuple[Path, Path]:
         for row in make_pairs(64)
     ]
     write_rows(folder / "sft" / "rows.jsonl", rows)
-    loop = {"max_steps": 60, "batch_size": 16, "learning_rate": 3e-3, "warmup": 0}
+    loop = {"max_steps": 40, "batch_size": 16, "learning_rate": 4e-3, "warmup": 0}
     train(make_recipe(folder / "sft", base, adapter={"kind": "full"}, training=loop))
     policy = folder / "sft" / "run"
     (folder / "rm").mkdir()

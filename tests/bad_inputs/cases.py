@@ -16,6 +16,7 @@ stdout_json: whether one JSON document, and nothing else, must be printed on std
 holds, lacks: file -> fragments that must, or must not, stand in it afterwards
 leaves: patterns of new or changed files; all others must be as they were
 own_process: run in a process of its own: it changes the process, or must be bounded
+before: with own_process, Python that runs in it first, as to lower a limit of time
 memory: with own_process, gigabytes that the process may take on top of its imports
 seconds: that the command may take; generous
 size: characters that may be printed
@@ -53,6 +54,7 @@ class Case:
     holds: dict[str, list[str]] = field(default_factory=dict)
     lacks: dict[str, list[str]] = field(default_factory=dict)
     own_process: bool = False
+    before: str = ""
     memory: float = 0.0
     seconds: float = 60.0
     size: int = 6000

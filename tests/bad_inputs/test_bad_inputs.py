@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import io
 import json
 import os
@@ -21,7 +22,7 @@ import pytest
 from commandline import CommandLine, Done
 from tiny import save_tiny
 
-from alignkit.cli import output
+from alignkit.cli import output, versions
 from alignkit.cli.main import main
 from bad_inputs.cases import Case, read_cases
 from bad_inputs.layout import fill, lay_out, snapshot
@@ -49,6 +50,14 @@ resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 class _TooLong(BaseException):
     pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def versions_read_once() -> Iterator[None]:
+    """The versions of packages are looked up once for all cases, as once for a process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(versions, "outside_versions", functools.cache(versions.outside_versions))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -194,7 +203,8 @@ def run_beside(
     alignkit: CommandLine, case: Case, arguments: list[str], folder: Path, env: dict[str, str]
 ) -> Done:
     """A command in a process of its own, which is killed when its time is up."""
-    before = LIMIT.replace("GIGABYTES", str(case.memory)) if case.memory else ""
+    limit = LIMIT.replace("GIGABYTES", str(case.memory)) if case.memory else ""
+    before = f"{case.before}\n{limit}"
     running = alignkit.start(*arguments, cwd=folder, stdin=case.stdin, before=before, **env)
     late = threading.Event()
 

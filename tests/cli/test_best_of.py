@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commandline import CommandLine, Done
-from labelling import make_models
 from tiny import save_tiny
 
 PROMPTS = ["the cat", "how many red birds fly over our old house"]
@@ -17,10 +17,10 @@ EXACT = ("--dtype", "float32", "--max-new-tokens", "10")
 
 
 @pytest.fixture(scope="module")
-def models(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(talkers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with sft/run and rm/run."""
     folder = tmp_path_factory.mktemp("best") / "models"
-    make_models(folder, tiny_base)
+    shutil.copytree(talkers, folder)
     return folder
 
 

@@ -159,6 +159,7 @@ def test_more_processes_than_prompts(alignkit: CommandLine, tiny_base: Path, fol
     said(done, "rollout.prompts_per_step = 4 is less than the 5 processes", "hint: each process")
 
 
+# All faults of a function, by their whole messages, are in generation/test_rewards.py.
 FUNCTIONS: dict[str, tuple[str, list[str]]] = {
     "raises": (
         "def score(prompts, completions):\n    return [text[99] for text in completions]\n",
@@ -166,21 +167,6 @@ FUNCTIONS: dict[str, tuple[str, list[str]]] = {
             "score.py:2: score raised IndexError: string index out of range, given 4 completions",
             "hint: the line is `return [text[99] for text in completions]`",
         ],
-    ),
-    "gives NaN": (
-        "def score(prompts, completions):\n    return [float('nan')] * len(completions)\n",
-        ["score.py:score: score 0 must be a finite number, got nan; its row is ", "rows.jsonl:1"],
-    ),
-    "gives too few": (
-        "def score(prompts, completions):\n    return [1.0]\n",
-        [
-            "score.py:score: must give 4 scores, one for each completion, got 1",
-            "hint: keep the order",
-        ],
-    ),
-    "gives nothing": (
-        "def score(prompts, completions):\n    [1.0 for _ in completions]\n",
-        ["score.py:score: must give a list of numbers, got nothing", "needs a return"],
     ),
     "wants a column": (
         "def score(prompts, completions, answer):\n    return [1.0 for _ in completions]\n",
@@ -190,11 +176,6 @@ FUNCTIONS: dict[str, tuple[str, list[str]]] = {
         "def scores(prompts, completions):\n    return [1.0 for _ in completions]\n",
         ["score.py: has no function 'score'", "hint: did you mean scores?"],
     ),
-    "does not compile": (
-        "def score(prompts, completions)\n    return 1\n",
-        ["score.py:1: cannot be imported: SyntaxError", "hint: the line is `def score("],
-    ),
-    "takes nothing": ("def score():\n    return 1\n", ["score has no parameter prompts"]),
 }
 
 

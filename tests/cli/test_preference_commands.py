@@ -216,8 +216,11 @@ def test_inspect_in_words(alignkit: CommandLine, folder: Path) -> None:
 # eval ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("part", ["", "/merged", "/adapter"])
+@pytest.mark.parametrize(
+    ("stage", "part"),
+    [(stage, "") for stage in STAGES]
+    + [("reward", "/merged"), ("reward", "/adapter"), ("dpo", "/merged")],
+)
 def test_eval_repeats_the_runs_own_numbers(
     stage: str, part: str, alignkit: CommandLine, folder: Path
 ) -> None:

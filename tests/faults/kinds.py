@@ -294,7 +294,7 @@ def run_two(shop: Workshop, rng: random.Random, work: Work, story: Story) -> int
     shop.prepare(work)
     more = rng.choice([(), ("--resume",), ("--overwrite",)])
     story.append(f"a second process with {' '.join(more) or 'nothing'}")
-    other = shop.second_server()  # before the first runs: it takes seconds to start
+    other = shop.second_server()  # before the first runs, whose server is busy then
     first = shop.commands.start(*work.command, cwd=shop.here)
     until = time.monotonic() + 60
     while not (shop.here / "run" / "run.json").exists() and time.monotonic() < until:

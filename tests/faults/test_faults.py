@@ -30,7 +30,7 @@ FAULTS = [
     Drawn("disk full", "sft", 12),
     Drawn("files limited in size", "merge", 13),
     Drawn("a second process", "kto", 14),
-    Drawn("project folder renamed", "ppo", 15),
+    Drawn("project folder renamed", "kto", 15),
 ]
 
 

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from commandline import CommandLine, Done
+from commandline import CommandLine, Done, SecondCommandLine
 from running import without_times
 from tiny import save_tiny
 
@@ -56,7 +56,7 @@ class Workshop:
     def second_server(self) -> CommandLine:
         """Forks commands that run beside another one."""
         if not self._second:
-            self._second.append(CommandLine())
+            self._second.append(SecondCommandLine(self.commands))
         return self._second[0]
 
     def close(self) -> None:

@@ -257,6 +257,10 @@ FAULTS = {
         "import sys\nsys.exit('done')\n",
         "mine.py:2: cannot be imported: SystemExit: done\nhint: the line is `sys.exit('done')`",
     ),
+    "a file that nests too deeply": (
+        "x = " + "[" * 3000 + "]" * 3000 + "\n",
+        "mine.py{any}: cannot be imported: {any}\nhint: {any}",
+    ),
     "a file that is no text": (
         "x = '\0'\n",
         "mine.py: cannot be imported: {any}\nhint: `python mine.py` shows the whole error",
@@ -469,6 +473,19 @@ ANSWERS = {
     b'{"score": [1, 2]}': f"must answer an object with `scores`, got score{ANSWER}",
     b"{}": f"must answer an object with `scores`, got nothing in it{ANSWER}",
     b'{"scores": [1]}': f"must give 2 scores, one for each completion, got 1{COUNT}",
+    b'{"scores": null}': (
+        f"must give a list of numbers, got nothing{NUMBERS}, and a function needs a return"
+    ),
+    b'{"scores": ["a", 1]}': (
+        f"score 0 must be a finite number, got 'a'; its row is rows.jsonl:1{FINITE}"
+    ),
+    b'{"scores": [1e400, 1]}': (
+        f"score 0 must be a finite number, got inf; its row is rows.jsonl:1{FINITE}"
+    ),
+    b'{"scores": ' + b"[" * 3000 + b"]" * 3000 + b"}": (
+        f"must answer JSON, got '{{\"scores\": {'[' * 106}...'{ANSWER}"
+    ),
+    b"\xff\xfe\x00": f"must answer JSON, got '\ufffd\ufffd\\x00'{ANSWER}",
     b'{"scores": {"a": 1}}': f"must give a list of numbers, got dict{NUMBERS}",
     b'{"scores": [1, null]}': (
         f"score 1 must be a finite number, got None; its row is rows.jsonl:2{FINITE}"

@@ -178,7 +178,7 @@ def test_gguf_cannot_be_quantized(quantization: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "quantization"),
-    [("sft", "nf4"), ("dpo", "nf4"), ("reward", "nf4"), ("kto", "nf4"), ("kto", "int8")],
+    [("sft", "nf4"), ("dpo", "nf4"), ("reward", "nf4"), ("kto", "int8")],
 )
 def test_a_run_trains_saves_and_merges_into_the_weights_it_names(
     stage: str, quantization: str, tmp_path: Path, tiny_base: Path

@@ -112,6 +112,7 @@ def test_licences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert licence_of(BaseModel(str(fetched))) == "apache-2.0"
     assert licence_of(BaseModel("some/hub-model")) is None
     damaged = ("---\nlicense: [", "---\nlicense: mit", "---\nlicense: mit\nd: 2024-13-45\n---\n")
+    damaged += ("---\nlicense: !!int x\n---\n", "---\nlicense: !!timestamp ''\n---\n")
     for text in ("", "no front matter", "---\n- a\n---\n", *damaged):
         (tmp_path / "README.md").write_text(text, encoding="utf-8")
         assert licence_of(BaseModel(str(tmp_path))) is None

@@ -31,13 +31,19 @@ SHIPPED = assets_root() / "data_templates" / "objectives"
 
 def run_of(folder: Path, base: Path, stage: str, objective: dict[str, Any], **fields: Any) -> Path:
     make: Any = make_recipe
-    more: dict[str, Any] = {"merge": False, "training__max_steps": 3, **fields}
+    more: dict[str, Any] = {"merge": False, "training__max_steps": 2, **fields}
     if stage != "sft":
         recipe = make_preference_recipe(folder, base, stage, objective=objective, **more)
     else:
         recipe = make(folder, base, objective=objective, **more)
     train(recipe)
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of SFT with our own loss."""
+    return run_of(tmp_path_factory.mktemp("plain"), tiny_base, "sft", {})
 
 
 def same_bytes(one: Path, two: Path) -> bool:
@@ -62,7 +68,7 @@ def test_dpo_from_a_file_trains_to_the_same_bytes(tiny_base: Path, tmp_path: Pat
 
 
 def test_what_a_loss_changes_for_the_process_is_put_back(
-    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    plain: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     disturb = (
         "import os, torch\n{0}\n"
@@ -78,14 +84,16 @@ def test_what_a_loss_changes_for_the_process_is_put_back(
     assert (Path.cwd(), torch.get_default_dtype()) == (here, torch.float32)
     assert torch.is_grad_enabled()
     assert "NOISE" not in capsys.readouterr().out
-    assert same_bytes(made, run_of(tmp_path / "own", tiny_base, "sft", {}))
+    assert same_bytes(made, plain)
 
 
-def test_the_examples_of_other_stages_hold_our_own_losses(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_examples_of_other_stages_hold_our_own_losses(
+    plain: Path, tiny_base: Path, tmp_path: Path
+) -> None:
     # (1 - p)^0 = 1: the focal loss is the negative log-likelihood.
     focal = {"kind": "custom", "file": str(SHIPPED / "sft.py"), "parameters": {"gamma": 0.0}}
     made = run_of(tmp_path / "sft", tiny_base, "sft", focal)
-    assert same_bytes(made, run_of(tmp_path / "nll", tiny_base, "sft", {}))
+    assert same_bytes(made, plain)
     # Rows without margins, and none that must be reached: -log σ(r_w - r_l), without centring.
     least = {"kind": "custom", "file": str(SHIPPED / "reward.py"), "parameters": {"least": 0.0}}
     made = run_of(tmp_path / "reward", tiny_base, "reward", least)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from commandline import CommandLine
-from labelling import make_models
 from running import make_pairs, make_preference_recipe, train, write_rows
 from tiny import tiny_tokenizer
 
@@ -40,10 +40,10 @@ TOOL = {"type": "function", "function": {"name": "count", "parameters": {}}}
 
 
 @pytest.fixture(scope="module")
-def models(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(talkers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with sft/run, rm/run and prompts.jsonl, whose rows are pairs, one with tools."""
     folder = tmp_path_factory.mktemp("label").resolve() / "models"
-    make_models(folder, tiny_base)
+    shutil.copytree(talkers, folder)
     rows = make_pairs(8, seed=3)
     rows[4]["tools"] = [TOOL]
     write_rows(folder / "prompts.jsonl", rows)

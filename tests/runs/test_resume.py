@@ -17,7 +17,7 @@ from alignkit.runtime.metrics import read_metrics
 
 pytestmark = pytest.mark.slow  # whole runs
 
-STEPS = 12
+STEPS = 10
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -67,10 +67,10 @@ def broken(whole: Any, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_kill_after_step_six(
-    kind: str, alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
+    alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
 ) -> None:
+    kind = "several epochs"
     recipe = recipe_for(kind, tmp_path, tiny_base)
     killed = alignkit("sft", recipe, cwd=tmp_path, before=KILL_AFTER.replace("STEP", "6"))
     assert killed.code == -signal.SIGKILL
@@ -136,9 +136,10 @@ def test_a_signal_saves_and_exits_130(
     assert json.loads((run / "run.json").read_text(encoding="utf-8"))["status"] == "interrupted"
     with (run / ".lock").open("a") as lock:  # released, so the run can be resumed
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    resumed = alignkit("sft", recipe, "--resume", cwd=tmp_path)
-    assert "resuming after step 2" in resumed.stderr
-    assert_same(run, whole("lora"))
+    if number == signal.SIGINT:  # the two leave the same
+        resumed = alignkit("sft", recipe, "--resume", cwd=tmp_path)
+        assert "resuming after step 2" in resumed.stderr
+        assert_same(run, whole("lora"))
 
 
 def tear_weights(checkpoint: Path) -> str:
@@ -157,11 +158,8 @@ def tear_manifest(checkpoint: Path) -> str:
     return "no readable manifest.json"
 
 
-@pytest.mark.parametrize("tear", [tear_weights, tear_optimizer, tear_manifest])
-def test_a_torn_checkpoint_is_skipped(
-    tear: Any, alignkit: CommandLine, whole: Any, broken: Path
-) -> None:
-    reason = tear(broken / "run" / "checkpoints" / "step-000008")
+def test_a_torn_checkpoint_is_skipped(alignkit: CommandLine, whole: Any, broken: Path) -> None:
+    reason = tear_weights(broken / "run" / "checkpoints" / "step-000008")
     done = alignkit("sft", "recipe.yaml", "--resume", cwd=broken)
     assert done.code == 0, done.stderr
     text = done.stderr.replace("\n", " ")
@@ -171,10 +169,14 @@ def test_a_torn_checkpoint_is_skipped(
 
 
 def test_all_checkpoints_torn(alignkit: CommandLine, whole: Any, broken: Path) -> None:
-    for step in (4, 8):
-        tear_weights(broken / "run" / "checkpoints" / f"step-{step:06d}")
+    checkpoints = broken / "run" / "checkpoints"
+    reasons = {8: tear_optimizer(checkpoints / "step-000008")}
+    reasons[4] = tear_manifest(checkpoints / "step-000004")
     done = alignkit("sft", "recipe.yaml", "--resume", cwd=broken)
     assert done.code == 0, done.stderr
+    text = done.stderr.replace("\n", " ")
+    for step, reason in reasons.items():
+        assert f"warning: step-{step:06d} is damaged ({reason}); using the one before" in text
     assert "no checkpoint to resume from: starting at step 1" in done.stderr
     assert_same(broken / "run", whole("lora"))
 
@@ -212,19 +214,20 @@ def test_a_kill_after_the_last_step(alignkit: CommandLine, tiny_base: Path, tmp_
     assert done.code == 0, done.stderr
     run, whole = tmp_path / "run", tmp_path / "whole"
     run.rename(whole)
-    for target in ("save_adapter", "merge_adapter"):
+    for target, more in (("save_adapter", ()), ("merge_adapter", ("--resume",))):
         die = f"""
 import os, signal
 import alignkit.stages.running.finish as outputs
 outputs.{target} = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
 """
-        assert alignkit("sft", recipe, cwd=tmp_path, before=die).code == -signal.SIGKILL
+        killed = alignkit("sft", recipe, *more, cwd=tmp_path, before=die)
+        assert killed.code == -signal.SIGKILL
+        assert (run / "adapter").exists() == (target == "merge_adapter")
         assert not (run / "merged").exists()
-        resumed = alignkit("sft", recipe, "--resume", cwd=tmp_path)
-        assert resumed.code == 0, resumed.stderr
-        assert_same(run, whole)
-        assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2, 3]
-        shutil.rmtree(run)
+    resumed = alignkit("sft", recipe, "--resume", cwd=tmp_path)
+    assert resumed.code == 0, resumed.stderr
+    assert_same(run, whole)
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2, 3]
 
 
 @pytest.mark.slow

@@ -30,33 +30,35 @@ PREFIX: dict[str, Any] = {"kind": "prefix", "tokens": 6}
 FULL: dict[str, Any] = {"adapter": {"kind": "full"}, "training__learning_rate": 3e-4}
 INT8, EIGHT_BIT_STATE = {"model__quantization": "int8"}, {"training__optimizer": "adamw_8bit"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "lora": ("sft", {}),
-    "dropout": ("sft", {"adapter": {**LORA, "dropout": 0.2}}),
-    "dora": ("sft", {"adapter": {**LORA, "dora": True}}),
-    "lora+": ("sft", {"adapter": {**LORA, "b_learning_rate": 16}}),
+    "merged": ("sft", {"merge": True}),
+    "dropout, dora and lora+ over bfloat16": (
+        "sft",
+        {
+            "adapter": {**LORA, "dropout": 0.2, "dora": True, "b_learning_rate": 16},
+            "model__dtype": "bfloat16",
+        },
+    ),
     "eva": ("sft", {"adapter": {**EVA, "rslora": True, "alpha_pattern": {"up_proj": 3}}}),
     "ia3": ("sft", {"adapter": {"kind": "ia3"}, "training__learning_rate": 5e-2}),
-    "prefix": ("sft", {"adapter": PREFIX, "training__learning_rate": 5e-2, "merge": False}),
+    "prefix": ("sft", {"adapter": PREFIX, "training__learning_rate": 5e-2}),
     "projected prefix": (
         "sft",
-        {"adapter": {**PREFIX, "projection": True, "projection_width": 24}, "merge": False},
+        {"adapter": {**PREFIX, "projection": True, "projection_width": 24}},
     ),
-    "full": ("sft", FULL),
-    "frozen": ("sft", {**FULL, "adapter": {"kind": "full", "freeze": ["model.layers.0"]}}),
-    "full with 8-bit state": ("sft", {**FULL, **EIGHT_BIT_STATE}),
-    "bfloat16": ("sft", {"model__dtype": "bfloat16"}),
+    "frozen, with 8-bit state": (
+        "sft",
+        {**FULL, **EIGHT_BIT_STATE, "adapter": {"kind": "full", "freeze": ["model.layers.0"]}},
+    ),
     "over int8": ("sft", INT8),
     "experts": ("sft", {"training__learning_rate": 2e-2}),
     "reward": ("reward", {}),
-    "dpo": ("dpo", {"reference": {"kind": "adapter_off"}}),
     "full dpo": ("dpo", {**FULL, "reference": {"kind": "cached"}}),
     "kto": ("kto", {}),
     "ppo": ("ppo", {}),
-    "eva ppo": ("ppo", {"adapter": EVA}),
-    "full ppo": ("ppo", {**FULL, "value": {"kind": "head"}}),
+    "eva ppo": ("ppo", {"adapter": EVA, "value": {"kind": "head"}}),
     "full ppo with 8-bit state": ("ppo", {**FULL, **EIGHT_BIT_STATE}),  # from 4,096 elements on
 }
-RESUMED_AT, STEPS = 2, 5
+RESUMED_AT, STEPS = 2, 4
 
 
 def make(case: str, folder: Path, base: Path) -> Path:
@@ -69,7 +71,7 @@ def make(case: str, folder: Path, base: Path) -> Path:
         "training__microbatch_tokens": 200,
         "training__eval_every": 2,
         "data__eval_fraction": 0.2,
-        "merge": True,
+        "merge": False,
     }
     if stage != "ppo":
         make_any = make_recipe if stage == "sft" else make_preference_recipe
