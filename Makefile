@@ -32,6 +32,8 @@ demo: $(VENV)/.runtime
 	$(BIN)/alignkit generate runs/quickstart-dpo --against runs/quickstart-sft \
 		--file data_templates/sft/prompts.txt --max-new-tokens 100
 
+# Compiled modules are kept: each worker and each command that a test starts would compile them again.
+test check: export PYTHONDONTWRITEBYTECODE =
 test: lint types
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 

@@ -49,10 +49,10 @@ def evaluate_heldout(
 def _score(scorer: nn.Module, documents: Sequence[Document]) -> dict[str, torch.Tensor]:
     batch = pack_documents(documents)
     scores: Any = scorer(batch)
-    losses = cross_entropy_loss(scores.logprobs).double()
+    losses = cross_entropy_loss(scores.logprobs)
     return {
         "loss": sum_by_sequence(losses, batch),
-        "correct": sum_by_sequence(scores.correct.double(), batch),
+        "correct": sum_by_sequence(scores.correct, batch),
         "tokens": sum_by_sequence(torch.ones_like(losses), batch),
     }
 

@@ -28,7 +28,7 @@ from alignkit.models.attention.cached import (
 from alignkit.models.attention.prefix import has_window
 from alignkit.models.base.fitness import require_token_rows
 from alignkit.models.kernels.lora import fixed_factors
-from alignkit.models.kernels.precision import compute_context
+from alignkit.models.kernels.precision import compute_context, sum_dtype
 from alignkit.models.kernels.vocab_head import logit_transform, next_logits
 from alignkit.packed import IntArray
 
@@ -150,7 +150,7 @@ class TransformersEngine:
         draws = np.stack(
             [np.random.default_rng(list(s)).random(settings.max_new_tokens) for s in seeds]
         )
-        uniform = torch.from_numpy(draws).to(device)
+        uniform = torch.from_numpy(draws).to(sum_dtype(device)).to(device)
         longest, before = max(map(len, prompts)), 0 if self.prefix is None else self.prefix.shape[3]
         ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
         width = before + longest
@@ -253,7 +253,7 @@ def draw_tokens(
 
     Args:
         logits: `[B, V]` float32.
-        uniform: `[B]` float64 random numbers in [0, 1).
+        uniform: `[B]` random numbers in [0, 1), in the dtype of sums.
 
     Returns:
         `[B]` ids, `[B]` float32 log-probs and `[B]` entropies in nats.
@@ -267,23 +267,23 @@ def draw_tokens(
 
 
 def _inverse(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """`[B]` first ids up to which the float64 sum of `[B, V]` probabilities exceeds `uniform`.
+    """`[B]` first ids up to which the sum of `[B, V]` probabilities exceeds `uniform`.
 
-    First among sums of blocks, then inside one block: a float64 sum over a whole vocabulary writes
-    and reads four times what the probabilities themselves take.
+    First among sums of blocks, then inside one block, in the dtype of `uniform`: a float64 sum over
+    a whole vocabulary writes and reads four times what the probabilities themselves take.
     """
     count = probs.shape[1]
     full = count // SUMMED * SUMMED
     blocks = [probs[:, :full].unflatten(1, (-1, SUMMED)).sum(-1)]
     if full < count:
         blocks.append(probs[:, full:].sum(-1, keepdim=True))
-    sums = torch.cat(blocks, dim=1).double().cumsum(1)
+    sums = torch.cat(blocks, dim=1).to(uniform.dtype).cumsum(1)
     # Rounding may leave the sum below 1, and a token of probability 0 must never be drawn.
     threshold = uniform[:, None] * sums[:, -1:]
     block = torch.searchsorted(sums, threshold, right=True).clamp(max=sums.shape[1] - 1)
     before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
     columns = block * SUMMED + torch.arange(SUMMED, device=probs.device)
-    inside = probs.gather(1, columns.clamp(max=count - 1)).double()
+    inside = probs.gather(1, columns.clamp(max=count - 1)).to(uniform.dtype)
     inside = inside.masked_fill(columns >= count, 0.0)
     reached = before + inside.cumsum(1)
     # A block's sum is rounded: the threshold may lie beyond its last token with any probability.

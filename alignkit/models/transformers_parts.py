@@ -9,6 +9,7 @@ from transformers import (
     PreTrainedConfig,
 )
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.initialization import no_init_weights
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.tokenization_utils_base import generate_merges
@@ -20,6 +21,7 @@ __all__ = [
     "get_keys_to_not_convert",
     "has_classifier",
     "has_language_model",
+    "no_init_weights",
     "revert_weight_conversion",
 ]
 

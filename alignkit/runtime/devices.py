@@ -72,15 +72,14 @@ def peak_memory(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def build_accelerator(dtype: str, trackers: tuple[str, ...], folder: Path) -> Accelerator:
+def build_accelerator(trackers: tuple[str, ...], folder: Path) -> Accelerator:
     """accelerate's view of device, processes and trackers.
 
-    The scorer sets the precision (autocast inside its forward), but float16 needs accelerate's
-    loss scaling.
+    The scorer sets the precision: autocast inside its forward.
     """
     return Accelerator(
         cpu=find_device() == "cpu",
-        mixed_precision="fp16" if dtype == "float16" else "no",
+        mixed_precision="no",
         log_with=list(trackers) or None,
         project_dir=str(folder),
     )

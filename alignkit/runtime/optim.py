@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from alignkit.errors import NotFiniteError, TrainingError
+from alignkit.runtime.loss_scale import LossScale
 
 try:
     import bitsandbytes
@@ -211,9 +212,11 @@ def step_parts(
     *,
     limit: float | None,
     clip: Callable[..., Any] = nn.utils.clip_grad_norm_,
-    scaled: bool = False,
+    scale: LossScale,
 ) -> dict[str, float]:
     """Clip the gradients of each part, step its optimizer and clear them.
+
+    Gradients of scaled losses that overflow are dropped, and the next step is scaled less.
 
     Args:
         parts: with the gradients of a whole step.
@@ -221,7 +224,7 @@ def step_parts(
         loss: of the step, for messages.
         limit: of the gradient norm of a part; None never clips.
         clip: like torch's own; returns the norm before clipping.
-        scaled: whether a loss scaler skips steps with non-finite gradients itself.
+        scale: of the losses whose gradients these are.
 
     Returns:
         Norms before clipping: `grad_norm` of the first part, `<name>_grad_norm` of the others.
@@ -231,9 +234,12 @@ def step_parts(
     """
     norms = {}
     for number, part in enumerate(parts):
+        scale.divide(part.weights)
         total = clip(part.weights, math.inf if limit is None else limit)
         norm = math.nan if total is None else float(total)
-        if total is not None and not scaled and not math.isfinite(norm):
+        if total is not None and not math.isfinite(norm):
+            if scale.overflowed():
+                return _without_step(parts)
             where = f"the {part.name} in " if len(parts) > 1 else ""
             raise NotFiniteError(
                 f"the gradient of {where}step {step + 1} is not finite; its loss is {loss:.4g}",
@@ -244,7 +250,15 @@ def step_parts(
     for part in parts:
         part.optimizer.step()
         part.optimizer.zero_grad(set_to_none=True)
+    scale.passed()
     return norms
+
+
+def _without_step(parts: Sequence[TrainedPart]) -> dict[str, float]:
+    """Norms of a step that changes no weight."""
+    for part in parts:
+        part.optimizer.zero_grad(set_to_none=True)
+    return {_metric(part, number, "grad_norm"): math.nan for number, part in enumerate(parts)}
 
 
 def _metric(part: TrainedPart, number: int, name: str) -> str:

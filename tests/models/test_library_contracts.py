@@ -21,6 +21,7 @@ from tiny import tiny_model
 from torch import nn
 from transformers import (
     AttentionInterface,
+    AutoModelForCausalLM,
     DynamicCache,
     MptConfig,
     PreTrainedConfig,
@@ -257,6 +258,18 @@ def test_the_name_of_the_attention_in_use() -> None:
         model.set_attn_implementation(name)
         found = transformers_parts.attention_of(model.config)
         assert found == name, now("transformers", f"calls attention {name} {found}")
+
+
+def test_weights_that_are_not_drawn_can_be_tied_afterwards() -> None:
+    config = tiny_model().config
+    config.tie_word_embeddings = True
+    state = torch.get_rng_state()
+    with transformers_parts.no_init_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    assert torch.equal(torch.get_rng_state(), state), now("transformers", "draws them")
+    model.tie_weights()
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied, now("transformers", "ties weights elsewhere")
 
 
 def test_which_architectures_have_a_classifier() -> None:

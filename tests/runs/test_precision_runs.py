@@ -161,11 +161,11 @@ def test_every_stage_computes_in_what_was_chosen(
     assert losses(tmp_path / "run") == losses(tmp_path / "twin")
 
 
-def test_ppo_takes_float32_where_only_float16_is_fast(
+def test_ppo_takes_float16_where_only_float16_is_fast(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "fastest", lambda device, layers: ("float16", "an old card"))
     recipe = load_recipe(str(make_ppo_recipe(tmp_path, tiny_base, model__dtype="auto"))).recipe
     plan = plan_stage(recipe, 1)[1]
-    assert plan.dtype == "float32"
-    assert plan.dtype_reason == "an old card, and ppo cannot scale its loss for float16"
+    assert plan.dtype == "float16"
+    assert plan.dtype_reason == "an old card"

@@ -1,10 +1,8 @@
 """Attention over packed rows: each segment sees itself causally, and all of its prefix.
 
 Registered with transformers' `AttentionInterface`, so it works under any model that uses it. The
-segments travel as a keyword argument through the model's forward. No padding, no T×T mask: a
-segment without a window or a prefix runs the causal kernel, which skips half of the work. A CPU
-has a path of its own, `cpu_attention`, for all but capped scores, dropout and values of another
-width.
+segments travel as a keyword argument through the model's forward. No padding, no T×T mask.
+`choose_backend` says which kernels compute it.
 
 Shapes: `B` = 1 packed row, `H` query heads, `K` key heads, `T` tokens, `D` head dimension.
 """
@@ -18,7 +16,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from alignkit.models.attention import processor as cpu_attention
+from alignkit.models.attention import processor, varlen
+from alignkit.models.attention.backend import choose_backend
 from alignkit.models.attention.plain import plain_attention
 from alignkit.models.attention.prefix_rows import drop_before, longer_segments, put_before
 from alignkit.models.kernels.precision import product_dtype
@@ -95,29 +94,22 @@ def packed_attention(
         rows, seen = keys.shape[1], longer_segments(segments, keys.shape[1])
         query = put_before(query, None, segments, rows)
         key, value = (put_before(x, p, segments, rows) for x, p in ((key, keys), (value, values)))
-    if _fits_processor(query, value, dropout, softcap):
-        output = cpu_attention.cpu_attention(
-            query, key, value, seen, scaling=scaling, sliding_window=sliding_window
-        )
+    backend = choose_backend(
+        query.device,
+        query.dtype,
+        query.shape[-1],
+        value.shape[-1],
+        dropout=dropout,
+        softcap=softcap,
+    )
+    how: dict[str, Any] = {"scaling": scaling, "sliding_window": sliding_window}
+    if backend == "processor":
+        output = processor.cpu_attention(query, key, value, seen, **how)
+    elif backend == "varlen":
+        output = varlen.varlen_attention(query, key, value, seen, **how)
     else:
-        output = plain_attention(
-            query,
-            key,
-            value,
-            seen,
-            scaling=scaling,
-            dropout=dropout,
-            sliding_window=sliding_window,
-            softcap=softcap,
-        )
+        output = plain_attention(query, key, value, seen, **how, dropout=dropout, softcap=softcap)
     return output if prefix_states is None else drop_before(output, segments, rows), None
-
-
-def _fits_processor(
-    query: torch.Tensor, value: torch.Tensor, dropout: float, softcap: float | None
-) -> bool:
-    same_width = query.shape[-1] == value.shape[-1]
-    return query.device.type == "cpu" and same_width and dropout == 0.0 and softcap is None
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from alignkit.models.attention import blocks as attention_blocks
+from alignkit.models.attention.backend import has_flash
 from alignkit.packed import Segments
 
 
@@ -38,11 +40,14 @@ def plain_attention(
         `[1, T, H, D]`.
     """
     lengths = [segment.length for segment in segments]
-    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     by_start = {segment.start: number for number, segment in enumerate(segments)}
     # A CPU's kernels are generated and kept for each length, so few distinct lengths are used.
     rounding = attention_blocks.ROUNDING if query.device.type == "cpu" else 1
     masks = _masks(segments, sliding_window, query.device, rounding)
+    if softcap is None and _needs_equal_heads(query, masks):
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     outputs = []
     for number, segment in enumerate(segments):
         # Rows appended to a causal segment change nothing before them.
@@ -71,11 +76,23 @@ def plain_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-@functools.lru_cache(maxsize=4)
+def _needs_equal_heads(query: torch.Tensor, masks: Sequence[torch.Tensor | None]) -> bool:
+    """Whether fewer key heads than query heads would leave only the math kernel.
+
+    On CUDA it multiplies in float32 and keeps all weights for the backward pass. Flash attention
+    takes fewer key heads, but no mask and no float32; the memory-efficient kernel takes both.
+    """
+    if query.device.type != "cuda":
+        return False
+    masked = any(mask is not None for mask in masks)
+    return masked or query.dtype == torch.float32 or not has_flash(query.device)
+
+
+@functools.lru_cache(maxsize=1)  # on a card they take memory that no plan counts
 def _masks(
     segments: Segments, sliding_window: int | None, device: torch.device, rounding: int
 ) -> list[torch.Tensor | None]:
-    """The mask of each segment: the same in every layer, so those of the last batches are kept."""
+    """The mask of each segment: the same in every layer, so those of the last batch are kept."""
     return [
         segment_mask(
             segment.length + -segment.length % rounding,

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import safe_open
+from transformers import PreTrainedModel
 
 from alignkit.errors import AlignkitError, ModelError
 from alignkit.models.quiet import quiet_transformers
@@ -187,3 +188,12 @@ def require_whole(place: str, model: Any, found: dict[str, Any]) -> None:
             f"{odd[0]}",
             hint=hint,
         )
+
+
+def forget_gguf(model: PreTrainedModel) -> None:
+    """Clear the marks that make transformers refuse to save dequantized weights."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for holder, mark in ((model, "quantization_method"), (model.config, "quantization_config")):
+        if hasattr(holder, mark):
+            delattr(holder, mark)

@@ -30,7 +30,7 @@ from alignkit.models.base.changes import (
     new_ids,
     scale_positions,
 )
-from alignkit.models.base.files import reading, require_whole, stored_shapes
+from alignkit.models.base.files import forget_gguf, reading, require_whole, stored_shapes
 from alignkit.models.base.tokenizers import always_cut_alike, require_template
 from alignkit.models.heap import release_memory
 from alignkit.models.kernels.quantized import multiply_dense
@@ -253,7 +253,7 @@ def _load_unchanged(
     """Weights as they are stored, positions as they are scaled."""
     if not base.gguf:
         _stored_config(base)  # before anything that it names is fetched
-    options = dict(base.options)
+    options, on_cpu = dict(base.options), torch.device(device).type == "cpu"
     if base.changes.rope is not None:
         if base.gguf:
             raise ModelError(
@@ -267,9 +267,11 @@ def _load_unchanged(
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True
+        if not on_cpu:  # tensor by tensor: never whole on the host
+            options["device_map"] = {"": str(device)}
     model = read_model(AutoModelForCausalLM, base, dtype=dtype, **options)
     if base.gguf:
-        _forget_gguf(model)
+        forget_gguf(model)
     return model.to(device).eval()
 
 
@@ -297,19 +299,10 @@ def _load_quantized(
     )
     multiply_dense(model, dtype)
     for weight in model.parameters():
-        if weight.is_floating_point():  # a view would keep all that was read of its file in memory
-            weight.data = weight.data.clone()
+        if weight.is_floating_point() and weight.device.type == "cpu":
+            weight.data = weight.data.clone()  # a view keeps all that was read of its file
     release_memory()
     return model.eval()
-
-
-def _forget_gguf(model: PreTrainedModel) -> None:
-    """Clear the marks that make transformers refuse to save dequantized weights."""
-    model.hf_quantizer = None
-    model.is_quantized = False
-    for holder, mark in ((model, "quantization_method"), (model.config, "quantization_config")):
-        if hasattr(holder, mark):
-            delattr(holder, mark)
 
 
 def stored_dtype(base: BaseModel) -> torch.dtype:

@@ -80,6 +80,12 @@ class _Widened:
         return getattr(self.norm, name)
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Dtype of sums that a float32 one would round too much, such as a sequence's log-prob: float64
+    where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def product_dtype(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
     """The dtype in which products are computed: autocast's dtype if that is on.
 

@@ -21,7 +21,7 @@ from alignkit.models.attention.packed import PACKED
 from alignkit.models.attention.prefix import prefix_states
 from alignkit.models.kernels.gated import use_gated_products
 from alignkit.models.kernels.norms import use_cpu_norms
-from alignkit.models.kernels.precision import compute_context, widen_layer_norms
+from alignkit.models.kernels.precision import compute_context, sum_dtype, widen_layer_norms
 from alignkit.models.kernels.vocab_head import TokenScores, logit_transform, score_targets
 from alignkit.models.quiet import quiet_transformers
 from alignkit.packed import PackedBatch, Segment
@@ -205,11 +205,6 @@ def sum_by_sequence(logprobs: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     owners = torch.from_numpy(batch.target_sequences).to(device)
     zeros = torch.zeros(batch.num_sequences, dtype=wide, device=device)
     return zeros.index_add(0, owners, logprobs.to(wide))
-
-
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """Dtype of the log-probs of whole sequences."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def sequence_rows(batch: PackedBatch) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from alignkit.errors import ModelError
 from alignkit.models.attention.packed import noting_layers
+from alignkit.models.heap import is_device_fault
 from alignkit.models.scoring.padded import PaddedScorer
 from alignkit.models.scoring.scorer import Scorer, TokenScorer, causal_model
 from alignkit.packed import PackedBatch, Segment
@@ -101,6 +102,8 @@ def packed_fault(model: Any, dtype: torch.dtype) -> str | None:
             others = batch.target_sequences > 0
             apart = packed(_with_other_start(batch)).logprobs[others]
     except (NotImplementedError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if is_device_fault(error):  # padded rows would meet it too
+            raise
         return str(error).split("\n")[0][:200]
     finally:
         model.train(was_training)
@@ -129,7 +132,10 @@ def _difference(
     layers = int(inner.config.get_text_config().num_hidden_layers)
     if reached < layers:
         return f"{layers - reached} of {layers} layers mix tokens in a way of their own"
-    if not torch.allclose(*apart, rtol=0.0, atol=1e-3):
+    # Experts that get another number of tokens may round otherwise; a leak moves whole nats.
+    experts = any(name.endswith("experts") for name, _ in inner.named_modules())
+    room = TOLERANCE[dtype] if experts else 1e-3
+    if not torch.allclose(*apart, rtol=0.0, atol=room):
         return "tokens of one document reach another"
     difference = (actual - expected).abs()
     worst, mean = float(difference.max()), float(difference.mean())

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from alignkit.models.heap import release_memory
 from alignkit.models.peft_parts import is_of_adapter, stored_name
 from alignkit.models.quiet import quiet_transformers
+from alignkit.models.transformers_parts import no_init_weights
 
 
 def build_without_weights(kind: Any, config: PreTrainedConfig, **options: Any) -> Any:
@@ -27,8 +28,9 @@ def build_without_weights(kind: Any, config: PreTrainedConfig, **options: Any) -
     Returns:
         The model in evaluation mode. Computing with a weight that was not put in gives NaN.
     """
-    with quiet_transformers(), init_empty_weights(include_buffers=False):
+    with quiet_transformers(), init_empty_weights(include_buffers=False), no_init_weights():
         model = kind.from_config(config, dtype=torch.float32, **options)
+    model.tie_weights()  # otherwise done where weights are drawn
     stand_ins: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, weight in list(module._parameters.items()):

@@ -134,8 +134,6 @@ class Recipe(Section):
     """What held-out rows would reveal."""
     processor_tokens: ClassVar[int] = 4096
     """Largest token budget on a CPU. Beyond it, DPO was no faster and needed 3 GB more."""
-    scales_loss: ClassVar[bool] = True
-    """Whether the stage scales its loss, so that gradients in float16 do not vanish."""
     hints: ClassVar[dict[str, str]] = {}
     """Key -> hint for a value that breaks a rule; takes precedence over the hints of all stages."""
     counterparts: ClassVar[dict[str, str]] = {}

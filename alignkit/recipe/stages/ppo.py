@@ -68,8 +68,6 @@ class ValueSpec(Section):
 class PpoRecipe(RolloutRecipe):
     """Reinforcement learning from rewards: policy, reference, reward and value over one base."""
 
-    scales_loss: ClassVar[bool] = False
-
     stage: Literal["ppo"]
     """The training stage."""
     objective: PpoSpec = PpoSpec()
@@ -81,11 +79,9 @@ class PpoRecipe(RolloutRecipe):
 
     @field_validator("model")
     @classmethod
-    def _no_float16(cls, value: ModelSpec) -> ModelSpec:
+    def _no_new_tokens(cls, value: ModelSpec) -> ModelSpec:
         if value.add_tokens:
             raise ValueError("has add_tokens, which ppo cannot train: add them in sft first")
-        if value.dtype == "float16":
-            raise ValueError("has dtype = float16, but ppo has no loss scaling: use bfloat16")
         return value
 
     @field_validator("rollout")

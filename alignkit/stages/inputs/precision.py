@@ -76,8 +76,6 @@ def _choose(recipe: Recipe, processes: int) -> tuple[str, str]:
     spec, hardware = recipe.model, describe_hardware(processes)
     base = _source(spec.base, spec.trust_remote_code)
     chosen, reason = fastest(hardware.device, _shapes(load_config(base)))
-    if chosen == "float16" and not recipe.scales_loss:
-        return "float32", f"{reason}, and {recipe.stage} cannot scale its loss for float16"
     if chosen == "float32" and not _fits(recipe, chosen, base, hardware):
         return "bfloat16", f"float32 needs more than the {hardware.memory / 1e9:.1f} GB free here"
     return chosen, reason

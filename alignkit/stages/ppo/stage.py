@@ -33,7 +33,7 @@ from alignkit.stages.ppo.roles import (
     starts_from_reward,
 )
 from alignkit.stages.ppo.step import PpoRun, step_places, train_step
-from alignkit.stages.ppo.update import Updater
+from alignkit.stages.ppo.update import Updater, trained_parts
 from alignkit.stages.rollouts.health import Health
 from alignkit.stages.rollouts.judging import Judge, build_judge
 from alignkit.stages.rollouts.reward_models import RewardModel, find_reward_model
@@ -189,9 +189,9 @@ def start_ppo(
     optimizers = _optimizers(recipe, plan, roles)
     first_step, state = session.restore(roles.trained, optimizers)
     processes = process_group(session.accelerator)
+    loop: Loop = session.loop(plan, first_step, trained_parts(optimizers), state, describe_step)
     limit, max_tokens = recipe.training.max_grad_norm, plan.microbatch_tokens
-    updater = Updater(roles, optimizers, recipe.objective, limit, max_tokens, processes)
-    loop: Loop = session.loop(plan, first_step, updater.parts, state, describe_step)
+    updater = Updater(roles, optimizers, recipe.objective, limit, max_tokens, processes, loop.scale)
     samples = None
     if session.folder is not None:
         samples = SamplesFile(session.folder.path / "samples.jsonl", first_step or None)

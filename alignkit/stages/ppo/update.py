@@ -14,6 +14,7 @@ from alignkit.data.packing import pack_documents, split_documents
 from alignkit.objectives.kl import k3
 from alignkit.objectives.ppo import clip_fraction, policy_losses, value_losses
 from alignkit.recipe.stages.ppo import PpoSpec
+from alignkit.runtime.loss_scale import LossScale
 from alignkit.runtime.optim import Optimizers, TrainedPart, step_parts
 from alignkit.runtime.processes import ProcessGroup
 from alignkit.stages.ppo.roles import Roles
@@ -79,6 +80,14 @@ def group_rollouts(
     return [[chosen[i] for i in group] for group in split_documents(lengths, max_tokens)]
 
 
+def trained_parts(optimizers: Optimizers) -> list[TrainedPart]:
+    """Policy and value model, each with its optimizer."""
+    return [
+        TrainedPart(name, [p for group in part.param_groups for p in group["params"]], part)
+        for name, part in optimizers.parts.items()
+    ]
+
+
 @dataclass(frozen=True)
 class Updater:
     """Takes the optimizer steps.
@@ -90,6 +99,7 @@ class Updater:
         max_grad_norm: for each of the two; None never clips.
         max_tokens: tokens of one pass.
         processes: this one, and sums over all of them.
+        scale: factor on the losses.
     """
 
     roles: Roles
@@ -98,14 +108,7 @@ class Updater:
     max_grad_norm: float | None
     max_tokens: int
     processes: ProcessGroup
-
-    @property
-    def parts(self) -> list[TrainedPart]:
-        """Policy and value model, each with its optimizer."""
-        return [
-            TrainedPart(name, [p for group in part.param_groups for p in group["params"]], part)
-            for name, part in self.optimizers.parts.items()
-        ]
+    scale: LossScale
 
     def run(
         self,
@@ -150,11 +153,11 @@ class Updater:
                 "lower training.learning_rate or value.learning_rate, or set "
                 "training.on_bad_step=skip",
             )
-            parts = self.parts
+            parts = trained_parts(self.optimizers)
             for part in parts:
                 sum_gradients(part.weights, self.processes)
             loss = policy + self.spec.value_weight * value
-            norms = step_parts(parts, step, loss, limit=self.max_grad_norm)
+            norms = step_parts(parts, step, loss, limit=self.max_grad_norm, scale=self.scale)
             names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
             values = (
                 dict(zip(names, summed, strict=True)) | norms | {"tokens": count, "updates": 1.0}
@@ -182,7 +185,7 @@ class Updater:
         Returns:
             `[4]` float64 sums: policy loss, value loss, clipped tokens, KL to the sampler.
         """
-        spec, roles = self.spec, self.roles
+        spec, roles, divisor = self.spec, self.roles, tokens / self.scale.value
         packed = pack_documents([batch.rollouts[i].document for i in group])
         new, joint = forward_policy(roles, packed) if outputs is None else outputs
         device = new.device
@@ -197,16 +200,16 @@ class Updater:
 
         if joint is not None:
             value = value_loss(joint)
-            ((policy + spec.value_weight * value) / tokens).backward()
+            ((policy + spec.value_weight * value) / divisor).backward()
         else:
-            (policy / tokens).backward()
+            (policy / divisor).backward()
             value_model: Any = roles.value
             value = value_loss(value_model(packed))
-            (spec.value_weight * value / tokens).backward()
+            (spec.value_weight * value / divisor).backward()
         with torch.no_grad():
             clipped = clip_fraction(new, old, clip=spec.clip).sum()
             moved = k3(old, new).sum()
-            return torch.stack([x.double().cpu() for x in (policy, value, clipped, moved)])
+            return torch.stack([policy, value, clipped, moved]).cpu().double()
 
 
 def sum_gradients(weights: Sequence[nn.Parameter], processes: ProcessGroup) -> None:

@@ -5,11 +5,10 @@ Evaluate, step, log, save, stop on request. The stage defines what a step is.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +21,12 @@ from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.training import LoopSpec
 from alignkit.runtime.checkpoint import save_checkpoint
 from alignkit.runtime.devices import peak_memory
+from alignkit.runtime.loss_scale import LossScale
 from alignkit.runtime.metrics import MetricsFile, read_metrics
 from alignkit.runtime.optim import TrainedPart, set_rates
 from alignkit.runtime.progress import StepProgress
 from alignkit.stages.running.bad_steps import BadSteps, Spikes
+from alignkit.stages.running.memory import within_memory
 from alignkit.stages.running.run_folder import RunFolder
 from alignkit.stages.running.stopping import stop_on_signal
 
@@ -33,6 +34,8 @@ METRICS = {
     "loss": "what the step lowers, a mean over all its items",
     "learning_rate": "of this step",
     "grad_norm": "norm of the gradient before clipping",
+    "loss_scale": "factor on the loss in float16",
+    "overflows": "steps so far that were skipped because float16 gradients overflowed",
     "epoch": "passes over the rows so far",
     "skipped_steps": "steps so far without a finite loss or gradient, if these are skipped",
     "tokens": "tokens read in this step, without padding",
@@ -61,6 +64,7 @@ class Loop:
         progress: what the user sees.
         parts: what is trained, each part with its optimizer.
         bad: counts the steps that cannot be taken.
+        scale: factor on the losses.
         spikes: finds losses that stand out.
     """
 
@@ -73,6 +77,7 @@ class Loop:
     progress: StepProgress
     parts: Sequence[TrainedPart]
     bad: BadSteps
+    scale: LossScale
     spikes: Spikes = field(default_factory=Spikes)
 
 
@@ -167,12 +172,18 @@ def _train_step(loop: Loop, hooks: StageHooks, step: int) -> dict[str, float]:
         warmup_steps=plan.warmup_steps,
         schedule=plan.schedule,
     )
+    overflows = loop.scale.overflows
     try:
         metrics = hooks.train(step)
     except NotFiniteError as error:
         metrics = _skip(loop, hooks, step, error)
     else:
         loop.bad.passed()
+    if loop.scale.overflows > overflows:
+        loop.progress.say(
+            f"step {step + 1}: gradients overflowed in float16 and were dropped; losses are now "
+            f"multiplied by {loop.scale.value:.0f}"
+        )
     seconds = time.monotonic() - started
     skipped = {"skipped_steps": loop.bad.skipped} if loop.bad.action == "skip" else {}
     return {
@@ -180,6 +191,7 @@ def _train_step(loop: Loop, hooks: StageHooks, step: int) -> dict[str, float]:
         **rates,
         **metrics,
         **skipped,
+        **loop.scale.metrics,
         "epoch": (step + 1) / plan.steps_per_epoch,
         "step_seconds": seconds,
         "tokens_per_second": metrics.get("tokens", 0) / seconds,
@@ -238,28 +250,6 @@ def require_finite(loss: float, sentence: str, hint: str) -> None:
         raise NotFiniteError(sentence, hint=hint)
 
 
-@contextlib.contextmanager
-def within_memory(what: str) -> Iterator[None]:
-    """Turn running out of memory into an error with a hint.
-
-    Args:
-        what: what does not fit, as in `step 3`.
-
-    Raises:
-        TrainingError: memory ran out.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
-            raise
-        raise TrainingError(
-            f"{what} does not fit in memory",
-            hint="lower training.microbatch_tokens or data.max_length, or set "
-            "training.gradient_checkpointing=true",
-        ) from error
-
-
 def _lacks_evaluation(loop: Loop) -> bool:
     """Whether the last step was saved, but its evaluation failed."""
     if loop.folder is None:
@@ -304,6 +294,7 @@ def save_state(loop: Loop, step: int, model: Any, optimizer: Any, state: dict[st
             "processes": loop.accelerator.num_processes,
             "run": loop.folder.record,
             "bad_steps": loop.bad.state,
+            "loss_scale": loop.scale.state,
             **state,
         },
         loop.training.keep,

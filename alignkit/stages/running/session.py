@@ -26,6 +26,7 @@ from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.stages.base import Recipe
 from alignkit.runtime.checkpoint import find_checkpoint, load_checkpoint
 from alignkit.runtime.devices import build_accelerator
+from alignkit.runtime.loss_scale import LossScale
 from alignkit.runtime.metrics import MetricsFile
 from alignkit.runtime.optim import TrainedPart, build_optimizer
 from alignkit.runtime.processes import process_group
@@ -80,7 +81,7 @@ class Session:
         )
         self.before = read_record(self.output) if options.resume else None
         trackers = recipe.training.trackers
-        self.accelerator: Accelerator = build_accelerator(recipe.model.dtype, trackers, self.output)
+        self.accelerator: Accelerator = build_accelerator(trackers, self.output)
         self.leads = bool(self.accelerator.is_main_process)
         self.quiet = options.quiet or not self.leads
         self.folder: RunFolder | None = None
@@ -308,4 +309,5 @@ class Session:
             progress=progress,
             parts=parts,
             bad=BadSteps(training.on_bad_step, plan.steps, **state.get("bad_steps", {})),
+            scale=LossScale.of(self.recipe.model.dtype, state.get("loss_scale", {})),
         )

@@ -27,8 +27,8 @@ from alignkit.stages.running.loop import (
     require_finite,
     run_loop,
     save_state,
-    within_memory,
 )
+from alignkit.stages.running.memory import within_memory
 
 
 @dataclass(kw_only=True)
@@ -111,7 +111,7 @@ def _train(run: Run, step: int) -> dict[str, float]:
         loss,
         limit=run.training.max_grad_norm,
         clip=run.accelerator.clip_grad_norm_,
-        scaled=run.accelerator.scaler is not None,
+        scale=run.scale,
     )
     return {**norms, **means, "tokens": tokens}
 
@@ -127,7 +127,7 @@ def _accumulate(run: Run, batches: StepBatches) -> tuple[dict[str, float], int]:
         with contextlib.nullcontext() if last else accelerator.no_sync(run.scorer):
             result = run.hooks.loss(run.scorer, micro.documents, measured)
             # Gradients are averaged over processes, hence the factor.
-            factor = micro.share * accelerator.num_processes / batches.weight
+            factor = micro.share * accelerator.num_processes / batches.weight * run.scale.value
             accelerator.backward(result.loss * factor)
         tokens += round(micro.num_tokens * micro.share)
         _add(sums, {"loss": result.loss, **result.metrics}, micro.share)

@@ -33,7 +33,8 @@ from alignkit.files import replace_file
 from alignkit.models.adapters.attach import adapters_off
 from alignkit.models.base.identity import weights_version
 from alignkit.models.base.loading import DTYPES, load_model
-from alignkit.models.scoring.scorer import evaluating, sum_by_sequence, sum_dtype
+from alignkit.models.kernels.precision import sum_dtype
+from alignkit.models.scoring.scorer import evaluating, sum_by_sequence
 from alignkit.models.scoring.selfcheck import build_scorer
 from alignkit.packed import PackedBatch
 from alignkit.recipe.adapters import has_adapter

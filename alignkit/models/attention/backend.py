@@ -1,0 +1,47 @@
+"""Which kernels compute packed attention."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Backend = Literal["processor", "varlen", "segments"]
+"""`processor`: blocks of queries in matrix products (attention/processor.py). `varlen`: one flash
+call for a row (attention/varlen.py). `segments`: one call of torch's attention for each segment
+(attention/plain.py)."""
+
+_WIDEST = 256
+"""Largest head dimension of flash attention, which takes multiples of 8."""
+
+
+def choose_backend(
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    value_width: int,
+    *,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> Backend:
+    """The fastest backend that computes this attention.
+
+    Args:
+        device: of the tensors.
+        dtype: of the products.
+        width: dimension of a query's or key's head.
+        value_width: dimension of a value's head.
+        dropout: probability on the weights.
+        softcap: cap of the scores.
+    """
+    if width != value_width or dropout or softcap is not None:
+        return "segments"
+    if device.type == "cpu":
+        return "processor"
+    fits = dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= _WIDEST
+    return "varlen" if fits and has_flash(device) else "segments"
+
+
+def has_flash(device: torch.device) -> bool:
+    """Whether torch's flash attention runs there: on CUDA from compute capability 8.0 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,0 +1,31 @@
+"""Memory that runs out, as an error with a hint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from alignkit.errors import TrainingError
+from alignkit.models.heap import is_out_of_memory
+
+
+@contextlib.contextmanager
+def within_memory(what: str) -> Iterator[None]:
+    """Turn running out of memory into an error with a hint.
+
+    Args:
+        what: what does not fit, as in `step 3`.
+
+    Raises:
+        TrainingError: memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"{what} does not fit in memory",
+            hint="lower training.microbatch_tokens or data.max_length, or set "
+            "training.gradient_checkpointing=true",
+        ) from error
