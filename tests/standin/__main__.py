@@ -15,6 +15,7 @@ from typing import Any
 from standin.library import load_device
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the device is there in one thread
 load_device()  # before anything imports torch
 
 import torch  # noqa: E402
