@@ -76,9 +76,9 @@ def _examine() -> tuple[dict[str, dict[str, Any]], list[str]]:
     from alignkit.recipe.assets import alignkit_home
     from alignkit.runtime.devices import describe_hardware
     from alignkit.runtime.precision import describe_precision
-    from alignkit.runtime.processor import tune_processor
+    from alignkit.runtime.tuning import tune_device
 
-    tune_processor()
+    tune_device()
     hardware = describe_hardware()
     machine = {
         "python": platform.python_version(),

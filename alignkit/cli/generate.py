@@ -96,9 +96,9 @@ def open_for_inference(name: str, dtype: str, base: str | None = None) -> Any:
     from alignkit.models.base.loading import DTYPES
     from alignkit.models.opening import open_language_model
     from alignkit.runtime.devices import find_device
-    from alignkit.runtime.processor import tune_processor
+    from alignkit.runtime.tuning import tune_device
 
-    tune_processor()
+    tune_device()
     chosen = DTYPES[dtype_for(name, dtype, base)]
     return open_language_model(name, dtype=chosen, device=find_device(), base=base)
 

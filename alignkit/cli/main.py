@@ -51,6 +51,8 @@ def main() -> None:
     """Run the command line; a broken rule exits with 2, a bug with 1, an interruption with 130."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # micro-batches of many lengths leave holes
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     _print_anything()
     try:
         app()

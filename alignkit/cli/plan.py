@@ -74,6 +74,7 @@ def plan(
                 "device",
                 f"{facts.hardware.device} ({facts.hardware.name}), {facts.hardware.cores} threads",
             ),
+            ("attention", facts.hardware.attention),
             ("memory", f"about {gigabytes['peak']:.1f} GB ({terms})"),
         ]
     )

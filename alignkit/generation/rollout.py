@@ -8,7 +8,7 @@ interruption; only the rounding of the batched products may.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -34,6 +34,9 @@ from alignkit.packed import IntArray
 
 COMPACT = 0.75
 """Finished rows leave the batch once at most this share of it is still running."""
+
+LOOK = 8
+"""Tokens after which a device is asked which rows have stopped: each question waits for it."""
 
 SUMMED = 256
 """Probabilities in one block of a sum."""
@@ -166,28 +169,31 @@ class TransformersEngine:
         cache = new_cache(layers, room)
         if self.prefix is not None:
             fill_cache(cache, self.prefix.to(device, self.dtype), len(prompts))
-        batch = _Batch(len(prompts), settings.max_new_tokens)
+        responses = _Responses(len(prompts), settings.max_new_tokens, device)
         live = torch.arange(len(prompts), device=device)
         stops = torch.tensor(sorted(settings.stop_tokens), device=device)
         columns = torch.arange(mask.shape[1], device=device)
-        step_ids, start = ids, before
+        stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        step_ids, start, look = ids, before, 1 if device.type == "cpu" else LOOK
         for step in range(settings.max_new_tokens):
             end = width + step
             seen = mask[:, : round_up(end)] & (columns[: round_up(end)] < end)
             logits = self._forward(step_ids, seen, positions[:, start:end], cache)
-            chosen, logprobs, entropy = draw_tokens(logits, uniform[live, step])
-            batch.add(step, live, chosen, logprobs, entropy)
-            batch.stopped[live[torch.isin(chosen, stops)].cpu().numpy()] = True
-            running = torch.from_numpy(~batch.stopped[live.cpu().numpy()]).to(device)
-            count = int(running.sum())
-            if count == 0:
-                break
-            if count <= COMPACT * len(live):
-                keep = running.nonzero()[:, 0]
-                live, chosen, mask, positions = (x[keep] for x in (live, chosen, mask, positions))
-                keep_rows(cache, keep)
+            chosen, *about = draw_tokens(logits, uniform[:, step])
+            responses.add(step, live, chosen, *about)
+            stopped |= torch.isin(chosen, stops)
+            if (step + 1) % look == 0:
+                count = len(live) - int(stopped.sum())
+                if count == 0:
+                    break
+                if count <= COMPACT * len(live):
+                    keep = (~stopped).nonzero()[:, 0]
+                    live, chosen, uniform, stopped, mask, positions = (
+                        x[keep] for x in (live, chosen, uniform, stopped, mask, positions)
+                    )
+                    keep_rows(cache, keep)
             step_ids, start = chosen[:, None], end
-        return batch.sampled()
+        return responses.sampled(settings.stop_tokens)
 
     def _forward(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any
@@ -206,43 +212,43 @@ class TransformersEngine:
             )
 
 
-class _Batch:
-    """Responses being sampled. A row that has stopped but not left the batch adds nothing."""
+class _Responses:
+    """Responses being sampled, on the device. What a row adds after it has stopped is cut off."""
 
-    def __init__(self, rows: int, tokens: int) -> None:
-        self.ids = np.zeros((rows, tokens), np.int64)
-        self.logprobs = np.zeros((rows, tokens), np.float32)
-        self.entropy = np.zeros((rows, tokens), np.float64)
-        self.lengths = np.zeros(rows, np.int64)
-        self.stopped = np.zeros(rows, np.bool_)
+    def __init__(self, rows: int, tokens: int, device: torch.device) -> None:
+        self.ids = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(rows, tokens, device=device)
+        self.entropy = torch.zeros(rows, tokens, device=device)
+        self.steps = 0
 
     def add(
         self,
         step: int,
-        live: torch.Tensor,
+        rows: torch.Tensor,
         chosen: torch.Tensor,
         logprobs: torch.Tensor,
         entropy: torch.Tensor,
     ) -> None:
-        """Append one token to each running row."""
-        rows = live.cpu().numpy()
-        running = ~self.stopped[rows]
-        rows = rows[running]
-        self.ids[rows, step] = chosen.cpu().numpy()[running]
-        self.logprobs[rows, step] = logprobs.cpu().numpy()[running]
-        self.entropy[rows, step] = entropy.cpu().numpy()[running]
-        self.lengths[rows] = step + 1
+        """Append one token to each of some rows."""
+        for kept, new in ((self.ids, chosen), (self.logprobs, logprobs), (self.entropy, entropy)):
+            kept.select(1, step).index_copy_(0, rows, new)
+        self.steps = step + 1
 
-    def sampled(self) -> list[SampledResponse]:
-        """The responses of all rows."""
+    def sampled(self, stops: Collection[int]) -> list[SampledResponse]:
+        """The responses of all rows, each up to its first stop token."""
+        ids, logprobs, entropy = (
+            x[:, : self.steps].cpu().numpy() for x in (self.ids, self.logprobs, self.entropy)
+        )
+        ends = np.isin(ids, list(stops))
+        lengths = np.where(ends.any(1), ends.argmax(1) + 1, self.steps)
         return [
             SampledResponse(
-                self.ids[row, :length].copy(),
-                self.logprobs[row, :length].copy(),
-                "stop" if self.stopped[row] else "length",
-                float(self.entropy[row, :length].mean()),
+                ids[row, :length].copy(),
+                logprobs[row, :length].copy(),
+                "stop" if ends[row].any() else "length",
+                float(entropy[row, :length].astype(np.float64).mean()),
             )
-            for row, length in enumerate(self.lengths.tolist())
+            for row, length in enumerate(lengths.tolist())
         ]
 
 
@@ -277,7 +283,7 @@ def _inverse(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     blocks = [probs[:, :full].unflatten(1, (-1, SUMMED)).sum(-1)]
     if full < count:
         blocks.append(probs[:, full:].sum(-1, keepdim=True))
-    sums = torch.cat(blocks, dim=1).to(uniform.dtype).cumsum(1)
+    sums = _running_sums(torch.cat(blocks, dim=1).to(uniform.dtype))
     # Rounding may leave the sum below 1, and a token of probability 0 must never be drawn.
     threshold = uniform[:, None] * sums[:, -1:]
     block = torch.searchsorted(sums, threshold, right=True).clamp(max=sums.shape[1] - 1)
@@ -285,13 +291,20 @@ def _inverse(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     columns = block * SUMMED + torch.arange(SUMMED, device=probs.device)
     inside = probs.gather(1, columns.clamp(max=count - 1)).to(uniform.dtype)
     inside = inside.masked_fill(columns >= count, 0.0)
-    reached = before + inside.cumsum(1)
+    reached = before + _running_sums(inside)
     # A block's sum is rounded: the threshold may lie beyond its last token with any probability.
     offset = torch.minimum(
         torch.searchsorted(reached, threshold, right=True),
         (inside > 0).long().mul(torch.arange(SUMMED, device=probs.device)).amax(1, keepdim=True),
     )
     return (block * SUMMED + offset)[:, 0]
+
+
+def _running_sums(x: torch.Tensor) -> torch.Tensor:
+    """Sums along each row so far."""
+    if x.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return x @ x.new_ones(x.shape[1], x.shape[1]).triu()  # its cumsum has no fixed order
+    return x.cumsum(1)
 
 
 def stop_tokens(inner: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -26,7 +26,7 @@ from alignkit.models.scoring.selfcheck import build_scorer
 from alignkit.recipe.stages.ppo import SAMPLING_TOKENS
 from alignkit.runtime.devices import find_device
 from alignkit.runtime.processes import SINGLE
-from alignkit.runtime.processor import tune_processor
+from alignkit.runtime.tuning import tune_device
 from alignkit.stages.rollouts.judging import Judge, RewardPart, ScoringModel
 from alignkit.stages.rollouts.reward_models import check_tokens, require_reward_model
 from alignkit.stages.rollouts.sampling import Rollout, sample
@@ -85,7 +85,7 @@ def open_answering(model: str, reward: str, dtype: str, base: str | None = None)
     Raises:
         ModelError: either is not what it should be, or their tokens differ.
     """
-    tune_processor()
+    tune_device()
     place = require_reward_model(reward)
     opened = open_language_model(model, dtype=DTYPES[dtype], device=find_device(), base=base)
     check_tokens(reward, load_tokenizer(place), opened.tokenizer)

@@ -43,7 +43,7 @@ from alignkit.recipe.rows import SourceSpec
 from alignkit.recipe.stages.base import Recipe
 from alignkit.runtime.devices import find_device
 from alignkit.runtime.processes import SINGLE
-from alignkit.runtime.processor import tune_processor
+from alignkit.runtime.tuning import tune_device
 from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.checking import kind_of_rows
 from alignkit.stages.inputs.rows import load_rows, require_rows_of, row_settings
@@ -86,7 +86,7 @@ def evaluate_models(names: list[str], question: Question) -> dict[str, Evaluatio
         ModelError: there are no rows to evaluate on, or the model cannot be measured on them.
     """
     question.check()
-    tune_processor()
+    tune_device()
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ModelError(f"{twice[0]} is named twice", hint="name each model once")

@@ -138,6 +138,11 @@ def has_adapter(spec: AnySpec) -> bool:
     return not isinstance(spec, FullSpec)
 
 
+def is_remade(spec: AnySpec) -> bool:
+    """Whether layers compute in the function that makes its inputs again for the backward pass."""
+    return isinstance(spec, LoraSpec) and not spec.dora and not spec.dropout
+
+
 def is_mergeable(spec: AnySpec) -> bool:
     """Whether the trained weights can be merged into weights of the base's shapes."""
     return not isinstance(spec, PrefixSpec)

@@ -5,6 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def logits_bytes(device: str) -> int:
+    """Bytes of float32 logits that are held at once.
+
+    On two CPU cores 8 to 64 MiB were equally fast. A GPU reads the whole vocabulary head for each
+    chunk, so that small ones cost more than they save.
+
+    Args:
+        device: `cpu`, `cuda` or `mps`.
+    """
+    return 16 * 2**20 if device == "cpu" else 512 * 2**20
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """Sizes of a model.
@@ -82,6 +94,9 @@ class HardwareFacts:
         cores: processor cores that torch uses.
         processes: training processes.
         speed: operations a second in products of the model's layers; 0 if it was not measured.
+        cards: GPUs that this process sees, used or not; 0 without CUDA.
+        attention: how packed rows are attended to in the recipe's precision.
+        multiplies_bfloat16: whether the card does, rather than imitate it; True elsewhere.
     """
 
     device: str
@@ -90,3 +105,6 @@ class HardwareFacts:
     cores: int
     processes: int
     speed: float = 0.0
+    cards: int = 0
+    attention: str = ""
+    multiplies_bfloat16: bool = True

@@ -42,6 +42,9 @@ class LoopSpec(Section):
     CUDA only."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations to save memory; `auto` does so only if they would not fit."""
+    deterministic: bool = False
+    """On CUDA, take only kernels that add up in a fixed order: repeated and resumed runs then end
+    with the same bytes, more slowly. A processor always does."""
     log_every: PositiveInt = 1
     """Steps between progress lines. metrics.jsonl gets every step."""
     eval_every: PositiveInt | None = None

@@ -27,9 +27,11 @@ def find_device() -> str:
     named = os.environ.get("ALIGNKIT_DEVICE")
     if named:
         if named not in _DEVICES:
-            raise AlignkitError(
-                f"ALIGNKIT_DEVICE names no device: {named!r}", hint=f"one of {', '.join(_DEVICES)}"
-            )
+            kind, _, index = named.partition(":")
+            hint = f"one of {', '.join(_DEVICES)}"
+            if kind == "cuda" and index.isdigit():
+                hint = f"set CUDA_VISIBLE_DEVICES={index}, and leave ALIGNKIT_DEVICE out"
+            raise AlignkitError(f"ALIGNKIT_DEVICE names no device: {named!r}", hint=hint)
         return named
     if torch.cuda.is_available():
         return "cuda"
@@ -39,12 +41,42 @@ def find_device() -> str:
 def describe_hardware(processes: int = 1) -> HardwareFacts:
     """The machine as the planner sees it."""
     device = find_device()
-    if device == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-        name, memory = torch.cuda.get_device_name(), int(free)
-    else:
-        name, memory = processor_name(), int(psutil.virtual_memory().available) // processes
-    return HardwareFacts(device, name, memory, torch.get_num_threads(), processes)
+    threads = torch.get_num_threads()
+    if device != "cuda":
+        memory = int(psutil.virtual_memory().available) // processes
+        return HardwareFacts(device, processor_name(), memory, threads, processes)
+    free, _ = torch.cuda.mem_get_info()
+    return HardwareFacts(
+        device,
+        torch.cuda.get_device_name(),
+        int(free),
+        threads,
+        processes,
+        cards=torch.cuda.device_count(),
+        multiplies_bfloat16=multiplies_bfloat16(),
+    )
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the CUDA device multiplies bfloat16; torch says so too where it imitates it."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def tune_cuda(deterministic: bool) -> None:
+    """Settings of torch for products and attention on CUDA.
+
+    cuDNN's attention builds a plan for each new length, about a second each, and rows always have
+    new lengths. Products in 16 bits add up in float32 throughout, as on every other device.
+
+    Args:
+        deterministic: take only kernels that add up in a fixed order.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def processor_name() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from alignkit.runtime.devices import multiplies_bfloat16
 from alignkit.runtime.speeds import Layers, kept, precision_speeds
 
 GAIN = 1.2
@@ -27,7 +28,7 @@ def fastest(device: str, layers: Layers) -> tuple[str, str]:
         A name of a dtype and a half-sentence.
     """
     if device == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if multiplies_bfloat16():
             return "bfloat16", "the card multiplies it"
         return "float16", "the card does not multiply bfloat16"
     speeds = _speeds(device, layers)

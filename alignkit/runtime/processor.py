@@ -28,7 +28,7 @@ _SLOW = 0.8
 """Share of the highest clock or capacity below which a core is a slow one."""
 
 
-def tune_processor() -> bool:
+def tune_processor(*, keep_memory: bool = True) -> bool:
     """Settings that make steps on a CPU faster and stop memory from growing.
 
     glibc is kept from returning every large block to the kernel and faulting it in again, and
@@ -38,13 +38,16 @@ def tune_processor() -> bool:
     The number of threads is set too, unless the environment does: the fastest of those in
     `thread_counts`, measured once for a machine.
 
+    Args:
+        keep_memory: whether freed memory stays with this process.
+
     Returns:
         Whether the C library accepted the settings.
     """
     os.environ.setdefault(_KERNELS, str(MAX_KERNELS))
     if not sys.platform.startswith("linux"):
         return False
-    accepted = _keep_blocks()
+    accepted = keep_memory and _keep_blocks()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(_best(thread_counts(os.sched_getaffinity(0))))
     return accepted

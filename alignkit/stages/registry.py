@@ -9,7 +9,7 @@ from alignkit.recipe.stages.base import Recipe
 from alignkit.runtime.devices import find_device
 from alignkit.runtime.optim import require_optimizer
 from alignkit.runtime.processes import world_size
-from alignkit.runtime.processor import tune_processor
+from alignkit.runtime.tuning import tune_device
 from alignkit.stages.inputs.base import start_model
 from alignkit.stages.inputs.precision import with_precision
 from alignkit.stages.inputs.rows import AnyRows
@@ -30,7 +30,7 @@ def plan_stage(recipe: Recipe, processes: int) -> tuple[AnyRows, Plan]:
         AlignkitError: anything the user can fix.
     """
     require_optimizer(recipe.training.optimizer, find_device())
-    tune_processor()
+    tune_device(deterministic=recipe.training.deterministic)
     base = start_model(recipe.model, merge=False)
     return definition_of(recipe).prepare(with_precision(recipe, processes), base, processes)
 
@@ -49,7 +49,7 @@ def run_stage(recipe: Recipe, options: RunOptions) -> RunSummary | None:
         AlignkitError: anything the user can fix.
     """
     require_optimizer(recipe.training.optimizer, find_device())
-    tune_processor()
+    tune_device(deterministic=recipe.training.deterministic)
     before = read_record(Path(recipe.output)) if options.resume else None
     chosen = with_precision(recipe, world_size(), None if before is None else before.recipe)
     return definition_of(recipe).run(chosen, options)

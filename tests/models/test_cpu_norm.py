@@ -14,7 +14,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from alignkit.models.kernels import blocks as cpu_blocks
 from alignkit.models.kernels import norms as cpu_norm
-from alignkit.models.kernels.norms import rms_norm, use_cpu_norms
+from alignkit.models.kernels.norms import rms_norm, use_fast_norms
 
 HIDDEN, EPSILON = 40, 1e-5
 SHAPES = [(1, 1, HIDDEN), (1, 23, HIDDEN), (2, 5, 3, HIDDEN)]
@@ -104,7 +104,7 @@ def test_under_autocast_the_result_is_rounded_once_to_what_products_read() -> No
 def test_a_model_computes_the_same_bits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = tiny_model(family).eval()
     fast = copy.deepcopy(plain)
-    count = use_cpu_norms(fast)
+    count = use_fast_norms(fast)
     assert count == (0 if family.startswith("gemma") else 2 * plain.config.num_hidden_layers + 1)
     ids = torch.arange(30)[None]
     called: list[int] = []
@@ -127,12 +127,12 @@ def test_other_formulas_and_devices_keep_their_code() -> None:
         def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
             return super().forward(x if gate is None else x * gate)
 
-    assert use_cpu_norms(Gated(HIDDEN)) == 0
-    assert use_cpu_norms(Olmo2RMSNorm(HIDDEN)) == 0  # rounds after the weight, not before
-    assert use_cpu_norms(Olmo2RMSNorm(HIDDEN).bfloat16()) == 0
-    assert use_cpu_norms(Shifted(HIDDEN)) == 0
-    assert use_cpu_norms(Plain(HIDDEN)) == 1
-    assert use_cpu_norms(Plain(HIDDEN).to("meta")) == 0
+    assert use_fast_norms(Gated(HIDDEN)) == 0
+    assert use_fast_norms(Olmo2RMSNorm(HIDDEN)) == 0  # rounds after the weight, not before
+    assert use_fast_norms(Olmo2RMSNorm(HIDDEN).bfloat16()) == 0
+    assert use_fast_norms(Shifted(HIDDEN)) == 0
+    assert use_fast_norms(Plain(HIDDEN)) == 1
+    assert use_fast_norms(Plain(HIDDEN).to("meta")) == 0
     moved = Plain(HIDDEN)
-    use_cpu_norms(moved)
+    use_fast_norms(moved)
     assert moved.to("meta")(torch.empty(2, HIDDEN, device="meta")).device.type == "meta"

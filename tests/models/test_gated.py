@@ -17,7 +17,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Config, Qwen2MLP
 from alignkit.models.kernels import blocks
 from alignkit.models.kernels.gated import use_gated_products
 from alignkit.models.kernels.lora import use_fast_lora
-from alignkit.models.kernels.norms import use_cpu_norms
+from alignkit.models.kernels.norms import use_fast_norms
 from alignkit.models.kernels.remade import how_made
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64}
@@ -121,7 +121,7 @@ def test_a_norm_in_float32_is_remade_to_the_bit() -> None:
     norm = LlamaRMSNorm(64)
     nn.init.normal_(norm.weight)
     norm.weight.requires_grad_(False)
-    assert use_cpu_norms(nn.Sequential(norm)) == 1
+    assert use_fast_norms(nn.Sequential(norm)) == 1
     y = norm(torch.randn(1, TOKENS, 64).requires_grad_())
     made = how_made(y)
     assert made is not None

@@ -206,7 +206,7 @@ def test_an_adapter_on_the_head(temperature: float) -> None:
 def test_scale_cap_and_temperature_in_float64(
     transform: LogitTransform, trained: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vocab_head, "CHUNK_BYTES", 0)  # 16 tokens at a time
+    monkeypatch.setattr(vocab_head, "logits_bytes", lambda device: 0)  # 16 tokens at a time
     torch.manual_seed(3)
     head, hidden = nn.Linear(24, 50), (2 * torch.randn(37, 24)).requires_grad_()
     head.requires_grad_(trained != "hidden")

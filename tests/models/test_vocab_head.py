@@ -69,7 +69,7 @@ def test_log_probs_and_gradients(
     chunk: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(vocab_head, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(vocab_head, "logits_bytes", lambda device: chunk)
     hidden, head, targets, factors = draw(bias)
     hidden.requires_grad_("hidden" in trained)
     head.requires_grad_("head" in trained)
@@ -139,7 +139,7 @@ def test_equal_weights_on_both_sides_of_a_chunk(monkeypatch: pytest.MonkeyPatch)
     hidden, head, targets, _ = draw(bias=True)
     found = []
     for chunk in CHUNKS:
-        monkeypatch.setattr(vocab_head, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(vocab_head, "logits_bytes", {"cpu": chunk}.__getitem__)
         found.append(score_targets(hidden, head, targets, LogitTransform()).logprobs)
     torch.testing.assert_close(found[0], found[2], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found[1], found[2], rtol=1e-6, atol=1e-6)
@@ -210,7 +210,7 @@ def test_a_head_that_is_no_plain_linear_layer_is_called(monkeypatch: pytest.Monk
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
 
-    monkeypatch.setattr(vocab_head, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(vocab_head, "logits_bytes", lambda device: 0)
     hidden, head, targets, _ = draw(bias=True)
     doubled = Doubled(HIDDEN, VOCABULARY)
     doubled.load_state_dict(head.state_dict())

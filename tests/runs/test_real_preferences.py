@@ -54,26 +54,13 @@ def train(
     return steps_of(folder / "run")
 
 
-@pytest.mark.parametrize(
-    ("stage", "recipe", "start"),
-    [
-        ("dpo", "preference/smollm2-135m-dpo.yaml", math.log(2)),
-        ("kto", "preference/smollm2-135m-kto.yaml", 0.5),
-    ],
-)
 def test_a_policy_starts_at_its_reference_and_learns(
-    stage: str,
-    recipe: str,
-    start: float,
-    alignkit: CommandLine,
-    real_base: Path,
-    tmp_path: Path,
+    alignkit: CommandLine, real_base: Path, tmp_path: Path
 ) -> None:
     # In any precision, policy and reference are the same numbers before the first step.
-    # KTO's baseline moves, too: in two steps its loss first rises.
-    more = ("training.max_steps=3",) if stage == "kto" else ()
-    steps = train(alignkit, stage, recipe, tmp_path, "merge=false", *more)
-    assert steps[0]["loss"] == pytest.approx(start, rel=1e-5)
+    recipe = "preference/smollm2-135m-dpo.yaml"
+    steps = train(alignkit, "dpo", recipe, tmp_path, "merge=false")
+    assert steps[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert steps[-1]["rewards/margins"] > 0.0
 

@@ -21,7 +21,7 @@ load_device()  # before anything imports torch
 import torch  # noqa: E402
 
 from standin.checks import check_device, check_varlen  # noqa: E402
-from standin.runs import STAGES, compare  # noqa: E402
+from standin.runs import STAGES, compare, resume, without_float64  # noqa: E402
 
 
 def main(options: argparse.Namespace) -> None:
@@ -39,6 +39,12 @@ def main(options: argparse.Namespace) -> None:
         for run in options.runs:
             found[run] = compare(run, Path(folder), options.steps, options.capability)
             show(run, found[run], options.sites)
+        for run in options.resume:
+            resume(run, Path(folder))
+            print(f"{run}: resumed to the same bytes")
+        for stage in options.narrow:
+            without_float64(stage, Path(folder))
+            print(f"{stage}: no float64 on the device")
     if options.json:
         checks = {"device": check_device(), "varlen": check_varlen()}
         options.json.write_text(json.dumps({"runs": found, **checks}), encoding="utf-8")
@@ -52,6 +58,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="of training, after the same setup")
     parser.add_argument("--capability", type=int, default=80, help="75, 80 or 90")
     parser.add_argument("--sites", type=int, default=0, help="most frequent waits and launches")
+    parser.add_argument("--resume", nargs="*", default=[], help="runs to break off and resume")
+    parser.add_argument("--narrow", nargs="*", default=[], help="stages to run without float64")
     parser.add_argument("--json", type=Path, help="file for all numbers and the stand-in's checks")
     return parser.parse_args()
 

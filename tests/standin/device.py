@@ -13,6 +13,7 @@ import torch._dynamo  # before anything is patched: it looks at torch.cuda when 
 import torch.cuda.amp.common
 from torch import Tensor
 
+from standin import rules
 from standin.attention import Attention
 from standin.counts import counts
 from standin.tensor import Device, make_subclass
@@ -22,11 +23,12 @@ MEMORY = 80 * 10**9
 
 
 @contextlib.contextmanager
-def device(capability: int = 80) -> Iterator[None]:
+def device(capability: int = 80, *, wide: bool = True) -> Iterator[None]:
     """A CUDA device is there.
 
     Args:
         capability: of the device: 75, 80 or 90; decides which attention kernel it takes.
+        wide: whether it has float64, as Apple's GPUs have not.
     """
     attention = Attention(capability)
     library = torch.library.Library("aten", "IMPL")
@@ -42,6 +44,7 @@ def device(capability: int = 80) -> Iterator[None]:
         stack.enter_context(patch.object(Tensor, "_make_subclass", staticmethod(make_subclass)))
         stack.callback(torch._C._set_only_lift_cpu_tensors, lifted)
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") is a copy
+        stack.enter_context(patch.object(rules, "float64", wide))
         stack.enter_context(Device())
         yield
 

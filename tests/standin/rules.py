@@ -43,6 +43,17 @@ _NO_KERNEL = {
 }
 
 
+float64 = True
+"""Whether the device has it."""
+
+
+def too_wide(result: Any) -> str | None:
+    """The error of a device without float64 where an operator leaves a tensor of it there."""
+    if float64 or not any(getattr(x, "dtype", None) == torch.float64 for x in tree_leaves(result)):
+        return None
+    return f"Cannot convert to float64, which the device does not support, at {site()}"
+
+
 def is_on_device(x: object) -> TypeGuard[torch.Tensor]:
     """Whether something is a tensor of the device; a library's own types are told so too."""
     return isinstance(x, torch.Tensor) and "numbers" in x.__dict__

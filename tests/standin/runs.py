@@ -8,11 +8,25 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from accelerate.state import AcceleratorState
-from running import make_ppo_recipe, make_preference_recipe, make_recipe, train, without_times
+from running import (
+    assert_same,
+    break_off,
+    make_ppo_recipe,
+    make_preference_recipe,
+    make_recipe,
+    train,
+    without_times,
+)
 from tiny import save_tiny
 
+from alignkit.generation import rollout
+from alignkit.models.scoring import scorer
+from alignkit.stages.running import steps as steps_of_rows
+from alignkit.stages.supervised import reference
 from standin.counts import counts
 from standin.device import device
 
@@ -25,6 +39,62 @@ _MAKERS: dict[str, Callable[..., Path]] = {
     "ppo": make_ppo_recipe,
 }
 STAGES = tuple(_MAKERS)
+
+
+def _recipe(run: str, folder: Path, **fields: Any) -> Path:
+    stage, _, precision = run.partition("/")
+    if not (folder / "base").exists():
+        save_tiny(folder / "base")
+    quantized = precision == "nf4"
+    return _MAKERS[stage](
+        folder / stage / precision,
+        folder / "base",
+        model__dtype="float32" if quantized else precision,
+        model__quantization="nf4" if quantized else "none",
+        model__attention="packed",
+        data__eval_fraction=0.25,
+        **fields,
+    )
+
+
+def resume(run: str, folder: Path) -> None:
+    """A run on the device that is broken off ends as the one that was not.
+
+    Args:
+        run: STAGE/PRECISION.
+        folder: as for `compare`.
+
+    Raises:
+        AssertionError: a measurement or a byte differs.
+    """
+    few = {"training__max_steps": 3, "training__save_every": 1, "training__keep": 9}
+    os.environ["ALIGNKIT_DEVICE"] = "cuda"
+    AcceleratorState._reset_state(True)
+    with device():
+        output = Path(train(_recipe(run, folder / "resumed", **few)).output)
+        whole = break_off(output, 1)
+        AcceleratorState._reset_state(True)
+        train(_recipe(run, folder / "resumed", **few), resume=True)
+    assert_same(output, whole)
+
+
+def without_float64(stage: str, folder: Path) -> None:
+    """A whole run in float32 on a device that has no float64, as Apple's GPUs have not.
+
+    Args:
+        stage: its name.
+        folder: as for `compare`.
+
+    Raises:
+        TypeError: a tensor of it would be on the device.
+    """
+    os.environ["ALIGNKIT_DEVICE"] = "cuda"
+    AcceleratorState._reset_state(True)
+    with contextlib.ExitStack() as stack:
+        for module in (scorer, rollout, steps_of_rows, reference):
+            stack.enter_context(patch.object(module, "sum_dtype", lambda where: torch.float32))
+        stack.enter_context(device(wide=False))
+        train(_recipe(f"{stage}/float32", folder / "narrow", training__max_steps=1))
 
 
 def compare(run: str, folder: Path, steps: int, capability: int) -> dict[str, Any]:
@@ -40,18 +110,7 @@ def compare(run: str, folder: Path, steps: int, capability: int) -> dict[str, An
         capability: of the stand-in, such as 80.
     """
     stage, _, precision = run.partition("/")
-    if not (folder / "base").exists():
-        save_tiny(folder / "base")
-    quantized = precision == "nf4"
-    recipe = _MAKERS[stage](
-        folder / stage / precision,
-        folder / "base",
-        model__dtype="float32" if quantized else precision,
-        model__quantization="nf4" if quantized else "none",
-        model__attention="packed",
-        data__eval_fraction=0.25,
-        training__max_steps=steps,
-    )
+    recipe = _recipe(run, folder, training__max_steps=steps)
     found: dict[str, Any] = {}
     for name, where in (("cpu", contextlib.nullcontext()), ("cuda", device(capability))):
         os.environ["ALIGNKIT_DEVICE"] = name

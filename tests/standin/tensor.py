@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 from standin.counts import site
-from standin.rules import Operator, aten, is_on_device, note, refusal
+from standin.rules import Operator, aten, is_on_device, note, refusal, too_wide
 from standin.varlen import varlen_backward, varlen_forward
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -121,6 +121,9 @@ def run(func: Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     result = _KERNELS.get(func, func)(*tree_map(numbers_of, args), **tree_map(numbers_of, inner))
     if not onto:
         return result
+    refused = too_wide(result)
+    if refused is not None:
+        raise TypeError(refused)
     wrapped = tree_map(_onto_device, result)
     if args and is_on_device(args[0]) and type(args[0]) is not OnDevice:  # a library's own type
         return args[0] if func._schema.name.endswith("_") else wrapped

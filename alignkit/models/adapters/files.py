@@ -194,7 +194,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
         config.task_type = "CAUSAL_LM"  # without a task, PEFT's forward leaves the prefix out
     stored = read_weights(folder)
     with fitting(folder, hint="name the base it was trained on with --base"):
-        loaded = PeftModel.from_pretrained(model, str(folder), config=config)
+        loaded = PeftModel.from_pretrained(model, str(folder), config=config, torch_device="cpu")
     _require_whole(folder, set(stored) - set(HEAD_KEYS), loaded)
     use_fast_lora(loaded)
     make_switchable(loaded)

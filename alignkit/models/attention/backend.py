@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from transformers import PreTrainedConfig
 
 Backend = Literal["processor", "varlen", "segments"]
 """`processor`: blocks of queries in matrix products (attention/processor.py). `varlen`: one flash
@@ -45,3 +46,24 @@ def choose_backend(
 def has_flash(device: torch.device) -> bool:
     """Whether torch's flash attention runs there: on CUDA from compute capability 8.0 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+IN_WORDS: dict[Backend, str] = {
+    "processor": "packed rows, blocks of queries on the processor",
+    "varlen": "packed rows, one flash call a layer",
+    "segments": "packed rows, one call a layer for each segment",
+}
+
+
+def planned_attention(config: PreTrainedConfig, device: str, dtype: torch.dtype) -> str:
+    """How a model's packed rows will be attended to, in words.
+
+    Args:
+        config: of the model.
+        device: type of the device.
+        dtype: of the products.
+    """
+    text = config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    softcap = getattr(text, "attn_logit_softcapping", None)
+    return IN_WORDS[choose_backend(torch.device(device), dtype, width, width, softcap=softcap)]

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
+from alignkit.models.kernels.copies import on_device
 from alignkit.packed import IntArray, Segments
 
 Kernel = Callable[..., Any]
@@ -83,7 +84,7 @@ def find_sequences(segments: Segments) -> Sequences:
 
 
 @dataclass(frozen=True)
-class _OnDevice:
+class _Located:
     """`Sequences` as tensors, copied to the device once for a row and read by every layer."""
 
     query_ends: torch.Tensor
@@ -94,26 +95,24 @@ class _OnDevice:
     copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
-_latest: list[tuple[Segments, torch.device, _OnDevice]] = []
+_latest: list[tuple[Segments, torch.device, _Located]] = []
 """Of the last two rows: all layers of a pass read the same, and another model may take turns."""
 
 
-def _on_device(segments: Segments, device: torch.device) -> _OnDevice:
+def _located(segments: Segments, device: torch.device) -> _Located:
     for known, where, made in _latest:
         if known is segments and where == device:
             return made
     found = find_sequences(segments)
     arrays = [found.query_ends, found.key_ends, found.keys, found.own]
     arrays += [array for pair in found.copies for array in pair]
-    flat = torch.from_numpy(np.concatenate(arrays))
-    if device.type == "cuda":
-        flat = flat.pin_memory()  # the copy then waits for nothing
-    parts = iter(flat.to(device, non_blocking=True).split([len(array) for array in arrays]))
+    flat = on_device(np.concatenate(arrays), device)
+    parts = iter(flat.split([len(array) for array in arrays]))
     ends = next(parts).int(), next(parts).int()
     longest = found.longest_query, found.longest_key
     keys, own = next(parts), next(parts)
     copies = tuple((next(parts), next(parts)) for _ in found.copies)
-    made = _OnDevice(*ends, longest, keys, own, copies)
+    made = _Located(*ends, longest, keys, own, copies)
     _latest[:] = [(segments, device, made), *_latest[:1]]
     return made
 
@@ -126,7 +125,7 @@ class _Copied(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, where: _OnDevice) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, where: _Located) -> torch.Tensor:
         ctx.where = where
         return x.index_select(0, where.keys)
 
@@ -163,7 +162,7 @@ def varlen_attention(
     Returns:
         `[1, T, H, D]`.
     """
-    where = _on_device(segments, query.device)
+    where = _located(segments, query.device)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if len(where.keys):
         key, value = (

@@ -149,10 +149,10 @@ def use_fast_lora(model: nn.Module) -> int:
 def fixed_factors(model: nn.Module) -> Iterator[None]:
     """Cast each adapter's factors and look up its layers once, at its first use in the block.
 
-    Only where no weight changes meanwhile, as in sampling: a step on few tokens would spend a tenth
-    of its time on casts, and half as much on looking layers up. Elsewhere factors are cast at every
-    use, because a fused optimizer changes weights without raising the version that
-    would show a kept copy to be stale.
+    Only where no weight changes meanwhile, as in sampling and between two optimizer steps: a step
+    on few tokens would spend a tenth of its time on casts, and half as much on looking layers up.
+    Elsewhere factors are cast at every use, because a fused optimizer changes weights without
+    raising the version that would show a kept copy to be stale.
 
     Args:
         model: carries LoRA layers.

@@ -19,9 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from alignkit.models.kernels.precision import product_dtype
-
-CHUNK_BYTES = 16 * 2**20
-"""Size of one chunk's float32 logits; measured on two CPU cores, flat between 8 and 64 MiB."""
+from alignkit.recipe.facts import logits_bytes
 
 
 @dataclass(frozen=True)
@@ -120,11 +118,8 @@ def _score_with_module(
 ) -> TokenScores:
     logprobs, correct = [], []
     out_features = getattr(head, "out_features", 32768)
-    for rows, ids in zip(
-        hidden.split(_chunk_tokens(out_features)),
-        targets.split(_chunk_tokens(out_features)),
-        strict=True,
-    ):
+    chunk = _chunk_tokens(out_features, hidden.device)
+    for rows, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         logits = next_logits(rows, head, transform)
         picked = logits.gather(1, ids[:, None])[:, 0]
         logprobs.append(picked - logits.logsumexp(1))
@@ -132,8 +127,8 @@ def _score_with_module(
     return TokenScores(torch.cat(logprobs), torch.cat(correct))
 
 
-def _chunk_tokens(vocabulary: int) -> int:
-    return max(16, CHUNK_BYTES // (4 * vocabulary))
+def _chunk_tokens(vocabulary: int, device: torch.device) -> int:
+    return max(16, logits_bytes(device.type) // (4 * vocabulary))
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -154,7 +149,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         matrix = weight.to(hidden.dtype)
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-        chunk = _chunk_tokens(len(weight))
+        chunk = _chunk_tokens(len(weight), hidden.device)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             ids = targets[rows, None]
@@ -187,7 +182,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        chunk = _chunk_tokens(len(weight))
+        chunk = _chunk_tokens(len(weight), hidden.device)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             ids = targets[rows, None]

@@ -13,6 +13,7 @@ from alignkit.models.attention.prefix import with_cached_prefix
 from alignkit.models.kernels.precision import compute_context
 from alignkit.models.kernels.vocab_head import TokenScores
 from alignkit.models.scoring.scorer import Reading, Scorer, Scores, sequence_rows
+from alignkit.models.transformers_parts import attention_of
 from alignkit.packed import PackedBatch
 
 
@@ -45,6 +46,11 @@ class PaddedScorer(Scorer):
             if attention != "sdpa":
                 raise
             self.causal.set_attn_implementation("eager")  # Gemma 2 and others have no sdpa
+
+    @property
+    def attention(self) -> str:
+        """How rows are attended to, in words."""
+        return f"padded rows, {attention_of(self.causal.config.get_text_config())}"
 
     def places(self, batch: PackedBatch, *, targets: bool) -> torch.Tensor:
         """Where states are among those that layers read; see `TokenScorer.places`."""

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from alignkit.models.attention.backend import planned_attention
 from alignkit.models.attention.packed import PACKED
 from alignkit.models.attention.prefix import prefix_states
+from alignkit.models.kernels.copies import on_device
 from alignkit.models.kernels.gated import use_gated_products
-from alignkit.models.kernels.norms import use_cpu_norms
+from alignkit.models.kernels.norms import use_fast_norms
 from alignkit.models.kernels.precision import compute_context, sum_dtype, widen_layer_norms
 from alignkit.models.kernels.vocab_head import TokenScores, logit_transform, score_targets
 from alignkit.models.quiet import quiet_transformers
@@ -95,9 +97,14 @@ class Scorer(nn.Module):
         """The transformers model inside."""
         return causal_model(self.model)
 
+    @property
+    def attention(self) -> str:
+        """How rows are attended to, in words."""
+        raise NotImplementedError
+
     def tensor(self, array: Any) -> torch.Tensor:
         """A numpy array on the model's device."""
-        return torch.from_numpy(array).to(next(self.causal.parameters()).device)
+        return on_device(array, next(self.causal.parameters()).device)
 
     def places(self, batch: PackedBatch, *, targets: bool) -> torch.Tensor:
         """Where states are among those that layers read; see `TokenScorer.places`."""
@@ -129,10 +136,16 @@ class TokenScorer(Scorer):
         inner = self.causal
         with quiet_transformers():
             inner.set_attn_implementation(PACKED)
-        use_cpu_norms(inner)
+        use_fast_norms(inner)
         use_gated_products(inner)
         transform = logit_transform(inner.config.get_text_config())
         self.transform = dataclasses.replace(transform, temperature=temperature)
+
+    @property
+    def attention(self) -> str:
+        """How rows are attended to, in words."""
+        device = next(self.causal.parameters()).device.type
+        return planned_attention(self.causal.config, device, self.dtype)
 
     def places(self, batch: PackedBatch, *, targets: bool) -> torch.Tensor:
         """`[N]` where the states that predict the targets are among those that layers read.
@@ -202,7 +215,7 @@ def sum_by_sequence(logprobs: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         off, and objectives subtract two of them.
     """
     device, wide = logprobs.device, sum_dtype(logprobs.device)
-    owners = torch.from_numpy(batch.target_sequences).to(device)
+    owners = on_device(batch.target_sequences, device)
     zeros = torch.zeros(batch.num_sequences, dtype=wide, device=device)
     return zeros.index_add(0, owners, logprobs.to(wide))
 

@@ -70,4 +70,24 @@ def find_warnings(
             f"about {memory.peak / 1e9:.1f} GB needed, {hardware.memory / 1e9:.1f} GB free: "
             "lower data.max_length or training.microbatch_tokens, or use LoRA"
         )
-    return warnings + recipe.warnings(data)
+    return warnings + _of_cards(recipe, hardware) + recipe.warnings(data)
+
+
+def _of_cards(recipe: Recipe, hardware: HardwareFacts) -> list[str]:
+    """What a GPU could do better."""
+    warnings, dtype = [], recipe.model.dtype
+    if hardware.cards > hardware.processes:
+        warnings.append(
+            f"{hardware.cards - hardware.processes} of {hardware.cards} GPUs stay idle: use "
+            f"--processes {hardware.cards}, or CUDA_VISIBLE_DEVICES to name one"
+        )
+    if dtype == "bfloat16" and not hardware.multiplies_bfloat16:
+        warnings.append(
+            f"{hardware.name} imitates bfloat16, slowly: leave model.dtype at auto, or set float16"
+        )
+    if dtype == "float32" and hardware.device == "cuda":
+        warnings.append(
+            "float32 products keep all bits on a GPU (no TF32) and take many times as long as "
+            "those in 16 bits: leave model.dtype at auto"
+        )
+    return warnings

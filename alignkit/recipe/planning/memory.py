@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alignkit.recipe.adapters import has_adapter, takes_from_base
-from alignkit.recipe.facts import HardwareFacts, ModelFacts
+from alignkit.recipe.adapters import has_adapter, is_remade, takes_from_base
+from alignkit.recipe.facts import HardwareFacts, ModelFacts, logits_bytes
 from alignkit.recipe.stages.base import MemoryTerms, Recipe
 
 ROOM = 0.85
@@ -30,7 +30,11 @@ _MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 
 scale for every 256. Paged ones may leave the device but are counted anyway."""
 
 _KERNELS = 500_000_000
-"""Bytes of compiled kernels on a CPU, after rows of many lengths. Fitted to SFT runs."""
+"""Bytes of kernels that a CPU compiles for 16 bits, for rows of many lengths. Fitted to SFT runs."""
+
+_HEAP = 1.5
+"""Factor on activations on a CPU: what a layer keeps lies between what it frees, more so in glibc's
+heap than in CUDA's caching allocator. Fitted to SFT runs of 1,100 to 3,300 tokens."""
 
 _BRANCHES = 1.2
 """Factor on activations if prompts are shared: each branch has its own copy of their keys and
@@ -102,20 +106,21 @@ def estimate_memory(
         weights = model.parameters * (4 if wide == 4 else 4 + wide)
     per_weight = 4 + _MOMENT_BYTES[recipe.training.optimizer]  # gradient and moments
     state = round(trained * per_weight)
-    layer = tokens * _layer_bytes(model, wide) + _prefix_bytes(model, wide, tokens, documents)
+    layer = tokens * _layer_bytes(recipe, model, wide, on_cpu=on_cpu)
+    layer += _prefix_bytes(model, wide, tokens, documents)
     if checkpointing:
         activations = tokens * model.layers * model.hidden * 4 + layer
     else:
         activations = model.layers * layer
     activations += tokens * model.hidden * (wide + 4)
-    # Fragmentation: more in glibc's heap than in CUDA's caching allocator.
-    activations = round(activations * (1.35 if on_cpu else 1.1))
+    activations = round(activations * (_HEAP if on_cpu else 1.1))
     if recipe.shares_prompts:
         activations = round(activations * _BRANCHES)
     # PEFT makes a changed copy of each stack and its gradient; copies stay for the backward pass.
     copies = 1 if checkpointing else model.layers
     activations += (copies + 1) * (model.changed_experts // model.layers) * wide
-    workspace = _workspace_bytes(recipe, model, tokens, wide) + _KERNELS * on_cpu
+    workspace = _workspace_bytes(recipe, model, hardware.device, tokens, wide)
+    workspace += _KERNELS * (on_cpu and wide == 2)
     merging = _merging_bytes(model, wide) if recipe.merge and adapted else 0
     second = 0
     if reference == "frozen_copy":  # stored like the policy's base weights
@@ -187,9 +192,10 @@ def _base_bytes(recipe: Recipe, model: ModelFacts, wide: int) -> int:
     return round(narrow * _QUANTIZED_BYTES[kind]) + (model.parameters - narrow) * wide
 
 
-def _workspace_bytes(recipe: Recipe, model: ModelFacts, tokens: int, wide: int) -> int:
+def _workspace_bytes(recipe: Recipe, model: ModelFacts, device: str, tokens: int, wide: int) -> int:
     """Temporary bytes of a pass, besides what it keeps for the backward pass."""
-    workspace = 3 * max(16 * 2**20, 16 * 4 * model.vocabulary)  # logits of a chunk
+    rows = min(tokens * 4 * model.vocabulary, logits_bytes(device))
+    workspace = 3 * max(rows, 16 * 4 * model.vocabulary)  # logits of a chunk
     workspace += tokens * (4 * model.intermediate + 4 * model.hidden) * wide
     if recipe.model.quantization != "none":  # the largest layer, dequantized for its product
         workspace += model.hidden * model.intermediate * (4 + wide)
@@ -205,13 +211,19 @@ def _prefix_bytes(model: ModelFacts, wide: int, tokens: int, documents: int) -> 
     return (tokens * a + documents * model.prefix * (2 * a + 2 * k)) * wide
 
 
-def _layer_bytes(model: ModelFacts, wide: int) -> int:
+def _layer_bytes(recipe: Recipe, model: ModelFacts, wide: int, *, on_cpu: bool) -> int:
     """Bytes that one decoder layer keeps for one token."""
     h, i = model.hidden, model.intermediate
     a, k = model.attention_width, model.key_value_width
-    norms = 2 * 4 * h  # each norm's input, in float32 as in transformers
+    norms = 2 * h * (wide if on_cpu else 4)  # each norm's input
     attention = (2 * a + 2 * k) * wide  # queries, keys, values, output
-    feed_forward = 3 * i * wide  # gate, activated gate, up
-    # Each kept once, however many linear layers read it; frozen layers save no inputs.
-    inputs = 0 if model.prefix else (2 * h + a + i) * wide
+    feed_forward = 2 * i * wide  # gate and up
+    # Inputs of products, each kept once, however many linear layers read it; those of frozen
+    # layers and the attention's output need nothing more.
+    if model.prefix:
+        inputs = 0
+    elif not is_remade(recipe.adapter):
+        inputs = (2 * h + i) * wide
+    else:
+        inputs = 0 if on_cpu and wide == 4 else 2 * h * wide
     return norms + attention + feed_forward + inputs

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from alignkit.models.adapters.continued import started_adapter
 from alignkit.models.adapters.finding import base_of_adapter
 from alignkit.models.adapters.sizes import measure_model
-from alignkit.models.base.loading import BaseModel, load_config
+from alignkit.models.attention.backend import planned_attention
+from alignkit.models.base.loading import DTYPES, BaseModel, load_config
 from alignkit.models.base.places import resolve
 from alignkit.models.base.skeleton import build_skeleton
 from alignkit.recipe.facts import HardwareFacts
@@ -60,16 +61,19 @@ def fastest_dtype(name: str) -> str:
 
 
 def measured_hardware(recipe: Recipe, config: Any, processes: int) -> HardwareFacts:
-    """The machine, and how fast it multiplies in the recipe's precision.
+    """The machine, how fast it multiplies in the recipe's precision, and how it attends.
 
     Args:
         recipe: with its dtype chosen.
         config: of the model.
         processes: training processes.
     """
-    hardware = describe_hardware(processes)
-    speed = layer_speed(hardware.device, _shapes(config), recipe.model.dtype)
-    return replace(hardware, speed=speed)
+    hardware, spec = describe_hardware(processes), recipe.model
+    speed = layer_speed(hardware.device, _shapes(config), spec.dtype)
+    attention = f"padded rows, {spec.attention}"
+    if spec.attention in ("auto", "packed"):
+        attention = planned_attention(config, hardware.device, DTYPES[spec.dtype])
+    return replace(hardware, speed=speed, attention=attention)
 
 
 def _choose(recipe: Recipe, processes: int) -> tuple[str, str]:

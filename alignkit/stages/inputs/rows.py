@@ -36,7 +36,6 @@ from alignkit.recipe.planning.plan import Plan, make_plan
 from alignkit.recipe.rows import SftDataSpec
 from alignkit.recipe.stages.base import Recipe
 from alignkit.recipe.stages.rollouts import RolloutRecipe
-from alignkit.runtime.devices import describe_hardware
 from alignkit.stages.inputs.checking import check_rows
 from alignkit.stages.inputs.precision import measured_hardware
 
@@ -262,7 +261,7 @@ def plan_rollouts(
         eval_tokens=0 if held_out is None else held_out.report.tokens,
         overlap=0 if held_out is None else count_prompt_overlap(prompts, held_out),
     )
-    hardware = describe_hardware(processes)
+    hardware = measured_hardware(recipe, config, processes)
     return make_plan(
         recipe, model, facts, hardware, reward_models=reward_models, roles=tuple(roles)
     )

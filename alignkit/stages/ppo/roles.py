@@ -241,7 +241,9 @@ def _scorers(session: Session, recipe: PpoRecipe, model: Any) -> Callable[..., A
     def make(head: nn.Linear | None, reading: str, *, sampled: bool) -> Any:
         temperature = recipe.rollout.temperature if sampled else 1.0
         options: Any = {"reading": reading, "temperature": temperature}
-        return build(head, **options).train()
+        scorer = build(head, **options)
+        session.about["attention"] = scorer.attention
+        return scorer.train()
 
     return make
 

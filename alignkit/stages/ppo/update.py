@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from alignkit.data.packing import pack_documents, split_documents
+from alignkit.models.kernels.lora import fixed_factors
 from alignkit.objectives.kl import k3
 from alignkit.objectives.ppo import clip_fraction, policy_losses, value_losses
 from alignkit.recipe.stages.ppo import PpoSpec
@@ -141,9 +142,10 @@ class Updater:
             if count == 0:  # a short step has fewer prompts than minibatches
                 continue
             sums = torch.zeros(4, dtype=torch.float64)
-            for group in minibatch:
-                own = np.concatenate([rows[i] for i in group])
-                sums += self.backward(batch, group, own, count, outputs)
+            with fixed_factors(self.roles.trained):
+                for group in minibatch:
+                    own = np.concatenate([rows[i] for i in group])
+                    sums += self.backward(batch, group, own, count, outputs)
             summed = self.processes.reduce(sums).tolist()
             policy, value = summed[0] / count, summed[1] / count
             require_finite(

@@ -161,9 +161,7 @@ def _train_step(loop: Loop, hooks: StageHooks, step: int) -> dict[str, float]:
     """One step of the stage, and what all stages do before and after it."""
     started = time.monotonic()
     plan, accelerator = loop.plan, loop.accelerator
-    _seed_everything(
-        (loop.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index
-    )
+    seed_step(loop, step)
     rates = set_rates(
         loop.parts,
         step,
@@ -228,8 +226,15 @@ def _show_step(loop: Loop, hooks: StageHooks, done: int, metrics: dict[str, floa
         )
 
 
-def _seed_everything(seed: int) -> None:
-    """Dropout and the user's functions draw the same numbers after an interruption."""
+def seed_step(loop: Loop, step: int) -> None:
+    """Dropout and the user's functions draw the same numbers after an interruption.
+
+    Args:
+        loop: knows the run's seed and this process.
+        step: from 0.
+    """
+    world, rank = loop.accelerator.num_processes, loop.accelerator.process_index
+    seed = (loop.seed * 1_000_003 + step) * world + rank
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -260,7 +265,8 @@ def _lacks_evaluation(loop: Loop) -> bool:
 
 
 def _evaluate(loop: Loop, hooks: StageHooks, step: int) -> None:
-    result = hooks.evaluate(step)
+    with within_memory("the evaluation"):
+        result = hooks.evaluate(step)
     if result is None:
         return
     values, line = result

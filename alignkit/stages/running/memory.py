@@ -9,6 +9,10 @@ from alignkit.errors import TrainingError
 from alignkit.models.heap import is_out_of_memory
 
 
+class OutOfMemoryError(TrainingError):
+    """Memory ran out."""
+
+
 @contextlib.contextmanager
 def within_memory(what: str) -> Iterator[None]:
     """Turn running out of memory into an error with a hint.
@@ -17,14 +21,14 @@ def within_memory(what: str) -> Iterator[None]:
         what: what does not fit, as in `step 3`.
 
     Raises:
-        TrainingError: memory ran out.
+        OutOfMemoryError: memory ran out.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise TrainingError(
+        raise OutOfMemoryError(
             f"{what} does not fit in memory",
             hint="lower training.microbatch_tokens or data.max_length, or set "
             "training.gradient_checkpointing=true",

@@ -156,13 +156,21 @@ class RunFolder:
             resolved = render_recipe(recipe)
             remember_recipe(resolved)
             write_text(self.path / NAME, resolved)
-            write_text(self.path / "plan.json", json.dumps(plan.to_json(), indent=2) + "\n")
+            self.replace_plan(plan)
         except (OSError, FileError):
             if new:  # a full disk: nothing of a run that has not begun stays
                 self.about = {}
                 for name in ("run.json", NAME, "plan.json"):
                     (self.path / name).unlink(missing_ok=True)
             raise
+
+    def replace_plan(self, plan: Plan) -> None:
+        """Write plan.json anew: a resumed run goes on with these passes.
+
+        Args:
+            plan: as it is executed from now on.
+        """
+        write_text(self.path / "plan.json", json.dumps(plan.to_json(), indent=2) + "\n")
 
     def finish(self, status: str, **values: Any) -> None:
         """Record how the run ended, if it was described.

@@ -155,6 +155,7 @@ class Session:
         if scalar_head:
             freeze_unused_head(model)
         scorer = build_scorer(model, DTYPES[spec.dtype], spec.attention, self.say, head)
+        self.about["attention"] = scorer.attention
         if plan.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             if hasattr(model, "enable_input_require_grads"):
@@ -234,7 +235,11 @@ class Session:
             b_rate=b_rate(self.recipe.adapter),
         )
         first_step, state = self.restore(scorer, optimizer)
-        scorer, optimizer = self.accelerator.prepare(scorer, optimizer)
+        scorer, optimizer = self.accelerator.prepare(
+            scorer,
+            optimizer,
+            device_placement=[True, False],  # its state is where its weights are
+        )
         weights = [weight for weight in scorer.parameters() if weight.requires_grad]
         loop = self.loop(plan, first_step, [TrainedPart("model", weights, optimizer)], state)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes

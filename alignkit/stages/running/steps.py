@@ -8,14 +8,19 @@ no communication.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from alignkit.data.dataset import TokenDataset
+from alignkit.models.heap import release_memory
+from alignkit.models.kernels.lora import fixed_factors
+from alignkit.models.kernels.precision import sum_dtype
 from alignkit.runtime.optim import step_parts
 from alignkit.runtime.processes import process_group
 from alignkit.stages.running.batches import Batches, MicroBatch, StepBatches
@@ -27,8 +32,11 @@ from alignkit.stages.running.loop import (
     require_finite,
     run_loop,
     save_state,
+    seed_step,
 )
-from alignkit.stages.running.memory import within_memory
+from alignkit.stages.running.memory import OutOfMemoryError, within_memory
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -86,18 +94,48 @@ def _dry_run(run: Run) -> None:
     Memory that would run out after hours runs out now, and the allocator's blocks fit every
     later batch.
     """
+    _within_passes(run, 0, lambda: _try_largest(run))
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def _try_largest(run: Run) -> None:
     batch = run.batches.largest()
     with within_memory(f"a micro-batch of {batch.num_tokens} tokens"):
         measured = _measure(run, [MicroBatch(batch.documents, 1.0)])
         result = run.hooks.loss(run.scorer, batch.documents, measured)
         run.accelerator.backward(result.loss * 0.0)
+
+
+def _within_passes(run: Run, step: int, work: Callable[[], T]) -> T:
+    """The work, once more with passes of half the tokens if memory runs out.
+
+    Sums in another order differ in the last bits. Several processes would have to agree; they
+    stop instead.
+    """
+    try:
+        return work()
+    except OutOfMemoryError:
+        half = run.plan.microbatch_tokens // 2
+        longest = int(run.batches.dataset.lengths.max())
+        if run.accelerator.num_processes > 1 or half < longest:
+            raise
     run.optimizer.zero_grad(set_to_none=True)
+    release_memory()
+    run.plan = dataclasses.replace(run.plan, microbatch_tokens=half)
+    run.batches = dataclasses.replace(run.batches, plan=run.plan)
+    if run.folder is not None:
+        run.folder.replace_plan(run.plan)
+    run.progress.say(
+        f"memory ran out: passes have at most {half:,} tokens from step {step + 1} on, half as many"
+    )
+    seed_step(run, step)
+    return work()
 
 
 def _train(run: Run, step: int) -> dict[str, float]:
     """Gradients of the step's rows, and the optimizer step."""
-    batches = run.batches.step(step)
-    means, tokens = _accumulate(run, batches)
+    with fixed_factors(run.scorer):
+        means, tokens = _within_passes(run, step, lambda: _accumulate(run, step))
     loss = means["loss"]
     require_finite(
         loss,
@@ -116,8 +154,13 @@ def _train(run: Run, step: int) -> dict[str, float]:
     return {**norms, **means, "tokens": tokens}
 
 
-def _accumulate(run: Run, batches: StepBatches) -> tuple[dict[str, float], int]:
+def _accumulate(run: Run, step: int) -> tuple[dict[str, float], int]:
     """Gradients of the whole step, its mean loss and metrics, and the tokens it read."""
+    with within_memory(f"step {step + 1}"):
+        return _sum_passes(run, run.batches.step(step))
+
+
+def _sum_passes(run: Run, batches: StepBatches) -> tuple[dict[str, float], int]:
     accelerator = run.accelerator
     measured = _measure(run, batches.micro_batches)
     sums: dict[str, torch.Tensor] = {}
@@ -152,14 +195,16 @@ def _measure(run: Run, micro_batches: Sequence[MicroBatch]) -> StepSums:
 
 def _add(sums: dict[str, torch.Tensor], values: dict[str, torch.Tensor], share: float) -> None:
     for name, value in values.items():
-        part = value.detach().cpu().double() * share
+        part = value.detach().to(sum_dtype(value.device)) * share
         sums[name] = sums[name] + part if name in sums else part
 
 
 def _over_processes(run: Run, sums: dict[str, torch.Tensor]) -> dict[str, float]:
     """The sums of all processes; each has the same names."""
-    names = sorted(sums)
-    packed = process_group(run.accelerator).reduce(torch.stack([sums[name] for name in names]))
+    names = sorted(sums, key=lambda name: (sums[name].device.type, name))
+    by_device = itertools.groupby((sums[name] for name in names), lambda value: value.device)
+    parts = [torch.stack([*values]).cpu().double() for _, values in by_device]
+    packed = process_group(run.accelerator).reduce(torch.cat(parts))
     return dict(zip(names, packed.tolist(), strict=True))
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
 from alignkit.data.documents import Document
 from alignkit.evaluation.columns import score_documents
 from alignkit.evaluation.pairs import PairScores, describe_pairs, say_pairs
+from alignkit.models.kernels.copies import on_device
 from alignkit.packed import PackedBatch, Role
 from alignkit.runtime.processes import ProcessGroup
 from alignkit.stages.running.hooks import LossSums, RowHooks, StepSums
@@ -51,5 +53,8 @@ def pair_hooks(score: ScorePairs, num_items: int) -> RowHooks:
 
 def split_roles(values: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """`[S]` values of all sequences -> `[B]` of the chosen and `[B]` of the rejected ones."""
-    roles = torch.from_numpy(batch.sequence_roles).to(values.device)
-    return values[roles == Role.CHOSEN], values[roles == Role.REJECTED]
+    chosen, rejected = (
+        on_device(np.flatnonzero(batch.sequence_roles == role), values.device)
+        for role in (Role.CHOSEN, Role.REJECTED)
+    )
+    return values.index_select(0, chosen), values.index_select(0, rejected)

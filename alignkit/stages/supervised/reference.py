@@ -33,6 +33,7 @@ from alignkit.files import replace_file
 from alignkit.models.adapters.attach import adapters_off
 from alignkit.models.base.identity import weights_version
 from alignkit.models.base.loading import DTYPES, load_model
+from alignkit.models.kernels.copies import on_device
 from alignkit.models.kernels.precision import sum_dtype
 from alignkit.models.scoring.scorer import evaluating, sum_by_sequence
 from alignkit.models.scoring.selfcheck import build_scorer
@@ -61,7 +62,8 @@ def adapter_off(scorer: nn.Module, batch: PackedBatch) -> torch.Tensor:
 def known(scorer: nn.Module, batch: PackedBatch) -> torch.Tensor:
     """Log-probs that the rows carry."""
     device = next(scorer.parameters()).device
-    return torch.from_numpy(batch.sequence_references).to(sum_dtype(device)).to(device)
+    values = torch.from_numpy(batch.sequence_references).to(sum_dtype(device))
+    return on_device(values.numpy(), device)
 
 
 def frozen_copy(session: Session, rows: Rows) -> Reference:

@@ -14,6 +14,7 @@ from alignkit.data.dataset import TokenDataset
 from alignkit.data.documents import Document
 from alignkit.data.packing import pack_documents
 from alignkit.evaluation.pairs import PairScores
+from alignkit.models.kernels.copies import on_device
 from alignkit.models.rewards.head import RewardStatistics
 from alignkit.objectives.bradley_terry import bradley_terry_loss
 from alignkit.recipe.objectives import CustomSpec
@@ -60,7 +61,7 @@ def reward_scores(
         batch = pack_documents(documents)
         rewards: torch.Tensor = scorer(batch)
         chosen, rejected = split_roles(rewards, batch)
-        margins = torch.from_numpy(batch.margins).float().to(rewards.device)
+        margins = on_device(batch.margins.astype(np.float32), rewards.device)
         return PairScores(loss(chosen, rejected, margins), chosen, rejected, {})
 
     return score
