@@ -30,7 +30,7 @@ _MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 
 scale for every 256. Paged ones may leave the device but are counted anyway."""
 
 _KERNELS = 500_000_000
-"""Bytes of kernels that a CPU compiles for 16 bits, for rows of many lengths. Fitted to SFT runs."""
+"""Bytes of kernels that a CPU compiles for 16 bits and rows of many lengths. Fitted to SFT runs."""
 
 _HEAP = 1.5
 """Factor on activations on a CPU: what a layer keeps lies between what it frees, more so in glibc's
