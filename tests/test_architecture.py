@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models/export": ON_WEIGHTS,
     "models/weights": ON_BASE,
     "models/base": ON_MODELS | {"models/kernels"},
-    "models/kernels": {"errors", "packed"} | DOORS,
+    "models/kernels": {"errors", "packed", "recipe"} | DOORS,
     "models/quiet": set(),
     "models/heap": set(),
     "models/peft_parts": set(),

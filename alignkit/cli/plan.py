@@ -39,7 +39,7 @@ def plan(
     if as_json:
         print_json({**facts.to_json(), "foreign": foreign})
         return
-    model, data = facts.model, facts.data
+    model, data, machine = facts.model, facts.data, facts.hardware
     gigabytes = {name: value / 1e9 for name, value in vars(facts.memory).items()}
     terms = ", ".join(f"{n.replace('_', ' ')} {v:.2f}" for n, v in gigabytes.items() if n != "peak")
     print_pairs(
@@ -70,11 +70,8 @@ def plan(
                 f"gradient checkpointing {'on' if facts.gradient_checkpointing else 'off'}",
             ),
             ("tokens", f"{facts.tokens:,} read, {facts.trained_tokens:,} trained"),
-            (
-                "device",
-                f"{facts.hardware.device} ({facts.hardware.name}), {facts.hardware.cores} threads",
-            ),
-            ("attention", facts.hardware.attention),
+            ("device", f"{machine.device} ({machine.name}), {machine.cores} threads"),
+            ("attention", machine.attention),
             ("memory", f"about {gigabytes['peak']:.1f} GB ({terms})"),
         ]
     )

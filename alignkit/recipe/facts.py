@@ -14,7 +14,7 @@ def logits_bytes(device: str) -> int:
     Args:
         device: `cpu`, `cuda` or `mps`.
     """
-    return 16 * 2**20 if device == "cpu" else 512 * 2**20
+    return 16 * 2**20 if device == "cpu" else 256 * 2**20
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from tiny import tiny_model, trained_model
 from alignkit.data.documents import Branch, Document
 from alignkit.data.packing import pack_documents
 from alignkit.errors import ModelError
+from alignkit.generation.drawing import draw_tokens
 from alignkit.generation.rollout import (
     RolloutSettings,
     SampledResponse,
     TransformersEngine,
-    draw_tokens,
 )
 from alignkit.models.attention.cached import new_cache
 from alignkit.models.scoring.scorer import TokenScorer, causal_model

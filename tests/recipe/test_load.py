@@ -34,8 +34,8 @@ RATE_HINT = (
 SOURCES_HINT = "\nhint: a list of sources, as in [{path: data.jsonl}]"
 TRAINING_KEYS = (
     "\nhint: keys here: epochs, max_steps, microbatch_tokens, learning_rate, schedule, warmup, "
-    "weight_decay, max_grad_norm, on_bad_step, optimizer, gradient_checkpointing, log_every, "
-    "eval_every, save_every, keep, trackers, batch_size"
+    "weight_decay, max_grad_norm, on_bad_step, optimizer, gradient_checkpointing, deterministic, "
+    "log_every, eval_every, save_every, keep, trackers, batch_size"
 )
 TEMPLATES = ", ".join(
     sorted(path.stem for path in (assets_root() / "data_templates" / "chat").glob("*.jinja"))

@@ -15,7 +15,7 @@ from alignkit.models.heap import is_device_fault, is_out_of_memory
 from alignkit.models.scoring.scorer import TokenScorer
 from alignkit.packed import PackedBatch
 
-BUDGET = 256
+BUDGET = 512
 ERRORS = {
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"): (True, True),
     RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried"): (True, True),

@@ -16,6 +16,7 @@ from torch import Tensor
 from standin import rules
 from standin.attention import Attention
 from standin.counts import counts
+from standin.norm import fused_norm
 from standin.tensor import Device, make_subclass
 
 MEMORY = 80 * 10**9
@@ -34,6 +35,7 @@ def device(capability: int = 80, *, wide: bool = True) -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")
     for key in ("AutogradCUDA", "CUDA"):
         library.impl("scaled_dot_product_attention", attention, key)
+        library.impl("_fused_rms_norm", fused_norm, key)
     lifted = torch._C._only_lift_cpu_tensors()
     with contextlib.ExitStack() as stack:
         stack.callback(library._destroy)

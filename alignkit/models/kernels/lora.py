@@ -90,10 +90,8 @@ class _LoraProduct(torch.autograd.Function):
         ranks = [layer.rank for layer in ctx.layers]
         grad_low = torch.cat([grad @ b for grad, b in zip(grads, narrow_b, strict=True)], dim=1)
         # Transposed in memory first: the products gain more time than the copy takes.
-        by_rank = torch.mm(grad_low.T.contiguous(), x).split(ranks)
-        grad_a = [
-            layer.scale * part.float() for part, layer in zip(by_rank, ctx.layers, strict=True)
-        ]
+        by_rank = torch.mm(grad_low.T.contiguous(), x).float()
+        grad_a = _scaled(by_rank, [layer.scale for layer in ctx.layers], ranks).split(ranks)
         grad_b = [
             torch.mm(part, grad).T.float()
             for part, grad in zip(low.T.contiguous().split(ranks), grads, strict=True)
@@ -104,6 +102,14 @@ class _LoraProduct(torch.autograd.Function):
             for grad, layer in zip(grads, ctx.layers, strict=True):
                 grad_x.addmm_(grad, dense_weight(layer.base))
         return grad_x, None, None, None, *itertools.chain(*zip(grad_a, grad_b, strict=True))
+
+
+def _scaled(x: torch.Tensor, scales: Sequence[float], ranks: Sequence[int]) -> torch.Tensor:
+    """`[Σr, I]` rows of several layers, each times its layer's scale; in one product if they are
+    the same."""
+    if len(set(scales)) == 1:
+        return x * scales[0]
+    return torch.cat([part * s for part, s in zip(x.split(ranks), scales, strict=True)])
 
 
 def _products(
@@ -174,11 +180,16 @@ def _group(first: Any, name: str, dtype: torch.dtype) -> _Group:
         cached: _Group = kept[name, dtype]
         return cached
     layers = first.readers.alike(first, name)
+    frozen = [_frozen(layer, name) for layer in layers]
+    every = [layer.lora_A[name].weight.detach() for layer in layers]
     # Scaled before the product: A is small, and its product has a row for each token.
-    a = [(layer.scaling[name] * layer.lora_A[name].weight.detach()).to(dtype) for layer in layers]
+    a = _scaled(
+        torch.cat(every) if len(every) > 1 else every[0],
+        [layer.scale for layer in frozen],
+        [layer.rank for layer in frozen],
+    )
     b = tuple(layer.lora_B[name].weight.detach().to(dtype) for layer in layers)
-    factors = _Factors(torch.cat(a) if len(a) > 1 else a[0], b)
-    group = _Group(layers, [_frozen(layer, name) for layer in layers], factors)
+    group = _Group(layers, frozen, _Factors(a.to(dtype), b))
     if kept is not None:
         kept[name, dtype] = group
     return group

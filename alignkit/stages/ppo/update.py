@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from alignkit.data.packing import pack_documents, split_documents
+from alignkit.models.kernels.copies import on_device
 from alignkit.models.kernels.lora import fixed_factors
 from alignkit.objectives.kl import k3
 from alignkit.objectives.ppo import clip_fraction, policy_losses, value_losses
@@ -191,11 +192,11 @@ class Updater:
         packed = pack_documents([batch.rollouts[i].document for i in group])
         new, joint = forward_policy(roles, packed) if outputs is None else outputs
         device = new.device
-        old = batch.flat(batch.scored.policy, rows).to(device)
-        advantage = batch.flat(batch.advantages, rows).to(device)
+        scored = batch.scored
+        known = (scored.policy, batch.advantages, scored.values, batch.returns)
+        columns = torch.stack([batch.flat(values, rows) for values in known])
+        old, advantage, old_values, returns = on_device(columns.numpy(), device).unbind(0)
         policy = policy_losses(new, old, advantage, clip=spec.clip).sum()
-        old_values = batch.flat(batch.scored.values, rows).to(device)
-        returns = batch.flat(batch.returns, rows).to(device)
 
         def value_loss(values: torch.Tensor) -> torch.Tensor:
             return value_losses(values, old_values, returns, clip=spec.value_clip).sum()

@@ -38,6 +38,7 @@ from alignkit.stages.running.bad_steps import BadSteps
 from alignkit.stages.running.batches import Batches
 from alignkit.stages.running.hooks import RowHooks
 from alignkit.stages.running.loop import Loop
+from alignkit.stages.running.memory import SMALLER, within_memory
 from alignkit.stages.running.record import describe_inputs, read_record, require_same_inputs
 from alignkit.stages.running.run_folder import RunFolder, check_output
 from alignkit.stages.running.steps import Run
@@ -142,7 +143,8 @@ class Session:
         """
         spec, base, scalar_head = self.recipe.model, rows.base, self.recipe.scalar_head
         device = self.accelerator.device
-        model = load_model(base, self.weights_dtype, device, spec.quantization)
+        with within_memory("the model", hint=SMALLER):
+            model = load_model(base, self.weights_dtype, device, spec.quantization)
         added = token_rows(base)[0] if spec.add_tokens else []
         before = adapter_folder(self.recipe.adapter)
         started, given = find_adapter_start(self, model, rows, plan)
@@ -154,7 +156,8 @@ class Session:
                 head.load_state_dict(read_head(before).state_dict())
         if scalar_head:
             freeze_unused_head(model)
-        scorer = build_scorer(model, DTYPES[spec.dtype], spec.attention, self.say, head)
+        with within_memory("the model with its adapter", hint=SMALLER):
+            scorer = build_scorer(model, DTYPES[spec.dtype], spec.attention, self.say, head)
         self.about["attention"] = scorer.attention
         if plan.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -235,11 +238,8 @@ class Session:
             b_rate=b_rate(self.recipe.adapter),
         )
         first_step, state = self.restore(scorer, optimizer)
-        scorer, optimizer = self.accelerator.prepare(
-            scorer,
-            optimizer,
-            device_placement=[True, False],  # its state is where its weights are
-        )
+        placed = [True, False]  # the optimizer's state is where its weights are
+        scorer, optimizer = self.accelerator.prepare(scorer, optimizer, device_placement=placed)
         weights = [weight for weight in scorer.parameters() if weight.requires_grad]
         loop = self.loop(plan, first_step, [TrainedPart("model", weights, optimizer)], state)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
