@@ -59,14 +59,14 @@ DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 STEPS, WARM = 5, 2
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["0.5B", "1.5B", "8B"])
     parser.add_argument("--rows", nargs="+", help="names of rows; all without")
     parser.add_argument("--tokens", type=int, default=8192, help="of a training pass")
     parser.add_argument("--new", type=int, default=64, help="tokens of each sampled response")
     parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 # models ----------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def steps(shape: str, stage: str, args: argparse.Namespace) -> dict[str, float]:
         "tokens": batch.num_tokens,
         "seconds": seconds,
         "tokens a second": batch.num_tokens / seconds,
-        "share of the peak": work / seconds / peak_rate(),
+        "share of the peak": work / seconds / peak_rate(min(8192, args.tokens)),
         "peak GB": used / 1e9,
         "planned GB": planned / 1e9,
     }
@@ -261,9 +261,8 @@ def seconds_of(work: Callable[[], object]) -> float:
     return statistics.median(times[WARM:])
 
 
-def peak_rate() -> float:
-    """Operations a second of the card's product of large matrices."""
-    side = 4096 if torch.cuda.get_device_properties(0).total_memory > 4e9 else 1024
+def peak_rate(side: int) -> float:
+    """Operations a second of the card's product of square matrices."""
     one = torch.zeros(side, side, dtype=DTYPE, device=DEVICE)
     return 2.0 * side**3 / seconds_of(lambda: one @ one)
 
@@ -306,14 +305,15 @@ def planned_bytes(shape: str, stage: str, tokens: int) -> int:
         "model": {"base": "x", "dtype": "bfloat16", "quantization": kind},
         "data": {"train": [{"path": "x.jsonl"}]},
     }
-    recipe = stages()[name].model_validate(values).with_defaults()
+    recipe = stages()[name].model_validate_json(json.dumps(values)).with_defaults()
     hardware = HardwareFacts("cuda", "card", 80 * 10**9, 1, 1)
     memory = estimate_memory(recipe, model_facts(shape), hardware, tokens, checkpointing=False)
     return memory.peak - memory.libraries
 
 
-def main() -> None:
-    args = parse()
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print and keep what was asked for."""
+    args = parse(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: this measures a card")
     tune_cuda(deterministic=False)
@@ -351,6 +351,7 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
 
 
 def _short(value: float) -> str:

@@ -21,6 +21,7 @@ load_device()  # before anything imports torch
 import torch  # noqa: E402
 
 from standin.checks import check_device, check_varlen  # noqa: E402
+from standin.device import device  # noqa: E402
 from standin.runs import STAGES, compare, resume, without_float64  # noqa: E402
 
 
@@ -39,6 +40,7 @@ def main(options: argparse.Namespace) -> None:
         for run in options.runs:
             found[run] = compare(run, Path(folder), options.steps, options.capability)
             show(run, found[run], options.sites)
+        card = measure_card() if options.benchmark else {}
         for run in options.resume:
             resume(run, Path(folder))
             print(f"{run}: resumed to the same bytes")
@@ -46,7 +48,7 @@ def main(options: argparse.Namespace) -> None:
             without_float64(stage, Path(folder))
             print(f"{stage}: no float64 on the device")
     if options.json:
-        checks = {"device": check_device(), "varlen": check_varlen()}
+        checks = {"device": check_device(), "varlen": check_varlen(), "card": card}
         options.json.write_text(json.dumps({"runs": found, **checks}), encoding="utf-8")
 
 
@@ -60,8 +62,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sites", type=int, default=0, help="most frequent waits and launches")
     parser.add_argument("--resume", nargs="*", default=[], help="runs to break off and resume")
     parser.add_argument("--narrow", nargs="*", default=[], help="stages to run without float64")
+    parser.add_argument("--benchmark", action="store_true", help="benchmarks/gpu.py, tiny")
     parser.add_argument("--json", type=Path, help="file for all numbers and the stand-in's checks")
     return parser.parse_args()
+
+
+def measure_card() -> dict[str, Any]:
+    """What `benchmarks/gpu.py` measures of the stand-in, with a tiny model."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    import gpu
+
+    with device():
+        rows = gpu.main(["--shapes", "tiny", "--tokens", "256", "--new", "3"])["rows"]
+    return dict(rows)
 
 
 def show(run: str, found: dict[str, Any], sites: int) -> None:
