@@ -8,8 +8,9 @@ head. The first-step losses must agree before any ratio is printed.
 
 What a ratio could be is printed beside it. If our steps ran at the machine's own product of large
 matrices, measured in turns with the engines, the ratio would be (TRL's operations / ours) / (TRL's
-share of that peak). TRL's operations are counted while it runs once more; ours are those of the
-base's products (alignkit/recipe/planning/duration.py).
+share of that peak), which is TRL's time × the peak / our operations. TRL's operations are counted
+while it runs once more; ours are those of the base's products
+(alignkit/recipe/planning/duration.py).
 
 Tracks: `default` is TRL as its documentation starts it (float32 weights under bf16 autocast,
 gradient checkpointing); `tuned` is TRL with bf16 weights and no checkpointing. Rows are not grouped
@@ -47,6 +48,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tracks", nargs="+", default=["default", "tuned"])
     parser.add_argument("--reference", default="auto", help="of dpo and kto: auto, cached, ...")
     parser.add_argument("--blocks", type=int, default=2, help="blocks of each engine")
+    parser.add_argument("--no-count", action="store_true", help="of TRL's operations, a slow run")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -190,18 +192,22 @@ def summarise(blocks: list[dict[str, object]], rows: int) -> dict[str, float]:
 
 
 def bound(
-    ours: list[dict[str, object]], theirs: list[dict[str, object]], counted: dict[str, object]
+    ours: list[dict[str, object]],
+    theirs: list[dict[str, object]],
+    counted: dict[str, object] | None,
 ) -> dict[str, float]:
     """What the ratio of times would be at the machine's own peak, and what it is of that."""
     peak = statistics.median(block["peak_flops"] for block in [*ours, *theirs])  # type: ignore[type-var]
-    our_work, their_work = float(ours[0]["operations"]), float(counted["operations"])  # type: ignore[arg-type]
+    our_work = float(ours[0]["operations"])  # type: ignore[arg-type]
     our_time, their_time = (summarise(b, 1)["step_seconds_total"] for b in (ours, theirs))
-    most = their_work / our_work / (their_work / their_time / peak)
+    most = their_time * peak / our_work
+    shares = {"peak GFLOP/s": peak / 1e9, "our share of it": our_work / our_time / peak}
+    if counted is not None:
+        their_work = float(counted["operations"])  # type: ignore[arg-type]
+        shares["their share"] = their_work / their_time / peak
+        shares["their operations / ours"] = their_work / our_work
     return {
-        "peak GFLOP/s": peak / 1e9,
-        "our share of it": our_work / our_time / peak,
-        "their share": their_work / their_time / peak,
-        "their operations / ours": their_work / our_work,
+        **shares,
         "most that the ratio could be": most,
         "reached of it": their_time / our_time / most,
     }
@@ -241,7 +247,8 @@ def main() -> None:
         if gap > tolerance:
             sys.exit(f"the losses differ by {gap:.2g}: no ratio is meaningful")
         theirs = summarise(found[worker], used)
-        limits[worker] = bound(found["alignkit"], found[worker], block(args, f"{worker}:count"))
+        counted = None if args.no_count else block(args, f"{worker}:count")
+        limits[worker] = bound(found["alignkit"], found[worker], counted)
         print(
             f"{worker}: {theirs['step_seconds_total'] / ours['step_seconds_total']:.2f}× our time "
             f"in steps, {theirs['wall_seconds'] / ours['wall_seconds']:.2f}× in all, "

@@ -55,7 +55,6 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
         ["training.batch_size=8"],
         ["training.batch_size is not a key", "hint: did you mean rollout.prompts_per_step?"],
     ),
-    "float16": (["model.dtype=float16"], ["model has dtype = float16", "use bfloat16"]),
     "reference": (
         ["reference={kind: cached}"],
         ["reference is not a key", "the reference of ppo is the model that training starts from"],

@@ -155,6 +155,8 @@ def _is_rms_norm(module: Any) -> bool:
         return False
     if weight.ndim != 1 or len(inspect.signature(own).parameters) != 2:
         return False
+    if weight.device.type not in ("cpu", "cuda"):
+        return False
     # Where a class rounds shows only if the input is narrower than weights that are not 1.
     return all(_same_bits(module, dtype) for dtype in (weight.dtype, torch.bfloat16, torch.float32))
 
