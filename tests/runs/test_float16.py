@@ -82,17 +82,18 @@ def test_overflows_are_skipped_counted_and_resumed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(loss_scale, "FIRST", 2.0**40)
-    many = {"training__max_steps": 30, "training__save_every": 20, "training__keep": 9}
+    first = 2.0**26
+    monkeypatch.setattr(loss_scale, "FIRST", first)
+    many = {"training__max_steps": 10, "training__save_every": 5, "training__keep": 9}
     recipe = MAKERS[stage](tmp_path, tiny_base, **HALF, **many, merge=False)
     run = Path(train(recipe).output)
     steps = steps_of(run)
     skipped = [step for step in steps if step["grad_norm"] is None]
-    assert len(skipped) >= 3
+    assert len(skipped) >= 2
     assert steps[-1]["overflows"] >= len(skipped)
-    assert steps[-1]["loss_scale"] == 2.0**40 / 2 ** steps[-1]["overflows"]
+    assert steps[-1]["loss_scale"] == first / 2 ** steps[-1]["overflows"]
     assert steps[-1]["grad_norm"] is not None
     assert any(bool(w.any()) for name, w in adapter_of(run).items() if "lora_B" in name)
-    whole = break_off(run, 20)
+    whole = break_off(run, 5)
     train(recipe, resume=True)
     assert_same(run, whole)

@@ -19,6 +19,7 @@ from alignkit.stages.running.loop import METRICS
 def test_what_is_logged_is_explained(stage: str, tiny_base: Path, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"training__max_steps": 2, "merge": False}
     fields["training__on_bad_step"] = "skip"  # which has a metric of its own
+    fields["model__dtype"] = "float16"  # which has two
     if stage in ("sft", "ppo"):
         make: Any = make_recipe if stage == "sft" else make_ppo_recipe
         recipe = make(tmp_path, tiny_base, **fields)

@@ -28,7 +28,6 @@ CEILINGS: dict[str, tuple[int, int, dict[str, int]]] = {
     "dpo/float32": (3698, 215, {"efficient": 286}),
     "kto/float32": (3885, 218, {"efficient": 226}),
     "ppo/float32": (14935, 466, {"efficient": 398}),
-    "sft/bfloat16": (2564, 211, {"varlen": 14, "efficient": 2}),
     "dpo/bfloat16": (3444, 215, {"varlen": 24, "efficient": 2}),
     "ppo/float16": (17603, 466, {"varlen": 68, "efficient": 62}),
     "sft/nf4": (2795, 267, {"efficient": 76}),
@@ -36,7 +35,7 @@ CEILINGS: dict[str, tuple[int, int, dict[str, int]]] = {
 EXACT = [run for run in CEILINGS if not run.endswith("16")]
 ROUNDED = [run for run in CEILINGS if run.endswith("16")]
 RESUMED = ["ppo/float16"]
-NARROW = ["dpo", "ppo"]
+NARROW = ["ppo"]
 
 REFUSED = {
     **dict.fromkeys(("mixed add", "mixed product", "mixed in place"), "same device, at"),
