@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from alignkit.models.attention import varlen
 from alignkit.models.attention.backend import choose_backend
 from alignkit.models.attention.plain import plain_attention
 from alignkit.models.attention.prefix_rows import longer_segments
-from alignkit.models.attention.varlen import find_sequences, varlen_attention
+from alignkit.models.attention.varlen import find_sequences, torch_kernel, varlen_attention
 from alignkit.packed import Segment, Segments
 
 WIDTH = 8
@@ -166,3 +167,13 @@ def test_the_choice_on_a_card(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_backend(torch.device("cuda"), dtype, width, width) == backend
+
+
+def test_an_older_torch_keeps_one_call_for_each_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value: query)
+    torch_kernel.cache_clear()
+    try:
+        assert choose_backend(torch.device("cuda"), torch.bfloat16, 64, 64) == "segments"
+    finally:
+        torch_kernel.cache_clear()

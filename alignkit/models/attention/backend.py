@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from transformers import PreTrainedConfig
 
+from alignkit.models.attention.varlen import torch_kernel
+
 Backend = Literal["processor", "varlen", "segments"]
 """`processor`: blocks of queries in matrix products (attention/processor.py). `varlen`: one flash
 call for a row (attention/varlen.py). `segments`: one call of torch's attention for each segment
@@ -40,7 +42,7 @@ def choose_backend(
     if device.type == "cpu":
         return "processor"
     fits = dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= _WIDEST
-    return "varlen" if fits and has_flash(device) else "segments"
+    return "varlen" if fits and has_flash(device) and torch_kernel() else "segments"
 
 
 def has_flash(device: torch.device) -> bool:

@@ -11,18 +11,33 @@ dimension.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.attention.varlen import varlen_attn
 
 from alignkit.models.kernels.copies import on_device
 from alignkit.packed import IntArray, Segments
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # an older torch
+    varlen_attn = None
+
 Kernel = Callable[..., Any]
+
+
+@functools.cache
+def torch_kernel() -> Kernel | None:
+    """torch's `varlen_attn`, if it takes windows and fewer key heads than query heads."""
+    if varlen_attn is None:
+        return None
+    taken = inspect.signature(varlen_attn).parameters
+    return varlen_attn if {"window_size", "enable_gqa", "scale"} <= taken.keys() else None
 
 
 @dataclass(frozen=True)
@@ -146,7 +161,7 @@ def varlen_attention(
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    kernel: Kernel = varlen_attn,
+    kernel: Kernel | None = None,
 ) -> torch.Tensor:
     """Attention output of every segment; see `packed_attention`.
 
@@ -157,11 +172,13 @@ def varlen_attention(
         segments: cover `0..T-1` in order.
         scaling: factor on the scores; None is 1 / sqrt(D).
         sliding_window: tokens that a token sees, itself included; None is all before it.
-        kernel: computes what torch's `varlen_attn` does.
+        kernel: computes what torch's `varlen_attn` does; None is that.
 
     Returns:
         `[1, T, H, D]`.
     """
+    kernel = kernel or torch_kernel()
+    assert kernel is not None, "chosen where torch has no such kernel"
     where = _located(segments, query.device)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if len(where.keys):
