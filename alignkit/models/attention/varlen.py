@@ -26,7 +26,7 @@ from alignkit.packed import IntArray, Segments
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # an older torch
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 Kernel = Callable[..., Any]
 
