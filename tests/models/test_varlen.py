@@ -125,7 +125,7 @@ def test_the_operator_of_torch_takes_it() -> None:
     """Shapes, dtypes and gradients of the real operator, on tensors without numbers."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    segments = tuple([*ROWS["pairs"]])  # of its own: what is located for it has no numbers
+    segments = (*ROWS["pairs"],)  # of its own: what is located for it has no numbers
     tokens = sum(segment.length for segment in segments)
     with FakeTensorMode():
         rows = [torch.randn(1, n, tokens, 64, dtype=torch.bfloat16) for n in (4, 2, 2)]
