@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-FIRST = 2.0**12
-LARGEST = 2.0**24
+FIRST, LARGEST = 2.0**12, 2.0**24
+"""The factor at the start, and the most that it grows to."""
 PATIENCE = 1000
 """Steps without an overflow after which the factor doubles."""
 
@@ -43,7 +43,11 @@ class LossScale:
         return cls(**{"value": FIRST if follows else 1.0, "follows": follows, **state})
 
     def divide(self, weights: Sequence[nn.Parameter]) -> None:
-        """Divide the gradients of scaled losses by the factor."""
+        """Divide the gradients of scaled losses by the factor.
+
+        Args:
+            weights: those without a gradient are left out.
+        """
         if self.value == 1.0:
             return
         for weight in weights:

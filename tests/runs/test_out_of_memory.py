@@ -72,6 +72,33 @@ def test_one_more_try_with_half_the_tokens(
     assert_same(run, whole)
 
 
+def test_the_second_try_draws_the_same_dropout(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropout = {"adapter": {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.3}}
+
+    def trained(name: str, budget: int) -> Path:
+        fields = {**dropout, "training__microbatch_tokens": budget, "merge": False}
+        return Path(train(make_recipe(tmp_path / name, tiny_base, **fields)).output)
+
+    halved = trained("halved", BUDGET // 2)
+    forward, passes = TokenScorer.forward, []
+
+    def limited(self: Any, batch: PackedBatch) -> Any:
+        scores = forward(self, batch)  # which has drawn
+        passes.append(torch.is_grad_enabled())
+        # After the start-up check and the dry run: in the first step.
+        if batch.num_tokens > BUDGET // 2 and sum(passes) > 2 and passes[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return scores
+
+    monkeypatch.setattr(TokenScorer, "forward", limited)
+    run = trained("tried again", BUDGET)
+    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+    assert plan["microbatch_tokens"] == BUDGET // 2
+    assert losses(run) == losses(halved)
+
+
 def test_half_must_be_enough(small_card: list[int], tiny_base: Path, tmp_path: Path) -> None:
     small_card.append(10)
     with pytest.raises(TrainingError, match="does not fit in memory"):

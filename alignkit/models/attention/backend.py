@@ -55,6 +55,7 @@ IN_WORDS: dict[Backend, str] = {
     "varlen": "packed rows, one flash call a layer",
     "segments": "packed rows, one call a layer for each segment",
 }
+"""What the plan and run.json say of each backend."""
 
 
 def planned_attention(config: PreTrainedConfig, device: str, dtype: torch.dtype) -> str:

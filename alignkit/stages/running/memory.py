@@ -12,7 +12,9 @@ FEWER = (
     "lower training.microbatch_tokens or data.max_length, or set "
     "training.gradient_checkpointing=true"
 )
+"""Hint where a pass does not fit."""
 SMALLER = "use LoRA, model.quantization=nf4, or a smaller model"
+"""Hint where weights do not fit."""
 
 
 class OutOfMemoryError(TrainingError):
