@@ -43,7 +43,7 @@ class LoopSpec(Section):
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations to save memory; `auto` does so only if they would not fit."""
     deterministic: bool = False
-    """On CUDA, take only kernels that add up in a fixed order, more slowly, so that runs can end with
+    """On CUDA, take only kernels that add up in a fixed order, more slowly: runs can then end with
     the same bytes; not yet tried on a card. A processor always adds in one order."""
     log_every: PositiveInt = 1
     """Steps between progress lines. metrics.jsonl gets every step."""
