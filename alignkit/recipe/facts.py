@@ -94,6 +94,7 @@ class HardwareFacts:
         cores: processor cores that torch uses.
         processes: training processes.
         speed: operations a second in products of the model's layers; 0 if it was not measured.
+        sampling_speed: the same for as few rows as responses are sampled at once.
         cards: GPUs that this process sees, used or not; 0 without CUDA.
         attention: how packed rows are attended to in the recipe's precision.
         multiplies_bfloat16: whether the card does, rather than imitate it; True elsewhere.
@@ -105,6 +106,7 @@ class HardwareFacts:
     cores: int
     processes: int
     speed: float = 0.0
+    sampling_speed: float = 0.0
     cards: int = 0
     attention: str = ""
     multiplies_bfloat16: bool = True

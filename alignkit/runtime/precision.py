@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from alignkit.runtime.devices import multiplies_bfloat16
-from alignkit.runtime.speeds import Layers, kept, precision_speeds
+from alignkit.runtime.speeds import Layers, kept, precision_speeds, reading_speed
 
 GAIN = 1.2
 """bfloat16 rounds to 8 bits, so it has to be this much faster than float32 to be chosen."""
@@ -48,10 +48,31 @@ def layer_speed(device: str, layers: Layers, dtype: str) -> float:
     return 0.0 if device == "cuda" else _speeds(device, layers).get(dtype, 0.0)
 
 
+def sampling_speed(device: str, layers: Layers, dtype: str, responses: int) -> float:
+    """The same while responses are sampled, each token of which reads all weights.
+
+    Args:
+        device: `cuda`, `mps` or `cpu`.
+        layers: of the model.
+        dtype: that it is computed in.
+        responses: at once.
+    """
+    if device == "cuda":
+        return 0.0
+    what = f"{_describe(device, layers)}, {responses} rows of {dtype}"
+    measured = kept(
+        what, lambda: {dtype: reading_speed(device, layers, getattr(torch, dtype), responses)}
+    )
+    return measured.get(dtype, 0.0)
+
+
 def _speeds(device: str, layers: Layers) -> dict[str, float]:
+    return kept(_describe(device, layers), lambda: precision_speeds(device, layers))
+
+
+def _describe(device: str, layers: Layers) -> str:
     sizes = " ".join(f"{inputs}x{outputs}" for inputs, outputs in layers)
-    what = f"{device}, {torch.get_num_threads()} threads, {sizes}"
-    return kept(what, lambda: precision_speeds(device, layers))
+    return f"{device}, {torch.get_num_threads()} threads, {sizes}"
 
 
 def describe_precision(device: str) -> str:

@@ -31,6 +31,11 @@ _FIRST, _MOST = 6e7, 1.5e10
 _SMALL = ((512, 512), (512, 1024))
 """Layers of the first products."""
 _TOKENS = (32, 512)
+_ALONE = 0.8
+"""Share of its threads' time that a process gets on a processor of its own: 0.9, and 0.6 beside
+one other."""
+_UNCACHED = 2**28
+"""Bytes of weights that are read once for every sampled token."""
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA")
 """Variables that hide instructions from the libraries."""
 
@@ -70,6 +75,32 @@ def product_speed(device: str, layers: Layers, dtype: torch.dtype) -> float:
     return max([_round(device, layers, dtype, _MOST) for _ in range(_ROUNDS + 1)][1:])
 
 
+def reading_speed(device: str, layers: Layers, dtype: torch.dtype, rows: int) -> float:
+    """The same of few rows with weights that no cache holds, forward only.
+
+    Args:
+        device: `cpu` or `mps`.
+        layers: of the model.
+        dtype: of the products.
+        rows: of each.
+    """
+    size = sum(inputs * outputs for inputs, outputs in layers) * dtype.itemsize
+    weights = [
+        torch.ones(outputs, inputs, dtype=dtype, device=device)
+        for _ in range(max(1, _UNCACHED // size))
+        for inputs, outputs in layers
+    ]
+    states = {inputs: torch.ones(rows, inputs, dtype=dtype, device=device) for inputs, _ in layers}
+    seconds = []
+    for _ in range(_ROUNDS + 1):
+        started = time.perf_counter()
+        for weight in weights:
+            last = F.linear(states[weight.shape[1]], weight)
+        last.sum().item()
+        seconds.append(time.perf_counter() - started)
+    return 2.0 * rows * sum(weight.numel() for weight in weights) / min(seconds[1:])
+
+
 def _tokens(inputs: int, outputs: int, work: float) -> int:
     fewest, most = _TOKENS
     return int(min(max(work / (4 * inputs * outputs), fewest), most))
@@ -98,6 +129,9 @@ def kept(what: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]
     Args:
         what: names the measurement.
         measure: name -> number.
+
+    Returns:
+        What it measured. While other work takes the processor it is not kept.
     """
     limits = [f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ]
     key = ", ".join((processor_name(), f"torch {torch.__version__}", *limits, what))
@@ -108,11 +142,21 @@ def kept(what: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]
     speeds = known.get(key)
     if isinstance(speeds, dict) and all(_is_speed(speed) for speed in speeds.values()):
         return speeds
-    speeds = measure()
+    before, speeds = _alone(), measure()
+    if not before or not _alone():
+        return speeds
     with contextlib.suppress(FileError, OSError):
         make_folder(path.parent)
         write_text(path, json.dumps({**known, key: speeds}, indent=1))
     return speeds
+
+
+def _alone() -> bool:
+    """Whether nothing else takes this process's threads away from the processor."""
+    wall, own = time.perf_counter(), time.process_time()
+    product_speed("cpu", _SMALL, torch.float32)
+    wall, own = time.perf_counter() - wall, time.process_time() - own
+    return own >= _ALONE * wall * torch.get_num_threads()
 
 
 def _is_speed(value: object) -> bool:

@@ -82,5 +82,35 @@ def test_nothing_is_said_where_nothing_is_known() -> None:
     assert estimate_seconds(recipe("sft"), MODEL, DATA, unknown, 1, False, None) is None
     experts = dataclasses.replace(MODEL, experts=5)
     assert estimate_seconds(recipe("sft"), experts, DATA, HARDWARE, 1, False, None) is None
-    ppo = recipe("ppo", reward={"rule": "json"}, training={})
-    assert estimate_seconds(ppo, MODEL, DATA, HARDWARE, 1, False, None) is None
+    assert seconds(ppo()) is None
+
+
+def ppo(reward: object = None, **objective: object) -> Recipe:
+    return recipe(
+        "ppo",
+        reward=reward or {"rule": "json"},
+        rollout={"prompts_per_step": 10, "max_new_tokens": 10},
+        objective=objective,
+        training={},
+    )
+
+
+def test_responses_are_sampled_scored_and_learned_from() -> None:
+    sampling = dataclasses.replace(HARDWARE, sampling_speed=100.0)
+    data = dataclasses.replace(DATA, eval_rows=5, eval_tokens=50)
+
+    def seconds(spec: Recipe, data: DataFacts = DATA) -> float:
+        found = estimate_seconds(spec, MODEL, data, sampling, 1, False, None)
+        assert found is not None
+        return found
+
+    # 900 tokens of prompts, 100 of responses. The reference reads them once; policy and value
+    # model each forward and to the inputs in four passes.
+    once = 1000 * 1152 + 100 * 800
+    sampled = (900 * 1152 * 2) / 600 + 100 * (1152 + 800) * 2 / 60
+    assert seconds(ppo()) == pytest.approx(sampled + (2 + 4 * 2 * 4) * once / 600)
+    one = ppo({"model": "runs/reward"}, epochs=1)
+    assert seconds(one) == pytest.approx(sampled + (4 + 2 * 4) * once / 600)
+    # Held-out prompts are answered and scored before and after.
+    held_out = 2 * ((50 + 50) * 1152 * 2 / 600 + 50 * (1152 + 800) * 2 / 60)
+    assert seconds(ppo(), data) == pytest.approx(seconds(ppo()) + held_out)

@@ -18,6 +18,7 @@ LAYERS = ((64, 64), (64, 96))
 @pytest.fixture(autouse=True)
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("ALIGNKIT_HOME", str(tmp_path))
+    monkeypatch.setattr(speeds, "_alone", lambda: True)
     return tmp_path / "cache" / "speeds.json"
 
 
@@ -68,6 +69,26 @@ def test_a_machine_is_measured_once(home: Path, monkeypatch: pytest.MonkeyPatch)
     assert fastest("cpu", LAYERS)[0] == "float32"
 
 
+def test_what_was_measured_beside_other_work_is_not_kept(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = measured(monkeypatch, 1e11, 1e12)
+    for answers in ([True, False], [False, True], [True, True], []):
+        monkeypatch.setattr(speeds, "_alone", iter(answers).__next__)
+        assert fastest("cpu", LAYERS)[0] == "float32"
+    assert len(calls) == 3
+
+
+def test_other_work_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(speeds, "product_speed", lambda *given: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for busy, alone in ((1.9, True), (1.7, True), (1.5, False), (1.0, False)):
+        monkeypatch.setattr("time.perf_counter", iter([5.0, 6.0]).__next__)
+        monkeypatch.setattr("time.process_time", iter([3.0, 3.0 + busy]).__next__)
+        assert speeds._alone() is alone
+
+
 def test_a_home_that_cannot_be_written_is_no_error(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +129,9 @@ def test_a_precision_that_crawls_is_not_waited_for(monkeypatch: pytest.MonkeyPat
     assert ((4096, 14336),) not in slow_rounds
 
 
-def test_speeds_are_of_products_of_these_sizes() -> None:
+def test_speeds_are_of_products_of_these_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     found = speeds.precision_speeds("cpu", LAYERS)
     assert all(1e6 < speed < 1e15 for speed in found.values())
+    monkeypatch.setattr(speeds, "_UNCACHED", 2**16)
+    assert 1e6 < precision.sampling_speed("cpu", LAYERS, "float32", 3) < 1e15
+    assert precision.sampling_speed("cuda", LAYERS, "float32", 3) == 0.0

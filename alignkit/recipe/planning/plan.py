@@ -101,7 +101,8 @@ class Plan:
         minutes = round(self.seconds / 60)
         if not minutes:
             return " and less than a minute"
-        return f" and {minutes} minute{'s' * (minutes > 1)}"
+        most = "at most " if self.hardware.sampling_speed else ""  # a response may end early
+        return f" and {most}{minutes} minute{'s' * (minutes > 1)}"
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain values."""

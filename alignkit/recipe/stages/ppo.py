@@ -110,6 +110,11 @@ class PpoRecipe(RolloutRecipe):
             )
         return value
 
+    @property
+    def trained_reads(self) -> int:
+        """Every pass reads them with the policy, and with the value model if it is another one."""
+        return self.objective.epochs * (1 if self.value.kind == "head" else 2)
+
     definition: ClassVar[str] = "alignkit.stages.ppo.stage:PPO"
     rates: ClassVar[Rates] = {
         "lora": Rate(2.0e-5, 1e-6, 5e-4),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from alignkit.recipe.rewards import RewardSource, RewardSources
+from alignkit.recipe.rewards import ModelReward, RewardSource, RewardSources
 from alignkit.recipe.rollouts import ROLLOUT_HINTS, RolloutSpec
 from alignkit.recipe.stages.base import Recipe
 from alignkit.recipe.training import LoopSpec
@@ -38,6 +38,16 @@ class RolloutRecipe(Recipe):
     def examples_per_step(self) -> int:
         """Prompts per step, over all processes together."""
         return self.rollout.prompts_per_step
+
+    @property
+    def trained_reads(self) -> int:
+        """How often a step's tokens are read forward and backward."""
+        raise NotImplementedError
+
+    @property
+    def scored_reads(self) -> int:
+        """How often they are read without gradients: by the reference and reward models."""
+        return 1 + sum(isinstance(source, ModelReward) for source in self.reward)
 
     @property
     def reward_sources(self) -> tuple[RewardSource, ...]:

@@ -15,8 +15,9 @@ from alignkit.models.base.skeleton import build_skeleton
 from alignkit.recipe.facts import HardwareFacts
 from alignkit.recipe.planning.memory import ROOM, fits
 from alignkit.recipe.stages.base import Recipe
+from alignkit.recipe.stages.rollouts import RolloutRecipe
 from alignkit.runtime.devices import describe_hardware
-from alignkit.runtime.precision import fastest, layer_speed
+from alignkit.runtime.precision import fastest, layer_speed, sampling_speed
 from alignkit.runtime.processes import agree
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
@@ -70,10 +71,14 @@ def measured_hardware(recipe: Recipe, config: Any, processes: int) -> HardwareFa
     """
     hardware, spec = describe_hardware(processes), recipe.model
     speed = layer_speed(hardware.device, _shapes(config), spec.dtype)
+    sampling = 0.0
+    if isinstance(recipe, RolloutRecipe):
+        at_once = recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt // processes
+        sampling = sampling_speed(hardware.device, _shapes(config), spec.dtype, max(1, at_once))
     attention = f"padded rows, {spec.attention}"
     if spec.attention in ("auto", "packed"):
         attention = planned_attention(config, hardware.device, DTYPES[spec.dtype])
-    return replace(hardware, speed=speed, attention=attention)
+    return replace(hardware, speed=speed, sampling_speed=sampling, attention=attention)
 
 
 def _choose(recipe: Recipe, processes: int) -> tuple[str, str]:

@@ -29,6 +29,19 @@ class LossSums:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a stage measures from one micro-batch before the step's losses.
+
+    Args:
+        sums: name -> scalar tensor, added up over the step and all processes.
+        documents: the micro-batch's, with what was scored on the way.
+    """
+
+    sums: dict[str, torch.Tensor]
+    documents: list[Document]
+
+
+@dataclass(frozen=True)
 class RowHooks:
     """What a stage that learns from rows brings to each step.
 
@@ -38,8 +51,8 @@ class RowHooks:
             sum of its weights.
         evaluate: values of held-out rows: scorer, rows, token budget and processes.
         say: these values in one line.
-        measure: sums of one micro-batch, without gradients, that are added up over the step and
-            all processes before the first loss; None if the loss needs none.
+        measure: of one micro-batch, without gradients, before the step's first loss; None if the
+            loss needs nothing.
         finish: the step's means and what was measured -> the metrics that are logged; None logs
             the means.
     """
@@ -48,5 +61,5 @@ class RowHooks:
     weights: Sequence[int]
     evaluate: Callable[[nn.Module, Sequence[Document], int, ProcessGroup], dict[str, float]]
     say: Callable[[dict[str, float]], str]
-    measure: Callable[[nn.Module, Sequence[Document]], dict[str, torch.Tensor]] | None = None
+    measure: Callable[[nn.Module, Sequence[Document]], Measured] | None = None
     finish: Callable[[dict[str, float], StepSums], dict[str, float]] | None = None

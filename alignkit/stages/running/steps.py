@@ -101,7 +101,7 @@ def _dry_run(run: Run) -> None:
 def _try_largest(run: Run) -> None:
     batch = run.batches.largest()
     with within_memory(f"a micro-batch of {batch.num_tokens} tokens"):
-        measured = _measure(run, [MicroBatch(batch.documents, 1.0)])
+        measured, (batch,) = _measure(run, [batch])
         result = run.hooks.loss(run.scorer, batch.documents, measured)
         run.accelerator.backward(result.loss * 0.0)
 
@@ -162,11 +162,11 @@ def _accumulate(run: Run, step: int) -> tuple[dict[str, float], int]:
 
 def _sum_passes(run: Run, batches: StepBatches) -> tuple[dict[str, float], int]:
     accelerator = run.accelerator
-    measured = _measure(run, batches.micro_batches)
+    measured, micro_batches = _measure(run, batches.micro_batches)
     sums: dict[str, torch.Tensor] = {}
     tokens = 0
-    for number, micro in enumerate(batches.micro_batches):
-        last = number == len(batches.micro_batches) - 1
+    for number, micro in enumerate(micro_batches):
+        last = number == len(micro_batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(run.scorer):
             result = run.hooks.loss(run.scorer, micro.documents, measured)
             # Gradients are averaged over processes, hence the factor.
@@ -182,15 +182,20 @@ def _sum_passes(run: Run, batches: StepBatches) -> tuple[dict[str, float], int]:
     return means, read
 
 
-def _measure(run: Run, micro_batches: Sequence[MicroBatch]) -> StepSums:
-    """What the stage measures of a whole step before its losses."""
+def _measure(
+    run: Run, micro_batches: Sequence[MicroBatch]
+) -> tuple[StepSums, Sequence[MicroBatch]]:
+    """What the stage measures of a whole step before its losses, and what these read."""
     if run.hooks.measure is None:
-        return {}
+        return {}, micro_batches
     sums: dict[str, torch.Tensor] = {}
+    read = []
     with torch.no_grad():
         for micro in micro_batches:
-            _add(sums, run.hooks.measure(run.scorer, micro.documents), micro.share)
-    return _over_processes(run, sums)
+            measured = run.hooks.measure(run.scorer, micro.documents)
+            _add(sums, measured.sums, micro.share)
+            read.append(dataclasses.replace(micro, documents=measured.documents))
+    return _over_processes(run, sums), read
 
 
 def _add(sums: dict[str, torch.Tensor], values: dict[str, torch.Tensor], share: float) -> None:

@@ -2,8 +2,8 @@
 
 The baseline is one number for a whole optimizer step, so it is measured before the step's losses:
 a pass without gradients scores the completions of other rows under each row's prompt. As branches
-of the training pass they would cost a backward pass that is always zero; if the reference is scored
-beforehand, both completions are branches of one document.
+of the training pass they would cost a backward pass that is always zero; for the reference, both
+completions are branches of one document.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from alignkit.objectives.kto import kl_baseline, kto_loss
 from alignkit.packed import PackedBatch, Role
 from alignkit.recipe.stages.kto import KtoRecipe
 from alignkit.runtime.processes import ProcessGroup
-from alignkit.stages.running.hooks import LossSums, RowHooks, StepSums
+from alignkit.stages.running.hooks import LossSums, Measured, RowHooks, StepSums
 from alignkit.stages.supervised.preference import LOGP_METRICS
-from alignkit.stages.supervised.reference import Reference
+from alignkit.stages.supervised.reference import Reference, carrying, known
 from alignkit.stages.supervised.stage import SupervisedStage
 
 
@@ -44,16 +44,17 @@ def kto_hooks(recipe: KtoRecipe, rows: TokenDataset, reference: Reference | None
     fields = objective.model_dump(exclude={"kind"})
     losses: Callable[..., torch.Tensor] = functools.partial(kto_loss, **fields)
 
-    def measure(scorer: nn.Module, documents: Sequence[Document]) -> dict[str, torch.Tensor]:
-        ratios = _mismatched_ratios(scorer, documents, reference)
-        return {
-            "ratios": ratios.sum(),
+    def measure(scorer: nn.Module, documents: Sequence[Document]) -> Measured:
+        carried = carrying(scorer, documents, reference)
+        sums = {
+            "ratios": _mismatched_ratios(scorer, carried).sum(),
             "rows": torch.tensor(float(len(documents))),
             "desirable": torch.tensor(float(sum(map(_is_desirable, documents)))),
         }
+        return Measured(sums, carried)
 
     def loss(scorer: nn.Module, documents: Sequence[Document], measured: StepSums) -> LossSums:
-        logps, ratios = _completion_ratios(scorer, documents, reference)
+        logps, ratios = _completion_ratios(scorer, documents)
         desirable = torch.tensor([_is_desirable(d) for d in documents], device=ratios.device)
         baseline = torch.tensor(kl_baseline(measured["ratios"], measured["rows"]))
         per_row = losses(ratios, desirable, baseline.to(ratios.device))
@@ -96,32 +97,30 @@ def _is_desirable(document: Document) -> bool:
 def _columns(
     scorer: nn.Module, documents: Sequence[Document], reference: Reference
 ) -> dict[str, torch.Tensor]:
-    _, ratios = _completion_ratios(scorer, documents, reference)
+    carried = carrying(scorer, documents, reference)
+    _, ratios = _completion_ratios(scorer, carried)
     return {
         "ratio": ratios,
-        "mismatched": _mismatched_ratios(scorer, documents, reference),
+        "mismatched": _mismatched_ratios(scorer, carried),
         "desirable": torch.tensor([float(_is_desirable(d)) for d in documents]),
     }
 
 
 def _completion_ratios(
-    scorer: nn.Module, documents: Sequence[Document], reference: Reference
+    scorer: nn.Module, documents: Sequence[Document]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`[B]` log-probs of the rows' own completions, and their log-ratios."""
     own = [document.only(Role.CHOSEN, Role.REJECTED) for document in documents]
     batch = pack_documents(own)
-    known = reference(scorer, batch)
     logps = _logprobs(scorer, batch)
-    return logps, logps - known
+    return logps, logps - known(scorer, batch)
 
 
-def _mismatched_ratios(
-    scorer: nn.Module, documents: Sequence[Document], reference: Reference
-) -> torch.Tensor:
+def _mismatched_ratios(scorer: nn.Module, documents: Sequence[Document]) -> torch.Tensor:
     """`[B]` log-ratios of the mismatched completions; no gradient."""
     batch = pack_documents([document.only(Role.MISMATCHED) for document in documents])
     with evaluating(scorer):
-        return _logprobs(scorer, batch) - reference(scorer, batch)
+        return _logprobs(scorer, batch) - known(scorer, batch)
 
 
 def _logprobs(scorer: nn.Module, batch: PackedBatch) -> torch.Tensor:
