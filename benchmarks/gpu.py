@@ -6,8 +6,8 @@ Rows: attention (the varlen backend against one masked call for each segment, bf
 gradients), bits (mm against addmm onto zeros over the shapes of a model's layers), and for each
 shape sft, dpo and groups (a prompt with eight branches): seconds of a step, useful operations as a
 share of the card's own product of large matrices, and peak memory against the plan; sampling:
-milliseconds a token. What a missing library or too small a card does not let run is named, and the
-rest goes on.
+milliseconds a token, and graph: the same token as a CUDA graph. What a missing library or too small
+a card does not let run is named, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from alignkit.data.documents import Branch, Document
 from alignkit.data.packing import pack_documents
 from alignkit.generation.rollout import RolloutSettings, TransformersEngine
+from alignkit.models.attention.cached import ROUNDING, cached_forward
 from alignkit.models.attention.plain import plain_attention
 from alignkit.models.attention.varlen import varlen_attention
-from alignkit.models.kernels.lora import fixed_factors, use_fast_lora
+from alignkit.models.kernels.factors import fixed_factors
+from alignkit.models.kernels.lora import use_fast_lora
 from alignkit.models.kernels.quantized import multiply_dense
 from alignkit.models.scoring.scorer import TokenScorer
 from alignkit.packed import Role, Segments
@@ -57,6 +59,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 STEPS, WARM = 5, 2
+GRAPH_WARM = 3
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -246,6 +249,42 @@ def sampling(shape: str, args: argparse.Namespace) -> dict[str, float]:
     return {"ms a token": 1e3 * (time.perf_counter() - started) / args.new, "responses": 32}
 
 
+def graph(shape: str, args: argparse.Namespace) -> dict[str, float]:
+    """The same token captured once as a CUDA graph, and how many tokens it draws otherwise."""
+    model = build(shape)
+    settings = RolloutSettings(max_new_tokens=args.new, temperature=1.0, stop_tokens=frozenset())
+    inner = model.get_base_model().eval()
+    engine = TransformersEngine(inner, DTYPE, settings)
+    prompts = [np.arange(1, 65) + number for number in range(32)]
+    seeds = [(0, number) for number in range(32)]
+    # A graph holds for the keys of one bucket: of 64 tokens of prompt and 32 that follow.
+    tokens = min(args.new, ROUNDING) - 1 - GRAPH_WARM
+    with torch.no_grad(), cached_forward(inner), fixed_factors(inner):
+        plain = engine.begin(prompts, seeds)
+        for _ in range(GRAPH_WARM + tokens):
+            engine.next_token(*plain)
+        rows, responses, cache = engine.begin(prompts, seeds)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(GRAPH_WARM):
+                engine.next_token(rows, responses, cache)
+        torch.cuda.current_stream().wait_stream(side)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            engine.next_token(rows, responses, cache)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(tokens):
+            captured.replay()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    return {
+        "ms a token": 1e3 * seconds / tokens,
+        "tokens that differ": int((plain[1].ids != responses.ids).sum()),
+    }
+
+
 # measures --------------------------------------------------------------------------------------
 
 
@@ -325,6 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for stage in ("sft", "dpo", "groups"):
             rows[f"{shape} {stage}"] = partial(steps, shape, stage, args)
         rows[f"{shape} sampling"] = partial(sampling, shape, args)
+        rows[f"{shape} graph"] = partial(graph, shape, args)
     found: dict[str, Any] = {}
     for name, row in rows.items():
         if args.rows and not any(wanted in name for wanted in args.rows):

@@ -8,9 +8,9 @@ interruption; only the rounding of the batched products may.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,19 +19,13 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.tokenize import answer_ends
 from alignkit.generation.drawing import draw_tokens
-from alignkit.models.attention.cached import (
-    cached_forward,
-    fill_cache,
-    keep_rows,
-    new_cache,
-    round_up,
-)
+from alignkit.generation.sampled import Responses, SampledResponse, SampledRows, start_rows
+from alignkit.models.attention.cached import GrowingCache, cached_forward
 from alignkit.models.attention.prefix import has_window
 from alignkit.models.base.fitness import require_token_rows
-from alignkit.models.kernels.lora import fixed_factors
-from alignkit.models.kernels.precision import compute_context, sum_dtype
+from alignkit.models.kernels.factors import fixed_factors
+from alignkit.models.kernels.precision import compute_context
 from alignkit.models.kernels.vocab_head import logit_transform, next_logits
-from alignkit.packed import IntArray
 
 COMPACT = 0.75
 """Finished rows leave the batch once at most this share of it is still running."""
@@ -54,23 +48,6 @@ class RolloutSettings:
     max_new_tokens: int
     temperature: float
     stop_tokens: frozenset[int]
-
-
-@dataclass(frozen=True)
-class SampledResponse:
-    """One response.
-
-    Args:
-        ids: `[n]` sampled tokens, the stop token included.
-        logprobs: `[n]` float32, of the sampled tokens under the sampling distribution.
-        finish: `stop`, or `length` where it was cut off.
-        entropy: mean entropy of the distributions it was sampled from, in nats.
-    """
-
-    ids: IntArray
-    logprobs: npt.NDArray[np.float32]
-    finish: Literal["stop", "length"]
-    entropy: float
 
 
 class RolloutEngine(Protocol):
@@ -147,60 +124,74 @@ class TransformersEngine:
     def _sample(
         self, prompts: Sequence[npt.NDArray[np.integer[Any]]], seeds: Sequence[Sequence[int]]
     ) -> list[SampledResponse]:
-        settings, device = self.settings, next(self.inner.parameters()).device
-        draws = np.stack(
-            [np.random.default_rng(list(s)).random(settings.max_new_tokens) for s in seeds]
-        )
-        uniform = torch.from_numpy(draws).to(sum_dtype(device)).to(device)
-        longest, before = max(map(len, prompts)), 0 if self.prefix is None else self.prefix.shape[3]
-        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-        width = before + longest
-        room = width + settings.max_new_tokens
-        mask = torch.zeros(len(prompts), round_up(room), dtype=torch.bool)
-        mask[:, :before] = True
-        for row, prompt in enumerate(prompts):  # on the left, so that new tokens line up
-            ids[row, longest - len(prompt) :] = torch.from_numpy(np.asarray(prompt, np.int64))
-            mask[row, width - len(prompt) : room] = True
-        ids, mask = ids.to(device), mask.to(device)
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        layers = int(self.inner.config.get_text_config().num_hidden_layers)
-        cache = new_cache(layers, room)
-        if self.prefix is not None:
-            fill_cache(cache, self.prefix.to(device, self.dtype), len(prompts))
-        responses = _Responses(len(prompts), settings.max_new_tokens, device)
-        live = torch.arange(len(prompts), device=device)
-        stops = torch.tensor(sorted(settings.stop_tokens), device=device)
-        columns = torch.arange(mask.shape[1], device=device)
-        stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        step_ids, start, look = ids, before, 1 if device.type == "cpu" else LOOK
-        for step in range(settings.max_new_tokens):
-            end = width + step
-            seen = mask[:, : round_up(end)] & (columns[: round_up(end)] < end)
-            logits = self._forward(step_ids, seen, positions[:, start:end], cache)
-            chosen, *about = draw_tokens(logits, uniform[:, step])
-            responses.add(step, live, chosen, *about)
-            stopped |= torch.isin(chosen, stops)
-            if (step + 1) % look == 0:
-                count = len(live) - int(stopped.sum())
+        settings = self.settings
+        rows, responses, cache = self.begin(prompts, seeds)
+        look = 1 if rows.ids.device.type == "cpu" else LOOK
+        for step in range(1, settings.max_new_tokens):
+            if step % look == 0:
+                count = len(rows.live) - int(rows.stopped.sum())
                 if count == 0:
                     break
-                if count <= COMPACT * len(live):
-                    keep = (~stopped).nonzero()[:, 0]
-                    live, chosen, uniform, stopped, mask, positions = (
-                        x[keep] for x in (live, chosen, uniform, stopped, mask, positions)
-                    )
-                    keep_rows(cache, keep)
-            step_ids, start = chosen[:, None], end
-        return responses.sampled(settings.stop_tokens)
+                if count <= COMPACT * len(rows.live):
+                    keep = (~rows.stopped).nonzero()[:, 0]
+                    rows = rows.only(keep)
+                    cache.keep(keep)
+            self.next_token(rows, responses, cache)
+        return responses.sampled()
+
+    def begin(
+        self, prompts: Sequence[npt.NDArray[np.integer[Any]]], seeds: Sequence[Sequence[int]]
+    ) -> tuple[SampledRows, Responses, GrowingCache]:
+        """Read the prompts and draw the first token of each response.
+
+        Args:
+            prompts: token ids, at least one each.
+            seeds: of each response's random numbers.
+        """
+        settings, device = self.settings, next(self.inner.parameters()).device
+        before = 0 if self.prefix is None else self.prefix.shape[3]
+        ids, rows = start_rows(prompts, seeds, before, settings.max_new_tokens, device)
+        width = before + ids.shape[1]
+        layers = int(self.inner.config.get_text_config().num_hidden_layers)
+        cache = GrowingCache(layers, width + settings.max_new_tokens)
+        if self.prefix is not None:
+            cache.fill(self.prefix.to(device, self.dtype), len(prompts))
+        responses = Responses(len(prompts), settings.max_new_tokens, settings.stop_tokens, device)
+        logits = self._forward(ids, rows.mask, rows.positions[:, before:width], cache)
+        cache.advance(ids.shape[1])
+        self._take(logits, rows, responses)
+        return rows, responses, cache
+
+    def next_token(self, rows: SampledRows, responses: Responses, cache: GrowingCache) -> None:
+        """One more token of every row: no number of the host decides what the device does.
+
+        Args:
+            rows: changed in place.
+            responses: the token is added.
+            cache: likewise.
+        """
+        positions = rows.positions.index_select(1, cache.store.place)
+        logits = self._forward(rows.ids, rows.mask, positions, cache)
+        cache.advance(1)
+        self._take(logits, rows, responses)
+
+    def _take(self, logits: torch.Tensor, rows: SampledRows, responses: Responses) -> None:
+        """Draw the next token of every row from `[B, V]` logits."""
+        uniform = rows.uniform.index_select(1, responses.step)[:, 0]
+        chosen, *about = draw_tokens(logits, uniform)
+        rows.stopped |= (chosen[:, None] == responses.ends).any(1)
+        rows.ids.copy_(chosen[:, None])
+        responses.add(rows.live, chosen, *about)
 
     def _forward(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: GrowingCache
     ) -> torch.Tensor:
         """`[B, V]` float32 logits after the last token of each row, divided by the temperature."""
+        width, _ = cache.get_mask_sizes(ids.shape[1], 0)
         with compute_context(self.inner, self.dtype):
             hidden = self.inner.get_decoder()(
                 input_ids=ids,
-                attention_mask=mask,
+                attention_mask=mask[:, :width],  # what is not written yet lies ahead of the token
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
@@ -208,46 +199,6 @@ class TransformersEngine:
             return next_logits(
                 hidden.contiguous(), self.inner.get_output_embeddings(), self.transform
             )
-
-
-class _Responses:
-    """Responses being sampled, on the device. What a row adds after it has stopped is cut off."""
-
-    def __init__(self, rows: int, tokens: int, device: torch.device) -> None:
-        self.ids = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(rows, tokens, device=device)
-        self.entropy = torch.zeros(rows, tokens, device=device)
-        self.steps = 0
-
-    def add(
-        self,
-        step: int,
-        rows: torch.Tensor,
-        chosen: torch.Tensor,
-        logprobs: torch.Tensor,
-        entropy: torch.Tensor,
-    ) -> None:
-        """Append one token to each of some rows."""
-        for kept, new in ((self.ids, chosen), (self.logprobs, logprobs), (self.entropy, entropy)):
-            kept.select(1, step).index_copy_(0, rows, new)
-        self.steps = step + 1
-
-    def sampled(self, stops: Collection[int]) -> list[SampledResponse]:
-        """The responses of all rows, each up to its first stop token."""
-        ids, logprobs, entropy = (
-            x[:, : self.steps].cpu().numpy() for x in (self.ids, self.logprobs, self.entropy)
-        )
-        ends = np.isin(ids, list(stops))
-        lengths = np.where(ends.any(1), ends.argmax(1) + 1, self.steps)
-        return [
-            SampledResponse(
-                ids[row, :length].copy(),
-                logprobs[row, :length].copy(),
-                "stop" if ends[row].any() else "length",
-                float(entropy[row, :length].astype(np.float64).mean()),
-            )
-            for row, length in enumerate(lengths.tolist())
-        ]
 
 
 def stop_tokens(inner: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

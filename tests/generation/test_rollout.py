@@ -6,6 +6,7 @@ in another order, relative differences of about 1e-6.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_model, trained_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from alignkit.data.documents import Branch, Document
 from alignkit.data.packing import pack_documents
@@ -24,7 +27,7 @@ from alignkit.generation.rollout import (
     SampledResponse,
     TransformersEngine,
 )
-from alignkit.models.attention.cached import new_cache
+from alignkit.models.attention.cached import GrowingCache, cached_forward
 from alignkit.models.scoring.scorer import TokenScorer, causal_model
 
 FAMILIES = ["llama", "qwen2", "mistral", "gemma2", "gemma3"]  # the last three with a window of 8
@@ -165,6 +168,46 @@ def test_a_response_does_not_depend_on_the_batch(family: str) -> None:
         for one, two in zip(together, other, strict=True):
             np.testing.assert_allclose(one.logprobs, two.logprobs, **CLOSE)
             assert one.entropy == pytest.approx(two.entropy, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_tokens_of_a_bucket_are_the_same_operations(family: str) -> None:
+    # Shapes and numbers of the host are all that a captured graph would keep of them.
+    model = tiny_model(family).eval()
+    sampling = engine(model)
+    recorded = []
+    with torch.no_grad(), cached_forward(causal_model(model)):
+        state = sampling.begin(prompts(), seeds())
+        for _ in range(3):
+            with Recorder() as recorder:
+                sampling.next_token(*state)
+            recorded.append(recorder.seen)
+    assert recorded[0] == recorded[1] == recorded[2]
+    assert not [name for name, _ in recorded[0] if "local_scalar" in name or "nonzero" in name]
+    plain = engine(model).generate(prompts(), seeds())
+    assert same_ids(state[1].sampled(), [first(r, 4) for r in plain])
+
+
+class Recorder(TorchDispatchMode):
+    """Operators with the shapes of their tensors and their other arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = [
+            tuple(x.shape) if isinstance(x, torch.Tensor) else str(x)
+            for x in tree_leaves((args, kwargs))
+        ]
+        self.seen.append((str(func), given))
+        return func(*args, **(kwargs or {}))
+
+
+def first(response: SampledResponse, count: int) -> SampledResponse:
+    return dataclasses.replace(response, ids=response.ids[:count])
 
 
 def test_the_seed_is_what_a_response_depends_on() -> None:
@@ -380,7 +423,7 @@ def test_entropies_in_closed_form() -> None:
 
 def test_keys_are_kept_as_narrow_as_values() -> None:
     # A model whose own rotation computes in float32 hands over float32 keys under autocast.
-    layer = new_cache(1, 10).layers[0]
+    layer = GrowingCache(1, 10).layers[0]
     key, value = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 3, 4).bfloat16()
     keys, values = layer.update(key, value)
     assert (keys.dtype, values.dtype) == (torch.bfloat16, torch.bfloat16)

@@ -16,7 +16,7 @@ from alignkit.data.packing import pack_documents
 from alignkit.data.prompts import Prompt
 from alignkit.errors import TrainingError
 from alignkit.evaluation.intervals import mean_interval
-from alignkit.generation.rollout import SampledResponse
+from alignkit.generation.sampled import SampledResponse
 from alignkit.recipe.stages.ppo import GuardSpec
 from alignkit.runtime.processes import SINGLE, ProcessGroup
 from alignkit.stages.ppo.scoring import Scored

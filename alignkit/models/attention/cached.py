@@ -35,7 +35,7 @@ def round_up(length: int) -> int:
 
 
 class Store:
-    """The memory of all layers in one piece.
+    """The memory of all layers in one piece, and where its next token goes.
 
     Buffers made one by one between the temporaries of a forward pass leave holes that a
     CPU's heap never fills again: two gigabytes for each batch of a 135M model.
@@ -43,13 +43,18 @@ class Store:
     Args:
         layers: number of layers.
         room: tokens that fit.
+
+    Attributes:
+        length: tokens written so far.
+        place: `[1]` the same on the device, once there is one.
     """
 
     def __init__(self, layers: int, room: int) -> None:
         self.layers, self.room = layers, round_up(room)
         self.buffer: torch.Tensor | None = None
+        self.length, self.place = 0, torch.empty(0, dtype=torch.int64)
 
-    def place(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def reserve(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, Any]:
         """Room for the keys and values of one layer, `[B, K, room, D]` each.
 
         Args:
@@ -61,9 +66,11 @@ class Store:
         shape = (self.layers, 2, rows, heads, self.room, width)
         if self.buffer is None:
             self.buffer = key.new_zeros(shape)
+            self.place = torch.zeros(1, dtype=torch.int64, device=key.device)
         if self.buffer.shape == shape and value.shape == key.shape:
             return self.buffer[layer, 0], self.buffer[layer, 1]
-        return tuple(x.new_zeros(*x.shape[:2], self.room, x.shape[3]) for x in (key, value))
+        wide = [x.new_zeros(*x.shape[:2], self.room, x.shape[3]) for x in (key, value)]
+        return wide[0], wide[1]
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -77,7 +84,6 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, store: Store, layer: int) -> None:
         super().__init__()
         self.store, self.layer = store, layer
-        self.length = 0
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -86,55 +92,63 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         key_states = key_states.to(value_states.dtype)  # after rotation some models' keys are wider
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = self.store.place(self.layer, key_states, value_states)
-        end = self.length + key_states.shape[2]
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        self.length = end
+            self.keys, self.values = self.store.reserve(self.layer, key_states, value_states)
+        start, end = self.store.length, self.store.length + key_states.shape[2]
+        for kept, new in ((self.keys, key_states), (self.values, value_states)):
+            if end - start == 1:
+                kept.index_copy_(2, self.store.place, new)
+            else:
+                kept[:, :, start:end] = new
         return self.keys[:, :, : round_up(end)], self.values[:, :, : round_up(end)]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that attention will see, those not written yet included, and their offset."""
-        return round_up(self.length + query_length), 0
+        return round_up(self.store.length + query_length), 0
 
     def get_seq_length(self) -> int:
         """Tokens written so far."""
-        return self.length
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Keep these rows only."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        return self.store.length
 
 
-def new_cache(layers: int, room: int) -> Cache:
-    """An empty cache.
+class GrowingCache(Cache):  # type: ignore[misc]
+    """Keys and values of all layers. What a single token reads and writes lies in place: only every
+    `ROUNDING` tokens do its shapes change, and no number of the host is in its operations.
 
     Args:
         layers: decoder layers.
         room: tokens that fit into each row.
     """
-    store = Store(layers, room)
-    return Cache(layers=[GrowingLayer(store, layer) for layer in range(layers)])
 
+    def __init__(self, layers: int, room: int) -> None:
+        self.store = Store(layers, room)
+        super().__init__(layers=[GrowingLayer(self.store, layer) for layer in range(layers)])
 
-def fill_cache(cache: Cache, states: torch.Tensor, rows: int) -> None:
-    """Write the same keys and values at the front of every row of an empty cache.
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """Where the next token goes, on the device once there is something before it."""
+        return self.store.place if self.store.length else 0
 
-    Args:
-        cache: of `new_cache`.
-        states: `[L, 2, K, P, D]` of each layer, in the compute dtype.
-        rows: `B`.
-    """
-    for layer, both in enumerate(states):
-        key, value = both[:, None].expand(-1, rows, -1, -1, -1)
-        cache.update(key, value, layer)
+    def fill(self, states: torch.Tensor, rows: int) -> None:
+        """Write the same keys and values at the front of every row.
 
+        Args:
+            states: `[L, 2, K, P, D]` of each layer, in the compute dtype.
+            rows: `B`.
+        """
+        for layer, both in enumerate(states):
+            key, value = both[:, None].expand(-1, rows, -1, -1, -1)
+            self.update(key, value, layer)
+        self.advance(states.shape[3])
 
-def keep_rows(cache: Cache, rows: torch.Tensor) -> None:
-    """Keep these rows of every layer."""
-    for layer in cache.layers:
-        layer.keep(rows)
-        layer.store.buffer = None
+    def advance(self, tokens: int) -> None:
+        """Go on behind the tokens that every layer has written."""
+        self.store.length += tokens
+        self.store.place.add_(tokens)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Keep these rows of every layer."""
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        self.store.buffer = None
 
 
 def cached_attention(

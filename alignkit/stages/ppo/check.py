@@ -10,7 +10,7 @@ import torch
 from alignkit.data.documents import Branch, Document
 from alignkit.errors import TrainingError
 from alignkit.evaluation.intervals import mean_interval
-from alignkit.generation.rollout import SampledResponse
+from alignkit.generation.sampled import SampledResponse
 from alignkit.objectives.ppo import log_ratio
 from alignkit.rendering import render_chat
 from alignkit.stages.ppo.scoring import Scored, score_rollouts

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.documents import Branch, Document
 from alignkit.data.prompts import Prompt, PromptSet
 from alignkit.generation.responses import Response
-from alignkit.generation.rollout import RolloutEngine, SampledResponse
+from alignkit.generation.rollout import RolloutEngine
+from alignkit.generation.sampled import SampledResponse
 
 
 @dataclass(frozen=True)
