@@ -137,12 +137,37 @@ def remove_dropout(model: nn.Module) -> None:
     Args:
         model: changed in place.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if name.endswith("dropout") and isinstance(value, float):
-                setattr(module, name, 0.0)
+    for module, name in _dropouts(model):
+        setattr(module, name, 0.0)
+
+
+def recompute_layers(model: Any, **options: Any) -> None:
+    """Let decoder layers compute their activations again in the backward pass.
+
+    Args:
+        model: of transformers, with or without adapters.
+        **options: of torch's checkpointing.
+    """
+    # The state of the random numbers is a read of the device for each layer.
+    model.gradient_checkpointing_enable(
+        {"use_reentrant": False, "preserve_rng_state": drops_out(model), **options}
+    )
+
+
+def drops_out(model: nn.Module) -> bool:
+    """Whether anything in a model is dropped at random in training."""
+    return any(getattr(module, name) > 0 for module, name in _dropouts(model))
+
+
+def _dropouts(model: nn.Module) -> list[tuple[Any, str]]:
+    """Modules and the names of their probabilities."""
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, float)
+        and ("drop" in name or (name == "p" and "Drop" in type(module).__name__))
+    ]
 
 
 def freeze_head_adapter(model: Any, name: str) -> None:

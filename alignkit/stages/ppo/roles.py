@@ -19,6 +19,7 @@ from alignkit.models.adapters.switching import (
     add_stored_adapter,
     freeze_head_adapter,
     recompute_as_run,
+    recompute_layers,
     remove_dropout,
     train_only,
 )
@@ -162,11 +163,10 @@ def _over_one_base(
             add_stored_adapter(model, f"reward{number}", reward.folder)
     train_only(model, {POLICY, VALUE} if own_value else {POLICY})
     freeze_head_adapter(model, VALUE)
-    if plan.gradient_checkpointing:
-        options = {"use_reentrant": False, "context_fn": recompute_as_run(model)}
-        model.gradient_checkpointing_enable(options)
-        model.enable_input_require_grads()
     remove_dropout(model)
+    if plan.gradient_checkpointing:
+        recompute_layers(model, context_fn=recompute_as_run(model))
+        model.enable_input_require_grads()
     head = _value_head(model, source)
     make = _scorers(session, recipe, model)
     policy = Role(make(None if own_value else head, "both", sampled=True), POLICY)
@@ -211,11 +211,11 @@ def _apart(
         second = load() if source is None else _open(session, source, torch.float32)
         second = attach_adapter(second, recipe.adapter, recipe.seed)
         freeze_unused_head(second)
-    if plan.gradient_checkpointing:
-        for part in filter(None, (model, second)):
-            part.gradient_checkpointing_enable({"use_reentrant": False})
     for part in filter(None, (model, frozen, second)):
         remove_dropout(part)
+    if plan.gradient_checkpointing:
+        for part in filter(None, (model, second)):
+            recompute_layers(part)
     head = _value_head(model if second is None else second, source)
     make = _scorers(session, recipe, model)
     policy = Role(make(None if own_value else head, "both", sampled=True))

@@ -34,11 +34,12 @@ class Measured:
 
     Args:
         sums: name -> scalar tensor, added up over the step and all processes.
-        documents: the micro-batch's, with what was scored on the way.
+        loss: what is left of the micro-batch's loss once they are known; None if nothing was
+            scored for it.
     """
 
     sums: dict[str, torch.Tensor]
-    documents: list[Document]
+    loss: Callable[[StepSums], LossSums] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class RowHooks:
             sum of its weights.
         evaluate: values of held-out rows: scorer, rows, token budget and processes.
         say: these values in one line.
-        measure: of one micro-batch, without gradients, before the step's first loss; None if the
-            loss needs nothing.
+        measure: of one micro-batch, before the step's first loss, with gradients only if it is the
+            process's whole step, as the last argument says; None if the loss needs nothing.
         finish: the step's means and what was measured -> the metrics that are logged; None logs
             the means.
     """
@@ -61,5 +62,5 @@ class RowHooks:
     weights: Sequence[int]
     evaluate: Callable[[nn.Module, Sequence[Document], int, ProcessGroup], dict[str, float]]
     say: Callable[[dict[str, float]], str]
-    measure: Callable[[nn.Module, Sequence[Document]], Measured] | None = None
+    measure: Callable[[nn.Module, Sequence[Document], bool], Measured] | None = None
     finish: Callable[[dict[str, float], StepSums], dict[str, float]] | None = None

@@ -18,6 +18,7 @@ from alignkit.errors import AlignkitError, FileError, Interrupted, RunError
 from alignkit.models.adapters.attach import attach_adapter, trainable_report
 from alignkit.models.adapters.continued import adapter_folder
 from alignkit.models.adapters.files import has_head, put_weights
+from alignkit.models.adapters.switching import recompute_layers
 from alignkit.models.base.loading import DTYPES, BaseModel, load_model, token_rows
 from alignkit.models.rewards.head import freeze_unused_head, new_head, read_head
 from alignkit.models.scoring.selfcheck import build_scorer
@@ -160,7 +161,7 @@ class Session:
             scorer = build_scorer(model, DTYPES[spec.dtype], spec.attention, self.say, head)
         self.about["attention"] = scorer.attention
         if plan.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_layers(model)
             if hasattr(model, "enable_input_require_grads"):
                 model.enable_input_require_grads()
         self.say(trainable_report(scorer).line())

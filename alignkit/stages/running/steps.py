@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -19,12 +19,12 @@ import torch
 
 from alignkit.data.dataset import TokenDataset
 from alignkit.models.heap import release_memory
-from alignkit.models.kernels.lora import fixed_factors
+from alignkit.models.kernels.factors import fixed_factors
 from alignkit.models.kernels.precision import sum_dtype
 from alignkit.runtime.optim import step_parts
 from alignkit.runtime.processes import process_group
 from alignkit.stages.running.batches import Batches, MicroBatch, StepBatches
-from alignkit.stages.running.hooks import RowHooks, StepSums
+from alignkit.stages.running.hooks import LossSums, RowHooks, StepSums
 from alignkit.stages.running.loop import (
     NAMED,
     Loop,
@@ -101,8 +101,7 @@ def _dry_run(run: Run) -> None:
 def _try_largest(run: Run) -> None:
     batch = run.batches.largest()
     with within_memory(f"a micro-batch of {batch.num_tokens} tokens"):
-        measured, (batch,) = _measure(run, [batch])
-        result = run.hooks.loss(run.scorer, batch.documents, measured)
+        result = next(_losses(run, [MicroBatch(batch.documents, 1.0)], {}))
         run.accelerator.backward(result.loss * 0.0)
 
 
@@ -162,13 +161,14 @@ def _accumulate(run: Run, step: int) -> tuple[dict[str, float], int]:
 
 def _sum_passes(run: Run, batches: StepBatches) -> tuple[dict[str, float], int]:
     accelerator = run.accelerator
-    measured, micro_batches = _measure(run, batches.micro_batches)
+    measured: StepSums = {}
     sums: dict[str, torch.Tensor] = {}
     tokens = 0
-    for number, micro in enumerate(micro_batches):
-        last = number == len(micro_batches) - 1
+    losses = _losses(run, batches.micro_batches, measured)
+    for number, micro in enumerate(batches.micro_batches):
+        last = number == len(batches.micro_batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(run.scorer):
-            result = run.hooks.loss(run.scorer, micro.documents, measured)
+            result = next(losses)
             # Gradients are averaged over processes, hence the factor.
             factor = micro.share * accelerator.num_processes / batches.weight * run.scale.value
             accelerator.backward(result.loss * factor)
@@ -182,20 +182,25 @@ def _sum_passes(run: Run, batches: StepBatches) -> tuple[dict[str, float], int]:
     return means, read
 
 
-def _measure(
-    run: Run, micro_batches: Sequence[MicroBatch]
-) -> tuple[StepSums, Sequence[MicroBatch]]:
-    """What the stage measures of a whole step before its losses, and what these read."""
-    if run.hooks.measure is None:
-        return {}, micro_batches
-    sums: dict[str, torch.Tensor] = {}
-    read = []
-    with torch.no_grad():
+def _losses(
+    run: Run, micro_batches: Sequence[MicroBatch], measured: StepSums
+) -> Iterator[LossSums]:
+    """Losses of a step's micro-batches, each computed when it is asked for; before the first of
+    them, what the stage measures of the whole step goes into `measured`."""
+    hooks, left = run.hooks, None
+    if hooks.measure is not None:
+        alone = len(micro_batches) == 1
+        sums: dict[str, torch.Tensor] = {}
         for micro in micro_batches:
-            measured = run.hooks.measure(run.scorer, micro.documents)
-            _add(sums, measured.sums, micro.share)
-            read.append(dataclasses.replace(micro, documents=measured.documents))
-    return _over_processes(run, sums), read
+            found = hooks.measure(run.scorer, micro.documents, alone)
+            _add(sums, found.sums, micro.share)
+            left = found.loss
+        measured.update(_over_processes(run, sums))
+    for micro in micro_batches:
+        if left is not None:
+            yield left(measured)
+        else:
+            yield hooks.loss(run.scorer, micro.documents, measured)
 
 
 def _add(sums: dict[str, torch.Tensor], values: dict[str, torch.Tensor], share: float) -> None:

@@ -1,9 +1,9 @@
 """KTO: how completions that are labelled good or bad move a language model.
 
-The baseline is one number for a whole optimizer step, so it is measured before the step's losses:
-a pass without gradients scores the completions of other rows under each row's prompt. As branches
-of the training pass they would cost a backward pass that is always zero; for the reference, both
-completions are branches of one document.
+The baseline is one number for a whole optimizer step, so it is measured before the step's losses
+from completions of other rows under each row's prompt. If a step is one pass, a row's own and its
+mismatched completion are branches of one document, whose prompt is read once; the gradient of the
+second is zero. In several passes the mismatched ones are scored without gradients first.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,6 +21,8 @@ from alignkit.data.documents import Document
 from alignkit.data.packing import pack_documents
 from alignkit.evaluation.columns import score_documents
 from alignkit.evaluation.labelled import describe_labelled, say_labelled
+from alignkit.models.adapters.switching import drops_out
+from alignkit.models.kernels.copies import on_device
 from alignkit.models.scoring.scorer import evaluating, sum_by_sequence
 from alignkit.objectives.kto import kl_baseline, kto_loss
 from alignkit.packed import PackedBatch, Role
@@ -27,7 +30,7 @@ from alignkit.recipe.stages.kto import KtoRecipe
 from alignkit.runtime.processes import ProcessGroup
 from alignkit.stages.running.hooks import LossSums, Measured, RowHooks, StepSums
 from alignkit.stages.supervised.preference import LOGP_METRICS
-from alignkit.stages.supervised.reference import Reference, carrying, known
+from alignkit.stages.supervised.reference import Reference
 from alignkit.stages.supervised.stage import SupervisedStage
 
 
@@ -44,17 +47,29 @@ def kto_hooks(recipe: KtoRecipe, rows: TokenDataset, reference: Reference | None
     fields = objective.model_dump(exclude={"kind"})
     losses: Callable[..., torch.Tensor] = functools.partial(kto_loss, **fields)
 
-    def measure(scorer: nn.Module, documents: Sequence[Document]) -> Measured:
-        carried = carrying(scorer, documents, reference)
+    def measure(scorer: nn.Module, documents: Sequence[Document], alone: bool) -> Measured:
+        left = None
+        if alone and not drops_out(scorer):
+            logps, ratios, mismatched = _both_ratios(scorer, documents, reference)
+            left = functools.partial(finish, documents, logps, ratios)
+        else:
+            mismatched = _mismatched_ratios(scorer, documents, reference)
         sums = {
-            "ratios": _mismatched_ratios(scorer, carried).sum(),
+            "ratios": mismatched.detach().sum(),
             "rows": torch.tensor(float(len(documents))),
             "desirable": torch.tensor(float(sum(map(_is_desirable, documents)))),
         }
-        return Measured(sums, carried)
+        return Measured(sums, left)
 
     def loss(scorer: nn.Module, documents: Sequence[Document], measured: StepSums) -> LossSums:
-        logps, ratios = _completion_ratios(scorer, documents)
+        return finish(documents, *_completion_ratios(scorer, documents, reference), measured)
+
+    def finish(
+        documents: Sequence[Document],
+        logps: torch.Tensor,
+        ratios: torch.Tensor,
+        measured: StepSums,
+    ) -> LossSums:
         desirable = torch.tensor([_is_desirable(d) for d in documents], device=ratios.device)
         baseline = torch.tensor(kl_baseline(measured["ratios"], measured["rows"]))
         per_row = losses(ratios, desirable, baseline.to(ratios.device))
@@ -97,30 +112,50 @@ def _is_desirable(document: Document) -> bool:
 def _columns(
     scorer: nn.Module, documents: Sequence[Document], reference: Reference
 ) -> dict[str, torch.Tensor]:
-    carried = carrying(scorer, documents, reference)
-    _, ratios = _completion_ratios(scorer, carried)
+    _, ratios = _completion_ratios(scorer, documents, reference)
     return {
         "ratio": ratios,
-        "mismatched": _mismatched_ratios(scorer, carried),
+        "mismatched": _mismatched_ratios(scorer, documents, reference),
         "desirable": torch.tensor([float(_is_desirable(d)) for d in documents]),
     }
 
 
 def _completion_ratios(
-    scorer: nn.Module, documents: Sequence[Document]
+    scorer: nn.Module, documents: Sequence[Document], reference: Reference
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`[B]` log-probs of the rows' own completions, and their log-ratios."""
     own = [document.only(Role.CHOSEN, Role.REJECTED) for document in documents]
     batch = pack_documents(own)
+    known = reference(scorer, batch)
     logps = _logprobs(scorer, batch)
-    return logps, logps - known(scorer, batch)
+    return logps, logps - known
 
 
-def _mismatched_ratios(scorer: nn.Module, documents: Sequence[Document]) -> torch.Tensor:
+def _both_ratios(
+    scorer: nn.Module, documents: Sequence[Document], reference: Reference
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`[B]` log-probs of the own completions, their log-ratios and those of the mismatched."""
+    batch = pack_documents(documents)
+    known = reference(scorer, batch)
+    logps = _logprobs(scorer, batch)
+    own, other = (
+        on_device(np.flatnonzero(which), logps.device)
+        for which in (
+            batch.sequence_roles != Role.MISMATCHED,
+            batch.sequence_roles == Role.MISMATCHED,
+        )
+    )
+    ratios = logps - known
+    return logps.index_select(0, own), ratios.index_select(0, own), ratios.index_select(0, other)
+
+
+def _mismatched_ratios(
+    scorer: nn.Module, documents: Sequence[Document], reference: Reference
+) -> torch.Tensor:
     """`[B]` log-ratios of the mismatched completions; no gradient."""
     batch = pack_documents([document.only(Role.MISMATCHED) for document in documents])
     with evaluating(scorer):
-        return _logprobs(scorer, batch) - known(scorer, batch)
+        return _logprobs(scorer, batch) - reference(scorer, batch)
 
 
 def _logprobs(scorer: nn.Module, batch: PackedBatch) -> torch.Tensor:

@@ -66,30 +66,6 @@ def known(scorer: nn.Module, batch: PackedBatch) -> torch.Tensor:
     return on_device(values.numpy(), device)
 
 
-def carrying(
-    scorer: nn.Module, documents: Sequence[Document], reference: Reference
-) -> list[Document]:
-    """The documents with the reference's log-prob of every branch; prompts are read once.
-
-    Args:
-        scorer: the policy.
-        documents: with the same number of branches.
-        reference: log-probs to carry.
-    """
-    batch = pack_documents(documents)
-    values = reference(scorer, batch).view(len(documents), -1).tolist()
-    return [
-        replace(
-            document,
-            branches=tuple(
-                replace(branch, reference=value)
-                for branch, value in zip(document.branches, row, strict=True)
-            ),
-        )
-        for document, row in zip(documents, values, strict=True)
-    ]
-
-
 def frozen_copy(session: Session, rows: Rows) -> Reference:
     """A second model with the weights that the first one starts from."""
     spec = session.recipe.model
@@ -216,7 +192,7 @@ def _key(
         "dtype": spec.dtype,
         "weights": str(session.weights_dtype),
         "quantization": spec.quantization,
-        "attention": spec.attention,
+        "attention": getattr(scorer, "module", scorer).attention,
         "device": session.accelerator.device.type,
         "processes": session.accelerator.num_processes,
     }
