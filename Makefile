@@ -25,7 +25,7 @@ $(VENV)/.test: $(VENV)/.runtime
 
 demo: $(VENV)/.runtime
 	@echo "A 135M chat model learns to answer in three short lines (SFT), then to close with a question (DPO)."
-	@echo "Every plan says how long it takes: eight minutes on two cores with AVX2, less on faster ones."
+	@echo "Every plan says how long it takes: six minutes on two cores with AVX2, less on faster ones."
 	$(BIN)/alignkit fetch smollm2-135m-instruct
 	$(BIN)/alignkit sft quickstart/sft.yaml --overwrite
 	$(BIN)/alignkit dpo quickstart/dpo.yaml --overwrite

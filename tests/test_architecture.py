@@ -110,6 +110,8 @@ PRIVATE: dict[str, set[str]] = {
     "_model_mapping": {"models/transformers_parts.py"},
     "_parameters": {"models/weights/streaming.py", "models/merging/updates.py"},  # of torch
     "_scaled_dot_product_flash_attention_for_cpu": {"models/attention/processor.py"},  # of torch
+    "_foreach_copy_": {"models/kernels/factors.py"},  # of torch
+    "_foreach_mul": {"models/kernels/factors.py"},  # of torch
     "_reset_state": {"pipelines/running.py"},  # of accelerate
     "_fingerprint": {"data/sources.py"},  # of datasets
 }

@@ -20,7 +20,8 @@ from torch import nn
 from alignkit.models.adapters.attach import attach_adapter
 from alignkit.models.adapters.files import save_adapter
 from alignkit.models.kernels import lora as lora_linear
-from alignkit.models.kernels.lora import fixed_factors, use_fast_lora
+from alignkit.models.kernels.factors import fixed_factors
+from alignkit.models.kernels.lora import use_fast_lora
 from alignkit.recipe.adapters import LoraSpec
 
 

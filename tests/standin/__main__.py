@@ -21,7 +21,10 @@ load_device()  # before anything imports torch
 import torch  # noqa: E402
 
 from standin.checks import check_device, check_varlen  # noqa: E402
+from standin.commands import compare_commands  # noqa: E402
 from standin.device import device  # noqa: E402
+from standin.faults import check_faults  # noqa: E402
+from standin.loads import check_load  # noqa: E402
 from standin.runs import STAGES, compare, resume, without_float64  # noqa: E402
 
 
@@ -47,8 +50,13 @@ def main(options: argparse.Namespace) -> None:
         for stage in options.narrow:
             without_float64(stage, Path(folder))
             print(f"{stage}: no float64 on the device")
+        checks: dict[str, Any] = {"card": card}
+        if options.checks:
+            checks["commands"] = compare_commands(Path(folder))
+            checks["faults"] = check_faults(Path(folder))
+            checks["load"] = check_load(Path(folder))
+            checks |= {"device": check_device(), "varlen": check_varlen()}
     if options.json:
-        checks = {"device": check_device(), "varlen": check_varlen(), "card": card}
         options.json.write_text(json.dumps({"runs": found, **checks}), encoding="utf-8")
 
 
@@ -56,14 +64,17 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m standin", description=__doc__)
     every = [f"{stage}/float32" for stage in STAGES]
-    parser.add_argument("runs", nargs="*", default=every, help="such as dpo/bfloat16 or sft/nf4")
+    parser.add_argument(
+        "runs", nargs="*", default=every, help="such as dpo/bfloat16 or sft/float32/dora"
+    )
     parser.add_argument("--steps", type=int, default=2, help="of training, after the same setup")
     parser.add_argument("--capability", type=int, default=80, help="75, 80 or 90")
     parser.add_argument("--sites", type=int, default=0, help="most frequent waits and launches")
     parser.add_argument("--resume", nargs="*", default=[], help="runs to break off and resume")
     parser.add_argument("--narrow", nargs="*", default=[], help="stages to run without float64")
     parser.add_argument("--benchmark", action="store_true", help="benchmarks/gpu.py, tiny")
-    parser.add_argument("--json", type=Path, help="file for all numbers and the stand-in's checks")
+    parser.add_argument("--checks", action="store_true", help="commands, faults, loads, itself")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
     return parser.parse_args()
 
 

@@ -23,7 +23,7 @@ from running import (
 )
 from tiny import save_tiny
 
-from alignkit.generation import rollout
+from alignkit.generation import sampled
 from alignkit.models.scoring import scorer
 from alignkit.stages.running import steps as steps_of_rows
 from alignkit.stages.supervised import reference
@@ -40,14 +40,35 @@ _MAKERS: dict[str, Callable[..., Path]] = {
 }
 STAGES = tuple(_MAKERS)
 
+_LORA = {"kind": "lora", "rank": 4, "alpha": 8}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "full": {"kind": "full"},
+    "dora": {**_LORA, "dora": True},
+    "ia3": {"kind": "ia3"},
+    "prefix": {"kind": "prefix", "tokens": 4},
+    "pissa": {**_LORA, "init": "pissa"},
+    "dropout": {**_LORA, "dropout": 0.1},
+}
+"""Kinds of adapter besides plain LoRA."""
 
-def _recipe(run: str, folder: Path, **fields: Any) -> Path:
-    stage, _, precision = run.partition("/")
+
+def recipe_of(run: str, folder: Path, **fields: Any) -> Path:
+    """The recipe of a run.
+
+    Args:
+        run: STAGE/PRECISION or STAGE/PRECISION/ADAPTER, as `dpo/bfloat16` or `sft/float32/dora`;
+            `nf4` is a quantized base in float32.
+        folder: for the tiny base and the run's own files.
+        **fields: of the recipe, `__` between their keys.
+    """
+    stage, precision, *kind = run.split("/")
+    if kind:
+        fields["adapter"] = ADAPTERS[kind[0]]
     if not (folder / "base").exists():
         save_tiny(folder / "base")
     quantized = precision == "nf4"
     return _MAKERS[stage](
-        folder / stage / precision,
+        folder / run,
         folder / "base",
         model__dtype="float32" if quantized else precision,
         model__quantization="nf4" if quantized else "none",
@@ -71,10 +92,10 @@ def resume(run: str, folder: Path) -> None:
     os.environ["ALIGNKIT_DEVICE"] = "cuda"
     AcceleratorState._reset_state(True)
     with device():
-        output = Path(train(_recipe(run, folder / "resumed", **few)).output)
+        output = Path(train(recipe_of(run, folder / "resumed", **few)).output)
         whole = break_off(output, 1)
         AcceleratorState._reset_state(True)
-        train(_recipe(run, folder / "resumed", **few), resume=True)
+        train(recipe_of(run, folder / "resumed", **few), resume=True)
     assert_same(output, whole)
 
 
@@ -91,10 +112,10 @@ def without_float64(stage: str, folder: Path) -> None:
     os.environ["ALIGNKIT_DEVICE"] = "cuda"
     AcceleratorState._reset_state(True)
     with contextlib.ExitStack() as stack:
-        for module in (scorer, rollout, steps_of_rows, reference):
+        for module in (scorer, sampled, steps_of_rows, reference):
             stack.enter_context(patch.object(module, "sum_dtype", lambda where: torch.float32))
         stack.enter_context(device(wide=False))
-        train(_recipe(f"{stage}/float32", folder / "narrow", training__max_steps=1))
+        train(recipe_of(f"{stage}/float32", folder / "narrow", training__max_steps=1))
 
 
 def compare(run: str, folder: Path, steps: int, capability: int) -> dict[str, Any]:
@@ -104,20 +125,19 @@ def compare(run: str, folder: Path, steps: int, capability: int) -> dict[str, An
     with padded ones, and hide what is broken on the device.
 
     Args:
-        run: STAGE/PRECISION, as `dpo/bfloat16`; `nf4` is a quantized base in float32.
-        folder: for the tiny base and the run's own files.
+        run: as for `recipe_of`.
+        folder: as for `recipe_of`.
         steps: of training, on each device.
         capability: of the stand-in, such as 80.
     """
-    stage, _, precision = run.partition("/")
-    recipe = _recipe(run, folder, training__max_steps=steps)
+    recipe = recipe_of(run, folder, training__max_steps=steps)
     found: dict[str, Any] = {}
     for name, where in (("cpu", contextlib.nullcontext()), ("cuda", device(capability))):
         os.environ["ALIGNKIT_DEVICE"] = name
         AcceleratorState._reset_state(True)
         counts.reset()
         with where:
-            summary = train(recipe, f"output={folder / stage / precision / name}")
+            summary = train(recipe, f"output={folder / run / name}")
         found[name] = without_times(Path(summary.output))
     kinds = {name: dict(counter.most_common()) for name, counter in vars(counts).items()}
     return {**found, **kinds}

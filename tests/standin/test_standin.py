@@ -23,15 +23,16 @@ from standin.library import obstacle
 # and checkpoint on compute capability 8.0, with the versions in constraints.txt. In 16 bits a whole
 # row is one varlen call; float32 takes the memory-efficient kernel, with key heads repeated.
 CEILINGS: dict[str, tuple[int, int, dict[str, int]]] = {
-    "sft/float32": (2192, 211, {"efficient": 76}),
-    "reward/float32": (3013, 220, {"efficient": 182}),
-    "dpo/float32": (3698, 215, {"efficient": 286}),
-    "kto/float32": (3885, 218, {"efficient": 226}),
-    "ppo/float32": (14935, 466, {"efficient": 398}),
-    "dpo/bfloat16": (3444, 215, {"varlen": 24, "efficient": 2}),
-    "sft/float16": (2620, 211, {"varlen": 14, "efficient": 2}),
-    "sft/nf4": (2795, 267, {"efficient": 76}),
+    "sft/float32": (2114, 211, {"efficient": 76}),
+    "reward/float32": (2943, 220, {"efficient": 182}),
+    "dpo/float32": (3690, 215, {"efficient": 286}),
+    "kto/float32": (3831, 218, {"efficient": 258}),
+    "ppo/float32": (14466, 446, {"efficient": 398}),
+    "dpo/bfloat16": (3260, 215, {"varlen": 24, "efficient": 2}),
+    "sft/float16": (2366, 211, {"varlen": 14, "efficient": 2}),
+    "sft/nf4": (2717, 267, {"efficient": 76}),
 }
+KINDS = [f"sft/float32/{kind}" for kind in ("full", "dora", "ia3", "prefix")]
 EXACT = [run for run in CEILINGS if not run.endswith("16")]
 ROUNDED = [run for run in CEILINGS if run.endswith("16")]
 RESUMED = ["ppo/float16"]  # in 16 bits another processor may sample other responses
@@ -72,7 +73,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if reason is not None:
         pytest.skip(reason)
     path = tmp_path_factory.mktemp("standin") / "found.json"
-    command = [sys.executable, "-m", "standin", *CEILINGS, "--json", str(path), "--benchmark"]
+    command = [sys.executable, "-m", "standin", *CEILINGS, *KINDS, "--json", str(path)]
+    command += ["--benchmark", "--checks"]
     # Either fails the whole run: a byte that differs, or a tensor of float64 on the device.
     command += ["--resume", *RESUMED, "--narrow", *NARROW]
     done = subprocess.run(
@@ -84,7 +86,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", EXACT)
+@pytest.mark.parametrize("run", [*EXACT, *KINDS])
 def test_every_measurement_is_that_of_the_processor(found: dict[str, Any], run: str) -> None:
     # Not bit for bit: the device's branches add up in another order (attention of one document
     # against blocks of a row, norms, LoRA), some 5e-7 after two steps of Adam.
@@ -158,12 +160,50 @@ def test_half_precision_never_meets_the_math_kernel(found: dict[str, Any]) -> No
 def test_the_benchmark_of_a_card_runs_whole(found: dict[str, Any]) -> None:
     rows = found["card"]
     assert list(rows) == [
-        *("attention", "bits", "tiny sft", "tiny dpo", "tiny groups", "tiny sampling")
+        *("attention", "bits", "tiny sft", "tiny dpo", "tiny groups", "tiny sampling"),
+        "tiny graph",
     ]
-    assert not [name for name, values in rows.items() if "skipped" in values]
+    assert [name for name, values in rows.items() if "skipped" in values] == ["tiny graph"]
+    assert "Stream" in rows["tiny graph"]["skipped"]  # nothing can be captured without a card
     assert rows["attention"]["output differs by"] < 0.016
     assert rows["bits"]["numbers that differ"] == 0
     assert rows["tiny sft"]["planned GB"] > 0
+
+
+@pytest.mark.slow
+def test_commands_print_and_write_what_they_do_on_the_processor(found: dict[str, Any]) -> None:
+    assert len(found["commands"]) == 6
+    for name, command in found["commands"].items():
+        cpu, cuda = command["cpu"], command["cuda"]
+        assert same(cuda["printed"], cpu["printed"]), name
+        assert same(cuda["written"], cpu["written"]), name
+        assert bool(cpu["written"]) == (name in ("label", "merge-lora"))
+        assert (command["launches"] > 0) == (name != "merge-lora"), name
+
+
+def same(one: Any, other: Any) -> bool:
+    """Texts are equal, and numbers but for what the order of a sum changes."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(other, float):
+        return bool(one == pytest.approx(other, rel=1e-5, abs=1e-5))
+    return bool(one == other)
+
+
+@pytest.mark.slow
+def test_what_stays_on_the_host_is_an_error_with_its_line(found: dict[str, Any]) -> None:
+    assert len(found["faults"]) == 5
+    for name, error in found["faults"].items():
+        assert "same device, at " in error or "Cannot copy" in error, (name, error)
+
+
+@pytest.mark.slow
+def test_a_base_in_nf4_never_lies_in_16_bits(found: dict[str, Any]) -> None:
+    load = found["load"]
+    assert load["quantized"] == 6 * 7
+    assert load["alive"] <= 2 * load["largest"] < load["stored"] / 8
 
 
 @pytest.mark.slow

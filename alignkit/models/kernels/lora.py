@@ -13,51 +13,22 @@ only while it is multiplied, once in each direction.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from alignkit.models.kernels.factors import Factors, Frozen, group_of, scaled_rows
 from alignkit.models.kernels.quantized import dense_weight, is_quantized, weight_dtype
 from alignkit.models.kernels.remade import Remade, how_made
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names in transformers' models of layers that read the same input."""
-
-
-class _Frozen(NamedTuple):
-    """What a layer multiplies with besides its factors.
-
-    Args:
-        base: linear layer with its weight `[O, I]`, plain or quantized, and bias `[O]`.
-        scale: s, of the update.
-        rank: r, of the factors.
-    """
-
-    base: Any
-    scale: float
-    rank: int
-
-
-class _Factors(NamedTuple):
-    """Factors in the compute dtype: all s A stacked, `[Σr, I]`, and each layer's B, `[O, r]`."""
-
-    a: torch.Tensor
-    b: tuple[torch.Tensor, ...]
-
-
-class _Group(NamedTuple):
-    """Layers that read the same input and are computed together, and what they multiply with."""
-
-    layers: list[Any]
-    frozen: list[_Frozen]
-    factors: _Factors
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -70,8 +41,8 @@ class _LoraProduct(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        layers: Sequence[_Frozen],
-        narrow: _Factors,
+        layers: Sequence[Frozen],
+        narrow: Factors,
         made: Remade | None,
         *factors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
@@ -88,14 +59,10 @@ class _LoraProduct(torch.autograd.Function):
         narrow_b, sources = others[: len(grads)], others[len(grads) :]
         x = sources[0] if ctx.make is None else ctx.make(*sources).to(ctx.dtype).view(len(low), -1)
         ranks = [layer.rank for layer in ctx.layers]
-        grad_low = torch.cat([grad @ b for grad, b in zip(grads, narrow_b, strict=True)], dim=1)
-        # Transposed in memory first: the products gain more time than the copy takes.
-        by_rank = torch.mm(grad_low.T.contiguous(), x).float()
-        grad_a = _scaled(by_rank, [layer.scale for layer in ctx.layers], ranks).split(ranks)
-        grad_b = [
-            torch.mm(part, grad).T.float()
-            for part, grad in zip(low.T.contiguous().split(ranks), grads, strict=True)
-        ]
+        grad_low = _products_beside(grads, narrow_b, ranks)
+        by_rank = _factor_gradient(grad_low, x)
+        grad_a = scaled_rows(by_rank, [layer.scale for layer in ctx.layers], ranks).split(ranks)
+        grad_b = _gradients_of_b(low, grads, ranks)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.mm(grad_low, narrow_a)
@@ -104,16 +71,39 @@ class _LoraProduct(torch.autograd.Function):
         return grad_x, None, None, None, *itertools.chain(*zip(grad_a, grad_b, strict=True))
 
 
-def _scaled(x: torch.Tensor, scales: Sequence[float], ranks: Sequence[int]) -> torch.Tensor:
-    """`[Σr, I]` rows of several layers, each times its layer's scale; in one product if they are
-    the same."""
-    if len(set(scales)) == 1:
-        return x * scales[0]
-    return torch.cat([part * s for part, s in zip(x.split(ranks), scales, strict=True)])
+def _products_beside(
+    grads: Sequence[torch.Tensor], narrow_b: Sequence[torch.Tensor], ranks: Sequence[int]
+) -> torch.Tensor:
+    """`[T, Σr]` dy B of each layer, one beside the other."""
+    if grads[0].device.type == "cpu":
+        return torch.cat([grad @ b for grad, b in zip(grads, narrow_b, strict=True)], dim=1)
+    beside = grads[0].new_empty(len(grads[0]), sum(ranks))
+    for grad, b, part in zip(grads, narrow_b, beside.split(list(ranks), dim=1), strict=True):
+        torch.mm(grad, b, out=part)
+    return beside
+
+
+def _factor_gradient(grad_low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`[Σr, I]` float32 (dy B)ᵀ x."""
+    # On a CPU transposed in memory first: the product gains more time than the copy takes.
+    across = grad_low.T.contiguous() if x.device.type == "cpu" else grad_low.T
+    return torch.mm(across, x).float()
+
+
+def _gradients_of_b(
+    low: torch.Tensor, grads: Sequence[torch.Tensor], ranks: Sequence[int]
+) -> list[torch.Tensor]:
+    """`[O, r]` float32 dyᵀ (s x Aᵀ) of each layer."""
+    if low.device.type == "cpu":
+        parts = low.T.contiguous().split(list(ranks))
+        return [torch.mm(part, grad).T.float() for part, grad in zip(parts, grads, strict=True)]
+    # In the layout of B: autograd would copy another one.
+    parts = low.split(list(ranks), dim=1)
+    return [torch.mm(grad.T, part).float() for part, grad in zip(parts, grads, strict=True)]
 
 
 def _products(
-    x: torch.Tensor, layers: Sequence[_Frozen], narrow: _Factors
+    x: torch.Tensor, layers: Sequence[Frozen], narrow: Factors
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """y `[T, O]` of each layer, and all s · x Aᵀ, `[T, Σr]`."""
     low, outputs = torch.mm(x, narrow.a.T), []
@@ -149,50 +139,6 @@ def use_fast_lora(model: nn.Module) -> int:
             for module in readers.layers:
                 module.readers = readers
     return len(eligible)
-
-
-@contextlib.contextmanager
-def fixed_factors(model: nn.Module) -> Iterator[None]:
-    """Cast each adapter's factors and look up its layers once, at its first use in the block.
-
-    Only where no weight changes meanwhile, as in sampling and between two optimizer steps: a step
-    on few tokens would spend a tenth of its time on casts, and half as much on looking layers up.
-    Elsewhere factors are cast at every use, because a fused optimizer changes weights without
-    raising the version that would show a kept copy to be stale.
-
-    Args:
-        model: carries LoRA layers.
-    """
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
-        layer.kept_groups = {}
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.kept_groups
-
-
-def _group(first: Any, name: str, dtype: torch.dtype) -> _Group:
-    """What is computed when `first` is called under an adapter, in the compute dtype."""
-    kept = first.__dict__.get("kept_groups")
-    if kept is not None and (name, dtype) in kept:
-        cached: _Group = kept[name, dtype]
-        return cached
-    layers = first.readers.alike(first, name)
-    frozen = [_frozen(layer, name) for layer in layers]
-    every = [layer.lora_A[name].weight.detach() for layer in layers]
-    # Scaled before the product: A is small, and its product has a row for each token.
-    a = _scaled(
-        torch.cat(every) if len(every) > 1 else every[0],
-        [layer.scale for layer in frozen],
-        [layer.rank for layer in frozen],
-    )
-    b = tuple(layer.lora_B[name].weight.detach().to(dtype) for layer in layers)
-    group = _Group(layers, frozen, _Factors(a.to(dtype), b))
-    if kept is not None:
-        kept[name, dtype] = group
-    return group
 
 
 class Readers:
@@ -278,11 +224,11 @@ def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
     flat = x.to(weight_dtype(base)).reshape(-1, x.shape[-1])
     if module.disable_adapters:
         # In the same steps as below: a fresh adapter must change no bit.
-        plain = torch.mm(flat, dense_weight(base).T)
+        plain = _frozen_product(flat, dense_weight(base))
         plain = plain if base.bias is None else plain + base.bias
         return plain.view(*x.shape[:-1], -1)
     name = names[0]
-    layers, frozen, factors = _group(module, name, flat.dtype)
+    layers, frozen, factors = group_of(module, name, flat.dtype)
     outputs: Sequence[torch.Tensor]
     if torch.is_grad_enabled():
         pairs = ((layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers)
@@ -296,5 +242,11 @@ def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
     return first
 
 
-def _frozen(layer: Any, name: str) -> _Frozen:
-    return _Frozen(layer.get_base_layer(), layer.scaling[name], layer.r[name])
+def _frozen_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x Wᵀ in the bits that it has beside a B of zeros.
+
+    cuBLAS may take another kernel for a product that is added to something.
+    """
+    if x.device.type != "cuda":
+        return torch.mm(x, weight.T)
+    return x.new_zeros(len(x), len(weight)).addmm_(x, weight.T)

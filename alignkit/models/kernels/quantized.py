@@ -45,8 +45,11 @@ def dense_weight(layer: Any) -> torch.Tensor:
             return exact_nf4(weight.data, state)
         dense: torch.Tensor = bitsandbytes.functional.dequantize_4bit(weight.data, state)
         return dense
-    # Through float32: torch's mixed product takes four times as long on a CPU.
     scales = weight.SCB[:, None] / _INT8_STEPS
+    if weight.device.type == "cuda":  # one kernel, which rounds once
+        narrow = torch.empty(weight.shape, dtype=layer.compute_dtype, device=weight.device)
+        return torch.mul(weight.data, scales, out=narrow)
+    # Through float32: torch's mixed product takes four times as long on a CPU.
     wide: torch.Tensor = weight.data.float()
     return wide.mul_(scales).to(layer.compute_dtype)
 

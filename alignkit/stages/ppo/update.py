@@ -12,7 +12,7 @@ from torch import nn
 
 from alignkit.data.packing import pack_documents, split_documents
 from alignkit.models.kernels.copies import on_device
-from alignkit.models.kernels.lora import fixed_factors
+from alignkit.models.kernels.factors import fixed_factors
 from alignkit.objectives.kl import k3
 from alignkit.objectives.ppo import clip_fraction, policy_losses, value_losses
 from alignkit.recipe.stages.ppo import PpoSpec
