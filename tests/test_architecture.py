@@ -30,6 +30,7 @@ LOW = {"data", "objectives", "runtime", *MODELS}
 STAGES = {
     *("stages/registry", "stages/supervised", "stages/ppo", "stages/rollouts", "stages/running"),
     "stages/inputs",
+    "stages/grpo",
 }
 DOORS = {"models/peft_parts", "models/transformers_parts"}
 ON_MODELS = PLAIN | DOORS | {"models/quiet", "models/heap"}
@@ -47,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "jobs": ON_EVALUATION | STAGES,
     "peers": ON_EVALUATION,
     "stages/registry": ON_EVALUATION | STAGES,
+    "stages/grpo": ON_RUNNING | {"stages/rollouts"},
     "stages/ppo": ON_RUNNING | {"stages/rollouts"},
     "stages/supervised": ON_RUNNING,
     "stages/rollouts": ON_RUNNING,

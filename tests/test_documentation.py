@@ -117,7 +117,8 @@ def test_every_metric_has_a_row() -> None:
     assert metrics_in("sft") == own("sft") | held_out
     ppo = metrics_in("ppo")
     assert {name for name in ppo if not name.startswith("eval/")} == own("ppo")
-    assert set(BUILT_IN) == {"sft", "reward", "dpo", "kto", "ppo"}
+    assert metrics_in("grpo") == own("grpo")
+    assert set(BUILT_IN) == {"sft", "reward", "dpo", "kto", "ppo", "grpo"}
 
 
 def test_the_version_is_the_newest_of_the_changelog() -> None:

@@ -23,7 +23,7 @@ from alignkit.models.base.loading import DTYPES, load_tokenizer
 from alignkit.models.opening import OpenModel, open_language_model, open_model
 from alignkit.models.scoring.scorer import causal_model
 from alignkit.models.scoring.selfcheck import build_scorer
-from alignkit.recipe.stages.ppo import SAMPLING_TOKENS
+from alignkit.recipe.stages.rollouts import SAMPLING_TOKENS
 from alignkit.runtime.devices import find_device
 from alignkit.runtime.processes import SINGLE
 from alignkit.runtime.tuning import tune_device

@@ -57,7 +57,7 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "reference": (
         ["reference={kind: cached}"],
-        ["reference is not a key", "the reference of ppo is the model that training starts from"],
+        ["reference is not a key", "the reference is the model that training starts from"],
     ),
     "a step of no length": (["training.learning_rate=0"], ["must be greater than 0, got 0"]),
     "beyond the context": (

@@ -257,7 +257,7 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
     "unknown stage": (
         ["stage=dop"],
         [
-            "command line: stage must be 'sft', 'reward', 'dpo', 'kto' or 'ppo', got 'dop'",
+            "command line: stage must be 'sft', 'reward', 'dpo', 'kto', 'ppo' or 'grpo', got 'dop'",
             "hint: did you mean dpo?",
         ],
     ),

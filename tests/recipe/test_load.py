@@ -290,7 +290,7 @@ def test_a_default_learning_rate_is_filled_in() -> None:
         (
             "stage: sft\n",
             "",
-            "r.yaml: stage is required and missing\nhint: sft, reward, dpo, kto or ppo",
+            "r.yaml: stage is required and missing\nhint: sft, reward, dpo, kto, ppo or grpo",
         ),
         # keys that exclude each other
         (
@@ -318,7 +318,7 @@ def test_a_default_learning_rate_is_filled_in() -> None:
         (
             "stage: sft",
             "stage: stf",
-            "r.yaml:1: stage must be 'sft', 'reward', 'dpo', 'kto' or 'ppo', got 'stf'\n"
+            "r.yaml:1: stage must be 'sft', 'reward', 'dpo', 'kto', 'ppo' or 'grpo', got 'stf'\n"
             "hint: did you mean sft?",
         ),
         (

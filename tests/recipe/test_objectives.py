@@ -50,7 +50,7 @@ def load(stage: str, *lines: str, overrides: tuple[str, ...] = ()) -> LoadedReci
     """A recipe whose own lines begin with line 5."""
     head = (f"stage: {stage}", "output: runs/x", "model: {base: some/model}")
     data = "data: {train: [{path: rows.jsonl}]}"
-    more = ["reward: {rule: json}"] if stage == "ppo" else []
+    more = ["reward: {rule: json}"] if stage in ("ppo", "grpo") else []
     Path("r.yaml").write_text("\n".join([*head, data, *lines, *more]) + "\n", encoding="utf-8")
     return load_recipe("r.yaml", list(overrides))
 
@@ -359,8 +359,9 @@ FIELDS = ("stage", "output", "seed", "model", "adapter", "data", "objective", "t
 @pytest.mark.parametrize("stage", stages())
 def test_fields_of_every_stage_in_their_order(stage: str) -> None:
     more: tuple[str, ...] = ("reference",) if stage in ("dpo", "kto") else ()
-    if stage == "ppo":
-        more = ("reward", "rollout", "value", "guard")
+    if stage in ("ppo", "grpo"):
+        value = ("value",) if stage == "ppo" else ()
+        more = ("reward", "rollout", *value, "guard")
     assert tuple(stages()[stage].model_fields) == (*FIELDS, *more)
 
 
@@ -420,7 +421,7 @@ def test_a_recipe_of_another_stage(stage: str, command: str, hint: str) -> None:
 def test_a_misspelt_stage(stage: str, line: str, messages: list[str]) -> None:
     meant = {"dop": "dpo", "rewrad": "reward", "ktoo": "kto"}[stage]
     assert failure(stage, line).splitlines() == [
-        f"r.yaml:1: stage must be 'sft', 'reward', 'dpo', 'kto' or 'ppo', got '{stage}'",
+        f"r.yaml:1: stage must be 'sft', 'reward', 'dpo', 'kto', 'ppo' or 'grpo', got '{stage}'",
         f"hint: did you mean {meant}?",
         *messages,
     ]

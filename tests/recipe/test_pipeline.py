@@ -250,7 +250,7 @@ def test_files_of_earlier_stages_are_found_once_they_are_there(tmp_path: Path) -
         (
             "    stage: dpo\n",
             "",
-            "p.yaml:12: stage is required and missing\nhint: sft, reward, dpo, kto or ppo",
+            "p.yaml:12: stage is required and missing\nhint: sft, reward, dpo, kto, ppo or grpo",
         ),
     ],
 )

@@ -48,7 +48,7 @@ def recipe(stage: str, **fields: Any) -> Recipe:
         "output": "runs/x",
         "model": {"base": "some/model"},
         "data": {"train": [{"path": "rows.jsonl"}]},
-        **({"reward": {"rule": "json"}} if stage == "ppo" else {}),
+        **({"reward": {"rule": "json"}} if stage in ("ppo", "grpo") else {}),
         **fields,
     }
     made = stages()[stage].model_validate_json(json.dumps(values)).with_defaults()

@@ -349,7 +349,7 @@ def test_no_reward() -> None:
         ),
         (
             "reference: {kind: auto}",
-            "reference is not a key of a recipe\nhint: the reference of ppo is the model that "
+            "reference is not a key of a recipe\nhint: the reference is the model that "
             "training starts from; remove the key",
         ),
         (

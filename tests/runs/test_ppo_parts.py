@@ -17,13 +17,14 @@ from alignkit.data.prompts import Prompt
 from alignkit.errors import TrainingError
 from alignkit.evaluation.intervals import mean_interval
 from alignkit.generation.sampled import SampledResponse
-from alignkit.recipe.stages.ppo import GuardSpec
+from alignkit.recipe.rollouts import GuardSpec
 from alignkit.runtime.processes import SINGLE, ProcessGroup
-from alignkit.stages.ppo.scoring import Scored
-from alignkit.stages.ppo.step import Guard
-from alignkit.stages.ppo.update import Batch, group_rollouts, split_minibatches, sum_gradients
+from alignkit.stages.ppo.update import Batch
+from alignkit.stages.rollouts.guard import Guard
 from alignkit.stages.rollouts.health import BANDS, Health, distinct_pairs
+from alignkit.stages.rollouts.passes import group_rollouts, split_minibatches, sum_gradients
 from alignkit.stages.rollouts.sampling import Rollout, response_rows, sample
+from alignkit.stages.rollouts.scoring import Scored
 
 
 def rollout(prompt: int, *lengths: int, row: int = 0) -> Rollout:

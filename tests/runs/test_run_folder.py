@@ -15,8 +15,8 @@ from tiny import save_tiny, tiny_model
 from alignkit import files
 from alignkit.errors import AlignkitError, ModelError, RunError
 from alignkit.recipe.reading.load import load_recipe
-from alignkit.stages.ppo import roles
 from alignkit.stages.registry import run_stage
+from alignkit.stages.rollouts import roles
 from alignkit.stages.running import session
 from alignkit.stages.running.record import require_same_inputs
 from alignkit.stages.running.run_folder import RunFolder

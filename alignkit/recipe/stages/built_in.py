@@ -23,6 +23,10 @@ BUILT_IN = {
         "alignkit.recipe.stages.ppo:PpoRecipe",
         "Reinforcement learning from a reward model, a rule or a function, with a KL penalty.",
     ),
+    "grpo": (
+        "alignkit.recipe.stages.grpo:GrpoRecipe",
+        "Reinforcement learning from rewards of groups of responses, without a value model.",
+    ),
 }
 """Name -> `module:class` of its recipe, and the help text of its command."""
 

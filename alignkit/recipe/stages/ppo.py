@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
-from alignkit.recipe.adapters import AdapterSpec, LoraSpec, has_adapter
+from alignkit.recipe.adapters import AdapterSpec, has_adapter
 from alignkit.recipe.facts import DataFacts
-from alignkit.recipe.model import ModelSpec
-from alignkit.recipe.rollouts import GuardSpec, RolloutSpec
+from alignkit.recipe.rollouts import GuardSpec
 from alignkit.recipe.section import Positive, PositiveInt, Section
 from alignkit.recipe.stages.base import (
     FurtherMemory,
@@ -18,10 +17,7 @@ from alignkit.recipe.stages.base import (
     Rates,
     refuse_continuing,
 )
-from alignkit.recipe.stages.rollouts import RolloutRecipe
-
-SAMPLING_TOKENS = 16384
-"""Tokens sampled at once: prompts plus space for responses."""
+from alignkit.recipe.stages.rollouts import SAMPLING_TOKENS, RolloutRecipe, ValueSpec
 
 
 class PpoSpec(Section):
@@ -52,19 +48,6 @@ class PpoSpec(Section):
     """Optimizer steps per pass."""
 
 
-class ValueSpec(Section):
-    """The value model, which predicts the remaining reward at each token."""
-
-    kind: Literal["auto", "adapter", "head"] = "auto"
-    """`adapter` is a separate LoRA adapter over the same base; `head` is a linear layer on the
-    policy's hidden states, which needs half the training passes but costs some quality. With full
-    weights the value model is a second model, or such a head. `auto` is `adapter`."""
-    init: Literal["auto", "reward", "fresh"] = "auto"
-    """`reward` starts from the reward model's weights; so does `auto` if there is one."""
-    learning_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Peak learning rate. Unset: three times the policy's."""
-
-
 class PpoRecipe(RolloutRecipe):
     """Reinforcement learning from rewards: policy, reference, reward and value over one base."""
 
@@ -77,38 +60,16 @@ class PpoRecipe(RolloutRecipe):
     guard: GuardSpec = GuardSpec()
     """What happens when the policy moves too far from the reference."""
 
-    @field_validator("model")
-    @classmethod
-    def _no_new_tokens(cls, value: ModelSpec) -> ModelSpec:
-        if value.add_tokens:
-            raise ValueError("has add_tokens, which ppo cannot train: add them in sft first")
-        return value
-
-    @field_validator("rollout")
-    @classmethod
-    def _enough_prompts(cls, value: RolloutSpec, info: ValidationInfo) -> RolloutSpec:
-        objective = info.data.get("objective")
-        if objective is not None and objective.minibatches > value.prompts_per_step:
-            raise ValueError(
-                f"has prompts_per_step = {value.prompts_per_step}, fewer than "
-                f"objective.minibatches = {objective.minibatches}"
-            )
-        return value
-
     @field_validator("adapter")
     @classmethod
-    def _no_dropout(cls, value: AdapterSpec) -> AdapterSpec:
+    def _starts_at_the_reference(cls, value: AdapterSpec) -> AdapterSpec:
         refuse_continuing(value)
-        if isinstance(value, LoraSpec) and value.init not in ("default", "eva"):
-            raise ValueError(f"has init = {value.init}, not supported by ppo: use default or eva")
-        if isinstance(value, LoraSpec) and value.modules_to_save:
-            raise ValueError("has modules_to_save, which ppo does not train: use kind: full")
-        if isinstance(value, LoraSpec) and value.dropout > 0:
-            raise ValueError(
-                f"has dropout = {value.dropout:g}: the policy that samples and the policy that is "
-                "trained would differ; ppo needs 0"
-            )
         return value
+
+    @property
+    def value_model(self) -> ValueSpec:
+        """The recipe's."""
+        return self.value
 
     @property
     def trained_reads(self) -> int:

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import Field, ValidationInfo, field_validator
+
+from alignkit.recipe.adapters import AdapterSpec, LoraSpec
+from alignkit.recipe.model import ModelSpec
 from alignkit.recipe.rewards import ModelReward, RewardSource, RewardSources
 from alignkit.recipe.rollouts import ROLLOUT_HINTS, RolloutSpec
+from alignkit.recipe.section import Section
 from alignkit.recipe.stages.base import Recipe
 from alignkit.recipe.training import LoopSpec
+
+SAMPLING_TOKENS = 16384
+"""Tokens sampled at once: prompts plus space for responses."""
+
+
+class ValueSpec(Section):
+    """The value model, which predicts the remaining reward at each token."""
+
+    kind: Literal["auto", "adapter", "head"] = "auto"
+    """`adapter` is a separate LoRA adapter over the same base; `head` is a linear layer on the
+    policy's hidden states, which needs half the training passes but costs some quality. With full
+    weights the value model is a second model, or such a head. `auto` is `adapter`."""
+    init: Literal["auto", "reward", "fresh"] = "auto"
+    """`reward` starts from the reward model's weights; so does `auto` if there is one."""
+    learning_rate: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Peak learning rate. Unset: three times the policy's."""
 
 
 class RolloutRecipe(Recipe):
@@ -16,10 +37,46 @@ class RolloutRecipe(Recipe):
     reward: RewardSources
     """Source of rewards: a reward model, a Python function, a server, a rule, or a list of these
     whose weighted scores are added up."""
-    rollout: RolloutSpec = RolloutSpec()
+    rollout: RolloutSpec = Field(RolloutSpec(), validate_default=True)
     """How responses are sampled."""
     training: LoopSpec = LoopSpec(save_every=10)
     """The optimizer and the loop around it; a step is one batch of prompts."""
+
+    @field_validator("model")
+    @classmethod
+    def _no_new_tokens(cls, value: ModelSpec, info: ValidationInfo) -> ModelSpec:
+        if value.add_tokens:
+            stage = info.data.get("stage", "")
+            raise ValueError(f"has add_tokens, which {stage} cannot train: add them in sft first")
+        return value
+
+    @field_validator("adapter")
+    @classmethod
+    def _one_policy(cls, value: AdapterSpec, info: ValidationInfo) -> AdapterSpec:
+        stage = info.data.get("stage", "")
+        if isinstance(value, LoraSpec) and value.init not in ("default", "eva"):
+            raise ValueError(
+                f"has init = {value.init}, not supported by {stage}: use default or eva"
+            )
+        if isinstance(value, LoraSpec) and value.modules_to_save:
+            raise ValueError(f"has modules_to_save, which {stage} does not train: use kind: full")
+        if isinstance(value, LoraSpec) and value.dropout > 0:
+            raise ValueError(
+                f"has dropout = {value.dropout:g}: the policy that samples and the policy that is "
+                f"trained would differ; {stage} needs 0"
+            )
+        return value
+
+    @field_validator("rollout")
+    @classmethod
+    def _enough_prompts(cls, value: RolloutSpec, info: ValidationInfo) -> RolloutSpec:
+        objective: Any = info.data.get("objective")
+        if objective is not None and objective.minibatches > value.prompts_per_step:
+            raise ValueError(
+                f"has prompts_per_step = {value.prompts_per_step}, fewer than "
+                f"objective.minibatches = {objective.minibatches}"
+            )
+        return value
 
     row_kind = "prompts"
     examples_key = "rollout.prompts_per_step"
@@ -30,7 +87,7 @@ class RolloutRecipe(Recipe):
         "training.batch_size": "did you mean rollout.prompts_per_step?",
         "beta": "did you mean objective.kl_coef?",
         "objective.beta": "did you mean objective.kl_coef?",
-        "reference": "the reference of ppo is the model that training starts from; remove the key",
+        "reference": "the reference is the model that training starts from; remove the key",
     }
     hints: ClassVar[dict[str, str]] = ROLLOUT_HINTS
 
@@ -45,9 +102,20 @@ class RolloutRecipe(Recipe):
         raise NotImplementedError
 
     @property
+    def value_model(self) -> ValueSpec | None:
+        """The value model; None for a stage without one."""
+        return None
+
+    @property
+    def measures_kl(self) -> bool:
+        """Whether responses are scored under the reference too."""
+        return True
+
+    @property
     def scored_reads(self) -> int:
         """How often they are read without gradients: by the reference and reward models."""
-        return 1 + sum(isinstance(source, ModelReward) for source in self.reward)
+        models = sum(isinstance(source, ModelReward) for source in self.reward)
+        return self.measures_kl + models
 
     @property
     def reward_sources(self) -> tuple[RewardSource, ...]:

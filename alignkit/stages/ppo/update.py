@@ -8,20 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from alignkit.data.packing import pack_documents, split_documents
+from alignkit.data.packing import pack_documents
 from alignkit.models.kernels.copies import on_device
-from alignkit.models.kernels.factors import fixed_factors
 from alignkit.objectives.kl import k3
 from alignkit.objectives.ppo import clip_fraction, policy_losses, value_losses
 from alignkit.recipe.stages.ppo import PpoSpec
-from alignkit.runtime.loss_scale import LossScale
-from alignkit.runtime.optim import Optimizers, TrainedPart, step_parts
-from alignkit.runtime.processes import ProcessGroup
-from alignkit.stages.ppo.roles import Roles
-from alignkit.stages.ppo.scoring import Outputs, Scored, forward_policy
+from alignkit.stages.rollouts.passes import Stepper
+from alignkit.stages.rollouts.roles import Roles
 from alignkit.stages.rollouts.sampling import Rollout, response_rows
+from alignkit.stages.rollouts.scoring import Outputs, Scored, forward_policy
 from alignkit.stages.running.loop import require_finite
 
 
@@ -47,70 +43,19 @@ class Batch:
         return values[picked][self.scored.mask[picked]]
 
 
-def split_minibatches(
-    count: int, minibatches: int, seed: Sequence[int], processes: ProcessGroup
-) -> list[list[int]]:
-    """This process's rollouts in each optimizer step of one pass.
-
-    Args:
-        count: prompts of the step over all processes, which take them in turn.
-        minibatches: optimizer steps; each has its part of the prompts of all processes.
-        seed: of the order; with one minibatch the rollouts keep theirs.
-        processes: this one, and sums over all of them.
-    """
-    order = np.arange(count)
-    if minibatches > 1:
-        order = np.random.default_rng(list(seed)).permutation(count)
-    parts = (np.sort(part) for part in np.array_split(order, minibatches))
-    return [
-        (part[part % processes.world == processes.rank] // processes.world).tolist()
-        for part in parts
-    ]
-
-
-def group_rollouts(
-    rollouts: Sequence[Rollout], chosen: Sequence[int], max_tokens: int
-) -> list[list[int]]:
-    """Rollouts of each forward and backward pass.
-
-    Args:
-        rollouts: of this process.
-        chosen: those of the minibatch.
-        max_tokens: tokens of a pass.
-    """
-    lengths = [rollouts[i].document.num_tokens for i in chosen]
-    return [[chosen[i] for i in group] for group in split_documents(lengths, max_tokens)]
-
-
-def trained_parts(optimizers: Optimizers) -> list[TrainedPart]:
-    """Policy and value model, each with its optimizer."""
-    return [
-        TrainedPart(name, [p for group in part.param_groups for p in group["params"]], part)
-        for name, part in optimizers.parts.items()
-    ]
-
-
 @dataclass(frozen=True)
 class Updater:
     """Takes the optimizer steps.
 
     Args:
         roles: policy and value model.
-        optimizers: `policy` and `value`, stored as one.
         spec: of the objective.
-        max_grad_norm: for each of the two; None never clips.
-        max_tokens: tokens of one pass.
-        processes: this one, and sums over all of them.
-        scale: factor on the losses.
+        stepper: takes them from the gradients.
     """
 
     roles: Roles
-    optimizers: Optimizers
     spec: PpoSpec
-    max_grad_norm: float | None
-    max_tokens: int
-    processes: ProcessGroup
-    scale: LossScale
+    stepper: Stepper
 
     def run(
         self,
@@ -139,34 +84,43 @@ class Updater:
         totals: dict[str, float] = {}
         for minibatch in groups:
             mine = sum(int(batch.scored.mask[rows[i]].sum()) for group in minibatch for i in group)
-            count = self.processes.reduce(torch.tensor([float(mine)], dtype=torch.float64)).item()
+            count = float(self.stepper.processes.reduce(torch.tensor(mine, dtype=torch.float64)))
             if count == 0:  # a short step has fewer prompts than minibatches
                 continue
-            sums = torch.zeros(4, dtype=torch.float64)
-            with fixed_factors(self.roles.trained):
-                for group in minibatch:
-                    own = np.concatenate([rows[i] for i in group])
-                    sums += self.backward(batch, group, own, count, outputs)
-            summed = self.processes.reduce(sums).tolist()
-            policy, value = summed[0] / count, summed[1] / count
-            require_finite(
-                policy + value,
-                f"a loss of step {step + 1} is not finite: {policy:.3g} of the policy, "
-                f"{value:.3g} of the value model",
-                "lower training.learning_rate or value.learning_rate, or set "
-                "training.on_bad_step=skip",
-            )
-            parts = trained_parts(self.optimizers)
-            for part in parts:
-                sum_gradients(part.weights, self.processes)
-            loss = policy + self.spec.value_weight * value
-            norms = step_parts(parts, step, loss, limit=self.max_grad_norm, scale=self.scale)
+
+            def backward(group: Sequence[int], tokens: float = count) -> torch.Tensor:
+                own = np.concatenate([rows[i] for i in group])
+                return self.backward(batch, group, own, tokens, outputs)
+
+            def loss(sums: Sequence[float], tokens: float = count) -> float:
+                return self.loss(sums[0] / tokens, sums[1] / tokens, step)
+
+            summed, norms = self.stepper.take(minibatch, backward, 4, loss, step)
             names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
             values = (
                 dict(zip(names, summed, strict=True)) | norms | {"tokens": count, "updates": 1.0}
             )
             totals = {name: totals.get(name, 0.0) + value for name, value in values.items()}
         return totals
+
+    def loss(self, policy: float, value: float, step: int) -> float:
+        """The loss of a step from its two parts.
+
+        Args:
+            policy: mean over tokens.
+            value: mean over tokens.
+            step: of the run, for messages.
+
+        Raises:
+            NotFiniteError: it is not finite.
+        """
+        require_finite(
+            policy + value,
+            f"a loss of step {step + 1} is not finite: {policy:.3g} of the policy, "
+            f"{value:.3g} of the value model",
+            "lower training.learning_rate or value.learning_rate, or set training.on_bad_step=skip",
+        )
+        return policy + self.spec.value_weight * value
 
     def backward(
         self,
@@ -188,7 +142,7 @@ class Updater:
         Returns:
             `[4]` float64 sums: policy loss, value loss, clipped tokens, KL to the sampler.
         """
-        spec, roles, divisor = self.spec, self.roles, tokens / self.scale.value
+        spec, roles, divisor = self.spec, self.roles, tokens / self.stepper.scale.value
         packed = pack_documents([batch.rollouts[i].document for i in group])
         new, joint = forward_policy(roles, packed) if outputs is None else outputs
         device = new.device
@@ -213,20 +167,3 @@ class Updater:
             clipped = clip_fraction(new, old, clip=spec.clip).sum()
             moved = k3(old, new).sum()
             return torch.stack([policy, value, clipped, moved]).cpu().double()
-
-
-def sum_gradients(weights: Sequence[nn.Parameter], processes: ProcessGroup) -> None:
-    """Add up the gradients of all processes, so that each takes the same step.
-
-    Args:
-        weights: the same in every process.
-        processes: this one, and sums over all of them.
-    """
-    if processes.world == 1:
-        return
-    flat = torch.cat(
-        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in weights]
-    )
-    summed = processes.reduce(flat).to(flat.device)
-    for weight, part in zip(weights, summed.split([p.numel() for p in weights]), strict=True):
-        weight.grad = part.view_as(weight).to(weight.dtype)

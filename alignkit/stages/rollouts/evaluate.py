@@ -7,12 +7,12 @@ import numpy.typing as npt
 import torch
 
 from alignkit.evaluation.intervals import mean_interval
-from alignkit.stages.ppo.scoring import mean_kl
-from alignkit.stages.ppo.step import HELD_OUT, PpoRun, say_rewards
+from alignkit.stages.rollouts.run import HELD_OUT, RolloutRun, say_rewards
 from alignkit.stages.rollouts.samples import read_rewards
+from alignkit.stages.rollouts.scoring import mean_kl
 
 
-def evaluate_policy(run: PpoRun, step: int) -> tuple[dict[str, float], str] | None:
+def evaluate_policy(run: RolloutRun, step: int) -> tuple[dict[str, float], str] | None:
     """Reward of responses to the held-out prompts.
 
     The random numbers are the same at every step, so that two evaluations differ by the policy.
@@ -53,6 +53,8 @@ def evaluate_policy(run: PpoRun, step: int) -> tuple[dict[str, float], str] | No
     values = {"reward": mean, "reward_low": low, "reward_high": high}
     names = ("kl/k1", "response_length", "eos_rate", "entropy")
     values |= dict(zip(names, table[:, 1:].mean(0).tolist(), strict=True))
+    if run.roles.reference is None:
+        del values["kl/k1"]
     values["prompts"] = float(len(held_out))
     if run.samples is not None:
         run.samples.write(step, rollouts, rewards, kl, rows="held_out", limit=None)
@@ -60,7 +62,7 @@ def evaluate_policy(run: PpoRun, step: int) -> tuple[dict[str, float], str] | No
     return values, say_rewards(values)
 
 
-def _gain(run: PpoRun, step: int) -> dict[str, float]:
+def _gain(run: RolloutRun, step: int) -> dict[str, float]:
     """Difference to the first evaluation, prompt by prompt.
 
     Empty if several processes divide the prompts: the file holds only those of the first.

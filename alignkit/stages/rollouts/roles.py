@@ -1,4 +1,5 @@
-"""The parts of a PPO run: policy, reference, value and rewards, over one base where possible."""
+"""Who plays what in a run on sampled responses: policy, reference, value and rewards, over one base
+where possible."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from alignkit.models.rewards.head import freeze_unused_head, new_head
 from alignkit.models.scoring.selfcheck import build_scorer, scorer_factory
 from alignkit.recipe.adapters import has_adapter
 from alignkit.recipe.planning.plan import Plan
-from alignkit.recipe.stages.ppo import PpoRecipe
+from alignkit.recipe.stages.rollouts import RolloutRecipe
 from alignkit.stages.inputs.rows import PromptRows
 from alignkit.stages.rollouts.judging import ScoringModel
 from alignkit.stages.rollouts.reward_models import RewardModel
@@ -41,15 +42,15 @@ VALUE = "ppo_value"
 
 
 class TrainedWeights(nn.Module):
-    """Everything that a PPO run trains, as one module: what a checkpoint holds.
+    """Everything that a run trains, as one module: what a checkpoint holds.
 
     Args:
         policy: the policy's model; over one base the value adapter is in it too.
         value: a second model for values, or None.
-        head: of the value model.
+        head: of the value model; None without one.
     """
 
-    def __init__(self, policy: nn.Module, value: nn.Module | None, head: nn.Linear) -> None:
+    def __init__(self, policy: nn.Module, value: nn.Module | None, head: nn.Linear | None) -> None:
         super().__init__()
         self.policy, self.value, self.head = policy, value, head
 
@@ -60,8 +61,8 @@ class Roles:
 
     Args:
         policy: gives log-probs, and values too if it carries the value head.
-        reference: gives log-probs.
-        value: gives values; None if the policy does.
+        reference: gives log-probs; None if nothing asks for them.
+        value: gives values; None if the policy does, or nothing.
         rewards: the reward models, in the recipe's order.
         trained: all trained weights.
         policy_weights: names and weights of the policy.
@@ -69,7 +70,7 @@ class Roles:
     """
 
     policy: Role
-    reference: Role
+    reference: Role | None
     value: Role | None
     rewards: tuple[ScoringModel, ...]
     trained: TrainedWeights
@@ -77,20 +78,22 @@ class Roles:
     value_weights: list[tuple[str, nn.Parameter]]
 
 
-def describe_roles(recipe: PpoRecipe, reward_models: Sequence[RewardModel]) -> list[str]:
+def describe_roles(recipe: RolloutRecipe, reward_models: Sequence[RewardModel]) -> list[str]:
     """What plays each part and what it costs, one sentence each.
 
     Args:
         recipe: with its defaults.
         reward_models: those that it names.
     """
-    lora, head = has_adapter(recipe.adapter), recipe.value.kind == "head"
-    lines = [
-        f"policy: {'a LoRA adapter' if lora else 'all weights'}",
-        "reference: the same base with adapters off" if lora else "reference: a second model",
-    ]
+    lora, value = has_adapter(recipe.adapter), recipe.value_model
+    lines = [f"policy: {'a LoRA adapter' if lora else 'all weights'}"]
+    if recipe.measures_kl:
+        how = "the same base with adapters off" if lora else "a second model"
+        lines.append(f"reference: {how}")
     start = "the reward model" if starts_from_reward(recipe, reward_models) else "zero"
-    if head:
+    if value is None:
+        lines.append("value: none; a response is measured against its group")
+    elif value.kind == "head":
         lines.append("value: a linear head on the policy's hidden states")
     elif lora:
         lines.append(f"value: a second adapter over the same base, started from {start}")
@@ -103,10 +106,11 @@ def describe_roles(recipe: PpoRecipe, reward_models: Sequence[RewardModel]) -> l
 
 
 def starts_from_reward(
-    recipe: PpoRecipe, reward_models: Sequence[RewardModel]
+    recipe: RolloutRecipe, reward_models: Sequence[RewardModel]
 ) -> RewardModel | None:
     """The reward model whose weights the value model starts from."""
-    if recipe.value.kind == "head" or recipe.value.init == "fresh":
+    value = recipe.value_model
+    if value is None or value.kind == "head" or value.init == "fresh":
         return None
     lora = has_adapter(recipe.adapter)
     return next((model for model in reward_models if model.shared == lora), None)
@@ -114,7 +118,7 @@ def starts_from_reward(
 
 def build_roles(
     session: Session,
-    recipe: PpoRecipe,
+    recipe: RolloutRecipe,
     rows: PromptRows,
     plan: Plan,
     reward_models: Sequence[RewardModel],
@@ -134,16 +138,19 @@ def build_roles(
     build = _over_one_base if has_adapter(recipe.adapter) else _apart
     roles = build(session, recipe, rows, plan, reward_models)
     report = trainable_report(roles.trained)
-    session.say(
-        f"trains {report.trainable:,} weights: {sum(p.numel() for _, p in roles.policy_weights):,} "
-        f"of the policy, {sum(p.numel() for _, p in roles.value_weights):,} of the value model"
-    )
+    line = f"trains {report.trainable:,} weights"
+    if roles.value_weights:
+        policy, value = (
+            sum(p.numel() for _, p in own) for own in (roles.policy_weights, roles.value_weights)
+        )
+        line += f": {policy:,} of the policy, {value:,} of the value model"
+    session.say(line)
     return roles
 
 
 def _over_one_base(
     session: Session,
-    recipe: PpoRecipe,
+    recipe: RolloutRecipe,
     rows: PromptRows,
     plan: Plan,
     reward_models: Sequence[RewardModel],
@@ -152,7 +159,7 @@ def _over_one_base(
     model = load_model(rows.base, session.weights_dtype, device, spec.quantization)
     started, given = find_adapter_start(session, model, rows, plan)
     model = attach_adapter(model, started, recipe.seed, initial=given)
-    own_value, source = recipe.value.kind != "head", starts_from_reward(recipe, reward_models)
+    own_value, source = _has_own_value(recipe), starts_from_reward(recipe, reward_models)
     if own_value and source is not None:
         add_stored_adapter(model, VALUE, source.folder)
     elif own_value:
@@ -167,10 +174,10 @@ def _over_one_base(
     if plan.gradient_checkpointing:
         recompute_layers(model, context_fn=recompute_as_run(model))
         model.enable_input_require_grads()
-    head = _value_head(model, source)
+    head = None if recipe.value_model is None else _value_head(model, source)
     make = _scorers(session, recipe, model)
     policy = Role(make(None if own_value else head, "both", sampled=True), POLICY)
-    reference = Role(make(None, "ends", sampled=True), None)
+    reference = Role(make(None, "ends", sampled=True), None) if recipe.measures_kl else None
     value = Role(make(head, "targets", sampled=False), VALUE) if own_value else None
     rewards = [
         ScoringModel(
@@ -191,7 +198,7 @@ def _over_one_base(
 
 def _apart(
     session: Session,
-    recipe: PpoRecipe,
+    recipe: RolloutRecipe,
     rows: PromptRows,
     plan: Plan,
     reward_models: Sequence[RewardModel],
@@ -204,8 +211,8 @@ def _apart(
 
     model = attach_adapter(load(), recipe.adapter, recipe.seed)
     # As wide as the policy: narrower weights would round every sum differently.
-    frozen = load().requires_grad_(False)
-    own_value, source = recipe.value.kind != "head", starts_from_reward(recipe, reward_models)
+    frozen = load().requires_grad_(False) if recipe.measures_kl else None
+    own_value, source = _has_own_value(recipe), starts_from_reward(recipe, reward_models)
     second = None
     if own_value:
         second = load() if source is None else _open(session, source, torch.float32)
@@ -216,10 +223,14 @@ def _apart(
     if plan.gradient_checkpointing:
         for part in filter(None, (model, second)):
             recompute_layers(part)
-    head = _value_head(model if second is None else second, source)
+    head = None
+    if recipe.value_model is not None:
+        head = _value_head(model if second is None else second, source)
     make = _scorers(session, recipe, model)
     policy = Role(make(None if own_value else head, "both", sampled=True))
-    reference = Role(_scorers(session, recipe, frozen)(None, "ends", sampled=True))
+    reference = None
+    if frozen is not None:
+        reference = Role(_scorers(session, recipe, frozen)(None, "ends", sampled=True))
     value = None
     if second is not None:
         value = Role(_scorers(session, recipe, second)(head, "targets", sampled=False))
@@ -233,7 +244,11 @@ def _apart(
     return Roles(policy, reference, value, rewards, trained, of_policy, of_value)
 
 
-def _scorers(session: Session, recipe: PpoRecipe, model: Any) -> Callable[..., Any]:
+def _has_own_value(recipe: RolloutRecipe) -> bool:
+    return recipe.value_model is not None and recipe.value_model.kind != "head"
+
+
+def _scorers(session: Session, recipe: RolloutRecipe, model: Any) -> Callable[..., Any]:
     """A maker of scorers around one model, whose layout is checked once."""
     spec, dtype = recipe.model, DTYPES[recipe.model.dtype]
     build = scorer_factory(model, dtype, spec.attention, session.say)

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from alignkit.data.packing import pack_documents, split_documents
 from alignkit.models.scoring.scorer import sum_by_sequence
 from alignkit.packed import PackedBatch
-from alignkit.stages.ppo.roles import Roles
+from alignkit.stages.rollouts.roles import Roles
 from alignkit.stages.rollouts.sampling import Rollout, response_rows
 
 
@@ -23,8 +23,8 @@ class Scored:
 
     Args:
         policy: log-probs under the policy that sampled, from the pass that training repeats.
-        reference: the same under the reference.
-        values: predictions of the value model.
+        reference: the same under the reference; the policy's own if nothing asks for it.
+        values: predictions of the value model; 0 without one.
         mask: response tokens.
     """
 
@@ -41,7 +41,7 @@ Outputs = tuple[torch.Tensor, torch.Tensor | None]
 def forward_policy(roles: Roles, batch: PackedBatch) -> Outputs:
     """`[N]` log-probs of a batch, and `[N]` values if the policy carries the head."""
     scores: Any = roles.policy(batch)
-    if roles.value is None:
+    if isinstance(scores, tuple):
         return scores[0].logprobs, scores[1]
     return scores.logprobs, None
 
@@ -75,10 +75,12 @@ def score_rollouts(
         batch = pack_documents([rollouts[i].document for i in group])
         with torch.set_grad_enabled(keep):
             outputs = forward_policy(roles, batch)
+        policy = outputs[0].detach()
         with torch.no_grad():
-            reference: Any = roles.reference(batch)
+            reference = reference_logprobs(roles, batch, policy)
             values: Any = outputs[1] if roles.value is None else roles.value(batch)
-        scores = (outputs[0].detach(), reference.logprobs, values.detach().float())
+        values = torch.zeros_like(policy) if values is None else values.detach().float()
+        scores = (policy, reference, values)
         columns = torch.stack(scores).cpu()
         parts = iter(columns.split([n for i in group for n in lengths[i]], dim=1))
         for i in group:
@@ -91,6 +93,22 @@ def score_rollouts(
     return scored, outputs if keep else None
 
 
+def reference_logprobs(roles: Roles, batch: PackedBatch, policy: torch.Tensor) -> torch.Tensor:
+    """`[N]` log-probs under the reference, without gradients; the policy's own without one.
+
+    Args:
+        roles: who scores.
+        batch: what is scored.
+        policy: `[N]` log-probs under the policy.
+    """
+    if roles.reference is None:
+        return policy.detach()
+    with torch.no_grad():
+        scores: Any = roles.reference(batch)
+    logprobs: torch.Tensor = scores.logprobs
+    return logprobs
+
+
 def mean_kl(roles: Roles, rollouts: Sequence[Rollout], max_tokens: int) -> torch.Tensor:
     """`[B]` k1 of whole responses, in nats.
 
@@ -101,11 +119,13 @@ def mean_kl(roles: Roles, rollouts: Sequence[Rollout], max_tokens: int) -> torch
     """
     lengths = [rollout.document.num_tokens for rollout in rollouts]
     rows, kl = response_rows(rollouts), torch.zeros(sum(len(r.texts) for r in rollouts))
+    if roles.reference is None:
+        return kl
     for group in split_documents(lengths, max_tokens):
         batch = pack_documents([rollouts[i].document for i in group])
         with torch.no_grad():
             policy, _ = forward_policy(roles, batch)
-            reference: Any = roles.reference(batch)
-            sums = sum_by_sequence(policy - reference.logprobs, batch).float().cpu()
+            reference = reference_logprobs(roles, batch, policy)
+            sums = sum_by_sequence(policy - reference, batch).float().cpu()
         kl[torch.from_numpy(np.concatenate([rows[i] for i in group]))] = sums
     return kl

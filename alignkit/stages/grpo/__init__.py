@@ -1,0 +1,1 @@
+"""GRPO and its family: responses measured against their group."""
