@@ -23,9 +23,11 @@ from alignkit.generation.sampled import Responses, SampledResponse, SampledRows,
 from alignkit.models.attention.cached import GrowingCache, cached_forward
 from alignkit.models.attention.prefix import has_window
 from alignkit.models.base.fitness import require_token_rows
+from alignkit.models.kernels.copies import on_device
 from alignkit.models.kernels.factors import fixed_factors
 from alignkit.models.kernels.precision import compute_context
 from alignkit.models.kernels.vocab_head import logit_transform, next_logits
+from alignkit.packed import IntArray
 
 COMPACT = 0.75
 """Finished rows leave the batch once at most this share of it is still running."""
@@ -144,6 +146,8 @@ class TransformersEngine:
     ) -> tuple[SampledRows, Responses, GrowingCache]:
         """Read the prompts and draw the first token of each response.
 
+        A prompt that stands there several times in a row is read once.
+
         Args:
             prompts: token ids, at least one each.
             seeds: of each response's random numbers.
@@ -153,12 +157,22 @@ class TransformersEngine:
         ids, rows = start_rows(prompts, seeds, before, settings.max_new_tokens, device)
         width = before + ids.shape[1]
         layers = int(self.inner.config.get_text_config().num_hidden_layers)
-        cache = GrowingCache(layers, width + settings.max_new_tokens)
+        first, owners = _once(prompts)
+        room = width + settings.max_new_tokens
+        alone = len(first) == len(prompts)
+        cache = GrowingCache(layers, room if alone else width)
         if self.prefix is not None:
-            cache.fill(self.prefix.to(device, self.dtype), len(prompts))
+            cache.fill(self.prefix.to(device, self.dtype), len(first))
         responses = Responses(len(prompts), settings.max_new_tokens, settings.stop_tokens, device)
-        logits = self._forward(ids, rows.mask, rows.positions[:, before:width], cache)
-        cache.advance(ids.shape[1])
+        asked = ids, rows.mask, rows.positions[:, before:width]
+        if alone:
+            logits = self._forward(*asked, cache)
+            cache.advance(ids.shape[1])
+        else:
+            one, each = (on_device(places, device) for places in (first, owners))
+            logits = self._forward(*(x[one] for x in asked), cache)[each]
+            cache.advance(ids.shape[1])
+            cache = cache.spread(each, room)
         self._take(logits, rows, responses)
         return rows, responses, cache
 
@@ -199,6 +213,15 @@ class TransformersEngine:
             return next_logits(
                 hidden.contiguous(), self.inner.get_output_embeddings(), self.transform
             )
+
+
+def _once(prompts: Sequence[npt.NDArray[np.integer[Any]]]) -> tuple[IntArray, IntArray]:
+    """The first of each run of equal prompts, and for each prompt which of these it is."""
+    new = [
+        number == 0 or not np.array_equal(prompt, prompts[number - 1])
+        for number, prompt in enumerate(prompts)
+    ]
+    return np.flatnonzero(new), np.cumsum(new) - 1
 
 
 def stop_tokens(inner: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

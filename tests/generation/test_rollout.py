@@ -171,6 +171,30 @@ def test_a_response_does_not_depend_on_the_batch(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_of_several_responses_is_read_once(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trained_model(family, "lora").eval()
+    asked, names = prompts(), seeds(3 * len(LENGTHS))
+    apart = [
+        engine(model, HALF).generate([asked[n // 3]], [names[n]])[0] for n in range(len(names))
+    ]
+    heights: list[int] = []
+    forward = TransformersEngine._forward
+
+    def watched(self: Any, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        heights.append(len(ids))
+        return forward(self, ids, *rest)
+
+    monkeypatch.setattr(TransformersEngine, "_forward", watched)
+    found = engine(model, HALF).generate([asked[n // 3] for n in range(len(names))], names)
+    assert same_ids(found, apart)
+    for one, other in zip(found, apart, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, **CLOSE)
+    assert heights[0] == len(LENGTHS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_two_tokens_of_a_bucket_are_the_same_operations(family: str) -> None:
     # Shapes and numbers of the host are all that a captured graph would keep of them.
     model = tiny_model(family).eval()

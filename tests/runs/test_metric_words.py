@@ -20,7 +20,10 @@ def test_what_is_logged_is_explained(stage: str, tiny_base: Path, tmp_path: Path
     fields: dict[str, Any] = {"training__max_steps": 2, "merge": False}
     fields["training__on_bad_step"] = "skip"  # which has a metric of its own
     fields["model__dtype"] = "float16"  # which has two
-    if stage in ("sft", "ppo"):
+    if stage == "grpo":
+        groups = {"prompts_per_step": 3, "samples_per_prompt": 4, "max_new_tokens": 6}
+        fields |= {"stage": stage, "rollout": groups, "objective": {"kl_coef": 0.1}}
+    if stage in ("sft", "ppo", "grpo"):
         make: Any = make_recipe if stage == "sft" else make_ppo_recipe
         recipe = make(tmp_path, tiny_base, **fields)
     else:

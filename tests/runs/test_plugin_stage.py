@@ -195,7 +195,7 @@ def test_its_keys_are_explained_and_checked(
     assert done.code == 2
     assert "has kind = full, which balanced does not train: use lora" in done.stderr
     done = run(package, "sft", recipe, "stage=balance", cwd=tmp_path)
-    assert "'ppo' or 'balanced'" in done.stderr
+    assert "'grpo' or 'balanced'" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,23 @@ class GrowingCache(Cache):  # type: ignore[misc]
             self.update(key, value, layer)
         self.advance(states.shape[3])
 
+    def spread(self, rows: torch.Tensor, room: int) -> GrowingCache:
+        """A cache with more room, in which each row is a copy of one of these.
+
+        Args:
+            rows: `[B]` which one.
+            room: tokens that fit.
+        """
+        wide = GrowingCache(len(self.layers), room)
+        for layer, (kept, new) in enumerate(zip(self.layers, wide.layers, strict=True)):
+            key, value = (x[rows, :, : self.store.length] for x in (kept.keys, kept.values))
+            new.lazy_initialization(key, value)
+            new.keys, new.values = wide.store.reserve(layer, key, value)
+            new.keys[:, :, : self.store.length] = key
+            new.values[:, :, : self.store.length] = value
+        wide.advance(self.store.length)
+        return wide
+
     def advance(self, tokens: int) -> None:
         """Go on behind the tokens that every layer has written."""
         self.store.length += tokens

@@ -98,14 +98,14 @@ def train_step(run: RolloutRun, step: int) -> dict[str, float]:
 
 
 def step_places(run: RolloutRun, step: int) -> list[str]:
-    """`file:line` of the prompts that are asked next.
+    """`file:line` of the first prompts that the last step asked.
 
     Args:
         run: what to work with.
-        step: not used: a step may ask further prompts.
+        step: not used: steps ask as many prompts as they need.
     """
     places = run.rows.train.places
-    return [places[item] for item in stream(run, run.drawn, NAMED)]
+    return [places[item] for item in stream(run, run.began, NAMED)]
 
 
 def stream(run: RolloutRun, first: int, count: int) -> list[int]:
@@ -129,6 +129,7 @@ def _ask(run: RolloutRun, step: int) -> tuple[Asked, float]:
     recipe: GrpoRecipe = run.recipe
     wanted, tries = recipe.rollout.prompts_per_step, recipe.objective.resample or 0
     seconds, parts, missing, drawn = 0.0, list[tuple[list[Rollout], Rewards]](), wanted, run.drawn
+    run.began = drawn
     for number in range(1 + tries):
         items = stream(run, drawn, missing)
         drawn += len(items)
@@ -162,7 +163,7 @@ def _joined(
         lengths = torch.tensor([len(c.ids) for r in rollouts for c in r.sampled])
         longest = spec.max_new_tokens
         total = total + overlong_penalty(lengths, longest, max(1, longest // BUFFER)).float()
-    return Asked(rollouts, total.view(-1, spec.samples_per_prompt), together, tries)
+    return Asked(rollouts, total.view(len(rollouts), spec.samples_per_prompt), together, tries)
 
 
 def _minibatches(

@@ -42,7 +42,8 @@ class RolloutRun(Loop):
         samples: samples.jsonl; None on every process but the first.
         health: watches the metrics.
         kl_coef: price of KL in the next step.
-        drawn: prompts that steps have asked so far.
+        drawn: prompts that steps have asked so far, where they ask as many as they need.
+        began: the same before the last step.
         kl: KL of a response in the last step; empty before the first.
         last: metrics of the last step.
         scorer: of the policy, for writing the model.
@@ -59,6 +60,7 @@ class RolloutRun(Loop):
     health: Health
     kl_coef: float
     drawn: int = 0
+    began: int = 0
     kl: list[float] = field(default_factory=list)
     last: dict[str, float] = field(default_factory=dict)
     scorer: Any = None
