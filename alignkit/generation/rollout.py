@@ -164,15 +164,14 @@ class TransformersEngine:
         if self.prefix is not None:
             cache.fill(self.prefix.to(device, self.dtype), len(first))
         responses = Responses(len(prompts), settings.max_new_tokens, settings.stop_tokens, device)
-        asked = ids, rows.mask, rows.positions[:, before:width]
-        if alone:
-            logits = self._forward(*asked, cache)
-            cache.advance(ids.shape[1])
-        else:
+        mask, positions = rows.mask, rows.positions[:, before:width]
+        if not alone:
             one, each = (on_device(places, device) for places in (first, owners))
-            logits = self._forward(*(x[one] for x in asked), cache)[each]
-            cache.advance(ids.shape[1])
-            cache = cache.spread(each, room)
+            ids, mask, positions = (x[one] for x in (ids, mask, positions))
+        logits = self._forward(ids, mask, positions, cache)
+        cache.advance(ids.shape[1])
+        if not alone:
+            logits, cache = logits[each], cache.spread(each, room)
         self._take(logits, rows, responses)
         return rows, responses, cache
 

@@ -25,7 +25,7 @@ from alignkit.models.scoring.scorer import TokenScorer
 from alignkit.objectives.group_relative import group_advantages
 from alignkit.recipe.adapters import LoraSpec
 from alignkit.recipe.stages.grpo import GrpoRecipe, GrpoSpec
-from alignkit.stages.grpo.update import Groups, GroupUpdater
+from alignkit.stages.grpo.update import Groups, GroupUpdater, Minibatch
 from alignkit.stages.rollouts.sampling import Rollout
 from alignkit.stages.rollouts.scoring import Scored
 
@@ -175,13 +175,12 @@ def test_loss_and_gradient_are_trls(case: str, moved: bool, tmp_path: Path) -> N
         advantages,
         torch.ones(6, dtype=torch.float64),
         scored if moved or spec.kl_coef else None,
-        tokens=float(sum(lengths)),
-        responses=6.0,
         longest=LONGEST,
     )
+    whole = Minibatch([[0, 1]], float(sum(lengths)), 6.0)
     roles: Any = SimpleNamespace(policy=scorer)
     stepper: Any = SimpleNamespace(scale=SimpleNamespace(value=1.0))
-    sums = GroupUpdater(roles, spec, stepper).backward(groups, [0, 1])
+    sums = GroupUpdater(roles, spec, stepper).backward(groups, whole, [0, 1])
     found = gradients(model)
     assert float(sums[0]) == pytest.approx(float(loss), abs=1e-4)
     assert found.keys() == expected.keys()

@@ -15,7 +15,7 @@ from alignkit.data.documents import Branch, Document
 from alignkit.data.prompts import Prompt
 from alignkit.generation.sampled import SampledResponse
 from alignkit.recipe.stages.grpo import KINDS, GrpoRecipe, GrpoSpec
-from alignkit.stages.grpo.update import Groups, GroupUpdater
+from alignkit.stages.grpo.update import Groups, GroupUpdater, Minibatch
 from alignkit.stages.rollouts.sampling import Rollout
 from alignkit.stages.rollouts.scoring import Scored
 
@@ -141,13 +141,13 @@ def test_the_gradient_is_that_of_the_formula(case: str) -> None:
         torch.tensor(advantages, dtype=torch.float64),
         torch.tensor(counts, dtype=torch.float64),
         scored,
-        tokens=sum(n * c for n, c in zip(lengths, counts, strict=True)),
-        responses=sum(counts),
         longest=LONGEST,
     )
+    tokens = sum(n * c for n, c in zip(lengths, counts, strict=True))
+    whole = Minibatch([[0, 1]], tokens, sum(counts))
     roles: Any = SimpleNamespace(policy=lambda batch: SimpleNamespace(logprobs=leaf))
     stepper: Any = SimpleNamespace(scale=SimpleNamespace(value=1.0))
-    sums = GroupUpdater(roles, spec, stepper).backward(groups, [0, 1])
+    sums = GroupUpdater(roles, spec, stepper).backward(groups, whole, [0, 1])
     assert expected is not None
     assert leaf.grad is not None
     assert torch.allclose(leaf.grad, expected, rtol=0, atol=1e-8)

@@ -8,7 +8,7 @@ import torch
 
 from alignkit.errors import TrainingError
 from alignkit.objectives.group_relative import differs
-from alignkit.stages.grpo.update import Groups
+from alignkit.stages.grpo.update import Groups, Minibatch
 from alignkit.stages.rollouts import check
 from alignkit.stages.rollouts.run import RolloutRun
 from alignkit.stages.rollouts.sampling import Rollout
@@ -74,9 +74,8 @@ def _backward(
         advantages=ones,
         counts=ones,
         scored=scored,
-        tokens=float(scored.mask.sum()),
-        responses=float(responses),
         longest=run.recipe.rollout.max_new_tokens,
     )
+    whole = Minibatch(groups, float(scored.mask.sum()), float(responses))
     for group in groups:
-        run.updater.backward(batch, group)
+        run.updater.backward(batch, whole, group)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from alignkit.data.packing import epoch_order
+from alignkit.generation.sampled import SampledResponse
 from alignkit.objectives.group_relative import (
     batch_spread,
     differs,
@@ -18,8 +18,8 @@ from alignkit.objectives.group_relative import (
     overlong_penalty,
 )
 from alignkit.objectives.kl import k1, k3
-from alignkit.recipe.stages.grpo import GrpoRecipe
-from alignkit.stages.grpo.update import Groups
+from alignkit.recipe.stages.grpo import GrpoRecipe, GrpoSpec
+from alignkit.stages.grpo.update import Groups, Minibatch
 from alignkit.stages.rollouts.judging import Rewards
 from alignkit.stages.rollouts.passes import group_rollouts
 from alignkit.stages.rollouts.run import TRAIN, RolloutRun, end_step, rollout_metrics
@@ -72,16 +72,15 @@ def train_step(run: RolloutRun, step: int) -> dict[str, float]:
     asked, sampling = _ask(run, step)
     chosen = asked.chosen
     rollouts = [asked.rollouts[i] for i in chosen]
-    passes = [_minibatches(run, rollouts, step, epoch) for epoch in range(spec.epochs)]
+    passes = [_minibatches(run, asked, step, epoch) for epoch in range(spec.epochs)]
     scored, outputs = _score(run, rollouts, passes[0])
-    distances = _distances(scored, rollouts)
-    groups = _groups(run, asked, rollouts, chosen, scored, distances)
+    distances = _distances(scored)
+    groups = _groups(run, asked, rollouts, scored, distances)
     sums: dict[str, float] = {}
-    if groups.responses:
-        for minibatches in passes:
-            for name, value in run.updater.run(groups, minibatches, outputs, step).items():
-                sums[name] = sums.get(name, 0.0) + value
-            outputs = None  # the weights have changed
+    for minibatches in passes:
+        for name, value in run.updater.run(groups, minibatches, outputs, step).items():
+            sums[name] = sums.get(name, 0.0) + value
+        outputs = None  # the weights have changed
     metrics = {
         **_update_metrics(sums),
         **rollout_metrics(run, asked.rollouts, asked.judged, {}),
@@ -166,33 +165,47 @@ def _joined(
     return Asked(rollouts, total.view(len(rollouts), spec.samples_per_prompt), together, tries)
 
 
-def _minibatches(
-    run: RolloutRun, rollouts: Sequence[Rollout], step: int, epoch: int
-) -> list[list[list[int]]]:
-    """Groups of each pass of each optimizer step."""
-    count = run.recipe.objective.minibatches
-    order = np.arange(len(rollouts))
-    if count > 1:
+def _minibatches(run: RolloutRun, asked: Asked, step: int, epoch: int) -> list[Minibatch]:
+    """The optimizer steps of one pass over the groups; those without a gradient are left out.
+
+    Responses of groups without a gradient count in the averages, unless others were asked in their
+    place.
+    """
+    spec, budget = run.recipe.objective, run.plan.microbatch_tokens
+    order = np.arange(len(asked.rollouts))
+    if spec.minibatches > 1:
         order = np.random.default_rng([run.seed, step, epoch]).permutation(order)
-    tokens = run.plan.microbatch_tokens
+    place = {group: number for number, group in enumerate(asked.chosen)}
+    rollouts = [asked.rollouts[group] for group in place]
+    passes, sums = [], []
+    for part in np.array_split(order, spec.minibatches):
+        learned = [place[group] for group in np.sort(part).tolist() if group in place]
+        passes.append(group_rollouts(rollouts, learned, budget))
+        counted = [rollouts[i] for i in learned]
+        if not spec.resample:
+            counted = [asked.rollouts[group] for group in part]
+        lengths = [len(c.ids) for r in counted for c in r.sampled if _counts(spec, c)]
+        sums.append([float(sum(lengths)), float(len(lengths)), float(len(learned))])
+    totals = run.processes.reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
     return [
-        group_rollouts(rollouts, np.sort(part).tolist(), tokens)
-        for part in np.array_split(order, count)
+        Minibatch(own, max(tokens, 1.0), max(responses, 1.0))
+        for own, (tokens, responses, learned) in zip(passes, totals, strict=True)
+        if learned
     ]
 
 
 def _score(
-    run: RolloutRun, rollouts: Sequence[Rollout], minibatches: list[list[list[int]]]
+    run: RolloutRun, rollouts: Sequence[Rollout], minibatches: Sequence[Minibatch]
 ) -> tuple[Scored | None, Outputs | None]:
     """Log-probs at the time of sampling, where more than one update or the reward needs them."""
     spec = run.recipe.objective
     if spec.epochs * spec.minibatches == 1 and not run.recipe.measures_kl:
         return None, None
-    first = [group for part in minibatches for group in part]
+    first = [group for part in minibatches for group in part.passes]
     return score_rollouts(run.roles, rollouts, first, keep=spec.minibatches == 1)
 
 
-def _distances(scored: Scored | None, rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
+def _distances(scored: Scored | None) -> dict[str, torch.Tensor]:
     """`[S]` KL of each response by both estimators; empty where nothing was scored."""
     if scored is None:
         return {}
@@ -207,48 +220,34 @@ def _groups(
     run: RolloutRun,
     asked: Asked,
     rollouts: list[Rollout],
-    chosen: list[int],
     scored: Scored | None,
     distances: dict[str, torch.Tensor],
 ) -> Groups:
-    """Advantages of the groups that differ, and what the losses are divided by."""
+    """The groups that differ, with their advantages."""
     recipe: GrpoRecipe = run.recipe
     spec, kind = recipe.objective, recipe.objective.advantage
-    earned = asked.rewards[chosen]
+    assert kind is not None  # with_defaults
+    earned = asked.rewards[asked.chosen]
     if spec.kl == "reward" and spec.kl_coef and distances:
         earned = earned - run.kl_coef * distances["kl/k1"].view_as(earned)
-    assert kind is not None
     advantages = group_advantages(earned.double(), kind)
-    # Responses of groups without a gradient count too, unless others were asked in their place.
-    counted = rollouts if spec.resample else asked.rollouts
-    counts = _counts(spec.overlong, rollouts)
-    lengths = [
-        len(c.ids)
-        for r in counted
-        for c in r.sampled
-        if spec.overlong != "mask" or c.finish == "stop"
-    ]
-    sums = [len(lengths), sum(lengths), advantages.numel(), float(advantages.square().sum())]
-    totals = run.processes.reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
     if kind == "batch_std":
-        every = totals[0] if not spec.resample else totals[2]
-        advantages = advantages / batch_spread(every, totals[3])
-    parts = spec.minibatches
+        every = advantages.numel() if spec.resample else asked.rewards.numel()
+        sums = torch.tensor([every, float(advantages.square().sum())], dtype=torch.float64)
+        advantages = advantages / batch_spread(*run.processes.reduce(sums).tolist())
+    counts = [float(_counts(spec, c)) for r in rollouts for c in r.sampled]
     return Groups(
         rollouts,
         advantages.flatten(),
-        counts,
+        torch.tensor(counts, dtype=torch.float64),
         scored,
-        tokens=totals[1] / parts,
-        responses=(totals[0] if totals[2] else 0.0) / parts,
         longest=recipe.rollout.max_new_tokens,
     )
 
 
-def _counts(overlong: Any, rollouts: Sequence[Rollout]) -> torch.Tensor:
-    """`[S]` 1 for a response that is learned from, else 0."""
-    finished = [c.finish == "stop" or overlong != "mask" for r in rollouts for c in r.sampled]
-    return torch.tensor(finished, dtype=torch.float64)
+def _counts(spec: GrpoSpec, response: SampledResponse) -> bool:
+    """Whether a response is learned from."""
+    return spec.overlong != "mask" or response.finish == "stop"
 
 
 def _update_metrics(sums: dict[str, float]) -> dict[str, float]:

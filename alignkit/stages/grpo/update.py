@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,6 @@ class Groups:
         advantages: `[S]`.
         counts: `[S]` whether a response counts.
         scored: log-probs at the time of sampling; None if they are those of the only update.
-        tokens: of one minibatch that count, over all processes.
-        responses: of one minibatch that count, over all processes.
         longest: tokens at which a response is cut off.
     """
 
@@ -51,9 +50,22 @@ class Groups:
     advantages: torch.Tensor
     counts: torch.Tensor
     scored: Scored | None
+    longest: int
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """The groups of one optimizer step.
+
+    Args:
+        passes: rollouts of each forward and backward pass of this process.
+        tokens: that count, over all processes; those of groups without a gradient among them.
+        responses: that count, likewise.
+    """
+
+    passes: Sequence[Sequence[int]]
     tokens: float
     responses: float
-    longest: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ class GroupUpdater:
     def run(
         self,
         groups: Groups,
-        minibatches: Sequence[Sequence[Sequence[int]]],
+        minibatches: Sequence[Minibatch],
         outputs: Outputs | None,
         step: int,
     ) -> dict[str, float]:
@@ -81,7 +93,7 @@ class GroupUpdater:
 
         Args:
             groups: what to learn from.
-            minibatches: of each, the rollouts of each forward and backward pass.
+            minibatches: in their order.
             outputs: of the policy in the only pass, if it has run already.
             step: of the run, for messages.
 
@@ -92,9 +104,6 @@ class GroupUpdater:
             NotFiniteError: a loss or a gradient is not finite; this step has not been taken.
         """
 
-        def backward(group: Sequence[int]) -> torch.Tensor:
-            return self.backward(groups, group, outputs)
-
         def loss(sums: Sequence[float]) -> float:
             require_finite(
                 sums[0],
@@ -104,19 +113,25 @@ class GroupUpdater:
             return sums[0]
 
         totals: dict[str, float] = {}
-        for passes in minibatches:
-            summed, norms = self.stepper.take(passes, backward, len(SUMS), loss, step)
+        for part in minibatches:
+            backward = partial(self.backward, groups, part, outputs=outputs)
+            summed, norms = self.stepper.take(part.passes, backward, len(SUMS), loss, step)
             values = dict(zip(SUMS, summed, strict=True)) | norms | {"updates": 1.0}
             totals = {name: totals.get(name, 0.0) + value for name, value in values.items()}
         return totals
 
     def backward(
-        self, groups: Groups, group: Sequence[int], outputs: Outputs | None = None
+        self,
+        groups: Groups,
+        minibatch: Minibatch,
+        group: Sequence[int],
+        outputs: Outputs | None = None,
     ) -> torch.Tensor:
         """Add the gradients of one pass; a prompt is read once for its group.
 
         Args:
             groups: what to learn from.
+            minibatch: that the pass belongs to.
             group: rollouts of the pass.
             outputs: of the policy, if it has run already.
 
@@ -134,7 +149,7 @@ class GroupUpdater:
         ratios = log_ratio(new, old)
         if spec.ratio == "sequence":
             ratios = self._sequence_ratios(new, old, packed)
-        advantage, weight = self._per_token(groups, rows, packed, new)
+        advantage, weight = self._per_token(groups, minibatch, rows, packed, new)
         losses = self._losses(new, ratios, advantage)
         if spec.kl == "loss" and spec.kl_coef:
             assert groups.scored is not None  # whatever asks for the KL is scored before
@@ -175,7 +190,12 @@ class GroupUpdater:
         return sequence_log_ratio(new, old, owners, lengths, mean=mean)
 
     def _per_token(
-        self, groups: Groups, rows: np.ndarray, packed: PackedBatch, new: torch.Tensor
+        self,
+        groups: Groups,
+        minibatch: Minibatch,
+        rows: np.ndarray,
+        packed: PackedBatch,
+        new: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`[N]` advantage of each token, and what its loss counts."""
         spec, lengths = self.spec, torch.from_numpy(_lengths(packed))
@@ -183,8 +203,8 @@ class GroupUpdater:
         weights = token_weights(
             lengths,
             kind,
-            tokens=groups.tokens,
-            responses=groups.responses,
+            tokens=minibatch.tokens,
+            responses=minibatch.responses,
             longest=groups.longest,
         )
         if spec.loss == "sequence_sum" and spec.ratio == "sequence":
