@@ -47,7 +47,7 @@ def group_advantages(rewards: torch.Tensor, kind: Advantage) -> torch.Tensor:
         `[P, n]`, with mean 0 in each group.
     """
     centered = rewards - rewards.mean(1, keepdim=True)
-    if kind == "group_std":
+    if kind == "group_std" and len(rewards):
         return centered / (rewards.std(1, keepdim=True) + EPSILON)
     if kind == "leave_one_out":
         count = rewards.shape[1]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commandline import CommandLine
 from running import (
     adapter_of,
     assert_same,
@@ -73,6 +74,19 @@ def test_passes_do_not_change_the_update(
 ) -> None:
     run = run_of(tmp_path, tiny_base, f"training.microbatch_tokens={tokens}")
     assert furthest(adapter_of(run), adapter_of(plain)) < 1e-5
+
+
+def test_two_processes_are_one(
+    plain: Path, alignkit: CommandLine, tiny_base: Path, tmp_path: Path
+) -> None:
+    # Three prompts: the processes have two and one.
+    recipe = make_ppo_recipe(tmp_path, tiny_base, **FIELDS)
+    done = alignkit.together(2, "grpo", recipe, cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert furthest(adapter_of(tmp_path / "run"), adapter_of(plain)) < 1e-5
+    for one, other in zip(steps_of(tmp_path / "run"), steps_of(plain), strict=True):
+        for name in ("loss", "reward", "groups", "frac_reward_zero_std", "grad_norm", "tokens"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.parametrize("kind", ["dr_grpo", "dapo", "rloo", "gspo", "cispo", "reinforce_pp"])

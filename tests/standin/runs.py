@@ -37,6 +37,12 @@ _MAKERS: dict[str, Callable[..., Path]] = {
         for stage in ("reward", "dpo", "kto")
     },
     "ppo": make_ppo_recipe,
+    "grpo": functools.partial(
+        make_ppo_recipe,
+        stage="grpo",
+        rollout={"prompts_per_step": 3, "samples_per_prompt": 4, "max_new_tokens": 6},
+        objective={"kind": "dapo", "kl_coef": 0.1, "resample": 1},
+    ),
 }
 STAGES = tuple(_MAKERS)
 

@@ -28,6 +28,7 @@ CEILINGS: dict[str, tuple[int, int, dict[str, int]]] = {
     "dpo/float32": (3690, 215, {"efficient": 286}),
     "kto/float32": (3831, 218, {"efficient": 258}),
     "ppo/float32": (14466, 446, {"efficient": 398}),
+    "grpo/float32": (9728, 277, {"efficient": 500}),
     "dpo/bfloat16": (3260, 215, {"varlen": 24, "efficient": 2}),
     "sft/float16": (2366, 211, {"varlen": 14, "efficient": 2}),
     "sft/nf4": (2717, 267, {"efficient": 76}),
@@ -36,7 +37,7 @@ KINDS = [f"sft/float32/{kind}" for kind in ("full", "dora", "ia3", "prefix")]
 EXACT = [run for run in CEILINGS if not run.endswith("16")]
 ROUNDED = [run for run in CEILINGS if run.endswith("16")]
 RESUMED = ["ppo/float16"]  # in 16 bits another processor may sample other responses
-NARROW = ["ppo"]
+NARROW = ["grpo"]
 
 REFUSED = {
     **dict.fromkeys(("mixed add", "mixed product", "mixed in place"), "same device, at"),

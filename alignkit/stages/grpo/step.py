@@ -87,12 +87,10 @@ def train_step(run: RolloutRun, step: int) -> dict[str, float]:
         **_group_metrics(run, asked, distances),
         "sampling_seconds": sampling,
     }
-    kl = torch.zeros(len(asked.judged.total))
+    kl = torch.zeros_like(asked.rewards)
     if distances:
-        own = run.recipe.rollout.samples_per_prompt
-        for place, values in zip(chosen, distances["kl/k1"].split(own), strict=True):
-            kl[place * own : (place + 1) * own] = values
-    end_step(run, step, metrics, asked.rollouts, asked.judged, kl)
+        kl[chosen] = distances["kl/k1"].view(len(chosen), kl.shape[1])
+    end_step(run, step, metrics, asked.rollouts, asked.judged, kl.flatten())
     return metrics
 
 
