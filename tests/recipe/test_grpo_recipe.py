@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,12 @@ def test_the_page_has_the_table_of_the_code() -> None:
     table = "\n".join(lines)
     _, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
     assert rest.partition(END)[0] == f"\n{table}\n\n", table
+
+
+def test_keys_of_other_toolkits_are_led_to_ours() -> None:
+    counterparts = GrpoRecipe.counterparts
+    assert counterparts["rollout.num_generations"] == "did you mean rollout.samples_per_prompt?"
+    assert counterparts["objective.beta"] == "did you mean objective.kl_coef?"
+    for hint in counterparts.values():
+        for section, key in re.findall(r"(rollout|objective)\.(\w+)", hint):
+            assert key in GrpoRecipe.model_fields[section].annotation.model_fields  # type: ignore[union-attr]

@@ -156,6 +156,17 @@ def test_groups_that_earn_all_the_same_are_never_read(
         assert step["groups"] > 6
 
 
+def test_a_step_in_which_no_group_differs_changes_nothing(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = lambda rewards: torch.zeros(len(rewards), dtype=torch.bool)  # noqa: E731
+    monkeypatch.setattr(grpo_step, "differs", nowhere)
+    run = run_of(tmp_path, tiny_base, objective={"kl_coef": 0.1})
+    for step in steps_of(run):
+        assert (step["loss"], step["grad_norm"], step["frac_reward_zero_std"]) == (0.0, 0.0, 1.0)
+    assert not any(w.any() for name, w in adapter_of(run).items() if "lora_B" in name)
+
+
 def test_prompts_come_in_one_stream(plain: Path) -> None:
     class Rows:
         train = [None] * 5

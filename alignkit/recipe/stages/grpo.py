@@ -163,6 +163,20 @@ class GrpoRecipe(RolloutRecipe):
         "objective.kl_coef": "0 is usual; 0.001 to 0.05 holds the policy near its start",
         "objective.resample": "0 asks no further prompts; dapo's 4 is usual",
         "objective.epochs": "1 is usual: on-policy",
+        "objective.advantage": "group_std is GRPO's, centered that of Dr. GRPO",
+    }
+    counterparts: ClassVar[dict[str, str]] = {
+        **RolloutRecipe.counterparts,
+        "value": "grpo has no value model; remove the key",
+        **dict.fromkeys(
+            ("num_generations", "rollout.num_generations", "rollout.group_size"),
+            "did you mean rollout.samples_per_prompt?",
+        ),
+        "rollout.max_completion_length": "did you mean rollout.max_new_tokens?",
+        "objective.loss_type": "did you mean objective.loss, or objective.kind?",
+        "objective.scale_rewards": "did you mean objective.advantage?",
+        "objective.epsilon": "did you mean objective.clip, as in [0.2, 0.28]?",
+        "objective.num_iterations": "did you mean objective.epochs?",
     }
 
     @property
