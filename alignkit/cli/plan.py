@@ -73,6 +73,7 @@ def plan(
             ("device", f"{machine.device} ({machine.name}), {machine.cores} threads"),
             ("attention", machine.attention),
             ("memory", f"about {gigabytes['peak']:.1f} GB ({terms})"),
+            *([("time", facts.time)] if facts.time else []),
         ]
     )
     for name, dataset in (("train", rows.train), ("held out", rows.held_out)):

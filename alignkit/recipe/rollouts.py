@@ -40,6 +40,7 @@ ROLLOUT_HINTS = {
     "several are a list of these, each with a weight",
     "reward.pattern": "a Python regular expression; a backslash before . ( ) [ ] { } + * ? matches "
     "the character itself",
+    "reward.max": "longest length that scores 1, as in {rule: length, max: 50}",
     "reward.weight": "1 is usual; a negative one turns a reward into a penalty",
     "reward.timeout": "seconds; 60 is usual",
     "reward.tolerance": "relative to the correct number: 0.01 accepts an error of 1%",

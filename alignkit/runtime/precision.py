@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from alignkit.runtime.devices import multiplies_bfloat16
-from alignkit.runtime.speeds import Layers, kept, precision_speeds, reading_speed
+from alignkit.runtime.speeds import BUSY, Layers, kept, precision_speeds, reading_speed
 
 GAIN = 1.2
 """bfloat16 rounds to 8 bits, so it has to be this much faster than float32 to be chosen."""
@@ -34,6 +34,7 @@ def fastest(device: str, layers: Layers) -> tuple[str, str]:
     speeds = _speeds(device, layers)
     narrow, wide = speeds["bfloat16"], speeds["float32"]
     measured = f"bfloat16 {narrow / 1e9:,.0f} and float32 {wide / 1e9:,.0f} GFLOP/s measured here"
+    measured += f" {BUSY}" * (BUSY in speeds)
     return ("bfloat16" if narrow >= GAIN * wide else "float32"), measured
 
 

@@ -34,6 +34,8 @@ _TOKENS = (32, 512)
 _ALONE = 0.8
 """Share of its threads' time that a process gets on a processor of its own: 0.9, and 0.6 beside
 one other."""
+BUSY = "beside other work"
+"""Marks what was measured while the processor had something else to do."""
 _UNCACHED = 2**28
 """Bytes of weights that are read once for every sampled token."""
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA")
@@ -131,7 +133,7 @@ def kept(what: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]
         measure: name -> number.
 
     Returns:
-        What it measured. While other work takes the processor it is not kept.
+        What it measured. While other work takes the processor it is not kept, and `BUSY` is in it.
     """
     limits = [f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ]
     key = ", ".join((processor_name(), f"torch {torch.__version__}", *limits, what))
@@ -144,7 +146,7 @@ def kept(what: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]
         return speeds
     before, speeds = _alone(), measure()
     if not before or not _alone():
-        return speeds
+        return {**speeds, BUSY: 1.0}
     with contextlib.suppress(FileError, OSError):
         make_folder(path.parent)
         write_text(path, json.dumps({**known, key: speeds}, indent=1))

@@ -88,21 +88,23 @@ class Plan:
         lines = [
             f"plan: {self.steps} steps of {self.batch_size} examples, {most}"
             f"{model.trainable / 1e6:.1f} of {model.parameters / 1e6:.1f} M weights trained, about "
-            f"{self.memory.peak / 1e9:.1f} GB{self._time()}",
+            f"{self.memory.peak / 1e9:.1f} GB{' and ' * bool(self.time)}{self.time}",
             f"precision: {self.dtype}{threads}, {self.dtype_reason}",
         ]
         if self.reference is not None:
             lines.append(f"reference: {self.reference.replace('_', ' ')}, {self.reference_reason}")
         return [*lines, *self.roles]
 
-    def _time(self) -> str:
+    @property
+    def time(self) -> str:
+        """How long the steps and evaluations take, in words; empty if nothing is known."""
         if self.seconds is None:
             return ""
         minutes = round(self.seconds / 60)
         if not minutes:
-            return " and less than a minute"
+            return "less than a minute"
         most = "at most " if self.hardware.sampling_speed else ""  # a response may end early
-        return f" and {most}{minutes} minute{'s' * (minutes > 1)}"
+        return f"{most}{minutes} minute{'s' * (minutes > 1)}"
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain values."""

@@ -46,9 +46,9 @@ def _look(run: RolloutRun, rollouts: Sequence[Rollout], rewards: torch.Tensor) -
         f"cut off at {spec.max_new_tokens} tokens, {constant} groups earn all the same; rewards "
         f"{rewards.min():.3g} to {rewards.max():.3g}, {rewards.mean():.3g} on average"
     )
-    texts = [text for rollout in rollouts for text in rollout.texts]
-    for text, reward in list(zip(texts, rewards.flatten().tolist(), strict=True))[:SHOWN]:
-        run.progress.say(f"pilot: {reward:.3g} for {' '.join(text.split())[:WIDTH]!r}")
+    for rollout, earned in list(zip(rollouts, rewards.tolist(), strict=True))[:SHOWN]:
+        asked, text = (" ".join(t.split()) for t in (str(rollout.prompt.shown), rollout.texts[0]))
+        run.progress.say(f"pilot: {earned[0]:.3g} for {text[:WIDTH]!r} to {asked[-WIDTH:]!r}")
     if cut == count and constant == len(rollouts):
         raise TrainingError(
             f"all {count} responses of the pilot are cut off at {spec.max_new_tokens} tokens, and "

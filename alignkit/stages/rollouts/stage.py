@@ -14,6 +14,7 @@ from torch import nn
 
 from alignkit.data.dataset import TokenDataset
 from alignkit.errors import DataError, ModelError
+from alignkit.generation.rewards import build_score
 from alignkit.generation.rollout import RolloutSettings, TransformersEngine, stop_tokens
 from alignkit.models.adapters.files import save_adapter
 from alignkit.models.base.loading import DTYPES, BaseModel
@@ -21,7 +22,7 @@ from alignkit.models.scoring.scorer import causal_model
 from alignkit.models.weights.writing import replace_model
 from alignkit.recipe.adapters import b_rate, has_adapter
 from alignkit.recipe.planning.plan import Plan
-from alignkit.recipe.rewards import ModelReward
+from alignkit.recipe.rewards import ModelReward, SentimentReward
 from alignkit.recipe.stages.rollouts import SAMPLING_TOKENS, RolloutRecipe
 from alignkit.runtime.optim import Optimizers, build_optimizer
 from alignkit.runtime.processes import process_group
@@ -72,6 +73,9 @@ def prepare_rollouts(recipe: RolloutRecipe, base: BaseModel, processes: int) -> 
         base: from `start_model`.
         processes: training processes.
     """
+    for spec in recipe.reward:
+        if isinstance(spec, SentimentReward):
+            build_score(spec)  # a missing package is told before anything is planned
     rows = load_prompt_rows(recipe, base)
     can_share = has_adapter(recipe.adapter)
     reward_models = [
