@@ -44,6 +44,7 @@ SOURCE_HINT = (
     "several are a list of these, each with a weight"
 )
 RULE_NAMES = "'exact', 'numeric', 'regex', 'format', 'length', 'json' or 'sentiment'"
+LENGTH_HINT = "\nhint: longest length that scores 1, as in {rule: length, max: 50}"
 PATTERN_HINT = (
     "\nhint: a Python regular expression; a backslash before . ( ) [ ] { } + * ? matches the "
     "character itself"
@@ -249,7 +250,7 @@ REWARDS = {
     ),
     "{rule: json, zzz: a}": ".zzz is not a key of a recipe\nhint: keys here: rule, keys, weight",
     "{rule: regex}": f".pattern is required and missing{PATTERN_HINT}",
-    "[{rule: length}]": "[0].max is required and missing",
+    "[{rule: length}]": f"[0].max is required and missing{LENGTH_HINT}",
     # values
     "{rule: regex, pattern: '(a'}": (
         ".pattern is not a regular expression (missing ), unterminated subpattern at "
@@ -272,10 +273,10 @@ REWARDS = {
         ".tolerance must be at least 0, got -1\n"
         "hint: relative to the correct number: 0.01 accepts an error of 1%"
     ),
-    "{rule: length, max: 0}": ".max must be at least 1, got 0",
+    "{rule: length, max: 0}": f".max must be at least 1, got 0{LENGTH_HINT}",
     "{rule: length, min: -1, max: 3}": ".min must be at least 0, got -1",
-    "{rule: length, min: 5, max: 3}": ".max must be at least min = 5, got 3",
-    "{rule: length, max: 1.5}": ".max must be a whole number, got 1.5",
+    "{rule: length, min: 5, max: 3}": f".max must be at least min = 5, got 3{LENGTH_HINT}",
+    "{rule: length, max: 1.5}": f".max must be a whole number, got 1.5{LENGTH_HINT}",
     "{rule: length, max: 5, unit: word}": (
         ".unit must be 'words' or 'characters', got 'word'\nhint: did you mean words?"
     ),
@@ -318,6 +319,7 @@ def test_two_wrong_rewards_are_said_at_once_with_their_lines() -> None:
         f"r.yaml:6: reward[0].rule must be {RULE_NAMES}, got 'exat'",
         "hint: did you mean exact?",
         "r.yaml:8: reward[1].max must be at least 1, got -1",
+        LENGTH_HINT.strip(),
     ]
 
 
