@@ -176,6 +176,7 @@ def test_loss_and_gradient_are_trls(case: str, moved: bool, tmp_path: Path) -> N
         torch.ones(6, dtype=torch.float64),
         scored if moved or spec.kl_coef else None,
         longest=LONGEST,
+        kl_coef=spec.kl_coef or 0.0,
     )
     whole = Minibatch([[0, 1]], float(sum(lengths)), 6.0)
     roles: Any = SimpleNamespace(policy=scorer)

@@ -74,6 +74,11 @@ def test_groups_and_their_cost() -> None:
             {"adapter": {"kind": "lora", "from": "runs/sft"}, "objective": {"kind": "rloo"}},
             "the reference would be the bare base",
         ),
+        (
+            {"adapter": {"kind": "lora", "from": "runs/sft"}, "guard": {"max_kl": 5.0}},
+            "that to the bare base",
+        ),
+        ({"guard": {"max_kl": 5.0, "action": "raise_kl"}}, "stays 0"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(fields: dict[str, Any], sentence: str) -> None:

@@ -17,6 +17,7 @@ from running import (
     furthest,
     make_ppo_recipe,
     make_prompts,
+    make_recipe,
     steps_of,
     train,
     write_rows,
@@ -195,6 +196,24 @@ def test_a_reward_that_never_differs_ends_before_the_first_step(
     with pytest.raises(TrainingError, match=sentence) as raised:
         run_of(tmp_path, tiny_base, reward={"rule": "regex", "pattern": pattern})
     assert raised.value.hint
+
+
+def test_an_adapter_is_trained_further(tiny_base: Path, tmp_path: Path) -> None:
+    sft = Path(train(make_recipe(tmp_path / "sft", tiny_base)).output)
+    adapter = {"kind": "lora", "rank": 4, "alpha": 8, "from": str(sft)}
+    still = {**FIELDS["training"], "max_steps": 1, "learning_rate": 1e-30}
+    run = run_of(tmp_path / "grpo", tiny_base, adapter=adapter, training=still)
+    assert furthest(adapter_of(run), adapter_of(sft)) == 0.0
+    assert any(w.any() for name, w in adapter_of(sft).items() if "lora_B" in name)
+
+
+def test_the_guard_raises_the_price_in_the_loss(tiny_base: Path, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"objective": {"kl_coef": 0.1}}
+    held = run_of(
+        tmp_path / "held", tiny_base, guard={"max_kl": 1e-9, "action": "raise_kl"}, **fields
+    )
+    free = run_of(tmp_path / "free", tiny_base, **fields)
+    assert furthest(adapter_of(held), adapter_of(free)) > 1e-6
 
 
 def test_no_rate_moves_nothing(tiny_base: Path, tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ def test_the_gradient_is_that_of_the_formula(case: str) -> None:
         torch.tensor(counts, dtype=torch.float64),
         scored,
         longest=LONGEST,
+        kl_coef=spec.kl_coef or 0.0,
     )
     tokens = sum(n * c for n, c in zip(lengths, counts, strict=True))
     whole = Minibatch([[0, 1]], tokens, sum(counts))

@@ -150,6 +150,23 @@ class GrpoRecipe(RolloutRecipe):
             )
         return value
 
+    @field_validator("guard")
+    @classmethod
+    def _guard_can_act(cls, value: GuardSpec, info: ValidationInfo) -> GuardSpec:
+        adapter, objective = info.data.get("adapter"), info.data.get("objective")
+        if value.max_kl is not None and adapter is not None and continues(adapter):
+            raise ValueError(
+                "has max_kl with `adapter.from`: the distance would be that to the bare base; "
+                "remove it, or set model.base to the run, which is merged first"
+            )
+        priced = objective is None or objective.spelled_out().kl_coef
+        if value.action == "raise_kl" and not priced:
+            raise ValueError(
+                "has action = raise_kl, but objective.kl_coef is 0 and stays 0: set it above 0, or "
+                "action: stop"
+            )
+        return value
+
     definition: ClassVar[str] = "alignkit.stages.grpo.stage:GRPO"
     rates: ClassVar[Rates] = {
         "lora": Rate(1.0e-5, 1e-6, 1e-3),

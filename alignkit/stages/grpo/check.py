@@ -75,6 +75,7 @@ def _backward(
         counts=ones,
         scored=scored,
         longest=run.recipe.rollout.max_new_tokens,
+        kl_coef=run.kl_coef,
     )
     whole = Minibatch(groups, float(scored.mask.sum()), float(responses))
     for group in groups:

@@ -240,6 +240,7 @@ def _groups(
         torch.tensor(counts, dtype=torch.float64),
         scored,
         longest=recipe.rollout.max_new_tokens,
+        kl_coef=run.kl_coef,
     )
 
 

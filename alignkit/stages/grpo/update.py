@@ -44,6 +44,7 @@ class Groups:
         counts: `[S]` whether a response counts.
         scored: log-probs at the time of sampling; None if they are those of the only update.
         longest: tokens at which a response is cut off.
+        kl_coef: price of KL in this step.
     """
 
     rollouts: Sequence[Rollout]
@@ -51,6 +52,7 @@ class Groups:
     counts: torch.Tensor
     scored: Scored | None
     longest: int
+    kl_coef: float
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,10 @@ class GroupUpdater:
             ratios = self._sequence_ratios(new, old, packed)
         advantage, weight = self._per_token(groups, minibatch, rows, packed, new)
         losses = self._losses(new, ratios, advantage)
-        if spec.kl == "loss" and spec.kl_coef:
+        if spec.kl == "loss" and groups.kl_coef:
             assert groups.scored is not None  # whatever asks for the KL is scored before
             reference = on_device(_flat(groups.scored.reference, groups, rows), new.device)
-            losses = losses + spec.kl_coef * k3(new, reference)
+            losses = losses + groups.kl_coef * k3(new, reference)
         loss = (losses * weight).sum()
         (loss * self.stepper.scale.value).backward()
         with torch.no_grad():

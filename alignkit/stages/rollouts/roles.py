@@ -13,6 +13,8 @@ from peft import LoraConfig
 from torch import nn
 
 from alignkit.models.adapters.attach import attach_adapter, trainable_report
+from alignkit.models.adapters.continued import adapter_folder
+from alignkit.models.adapters.files import put_weights
 from alignkit.models.adapters.switching import (
     POLICY,
     Role,
@@ -159,6 +161,9 @@ def _over_one_base(
     model = load_model(rows.base, session.weights_dtype, device, spec.quantization)
     started, given = find_adapter_start(session, model, rows, plan)
     model = attach_adapter(model, started, recipe.seed, initial=given)
+    before = adapter_folder(recipe.adapter)
+    if before is not None:  # it is trained further
+        put_weights(model, before)
     own_value, source = _has_own_value(recipe), starts_from_reward(recipe, reward_models)
     if own_value and source is not None:
         add_stored_adapter(model, VALUE, source.folder)
