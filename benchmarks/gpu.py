@@ -5,9 +5,10 @@
 Rows: attention (the varlen backend against one masked call for each segment, bf16, outputs and
 gradients), bits (mm against addmm onto zeros over the shapes of a model's layers), and for each
 shape sft, dpo and groups (a prompt with eight branches): seconds of a step, useful operations as a
-share of the card's own product of large matrices, and peak memory against the plan; sampling:
-milliseconds a token, and graph: the same token as a CUDA graph. What a missing library or too small
-a card does not let run is named, and the rest goes on.
+share of the card's own product of large matrices, and peak memory against the plan; trl sft and
+trl dpo: the same rows with TRL's trainers; sampling: milliseconds a token, and graph: the same
+token as a CUDA graph. What a missing library or too small a card does not let run is named, and
+the rest goes on.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Hidden, intermediate, layers, query heads, key heads, vocabulary; as Qwen2.5 and Llama 3.1."""
 
+BRANCHES = {"sft": 1, "dpo": 2, "groups": 8}
+"""Completions of a prompt."""
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 STEPS, WARM = 5, 2
@@ -75,8 +79,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 # models ----------------------------------------------------------------------------------------
 
 
-def build(shape: str) -> Any:
-    """A random model in bfloat16 with LoRA of rank 16, its base in NF4 if the shape says so."""
+def build(shape: str, *, fast: bool = True) -> Any:
+    """A random model in bfloat16 with LoRA of rank 16, its base in NF4 if the shape says so; the
+    products are PEFT's and bitsandbytes' own without `fast`."""
     hidden, intermediate, layers, heads, key_heads, vocabulary = SHAPES[shape]["sizes"]
     kind = LlamaConfig if SHAPES[shape]["quantized"] else Qwen2Config
     config = kind(
@@ -93,13 +98,16 @@ def build(shape: str) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPE)
     if SHAPES[shape]["quantized"]:
         quantize(model)
+        if fast:
+            multiply_dense(model, DTYPE)
     _give_weights(model)
     model.tie_weights()
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=list(TARGETS)))
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
-    use_fast_lora(model)
+    if fast:
+        use_fast_lora(model)
     return model
 
 
@@ -132,7 +140,6 @@ def quantize(model: nn.Module) -> None:
                     drawn, requires_grad=False, quant_type="nf4"
                 )
                 setattr(parent, name, narrow.to(DEVICE))
-    multiply_dense(model, DTYPE)
 
 
 def documents(tokens: int, vocabulary: int, branches: int) -> list[Document]:
@@ -208,7 +215,7 @@ def bits(args: argparse.Namespace) -> dict[str, float]:
 
 def steps(shape: str, stage: str, args: argparse.Namespace) -> dict[str, float]:
     """Seconds of a training step, its share of the peak, and its memory against the plan."""
-    model, branches = build(shape), {"sft": 1, "dpo": 2, "groups": 8}[stage]
+    model, branches = build(shape), BRANCHES[stage]
     scorer = TokenScorer(model, DTYPE).train()
     optimizer = build_optimizer(scorer.named_parameters(), 1e-4, 0.0)
     batch = pack_documents(documents(args.tokens, SHAPES[shape]["sizes"][5], branches))
@@ -233,6 +240,14 @@ def steps(shape: str, stage: str, args: argparse.Namespace) -> dict[str, float]:
         "peak GB": used / 1e9,
         "planned GB": planned / 1e9,
     }
+
+
+def trl_steps(shape: str, stage: str, args: argparse.Namespace) -> dict[str, float]:
+    """The same step with TRL's trainer, PEFT's products and bitsandbytes' own."""
+    from gpu_trl import time_steps  # TRL may be missing
+
+    rows = documents(args.tokens, SHAPES[shape]["sizes"][5], BRANCHES[stage])
+    return time_steps(build(shape, fast=False), stage, rows, STEPS, WARM)
 
 
 def sampling(shape: str, args: argparse.Namespace) -> dict[str, float]:
@@ -363,6 +378,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for shape in args.shapes:
         for stage in ("sft", "dpo", "groups"):
             rows[f"{shape} {stage}"] = partial(steps, shape, stage, args)
+        for stage in ("sft", "dpo"):
+            rows[f"{shape} trl {stage}"] = partial(trl_steps, shape, stage, args)
         rows[f"{shape} sampling"] = partial(sampling, shape, args)
         rows[f"{shape} graph"] = partial(graph, shape, args)
     found: dict[str, Any] = {}

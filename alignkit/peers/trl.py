@@ -88,25 +88,30 @@ class PeerResult:
         return [metrics["loss"] for metrics in self.metrics]
 
 
-class _Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is not followed
-    """Times steps and keeps what TRL logs."""
+class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is not followed
+    """Times steps (`seconds`) and keeps what TRL logs of each (`metrics`)."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.metrics: list[dict[str, float]] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start the step's clock."""
         self.seconds.append(time.monotonic())
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Stop it."""
         self.seconds[-1] = time.monotonic() - self.seconds[-1]
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        """Keep a step's values; those of the whole run have no loss."""
         if "loss" in logs:
             self.metrics.append({name: float(value) for name, value in logs.items()})
 
 
-class _TokenizedDPO(DPOTrainer):
+class TokenizedDPO(DPOTrainer):
+    """TRL's trainer over rows as from `peer_row`."""
+
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
 
@@ -147,8 +152,8 @@ def run_trl(
     """
     size = recipe.examples_per_step
     items = [i for step in range(max_steps) for i in step_items(step, len(rows), size, recipe.seed)]
-    columns = [_row(recipe.stage, rows[int(item)]) for item in items]
-    recorder = _Recorder()
+    columns = [peer_row(recipe.stage, rows[int(item)]) for item in items]
+    recorder = Recorder()
     kind, config, options = _trainer_of(recipe)
     if recipe.stage == "reward":
         tokenizer = copy.deepcopy(tokenizer)
@@ -191,7 +196,7 @@ def _trainer_of(recipe: PeerRecipe) -> tuple[Any, Any, dict[str, Any]]:
     options = {"loss_type": name, "beta": objective.get("beta", objective.get("tau"))}
     if "label_smoothing" in objective:
         options["label_smoothing"] = objective["label_smoothing"]
-    return _TokenizedDPO, DPOConfig, options
+    return TokenizedDPO, DPOConfig, options
 
 
 def _arguments(recipe: PeerRecipe, folder: Path, steps: int, *, tuned: bool) -> dict[str, Any]:
@@ -246,8 +251,13 @@ def _adapter(recipe: PeerRecipe, base: BaseModel) -> PeftConfig | None:
     return peft_config(skeleton, spec, task)
 
 
-def _row(stage: str, document: Document) -> dict[str, Any]:
-    """One row as the columns that TRL's collators read."""
+def peer_row(stage: str, document: Document) -> dict[str, Any]:
+    """One row as the columns that TRL's collators read.
+
+    Args:
+        stage: `sft`, `reward`, `dpo` or `kto`.
+        document: the row.
+    """
     prompt, first = document.prompt.tolist(), document.branches[0]
     ids = first.ids.tolist()
     if stage == "sft":

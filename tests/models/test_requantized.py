@@ -32,10 +32,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def adapter_over(folder: Path, kind: str, dtype: str = "bfloat16") -> Path:
+def adapter_over(folder: Path, kind: str, dtype: str = "bfloat16", device: str = "cpu") -> Path:
     """A small adapter that says it was trained over a quantized base."""
     write_adapter(folder, size=0.02)
-    over = TrainedOver("the/base", "hub@1", kind, dtype)
+    over = TrainedOver("the/base", "hub@1", kind, dtype, device=device)
     (folder / TRAINED_OVER).write_text(json.dumps(dataclasses.asdict(over)), encoding="utf-8")
     return folder
 
@@ -51,7 +51,7 @@ def test_they_are_the_weights_a_run_computes_with(
     model = load_model(source, dtype, quantization=kind)
     stored = load_file(tmp_path / "base/model.safetensors")
     empty = build_without_weights(AutoModelForCausalLM, model.config)
-    found = as_trained(empty, stored.__getitem__, kind, dtype)
+    found = as_trained(empty, stored.__getitem__, kind, dtype, torch.device("cpu"))
     names = {f"{name}.weight" for name, m in model.named_modules() if is_quantized(m)}
     assert names == quantized_names(empty)
     assert len(names) == 14
@@ -61,6 +61,14 @@ def test_they_are_the_weights_a_run_computes_with(
         assert not torch.equal(dense.float(), stored[name].float())
     for name in set(stored) - names:
         assert found(name) is stored[name]
+
+
+def test_a_base_that_a_card_quantized_is_told_without_one(base: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the card makes the same codes again")
+    adapter = adapter_over(tmp_path / "adapter", "nf4", "float32", "cuda")
+    report = merge(base, adapter, tmp_path / "merged", onto="dequantized")
+    assert "quantized on cuda, which is not here" in report.lines()[-1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,6 +20,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 _KERNELS: dict[Operator, Callable[..., Any]] = {
     aten.histc.default: lambda x, *bins: torch.histc(x.float(), *bins).to(x.dtype),
+    aten.mm.dtype_out: lambda a, b, kind, *, out: torch.mm(a.to(kind), b.to(kind), out=out),
+    aten.addmm.dtype_out: lambda c, a, b, kind, *, out: torch.addmm(
+        c, a.to(kind), b.to(kind), out=out
+    ),
     torch.ops.torch_attn._varlen_attn.default: varlen_forward,
     torch.ops.torch_attn._varlen_attn_backward.default: varlen_backward,
 }

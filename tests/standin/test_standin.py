@@ -21,7 +21,8 @@ from standin.library import obstacle
 
 # Launches, synchronisations, calls of attention by kernel: two steps with their setup, evaluation
 # and checkpoint on compute capability 8.0, with the versions in constraints.txt. In 16 bits a whole
-# row is one varlen call; float32 takes the memory-efficient kernel, with key heads repeated.
+# row is one varlen call; float32 takes the memory-efficient kernel, with key heads repeated. The
+# merge of an NF4 base quantizes its layers once more on the device.
 CEILINGS: dict[str, tuple[int, int, dict[str, int]]] = {
     "sft/float32": (2114, 211, {"efficient": 76}),
     "reward/float32": (2943, 220, {"efficient": 182}),
@@ -31,7 +32,7 @@ CEILINGS: dict[str, tuple[int, int, dict[str, int]]] = {
     "grpo/float32": (9728, 277, {"efficient": 500}),
     "dpo/bfloat16": (3260, 215, {"varlen": 24, "efficient": 2}),
     "sft/float16": (2366, 211, {"varlen": 14, "efficient": 2}),
-    "sft/nf4": (2717, 267, {"efficient": 76}),
+    "sft/nf4": (2927, 337, {"efficient": 76}),
 }
 KINDS = [f"sft/float32/{kind}" for kind in ("full", "dora", "ia3", "prefix")]
 EXACT = [run for run in CEILINGS if not run.endswith("16")]
@@ -161,8 +162,8 @@ def test_half_precision_never_meets_the_math_kernel(found: dict[str, Any]) -> No
 def test_the_benchmark_of_a_card_runs_whole(found: dict[str, Any]) -> None:
     rows = found["card"]
     assert list(rows) == [
-        *("attention", "bits", "tiny sft", "tiny dpo", "tiny groups", "tiny sampling"),
-        "tiny graph",
+        *("attention", "bits", "tiny sft", "tiny dpo", "tiny groups"),
+        *("tiny trl sft", "tiny trl dpo", "tiny sampling", "tiny graph"),
     ]
     assert [name for name, values in rows.items() if "skipped" in values] == ["tiny graph"]
     assert "Stream" in rows["tiny graph"]["skipped"]  # nothing can be captured without a card
@@ -205,6 +206,7 @@ def test_a_base_in_nf4_never_lies_in_16_bits(found: dict[str, Any]) -> None:
     load = found["load"]
     assert load["quantized"] == 6 * 7
     assert load["alive"] <= 2 * load["largest"] < load["stored"] / 8
+    assert load["codes"] == 0
 
 
 @pytest.mark.slow

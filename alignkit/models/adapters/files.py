@@ -49,6 +49,10 @@ HEAD_KEYS = (HEAD_KEY, HEAD_KEY.replace("weight", "bias"))
 """The weight of that head, and its bias."""
 
 
+PLAIN = ("none", "", "")
+"""Precision of a base that was not quantized."""
+
+
 @dataclass(frozen=True)
 class TrainedOver:
     """The weights that an adapter was trained over.
@@ -61,6 +65,7 @@ class TrainedOver:
         rope: scaled positions, as in the recipe.
         tokens: that were added.
         init: where LoRA's factors started.
+        device: kind of device that quantized them; empty in files of older versions.
     """
 
     name: str
@@ -70,12 +75,20 @@ class TrainedOver:
     rope: dict[str, Any] | None = None
     tokens: tuple[str, ...] = ()
     init: str = "default"
+    device: str = ""
 
     @property
     def changes(self) -> BaseChanges:
         """What was changed in the base before training."""
         rope = None if self.rope is None else RopeSpec(**self.rope)
         return BaseChanges(rope, tuple(self.tokens))
+
+    @property
+    def precision(self) -> tuple[str, str, str]:
+        """Of a quantized base: its kind, its dtype, and where it was quantized."""
+        if self.quantization == "none":
+            return PLAIN
+        return self.quantization, self.dtype, self.device or "cpu"
 
 
 def save_adapter(

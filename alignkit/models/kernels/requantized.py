@@ -20,7 +20,11 @@ except ImportError:  # an extra: only quantized bases need it
 
 
 def as_trained(
-    skeleton: PreTrainedModel, weight: Callable[[str], torch.Tensor], kind: str, dtype: torch.dtype
+    skeleton: PreTrainedModel,
+    weight: Callable[[str], torch.Tensor],
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Callable[[str], torch.Tensor]:
     """Weights of the base that the adapters were trained over.
 
@@ -29,6 +33,7 @@ def as_trained(
         weight: gives a stored weight by its name.
         kind: `nf4` or `int8`; `none` keeps the stored weights.
         dtype: compute precision of the run.
+        device: where the weights are quantized; ties and means round differently elsewhere.
 
     Returns:
         A function like `weight`.
@@ -39,7 +44,7 @@ def as_trained(
 
     def trained(name: str) -> torch.Tensor:
         stored = weight(name)
-        return through(stored, kind, dtype) if name in names else stored
+        return through(stored, kind, dtype, device) if name in names else stored
 
     return trained
 
@@ -54,14 +59,16 @@ def quantized_names(skeleton: PreTrainedModel) -> set[str]:
     }
 
 
-def through(weight: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
-    """`[O, I]` a weight after quantization and back, in `dtype`."""
+def through(
+    weight: torch.Tensor, kind: str, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """`[O, I]` a weight after quantization and back on `device`, in `dtype`, where it was."""
     if bitsandbytes is None:
         raise ModelError(
             "the adapter was trained over a quantized base, which needs bitsandbytes",
             hint="pip install 'alignkit[quantization]'",
         )
-    narrow, sizes = weight.to(dtype).contiguous(), weight.shape[::-1]
+    narrow, sizes = weight.to(device, dtype).contiguous(), weight.shape[::-1]
     layer: Any
     if kind == "nf4":
         layer = bitsandbytes.nn.Linear4bit(*sizes, bias=False, device="meta")
@@ -76,5 +83,5 @@ def through(weight: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor
             f"the adapter was trained over weights in {kind!r}, which are not known here",
             hint="known are nf4 and int8",
         )
-    layer.weight, layer.compute_dtype = packed.to(weight.device), dtype
-    return dense_weight(layer)
+    layer.weight, layer.compute_dtype = packed.to(device), dtype
+    return dense_weight(layer).to(weight.device)

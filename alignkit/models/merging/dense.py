@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from alignkit.errors import ModelError, RoundingError
-from alignkit.models.adapters.files import load_adapter, trained_over
+from alignkit.models.adapters.files import PLAIN, load_adapter, trained_over
 from alignkit.models.adapters.targets import vocabulary_ends
 from alignkit.models.adapters.tensors import read_weights
 from alignkit.models.base.changes import grown
@@ -81,20 +81,28 @@ class MergedWeights:
                 "weighted nor combined: its start would no longer match what was lost",
                 hint="merge it alone",
             )
-        plain = ("none", "")
-        kinds = {
-            (one.quantization, one.dtype) if one and one.quantization != "none" else plain
-            for one in over
-        }
-        kind, dtype = kinds.pop()
+        kinds = {one.precision if one else PLAIN for one in over}
+        kind, dtype, device = kinds.pop()
         if kinds:
             self.notes = (
-                "the adapters were trained over bases in different precisions: merged onto the "
-                "original weights, and not compared with what was trained",
+                "the adapters were trained over bases in different precisions, or quantized on "
+                "different devices: merged onto the original weights, and not compared with what "
+                "was trained",
             )
         if kind == "none" or kinds:
             return "none", self.original
-        return kind, as_trained(self.plain, self.original, kind, DTYPES[dtype])
+        return kind, as_trained(self.plain, self.original, kind, DTYPES[dtype], self._like(device))
+
+    def _like(self, kind: str) -> torch.device:
+        """A device of the kind that quantized the base; the processor, with a note, without one."""
+        if kind == "cuda" and torch.cuda.is_available():
+            return torch.device("cuda")
+        if kind != "cpu":
+            self.notes = (
+                f"the base was quantized on {kind}, which is not here: quantized again on the "
+                "processor, where single codes can differ",
+            )
+        return torch.device("cpu")
 
     def choose(
         self,

@@ -146,22 +146,7 @@ def _write_models(
         written = _write_full(model, head, rows, output / "merged", settings, statistics)
         run.release()
         return written
-    spec, name = recipe.model, rows.base.name
-    over = TrainedOver(
-        name,
-        weights_fingerprint(rows.base),
-        spec.quantization,
-        spec.dtype,
-        None if spec.rope_scaling is None else spec.rope_scaling.model_dump(),
-        spec.add_tokens,
-        getattr(recipe.adapter, "init", "default"),
-    )
-    with replace_model(output / "adapter") as adapter:
-        save_adapter(model, adapter, name, head, trained_over=over)
-        rows.tokenizer.save_pretrained(adapter)
-        add_older_names(adapter)
-        if statistics is not None:
-            statistics.save(adapter)
+    _write_adapter(session, model, head, rows, statistics)
     del scorer, model
     run.release()
     session.accelerator.free_memory()
@@ -188,6 +173,29 @@ def _write_models(
     if report.quantized is not None:
         session.say(report.quantized.line())
     return report
+
+
+def _write_adapter(
+    session: Session, model: Any, head: Any, rows: AnyRows, statistics: RewardStatistics | None
+) -> None:
+    """The adapter's folder as PEFT reads it, and what it was trained over."""
+    spec, name = session.recipe.model, rows.base.name
+    over = TrainedOver(
+        name,
+        weights_fingerprint(rows.base),
+        spec.quantization,
+        spec.dtype,
+        None if spec.rope_scaling is None else spec.rope_scaling.model_dump(),
+        spec.add_tokens,
+        getattr(session.recipe.adapter, "init", "default"),
+        session.accelerator.device.type,
+    )
+    with replace_model(session.output / "adapter") as adapter:
+        save_adapter(model, adapter, name, head, trained_over=over)
+        rows.tokenizer.save_pretrained(adapter)
+        add_older_names(adapter)
+        if statistics is not None:
+            statistics.save(adapter)
 
 
 def _write_full(
