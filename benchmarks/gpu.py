@@ -252,7 +252,7 @@ def trl_steps(shape: str, stage: str, args: argparse.Namespace) -> dict[str, flo
 
 def sampling(shape: str, args: argparse.Namespace) -> dict[str, float]:
     """Milliseconds of one token of a batch of 32 responses."""
-    model = build(shape)
+    model = TokenScorer(build(shape), DTYPE).model  # with its norms, as in a run
     settings = RolloutSettings(max_new_tokens=args.new, temperature=1.0, stop_tokens=frozenset())
     engine = TransformersEngine(model.get_base_model(), DTYPE, settings)
     prompts = [np.arange(1, 65) + number for number in range(32)]
@@ -266,7 +266,7 @@ def sampling(shape: str, args: argparse.Namespace) -> dict[str, float]:
 
 def graph(shape: str, args: argparse.Namespace) -> dict[str, float]:
     """The same token captured once as a CUDA graph, and how many tokens it draws otherwise."""
-    model = build(shape)
+    model = TokenScorer(build(shape), DTYPE).model
     settings = RolloutSettings(max_new_tokens=args.new, temperature=1.0, stop_tokens=frozenset())
     inner = model.get_base_model().eval()
     engine = TransformersEngine(inner, DTYPE, settings)
