@@ -25,11 +25,23 @@ EPSILON = 1e-4
 
 
 def differs(rewards: torch.Tensor) -> torch.Tensor:
-    """`[P]` whether a group's `[P, n]` rewards are not all the same number.
+    """`[P]` whether a group's `[P, n]` rewards are not all the same number; NaN is no reward.
 
     Compared exactly: a standard deviation of equal numbers may be rounded to something above 0.
     """
-    return (rewards != rewards[:, :1]).any(1)
+    unknown, endless = torch.isnan(rewards), float("inf")
+    low = rewards.masked_fill(unknown, endless).amin(1)
+    return low < rewards.masked_fill(unknown, -endless).amax(1)
+
+
+def group_spread(rewards: torch.Tensor) -> torch.Tensor:
+    """`[P]` standard deviation of a group's `[P, n]` rewards, with the number of rewards - 1.
+
+    NaN is no reward; a group with fewer than two has none to spread: 0.
+    """
+    known = ~torch.isnan(rewards)
+    centered = (rewards - rewards.nanmean(1, keepdim=True)).nan_to_num(0.0)
+    return (centered.square().sum(1) / (known.sum(1) - 1).clamp(min=1)).sqrt()
 
 
 def group_advantages(rewards: torch.Tensor, kind: Advantage) -> torch.Tensor:
@@ -40,18 +52,19 @@ def group_advantages(rewards: torch.Tensor, kind: Advantage) -> torch.Tensor:
     others, n / (n - 1) · (r - μ). `batch_std` is divided by `batch_spread` afterwards.
 
     Args:
-        rewards: `[P, n]`, n at least 2.
+        rewards: `[P, n]`, n at least 2; NaN for a response without a reward, which counts in none
+            of these.
         kind: one of the four.
 
     Returns:
-        `[P, n]`, with mean 0 in each group.
+        `[P, n]`, with mean 0 in each group; 0 for a response without a reward.
     """
-    centered = rewards - rewards.mean(1, keepdim=True)
-    if kind == "group_std" and len(rewards):
-        return centered / (rewards.std(1, keepdim=True) + EPSILON)
+    centered = (rewards - rewards.nanmean(1, keepdim=True)).nan_to_num(0.0)
+    if kind == "group_std":
+        return centered / (group_spread(rewards)[:, None] + EPSILON)
     if kind == "leave_one_out":
-        count = rewards.shape[1]
-        return centered * (count / (count - 1))
+        count = (~torch.isnan(rewards)).sum(1, keepdim=True)
+        return centered * (count / (count - 1).clamp(min=1))
     return centered
 
 

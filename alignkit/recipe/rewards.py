@@ -1,4 +1,4 @@
-"""The `reward` section of PPO recipes: models, functions, servers and rules."""
+"""The `reward` section: models, functions, servers, judges and rules."""
 
 from __future__ import annotations
 
@@ -13,16 +13,32 @@ from pydantic import (
     Field,
     GetPydanticSchema,
     Tag,
-    ValidationInfo,
     field_serializer,
-    field_validator,
 )
 
 from alignkit.recipe.addresses import without_query
+from alignkit.recipe.rules import (
+    CodeReward,
+    ExactReward,
+    FormatReward,
+    JsonReward,
+    JsonSchemaReward,
+    LengthReward,
+    MathReward,
+    Name,
+    NumericReward,
+    RegexReward,
+    SentimentReward,
+    Timeout,
+    Weight,
+)
 from alignkit.recipe.section import PositiveInt, Section
 
 _FUNCTION = r"^.+\.py:[A-Za-z_]\w*$"
 _URL = r"^https?://[^/]"
+
+OnFailure = Literal["stop", "zero", "skip"]
+"""What becomes of a response that a source could not score."""
 
 
 def _function(value: str) -> str:
@@ -44,20 +60,6 @@ def _url(value: str) -> str:
     return value
 
 
-def _pattern(value: str) -> str:
-    try:
-        re.compile(value, re.DOTALL)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"is not a regular expression ({error})") from None
-    return value
-
-
-Pattern = Annotated[str, Field(min_length=1), AfterValidator(_pattern)]
-Column = Annotated[str, Field(min_length=1)]
-Weight = Annotated[float, Field(allow_inf_nan=False)]
-Timeout = Annotated[float, Field(gt=0.0, le=86400.0)]
-
-
 class ModelReward(Section):
     """A reward model."""
 
@@ -65,6 +67,8 @@ class ModelReward(Section):
     """Run of the reward stage, or its adapter/ or merged/ folder."""
     weight: Weight = 1.0
     """Factor in the sum of all rewards."""
+    name: Name = None
+    """`reward/<name>` in the metrics."""
     normalize: bool = True
     """Subtract the mean and divide by the standard deviation, as measured by the reward run."""
     separate: bool = False
@@ -77,11 +81,21 @@ class FunctionReward(Section):
     function: Annotated[
         str, AfterValidator(_function), Field(json_schema_extra={"pattern": _FUNCTION})
     ]
-    """`file.py:name`, called as name(prompts, completions, **columns) -> list of numbers."""
+    """`file.py:name`, called as name(prompts, completions, completion_ids, **columns) -> list of
+    numbers, or None where it does not apply. It may be async; log_metric and log_extra are given if
+    it names them, as in TRL."""
+    messages: bool = False
+    """Give the completion of a chat row as TRL does, [{role: assistant, content: ...}], not as
+    text."""
     weight: Weight = 1.0
     """Factor in the sum of all rewards."""
+    name: Name = None
+    """`reward/<name>` in the metrics."""
     timeout: Timeout = 600.0
     """Seconds that one call may take; it runs in a process of its own."""
+    on_failure: OnFailure = "stop"
+    """If a call fails: `stop` ends the run; `zero` and `skip` find the responses that it fails for
+    by calls with fewer, and give 0, or leave this source out of their reward."""
 
 
 class UrlReward(Section):
@@ -92,124 +106,55 @@ class UrlReward(Section):
     query is not stored with the run."""
     weight: Weight = 1.0
     """Factor in the sum of all rewards."""
+    name: Name = None
+    """`reward/<name>` in the metrics."""
     timeout: Timeout = 60.0
     """Seconds that one call may take, from the first try to the last byte of the answer."""
+    on_failure: OnFailure = "stop"
+    """If a call fails: `stop` ends the run; `zero` and `skip` find the responses that it fails for
+    by calls with fewer, and give 0, or leave this source out of their reward."""
 
     @field_serializer("url")
     def _stored(self, value: str) -> str:
         return without_query(value)
 
 
-class ExactReward(Section):
-    """1 if the response is the answer in a column."""
+class JudgeReward(Section):
+    """A language model that judges by a rubric, behind an OpenAI-compatible server."""
 
-    rule: Literal["exact"]
-    """`exact`: 1 if the response is the text in `column`, else 0."""
-    column: Column = "answer"
-    """Column of the row that holds the correct answer."""
-    ignore_case: bool = True
-    """Ignore case, surrounding spaces and a full stop at the end."""
+    judge: Annotated[str, AfterValidator(_url), Field(json_schema_extra={"pattern": _URL})]
+    """Address of the server's API, as in http://localhost:8000/v1; `/chat/completions` is asked.
+    Every reply is kept in samples.jsonl."""
+    model: Annotated[str, Field(min_length=1)]
+    """Name of the judging model, as the server knows it."""
+    rubric: Annotated[str, Field(min_length=1)]
+    """What a good response is, in words; or a text file that says so."""
+    scale: PositiveInt = 10
+    """The judge gives whole or decimal numbers from 0 to this; the score is divided by it."""
+    api_key: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
+    """Environment variable that holds the key; its value is never stored."""
+    at_once: PositiveInt = 8
+    """Requests under way at the same time."""
     weight: Weight = 1.0
     """Factor in the sum of all rewards."""
+    name: Name = None
+    """`reward/<name>` in the metrics."""
+    timeout: Timeout = 120.0
+    """Seconds that one response may take; a failed request is tried once more within them."""
+    on_failure: OnFailure = "skip"
+    """A reply without a score, or none: `stop` ends the run, `zero` gives 0, `skip` leaves the
+    judge out of the response's reward."""
 
+    @field_serializer("judge")
+    def _stored(self, value: str) -> str:
+        return without_query(value)
 
-class NumericReward(Section):
-    """1 if the response's last number is the correct one, as in GSM8K."""
-
-    rule: Literal["numeric"]
-    """`numeric`: 1 if the last number of the response equals that of `column`, else 0."""
-    column: Column = "answer"
-    """Column that holds the correct answer; if it contains `####`, only what follows counts."""
-    tolerance: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
-    """Accepted difference, relative to the correct number."""
-    weight: Weight = 1.0
-    """Factor in the sum of all rewards."""
-
-
-class RegexReward(Section):
-    """1 if a pattern is found in the response."""
-
-    rule: Literal["regex"]
-    """`regex`: 1 if `pattern` is found anywhere in the response, else 0."""
-    pattern: Pattern
-    """Python regular expression; the dot matches line breaks."""
-    weight: Weight = 1.0
-    """Factor in the sum of all rewards."""
-    timeout: Timeout = 60.0
-    """Seconds that the responses of one call may take; it runs in a process of its own."""
-
-
-class FormatReward(Section):
-    """1 if the whole response matches a pattern."""
-
-    rule: Literal["format"]
-    """`format`: 1 if the whole response, without surrounding spaces, matches `pattern`, else 0."""
-    pattern: Pattern
-    """Python regular expression; the dot matches line breaks."""
-    weight: Weight = 1.0
-    """Factor in the sum of all rewards."""
-    timeout: Timeout = 60.0
-    """Seconds that the responses of one call may take; it runs in a process of its own."""
-
-
-class LengthReward(Section):
-    """1 within a range of lengths, falling to 0 outside."""
-
-    rule: Literal["length"]
-    """`length`: 1 from `min` to `max`; outside, 1 minus the relative distance, at least 0."""
-    min: Annotated[int, Field(ge=0)] = 0
-    """Shortest length that scores 1."""
-    max: PositiveInt
-    """Longest length that scores 1."""
-    unit: Literal["words", "characters"] = "words"
-    """Unit of the length."""
-    weight: Weight = 1.0
-    """Factor in the sum of all rewards."""
-
-    @field_validator("max")
-    @classmethod
-    def _ordered(cls, value: int, info: ValidationInfo) -> int:
-        if value < info.data.get("min", 0):
-            raise ValueError(f"must be at least min = {info.data['min']}")
-        return value
-
-
-class JsonReward(Section):
-    """1 if the response is valid JSON."""
-
-    rule: Literal["json"]
-    """`json`: 1 if the response is one JSON value, else 0; a code fence around it is allowed."""
-    keys: tuple[str, ...] = ()
-    """The value must be an object with these keys."""
-    weight: Weight = 1.0
-    """Factor in the sum of all rewards."""
-
-
-class SentimentReward(Section):
-    """How positive the response is, from -1 to 1."""
-
-    rule: Literal["sentiment"]
-    """`sentiment`: the compound score of the VADER lexicon for English
-    (https://ojs.aaai.org/index.php/ICWSM/article/view/14550); needs `alignkit[sentiment]`."""
-    weight: Weight = 1.0
-    """Factor in the sum of all rewards; a negative one asks for negative responses."""
-
-
-RuleReward = (
-    ExactReward
-    | NumericReward
-    | RegexReward
-    | FormatReward
-    | LengthReward
-    | JsonReward
-    | SentimentReward
-)
-"""A reward computed by one of alignkit's rules, which `rule` names."""
 
 SOURCE_TAGS: dict[type[BaseModel], str] = {
     ModelReward: "reward:model",
     FunctionReward: "reward:function",
     UrlReward: "reward:url",
+    JudgeReward: "reward:judge",
     ExactReward: "reward:exact",
     NumericReward: "reward:numeric",
     RegexReward: "reward:regex",
@@ -217,11 +162,14 @@ SOURCE_TAGS: dict[type[BaseModel], str] = {
     LengthReward: "reward:length",
     JsonReward: "reward:json",
     SentimentReward: "reward:sentiment",
+    MathReward: "reward:math",
+    CodeReward: "reward:code",
+    JsonSchemaReward: "reward:json_schema",
 }
 """Section -> its tag in pydantic's locations; recipe keys contain no colon."""
 
-SOURCE_KEYS = ("model", "function", "url", "rule")
-"""A reward source has exactly one of these keys."""
+SOURCE_KEYS = ("model", "function", "url", "judge", "rule")
+"""A reward source has exactly one of these keys; beside `judge`, `model` is the judging one."""
 
 RULES = tuple(
     tag.removeprefix("reward:") for kind, tag in SOURCE_TAGS.items() if "rule" in kind.model_fields
@@ -229,11 +177,18 @@ RULES = tuple(
 """Names of the rules."""
 
 
+def source_keys(value: dict[Any, Any]) -> list[str]:
+    """Those of a mapping's keys that name a source."""
+    if "judge" in value:
+        return [key for key in SOURCE_KEYS if key in value and key != "model"]
+    return [key for key in SOURCE_KEYS if key in value]
+
+
 def _source_tag(value: Any) -> str | None:
     """Tag of the source that a mapping describes; None if it is not exactly one."""
     if not isinstance(value, dict):
         return SOURCE_TAGS.get(type(value))
-    named = [key for key in SOURCE_KEYS if key in value]
+    named = source_keys(value)
     if named == ["rule"]:
         return f"reward:{value['rule']}" if value["rule"] in RULES else None
     return f"reward:{named[0]}" if len(named) == 1 else None
@@ -249,17 +204,21 @@ RewardSource = Annotated[
     Annotated[ModelReward, Tag("reward:model")]
     | Annotated[FunctionReward, Tag("reward:function")]
     | Annotated[UrlReward, Tag("reward:url")]
+    | Annotated[JudgeReward, Tag("reward:judge")]
     | Annotated[ExactReward, Tag("reward:exact")]
     | Annotated[NumericReward, Tag("reward:numeric")]
     | Annotated[RegexReward, Tag("reward:regex")]
     | Annotated[FormatReward, Tag("reward:format")]
     | Annotated[LengthReward, Tag("reward:length")]
     | Annotated[JsonReward, Tag("reward:json")]
-    | Annotated[SentimentReward, Tag("reward:sentiment")],
+    | Annotated[SentimentReward, Tag("reward:sentiment")]
+    | Annotated[MathReward, Tag("reward:math")]
+    | Annotated[CodeReward, Tag("reward:code")]
+    | Annotated[JsonSchemaReward, Tag("reward:json_schema")],
     Discriminator(
         _source_tag,
         custom_error_type="reward_source",
-        custom_error_message="must be a mapping with one of model, function, url or rule",
+        custom_error_message="must be a mapping with one of model, function, url, judge or rule",
     ),
 ]
 
@@ -282,10 +241,33 @@ RewardSources = Annotated[
 """One source, or a list whose weighted scores are added up; a tuple after validation."""
 
 
+SOURCE_FILES = ("function", "file", "rubric")
+"""Keys of a source that may name a file."""
+
+
+def file_of(key: str, value: str) -> str:
+    """The file that one of `SOURCE_FILES` names; empty if it names none.
+
+    Args:
+        key: of a reward source.
+        value: of the key.
+    """
+    if key == "function":
+        file, _, name = value.rpartition(":")
+        return file if file.endswith(".py") and name.isidentifier() else ""
+    if key == "rubric" and ("\n" in value or not value.endswith((".md", ".txt"))):
+        return ""  # the rubric itself
+    return value
+
+
 def reward_name(source: RewardSource) -> str:
     """Short name of a source for metrics: `reward/<name>`."""
+    if source.name is not None:
+        return source.name
     if isinstance(source, ModelReward):
         return "model"
     if isinstance(source, FunctionReward):
         return source.function.rpartition(":")[2]
+    if isinstance(source, JudgeReward):
+        return "judge"
     return "url" if isinstance(source, UrlReward) else source.rule

@@ -36,14 +36,21 @@ class GuardSpec(Section):
 
 
 ROLLOUT_HINTS = {
-    "reward": "as in {model: runs/reward}, {function: rewards.py:score} or {rule: exact}; "
-    "several are a list of these, each with a weight",
+    "reward": "as in {model: runs/reward}, {function: rewards.py:score}, {rule: exact}, "
+    "{url: …} or {judge: …, model: …, rubric: …}; several are a list of these, each with a weight",
     "reward.pattern": "a Python regular expression; a backslash before . ( ) [ ] { } + * ? matches "
     "the character itself",
     "reward.max": "longest length that scores 1, as in {rule: length, max: 50}",
     "reward.weight": "1 is usual; a negative one turns a reward into a penalty",
     "reward.timeout": "seconds; 60 is usual",
     "reward.tolerance": "relative to the correct number: 0.01 accepts an error of 1%",
+    "reward.on_failure": "stop, zero or skip",
+    "reward.messages": "true gives completions as TRL's functions want them",
+    "reward.judge": "the API of an OpenAI-compatible server, as in http://localhost:8000/v1",
+    "reward.rubric": "what a good response is, in words, or a .md or .txt file",
+    "reward.name": "letters, digits, - and _, as in name: helpful",
+    "reward.api_key": "the name of an environment variable, as in OPENAI_API_KEY",
+    "task": "as in {rule: numeric} or {function: rewards.py:correct}",
     "rollout": "as in {prompts_per_step: 32, max_new_tokens: 64}",
     "rollout.prompts_per_step": "prompts per step over all processes; 16 to 512 is usual",
     "rollout.samples_per_prompt": "1 is usual",

@@ -20,7 +20,13 @@ from alignkit.recipe.assets import show_file
 
 
 def load_function(
-    path: Path, name: str, error: type[AlignkitError], *, what: str, shape: str
+    path: Path,
+    name: str,
+    error: type[AlignkitError],
+    *,
+    what: str,
+    shape: str,
+    may_be_async: bool = False,
 ) -> Callable[..., Any]:
     """A function in a file, which is run once, however many functions of it are used.
 
@@ -30,11 +36,18 @@ def load_function(
         error: class to raise for faults of the file.
         what: what the file is to the user, as in `reward function`.
         shape: how such a function is written, with `{name}` in it.
+        may_be_async: accept one whose result is awaited.
 
     Raises:
         AlignkitError: the file cannot be run, or holds no such function.
     """
-    return _find(_module(path, error, what), path, name, error, shape)
+    function = _find(_module(path, error, what), path, name, error, shape)
+    if inspect.iscoroutinefunction(function) and not may_be_async:
+        raise error(
+            f"{show_file(path)}: {name} must be a plain function, got an async one",
+            hint="call asyncio.run inside it",
+        )
+    return function
 
 
 def _module(path: Path, fault: type[AlignkitError], what: str) -> ModuleType:
@@ -97,11 +110,6 @@ def _find(
         raise fault(
             f"{shown}: {name} must be a function, got {type(function).__name__}",
             hint=f"write {shape.format(name=name)}",
-        )
-    if inspect.iscoroutinefunction(function):
-        raise fault(
-            f"{shown}: {name} must be a plain function, got an async one",
-            hint="call asyncio.run inside it",
         )
     return function  # type: ignore[no-any-return]
 

@@ -21,15 +21,26 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
+
+import psutil
 
 from alignkit.errors import AlignkitError
 
 _LENGTH = struct.Struct("!Q")
 _LONGEST = 1 << 30
 """Bytes of an answer."""
+_LOOK = 0.25
+"""Seconds between two looks at a worker's memory."""
+_SHARE = 0.5
+"""Of the machine's memory, the most that a worker and its children may take."""
 _DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
+
+
+class TooLarge(Exception):
+    """A worker takes more memory than it may."""
 
 
 class WorkerLost(Exception):
@@ -43,6 +54,11 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._owner = 0
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there."""
+        return self._socket is not None and self._owner == os.getpid()
 
     def call(self, target: str, *arguments: Any, timeout: float, fault: type[AlignkitError]) -> Any:
         """What a function of ours, which calls the user's, returns there.
@@ -65,6 +81,9 @@ class Worker:
         except TimeoutError:
             self.close()
             raise WorkerLost(f"gave no result within {timeout:g} seconds") from None
+        except TooLarge as error:
+            self.close()
+            raise WorkerLost(str(error)) from None
         except OSError:
             raise WorkerLost(self._ending()) from None
         except BaseException:  # interrupted: what comes next must not read this answer
@@ -87,16 +106,27 @@ class Worker:
             _kill(process)
 
     def _exchange(self, message: bytes, deadline: float) -> dict[str, Any]:
-        if self._socket is None or self._owner != os.getpid():
+        if not self.running:
             self._start()
         assert self._socket is not None
         self._socket.settimeout(_remaining(deadline))
         self._socket.sendall(_LENGTH.pack(len(message)) + message)
-        (length,) = _LENGTH.unpack(_receive(self._socket, _LENGTH.size, deadline))
+        (length,) = _LENGTH.unpack(_receive(self._socket, _LENGTH.size, deadline, self._watch))
         if length > _LONGEST:
             raise ConnectionError  # not from `serve`
         answer: dict[str, Any] = json.loads(_receive(self._socket, length, deadline))
         return answer
+
+    def _watch(self) -> None:
+        """End a worker that takes too much memory, before the run has none left."""
+        assert self._process is not None
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            own = psutil.Process(self._process.pid)
+            family = [own, *own.children(recursive=True)]
+            taken = sum(member.memory_info().rss for member in family)
+            limit = int(_SHARE * psutil.virtual_memory().total)
+            if taken > limit:
+                raise TooLarge(f"took more than {limit / 1e9:.1f} GB, half of the machine's memory")
 
     def _start(self) -> None:
         own, other = socket.socketpair()
@@ -147,8 +177,19 @@ def _remaining(deadline: float) -> float:
     return remaining
 
 
-def _receive(channel: socket.socket, count: int, deadline: float | None = None) -> bytes:
+def _receive(
+    channel: socket.socket,
+    count: int,
+    deadline: float | None = None,
+    watch: Callable[[], None] | None = None,
+) -> bytes:
     """So many bytes.
+
+    Args:
+        channel: to read from.
+        count: of bytes.
+        deadline: on the monotonic clock.
+        watch: called every quarter of a second while nothing comes.
 
     Raises:
         TimeoutError: not in time.
@@ -157,8 +198,15 @@ def _receive(channel: socket.socket, count: int, deadline: float | None = None) 
     parts: list[bytes] = []
     while count:
         if deadline is not None:
-            channel.settimeout(_remaining(deadline))
-        part = channel.recv(min(count, 1 << 20))
+            left = _remaining(deadline)
+            channel.settimeout(left if watch is None else min(left, _LOOK))
+        try:
+            part = channel.recv(min(count, 1 << 20))
+        except TimeoutError:
+            if watch is None:
+                raise
+            watch()
+            continue
         if not part:
             raise ConnectionError
         parts.append(part)

@@ -18,15 +18,17 @@ import pytest
 import torch
 
 from alignkit.errors import RewardError
-from alignkit.generation import reward_function, reward_server
-from alignkit.generation.rewards import Response, build_score, checked
+from alignkit.generation.rewards import asking
+from alignkit.generation.rewards import function as reward_function
+from alignkit.generation.rewards.build import build_score
+from alignkit.generation.rewards.responses import Response, checked
 from alignkit.recipe.assets import assets_root
 from alignkit.recipe.rewards import FunctionReward, UrlReward
 from alignkit.runtime.worker import Worker
 
 TURNS = [{"role": "user", "content": "Two?"}]
 RESPONSES = [
-    Response("One?", "1", {"prompt": "One?", "answer": "1", "level": 3}, "rows.jsonl:1"),
+    Response("One?", "1", {"prompt": "One?", "answer": "1", "level": 3}, "rows.jsonl:1", [7, 8]),
     Response(TURNS, "22", {"level": 4, "answer": "2", "topic": "sums"}, "rows.jsonl:2"),
 ]
 
@@ -34,7 +36,7 @@ RESPONSES = [
 @pytest.fixture(autouse=True)
 def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reward_server, "_PAUSE", 0.0)
+    monkeypatch.setattr(asking, "_PAUSE", 0.0)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
@@ -46,7 +48,7 @@ def function(code: str, name: str = "score", file: str = "mine.py") -> FunctionR
 
 
 def scored(code: str) -> list[float]:
-    return build_score(function(code))(RESPONSES)
+    return build_score(function(code))(RESPONSES).values
 
 
 def fault(act: Callable[[], Any]) -> str:
@@ -68,6 +70,7 @@ def test_a_function_gets_lists_by_name() -> None:
     # columns that both rows have, in the order of the first
     prompts, completions, columns = json.loads(Path("seen.json").read_text(encoding="utf-8"))
     assert (prompts, completions) == (["One?", TURNS], ["1", "22"])
+    assert columns.pop("completion_ids") == [[7, 8], []]
     assert list(columns.items()) == [("answer", ["1", "2"]), ("level", [3, 4])]
 
 
@@ -82,9 +85,9 @@ def test_a_function_gets_only_the_columns_that_it_names() -> None:
 def test_columns_that_are_called_like_the_parameters_are_left_out() -> None:
     rows = [Response("p", "c", {"prompts": 1, "completions": 2, "x": 3}, "rows.jsonl:1")]
     code = "def score(prompts, completions, **columns):\n"
-    code += "    assert (prompts, completions) == (['p'], ['c'])\n    return columns['x'] * "
-    code += "len(columns)"
-    assert build_score(function(code))(rows) == [3.0]
+    code += "    assert (prompts, completions) == (['p'], ['c'])\n    return columns['x'][:1] * "
+    code += "(list(columns) == ['completion_ids', 'x'])"
+    assert build_score(function(code))(rows).values == [3.0]
 
 
 def test_a_file_runs_once_and_its_folder_is_importable_meanwhile(tmp_path: Path) -> None:
@@ -98,11 +101,11 @@ def test_a_file_runs_once_and_its_folder_is_importable_meanwhile(tmp_path: Path)
     )
     before = list(sys.path)
     spec = function(code)
-    assert build_score(spec)(RESPONSES) == [10.0, 2.0]
-    assert build_score(spec)(RESPONSES) == [10.0, 2.0]
+    assert build_score(spec)(RESPONSES).values == [10.0, 2.0]
+    assert build_score(spec)(RESPONSES).values == [10.0, 2.0]
     # the other function sees the same module
     other = FunctionReward(function=spec.function.replace(":score", ":runs"))
-    assert build_score(other)(RESPONSES) == [2.0, 2.0]
+    assert build_score(other)(RESPONSES).values == [2.0, 2.0]
     assert sys.path == before
     assert not list(tmp_path.glob("__pycache__/mine*"))
 
@@ -110,13 +113,13 @@ def test_a_file_runs_once_and_its_folder_is_importable_meanwhile(tmp_path: Path)
 def test_files_of_one_name_are_two_modules() -> None:
     code = "def score(prompts, completions):\n    return [{}] * 2\n"
     one, two = (function(code.format(n), file=f"{n}/mine.py") for n in (1, 2))
-    assert build_score(one)(RESPONSES) == [1.0, 1.0]
-    assert build_score(two)(RESPONSES) == [2.0, 2.0]
+    assert build_score(one)(RESPONSES).values == [1.0, 1.0]
+    assert build_score(two)(RESPONSES).values == [2.0, 2.0]
     assert "mine" not in sys.modules
 
 
 def test_no_responses_are_not_handed_on() -> None:
-    assert build_score(function("def score(prompts, completions):\n    1 / 0\n"))([]) == []
+    assert build_score(function("def score(prompts, completions):\n    1 / 0\n"))([]).values == []
 
 
 @pytest.mark.parametrize(
@@ -144,7 +147,7 @@ def test_the_shipped_example() -> None:
     answers = ["word " * 20, "word " * 60, "word " * 15, "word " * 70, "", "Sorry" + " word" * 29]
     rows = [Response("p", answer, {"topic": "a"}, "rows.jsonl:1") for answer in answers]
     # 1 from 20 to 60 words; a distance of d words costs d / 20; an apology costs 1
-    assert score(rows) == pytest.approx([1, 1, 0.75, 0.5, 0, 0], abs=1e-12)
+    assert score(rows).values == pytest.approx([1, 1, 0.75, 0.5, 0, 0], abs=1e-12)
 
 
 # what a function does beside ------------------------------------------------------------------
@@ -159,7 +162,7 @@ def test_a_function_reaches_neither_the_folder_nor_the_output_of_the_run(
     code = "import os, torch\ntorch.set_grad_enabled(False)\nos.chdir('/')\n"
     code += SCORES.format("print('NOISE'); torch.set_default_dtype(torch.float64); os.chdir('/')")
     score = build_score(function(code))
-    assert [score(RESPONSES), score(RESPONSES)] == [[1.0, 2.0]] * 2
+    assert [score(RESPONSES).values, score(RESPONSES).values] == [[1.0, 2.0]] * 2
     assert Path.cwd() == tmp_path
     assert torch.is_grad_enabled()
     assert torch.get_default_dtype() is torch.float32
@@ -172,7 +175,7 @@ def test_each_call_starts_in_the_folder_of_the_run() -> None:
     code = "import os\ndef score(prompts, completions):\n"
     code += "    here = os.getcwd()\n    os.chdir('/')\n    return [len(here)] * 2\n"
     score = build_score(function(code))
-    assert score(RESPONSES) == score(RESPONSES) == [float(len(str(Path.cwd())))] * 2
+    assert score(RESPONSES).values == score(RESPONSES).values == [float(len(str(Path.cwd())))] * 2
 
 
 @pytest.mark.parametrize(
@@ -183,22 +186,21 @@ def test_each_call_starts_in_the_folder_of_the_run() -> None:
         "os.kill(os.getpid(), 9)": "was ended by SIGKILL",
         "os.kill(os.getpid(), 40)": "was ended by signal 40",
         "os.closerange(3, 100)": "ended its process with exit code 1",
-        "time.sleep(60)": "gave no result within 0.5 seconds",
-        "[None for _ in iter(int, 1)]": "gave no result within 0.5 seconds",
+        "time.sleep(60)": "gave no result within 1 seconds",
+        "[None for _ in iter(int, 1)]": "gave no result within 1 seconds",
     }.items(),
 )
 def test_a_function_that_ends_or_hangs(act: str, said: str) -> None:
     # the file is loaded within seconds, the call is given half of one
+    other = build_score(function(SCORES.format("pass"), file="other.py"))
+    assert other(RESPONSES).values == [1.0, 2.0]
     spec = function("import os, time\n" + SCORES.format(act))
-    score = build_score(spec)
-    assert build_score(function(SCORES.format("pass"), file="other.py"))(RESPONSES) == [1.0, 2.0]
-    object.__setattr__(spec, "timeout", 0.5)
+    score = build_score(spec.model_copy(update={"timeout": 1.0}))
     message = fault(lambda: score(RESPONSES))
-    assert message.startswith(f"mine.py:score: {said}\nhint: ")
+    assert message.startswith(f"mine.py:score: {said}; the response is to rows.jsonl:1\nhint: ")
     # another process takes over, and knows what the run has loaded
-    object.__setattr__(spec, "timeout", 60.0)
     function("import os, time\n" + SCORES.format("pass"))
-    assert score(RESPONSES) == [1.0, 2.0]
+    assert build_score(spec)(RESPONSES).values == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("kind", ["GeneratorExit", "KeyboardInterrupt", "BaseException"])
@@ -214,7 +216,8 @@ def test_a_function_ends_with_the_run(tmp_path: Path) -> None:
     code += "    pathlib.Path('pid').write_text(str(os.getpid()))\n    time.sleep(60)\n"
     spec = function(code)
     run = (
-        "from alignkit.generation.rewards import build_score, Response\n"
+        "from alignkit.generation.rewards.build import build_score\n"
+        "from alignkit.generation.rewards.responses import Response\n"
         "from alignkit.recipe.rewards import FunctionReward\n"
         f"build_score(FunctionReward(function={spec.function!r}))([Response('a', 'b', {{}}, 'c')])"
     )
@@ -275,18 +278,9 @@ FAULTS = {
     ),
     "no names": ("", "mine.py: has no function 'score'\nhint: functions in it: none"),
     "no function": ("score = [1]\n", f"mine.py: score must be a function, got list\n{SHAPE}"),
-    "an async function": (
-        "async def score(prompts, completions): ...\n",
-        "mine.py: score must be a plain function, got an async one\n"
-        "hint: call asyncio.run inside it",
-    ),
-    "no prompts": (
-        "def score(completions, answer): ...\n",
-        f"mine.py: score has no parameter prompts\n{SHAPE}; columns may also be named one by one",
-    ),
     "neither parameter": (
         "def score(*texts): ...\n",
-        "mine.py: score has no parameter prompts and no parameter completions\n"
+        "mine.py: score has no parameter completions\n"
         f"{SHAPE}; columns may also be named one by one",
     ),
     "a column that no row has": (
@@ -327,7 +321,7 @@ FAULTS = {
     ),
 }
 NUMBERS = "\nhint: one number for each completion; arrays and tensors of one dimension are fine"
-FINITE = "\nhint: give 0 for a completion that cannot be judged; scores are counted from 0"
+FINITE = "\nhint: give None where the reward does not apply, or 0; scores are counted from 0"
 COUNT = "\nhint: keep the order of the completions, and score the bad ones too"
 RESULTS = {
     "0.5": f"must give a list of numbers, got float{NUMBERS}",
@@ -337,7 +331,6 @@ RESULTS = {
     "torch.tensor(1.0)": f"must give a list of numbers, got Tensor{NUMBERS}",
     "[1]": f"must give 2 scores, one for each completion, got 1{COUNT}",
     "[1, 2, 3]": f"must give 2 scores, one for each completion, got 3{COUNT}",
-    "[1, None]": f"score 1 must be a finite number, got None; its row is rows.jsonl:2{FINITE}",
     "['1', 2]": f"score 0 must be a finite number, got '1'; its row is rows.jsonl:1{FINITE}",
     "[1, float('nan')]": (
         f"score 1 must be a finite number, got nan; its row is rows.jsonl:2{FINITE}"
@@ -389,13 +382,13 @@ def test_a_file_that_failed_is_run_again_once_it_is_mended() -> None:
     fault(lambda: build_score(spec))
     assert sys.path == before
     function("def score(prompts, completions):\n    return [1, 1]  # fixed\n")
-    assert build_score(spec)(RESPONSES) == [1.0, 1.0]
+    assert build_score(spec)(RESPONSES).values == [1.0, 1.0]
 
 
 def test_checked_names_its_source() -> None:
     score = checked("the reward model", lambda responses: [1.0, float("nan")])
     assert fault(lambda: score(RESPONSES)).startswith("the reward model: score 1 must be a finite")
-    assert checked("x", lambda responses: [1, 2])(RESPONSES) == [1.0, 2.0]
+    assert checked("x", lambda responses: [1, 2])(RESPONSES).values == [1.0, 2.0]
 
 
 # servers --------------------------------------------------------------------------------------
@@ -454,7 +447,7 @@ def server() -> Iterator[Server]:
 
 def test_a_server_gets_json_and_gives_scores(server: Server) -> None:
     server.answers = [(200, b'{"scores": [0.5, 2], "seconds": 1}')]
-    assert build_score(UrlReward(url=server.url))(RESPONSES) == [0.5, 2.0]
+    assert build_score(UrlReward(url=server.url))(RESPONSES).values == [0.5, 2.0]
     ((path, headers, body),) = server.asked
     assert path == "/score"
     assert headers["Content-Type"] == "application/json"
@@ -487,9 +480,6 @@ ANSWERS = {
     ),
     b"\xff\xfe\x00": f"must answer JSON, got '\ufffd\ufffd\\x00'{ANSWER}",
     b'{"scores": {"a": 1}}': f"must give a list of numbers, got dict{NUMBERS}",
-    b'{"scores": [1, null]}': (
-        f"score 1 must be a finite number, got None; its row is rows.jsonl:2{FINITE}"
-    ),
     b'{"scores": [NaN, 1]}': (
         f"score 0 must be a finite number, got nan; its row is rows.jsonl:1{FINITE}"
     ),
@@ -499,14 +489,14 @@ ANSWERS = {
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_answers_that_are_no_scores(server: Server, answer: bytes) -> None:
     server.answers = [(200, answer)]
-    said = fault(lambda: build_score(UrlReward(url=server.url))(RESPONSES))
+    said = fault(lambda: build_score(UrlReward(url=server.url))(RESPONSES).values)
     assert said == f"{server.url}: {ANSWERS[answer]}"
     assert len(server.asked) == 1
 
 
 def test_an_http_error_is_not_tried_again(server: Server) -> None:
     server.answers = [(500, b"out of\nmemory " + b"x" * 500)]
-    said = fault(lambda: build_score(UrlReward(url=server.url))(RESPONSES))
+    said = fault(lambda: build_score(UrlReward(url=server.url))(RESPONSES).values)
     assert said == (
         f"{server.url}: answered HTTP 500 Internal Server Error: 'out of memory {'x' * 103}...'\n"
         "hint: see the server's own log"
@@ -516,10 +506,10 @@ def test_an_http_error_is_not_tried_again(server: Server) -> None:
 
 def test_a_lost_connection_is_tried_once_more(server: Server) -> None:
     server.answers = [None, (200, b'{"scores": [1, 2]}')]
-    assert build_score(UrlReward(url=server.url))(RESPONSES) == [1.0, 2.0]
+    assert build_score(UrlReward(url=server.url))(RESPONSES).values == [1.0, 2.0]
     assert len(server.asked) == 2
     server.answers = [None, None]
-    said = fault(lambda: build_score(UrlReward(url=server.url))(RESPONSES))
+    said = fault(lambda: build_score(UrlReward(url=server.url))(RESPONSES).values)
     assert said == (
         f"{server.url}: cannot be reached, tried twice: Remote end closed connection without "
         "response\nhint: start the server, or check reward.url"
@@ -529,7 +519,7 @@ def test_a_lost_connection_is_tried_once_more(server: Server) -> None:
 
 def test_a_late_answer(server: Server) -> None:
     server.late, server.answers = 0.5, [(200, b"{}")]
-    said = fault(lambda: build_score(UrlReward(url=server.url, timeout=0.05))(RESPONSES))
+    said = fault(lambda: build_score(UrlReward(url=server.url, timeout=0.05))(RESPONSES).values)
     assert said == (
         f"{server.url}: gave no answer within 0.05 seconds\n"
         "hint: raise reward.timeout, or lower rollout.prompts_per_step"
@@ -541,7 +531,7 @@ def test_nobody_listens_and_secrets_are_not_shown(server: Server) -> None:
     server.close()
     server.close = lambda: None  # type: ignore[method-assign]
     spec = UrlReward(url=f"{server.url}?token=hidden")
-    said = fault(lambda: build_score(spec)(RESPONSES))
+    said = fault(lambda: build_score(spec)(RESPONSES).values)
     assert said == (
         f"{server.url}?…: cannot be reached, tried twice: Connection refused\n"
         "hint: start the server, or check reward.url"
@@ -557,7 +547,7 @@ def drip(seconds: float) -> Iterator[bytes]:
 
 def test_the_deadline_is_for_the_whole_call(server: Server) -> None:
     server.answers, started = [(200, drip(0.05))], time.monotonic()
-    said = fault(lambda: build_score(UrlReward(url=server.url, timeout=0.3))(RESPONSES))
+    said = fault(lambda: build_score(UrlReward(url=server.url, timeout=0.3))(RESPONSES).values)
     assert "gave no answer within 0.3 seconds" in said
     assert time.monotonic() - started < 5.0
 
@@ -565,12 +555,12 @@ def test_the_deadline_is_for_the_whole_call(server: Server) -> None:
 def test_the_deadline_holds_for_names_that_are_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: time.sleep(3.0))
     spec = UrlReward(url="http://slow.invalid/score", timeout=0.1)
-    assert "gave no answer within 0.1 seconds" in fault(lambda: build_score(spec)(RESPONSES))
+    assert "gave no answer within 0.1 seconds" in fault(lambda: build_score(spec)(RESPONSES).values)
 
 
 def test_an_endless_answer_is_not_read(server: Server) -> None:
     server.answers = [(200, iter(lambda: b"x" * (1 << 20), b""))]
-    said = fault(lambda: build_score(UrlReward(url=server.url))(RESPONSES))
+    said = fault(lambda: build_score(UrlReward(url=server.url))(RESPONSES).values)
     assert said == (
         f"{server.url}: answered more than 1,179,648 bytes, which is not read further\n"
         "hint: answer the scores and nothing else"
@@ -581,7 +571,7 @@ def test_an_endless_answer_is_not_read(server: Server) -> None:
 @pytest.mark.parametrize("place", ["/internal?key=secret", "ftp://127.0.0.1/scores", "file:///etc"])
 def test_no_redirection_is_followed(server: Server, status: int, place: str) -> None:
     server.answers = [(status, b'{"scores": [1, 2]}', place)]
-    said = fault(lambda: build_score(UrlReward(url=server.url))(RESPONSES))
+    said = fault(lambda: build_score(UrlReward(url=server.url))(RESPONSES).values)
     shown = place.partition("?")[0]
     assert f"answered HTTP {status}: it redirects to '{shown}" in said
     assert "secret" not in said or place.startswith("/")

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from alignkit.errors import RewardError
-from alignkit.generation.rewards import Response, build_score
-from alignkit.generation.rules import last_number
-from alignkit.recipe.rewards import (
+from alignkit.generation.rewards.build import build_score
+from alignkit.generation.rewards.responses import Response
+from alignkit.generation.rewards.rules import last_number
+from alignkit.recipe.rules import (
     ExactReward,
     FormatReward,
     JsonReward,
@@ -28,7 +29,7 @@ def response(completion: str, **columns: Any) -> Response:
 
 
 def scored(spec: RuleReward, completion: str, **columns: Any) -> float:
-    (value,) = build_score(spec)([response(completion, **columns)])
+    (value,) = build_score(spec)([response(completion, **columns)]).values
     assert isinstance(value, float)
     return value
 
@@ -229,8 +230,8 @@ def test_sentiment_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_several_responses_keep_their_order() -> None:
     score = build_score(ExactReward(rule="exact"))
     rows = [response("a", answer="a"), response("a", answer="b"), response("b", answer="b")]
-    assert score(rows) == [1.0, 0.0, 1.0]
-    assert score([]) == []
+    assert score(rows).values == [1.0, 0.0, 1.0]
+    assert score([]).values == []
 
 
 def test_rows_that_a_rule_cannot_use() -> None:

@@ -13,7 +13,7 @@ from alignkit.recipe.assets import assets_root, find_path
 from alignkit.recipe.objectives import CustomSpec
 from alignkit.recipe.reading.document import Document
 from alignkit.recipe.reading.yaml_values import KeyPath, show_path
-from alignkit.recipe.rewards import FunctionReward, ModelReward, RewardSource
+from alignkit.recipe.rewards import SOURCE_FILES, ModelReward, RewardSource, file_of
 from alignkit.recipe.rows import SourceSpec
 from alignkit.recipe.stages.base import Recipe
 
@@ -43,6 +43,8 @@ def with_paths(recipe: Recipe, document: Document) -> Recipe:
     if recipe.reward_sources:
         placed_rewards = (_placed_reward(source, document) for source in recipe.reward_sources)
         changes["reward"] = tuple(placed_rewards)
+    if recipe.task_source is not None:
+        changes["task"] = _placed_reward(recipe.task_source, document)
     if isinstance(recipe.objective, CustomSpec):
         file = find_path(recipe.objective.file, document.folders)
         changes["objective"] = recipe.objective.model_copy(update={"file": str(file)})
@@ -50,14 +52,17 @@ def with_paths(recipe: Recipe, document: Document) -> Recipe:
 
 
 def _placed_reward(source: RewardSource, document: Document) -> RewardSource:
-    if isinstance(source, FunctionReward):
-        file, _, name = source.function.rpartition(":")
-        path = find_path(file, document.folders)
-        return source.model_copy(update={"function": f"{path or file}:{name}"})
     if isinstance(source, ModelReward):
         placed = place_path(source.model, document)
         return source.model_copy(update={"model": placed or source.model})
-    return source
+    changes = {}
+    for key in SOURCE_FILES:
+        value = getattr(source, key, None) or ""
+        file = file_of(key, value)
+        path = find_path(file, document.folders) if file else None
+        if path is not None:
+            changes[key] = f"{path}{value[len(file) :]}"
+    return source.model_copy(update=changes)
 
 
 def missing_files(document: Document) -> list[AlignkitError]:
@@ -80,21 +85,26 @@ def missing_files(document: Document) -> list[AlignkitError]:
         script = find_path(file, document.folders)
         if not (script and script.is_file()):
             problems.append(no_file(("objective", "file"), file, document))
-    return problems + _missing_functions(document)
+    return problems + _missing_sources(document)
 
 
-def _missing_functions(document: Document) -> list[AlignkitError]:
-    """One error for each reward function whose file does not exist."""
+def _missing_sources(document: Document) -> list[AlignkitError]:
+    """One error for each file of a reward source or a task that does not exist."""
     problems = []
     reward = document.values.get("reward")
-    one: list[tuple[KeyPath, Any]] = [(("reward",), reward)]
-    many = enumerate(reward) if isinstance(reward, list) else []
-    for path, source in [*one, *((("reward", index), source) for index, source in many)]:
-        function = source.get("function") if isinstance(source, dict) else None
-        file, _, name = function.rpartition(":") if isinstance(function, str) else ("", "", "")
-        script = find_path(file, document.folders)
-        if file.endswith(".py") and name.isidentifier() and not (script and script.is_file()):
-            problems.append(no_file((*path, "function"), file, document, suffix=f":{name}"))
+    sources: list[tuple[KeyPath, Any]] = (
+        [*((("reward", index), source) for index, source in enumerate(reward or []))]
+        if isinstance(reward, list)
+        else [(("reward",), reward)]
+    )
+    for path, source in [*sources, (("task",), document.values.get("task"))]:
+        for key in SOURCE_FILES if isinstance(source, dict) else ():
+            value = source.get(key)
+            file = file_of(key, value) if isinstance(value, str) else ""
+            found = find_path(file, document.folders) if file else None
+            if file and not (found and found.is_file()):
+                suffix = str(value)[len(file) :]
+                problems.append(no_file((*path, key), file, document, suffix=suffix))
     return problems
 
 

@@ -14,7 +14,7 @@ from alignkit.errors import AlignkitError
 from alignkit.recipe.addresses import hide_secrets
 from alignkit.recipe.reading.document import Document
 from alignkit.recipe.reading.yaml_values import KeyPath, show_path
-from alignkit.recipe.rewards import RULES, SOURCE_KEYS, SOURCE_TAGS
+from alignkit.recipe.rewards import RULES, SOURCE_KEYS, SOURCE_TAGS, source_keys
 from alignkit.recipe.stages.base import Recipe
 from alignkit.recipe.stages.registry import stages
 
@@ -128,11 +128,11 @@ def _any_of(names: Iterable[str]) -> str:
 
 
 def _sources_in(value: Any) -> list[str]:
-    return [key for key in SOURCE_KEYS if isinstance(value, dict) and key in value]
+    return source_keys(value) if isinstance(value, dict) else []
 
 
 def _hint(path: KeyPath, model: type[BaseModel]) -> str:
-    if path[:1] == ("reward",):  # a mapping or a list of mappings
+    if path[:1] in (("reward",), ("task",)):  # a mapping or a list of mappings
         path = tuple(part for part in path if isinstance(part, str))
     if path == ("stage",):
         return _any_of(stages())

@@ -14,6 +14,7 @@ from typing import Any
 from alignkit.errors import AlignkitError, RecipeError
 from alignkit.recipe.reading.document import Document
 from alignkit.recipe.reading.yaml_values import KeyPath, show_path
+from alignkit.recipe.rewards import SOURCE_FILES
 
 STAGE_NAME = re.compile(r"[A-Za-z_][\w-]*")
 """Valid names of stages."""
@@ -25,7 +26,7 @@ _FILES = (
     ("data", "train", "path"),
     ("data", "eval", "path"),
     ("reward", "model"),
-    ("reward", "function"),
+    *((section, key) for section in ("reward", "task") for key in SOURCE_FILES),
 )
 """Recipe keys that name files, without list positions."""
 

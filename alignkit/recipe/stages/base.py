@@ -155,6 +155,11 @@ class Recipe(Section):
         return ()
 
     @property
+    def task_source(self) -> RewardSource | None:
+        """What verifies held-out responses, apart from their reward."""
+        return None
+
+    @property
     def peak_rates(self) -> dict[str, float]:
         """Trained part -> its peak learning rate; the first is the model's own."""
         assert self.training.learning_rate is not None  # with_defaults

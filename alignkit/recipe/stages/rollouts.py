@@ -37,6 +37,10 @@ class RolloutRecipe(Recipe):
     reward: RewardSources
     """Source of rewards: a reward model, a Python function, a server, a rule, or a list of these
     whose weighted scores are added up."""
+    task: RewardSource | None = None
+    """What verifies the responses to held-out prompts, apart from their reward: a source as in
+    `reward`, but no model. A response is right from a score of 1; pass@1 and pass@k are measured
+    before step 1, every eval_every and at the end."""
     rollout: RolloutSpec = Field(RolloutSpec(), validate_default=True)
     """How responses are sampled."""
     training: LoopSpec = LoopSpec(save_every=10)
@@ -67,6 +71,18 @@ class RolloutRecipe(Recipe):
             )
         return value
 
+    @field_validator("task")
+    @classmethod
+    def _verifies(cls, value: RewardSource | None, info: ValidationInfo) -> RewardSource | None:
+        if isinstance(value, ModelReward):
+            raise ValueError(
+                "names a reward model, which verifies nothing: name a rule or a function"
+            )
+        data = info.data.get("data")
+        if value is not None and data is not None and not (data.eval or data.eval_fraction):
+            raise ValueError("needs held-out prompts: set data.eval or data.eval_fraction")
+        return value
+
     @field_validator("rollout")
     @classmethod
     def _enough_prompts(cls, value: RolloutSpec, info: ValidationInfo) -> RolloutSpec:
@@ -87,6 +103,7 @@ class RolloutRecipe(Recipe):
         "training.batch_size": "did you mean rollout.prompts_per_step?",
         "beta": "did you mean objective.kl_coef?",
         "objective.beta": "did you mean objective.kl_coef?",
+        **dict.fromkeys(("eval_task", "verifier"), "did you mean task?"),
         "reference": "the reference is the model that training starts from; remove the key",
     }
     hints: ClassVar[dict[str, str]] = ROLLOUT_HINTS
@@ -121,3 +138,8 @@ class RolloutRecipe(Recipe):
     def reward_sources(self) -> tuple[RewardSource, ...]:
         """Sources of the responses' rewards."""
         return self.reward
+
+    @property
+    def task_source(self) -> RewardSource | None:
+        """What verifies held-out responses."""
+        return self.task

@@ -38,13 +38,14 @@ def dry_run(run: RolloutRun, first_step: int) -> None:
 
 def _look(run: RolloutRun, rollouts: Sequence[Rollout], rewards: torch.Tensor) -> None:
     """Say what a few groups earn, and refuse a run that would learn nothing."""
+    known = rewards[~torch.isnan(rewards)]
     cut = sum(c.finish == "length" for r in rollouts for c in r.sampled)
     constant, count = int((~differs(rewards)).sum()), rewards.numel()
     spec = run.recipe.rollout
     run.progress.say(
         f"pilot: {len(rollouts)} groups of {spec.samples_per_prompt}: {cut} of {count} responses "
         f"cut off at {spec.max_new_tokens} tokens, {constant} groups earn all the same; rewards "
-        f"{rewards.min():.3g} to {rewards.max():.3g}, {rewards.mean():.3g} on average"
+        f"{known.min():.3g} to {known.max():.3g}, {known.mean():.3g} on average"
     )
     for rollout, earned in list(zip(rollouts, rewards.tolist(), strict=True))[:SHOWN]:
         asked, text = (" ".join(t.split()) for t in (str(rollout.prompt.shown), rollout.texts[0]))
@@ -58,7 +59,7 @@ def _look(run: RolloutRun, rollouts: Sequence[Rollout], rewards: torch.Tensor) -
     if constant == len(rollouts):
         raise TrainingError(
             f"the {spec.samples_per_prompt} responses to each of {len(rollouts)} prompts earn all "
-            f"the same ({rewards.mean():.3g} on average): nothing can be learned from them",
+            f"the same ({known.mean():.3g} on average): nothing can be learned from them",
             hint="use easier prompts, a reward with more steps, rollout.temperature=1 or more "
             "rollout.samples_per_prompt",
         )

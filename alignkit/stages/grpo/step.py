@@ -10,17 +10,17 @@ import numpy as np
 import torch
 
 from alignkit.data.packing import epoch_order
-from alignkit.generation.sampled import SampledResponse
 from alignkit.objectives.group_relative import (
     batch_spread,
     differs,
     group_advantages,
+    group_spread,
     overlong_penalty,
 )
 from alignkit.objectives.kl import k1, k3
-from alignkit.recipe.stages.grpo import GrpoRecipe, GrpoSpec
+from alignkit.recipe.stages.grpo import GrpoRecipe
 from alignkit.stages.grpo.update import Groups, Minibatch
-from alignkit.stages.rollouts.judging import Rewards
+from alignkit.stages.rollouts.judging import Rewards, joined_rewards
 from alignkit.stages.rollouts.passes import group_rollouts
 from alignkit.stages.rollouts.run import TRAIN, RolloutRun, end_step, rollout_metrics
 from alignkit.stages.rollouts.sampling import Rollout
@@ -37,13 +37,15 @@ class Asked:
 
     Args:
         rollouts: groups, in the order in which they were asked.
-        rewards: `[P, n]` of their responses, penalties included.
+        rewards: `[P, n]` of their responses, penalties included; NaN for one without a reward.
+        counted: `[P, n]` whether a response is learned from.
         judged: the same responses' rewards by source.
         tries: how often further prompts were asked.
     """
 
     rollouts: list[Rollout]
     rewards: torch.Tensor
+    counted: torch.Tensor
     judged: Rewards
     tries: int
 
@@ -134,7 +136,7 @@ def _ask(run: RolloutRun, step: int) -> tuple[Asked, float]:
         mine = items[run.processes.rank :: run.processes.world]
         rollouts = run.collect(run.rows.train, mine, (run.seed, TRAIN, step, number))
         seconds += time.monotonic() - started
-        parts.append((rollouts, run.judge(rollouts)))
+        parts.append((rollouts, run.score(rollouts)))
         asked = _joined(recipe, parts, number)
         found = torch.tensor(float(len(asked.chosen)), dtype=torch.float64)
         missing = wanted - int(run.processes.reduce(found))
@@ -147,20 +149,19 @@ def _ask(run: RolloutRun, step: int) -> tuple[Asked, float]:
 def _joined(
     recipe: GrpoRecipe, parts: Sequence[tuple[list[Rollout], Rewards]], tries: int
 ) -> Asked:
-    judged = [rewards for _, rewards in parts]
-    names = judged[0].parts
-    together = Rewards(
-        torch.cat([r.total for r in judged]),
-        {name: torch.cat([r.parts[name] for r in judged]) for name in names},
-        torch.cat([r.plain for r in judged]),
-    )
+    together = joined_rewards([rewards for _, rewards in parts])
     rollouts = [rollout for some, _ in parts for rollout in some]
     total, spec = together.total, recipe.rollout
     if recipe.objective.overlong == "penalize":
         lengths = torch.tensor([len(c.ids) for r in rollouts for c in r.sampled])
         longest = spec.max_new_tokens
         total = total + overlong_penalty(lengths, longest, max(1, longest // BUFFER)).float()
-    return Asked(rollouts, total.view(len(rollouts), spec.samples_per_prompt), together, tries)
+    shape = len(rollouts), spec.samples_per_prompt
+    counted = together.known
+    if recipe.objective.overlong == "mask":
+        ended = [c.finish == "stop" for r in rollouts for c in r.sampled]
+        counted = counted & torch.tensor(ended, dtype=torch.bool)
+    return Asked(rollouts, total.view(shape), counted.view(shape), together, tries)
 
 
 def _minibatches(run: RolloutRun, asked: Asked, step: int, epoch: int) -> list[Minibatch]:
@@ -179,10 +180,15 @@ def _minibatches(run: RolloutRun, asked: Asked, step: int, epoch: int) -> list[M
     for part in np.array_split(order, spec.minibatches):
         learned = [place[group] for group in np.sort(part).tolist() if group in place]
         passes.append(group_rollouts(rollouts, learned, budget))
-        counted = [rollouts[i] for i in learned]
-        if not spec.resample:
-            counted = [asked.rollouts[group] for group in part]
-        lengths = [len(c.ids) for r in counted for c in r.sampled if _counts(spec, c)]
+        counted = [asked.chosen[i] for i in learned] if spec.resample else part.tolist()
+        lengths = [
+            len(response.ids)
+            for group in counted
+            for response, counts in zip(
+                asked.rollouts[group].sampled, asked.counted[group].tolist(), strict=True
+            )
+            if counts
+        ]
         sums.append([float(sum(lengths)), float(len(lengths)), float(len(learned))])
     totals = run.processes.reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
     return [
@@ -230,23 +236,18 @@ def _groups(
         earned = earned - run.kl_coef * distances["kl/k1"].view_as(earned)
     advantages = group_advantages(earned.double(), kind)
     if kind == "batch_std":
-        every = advantages.numel() if spec.resample else asked.rewards.numel()
+        whole = earned if spec.resample else asked.rewards
+        every = float((~torch.isnan(whole)).sum())
         sums = torch.tensor([every, float(advantages.square().sum())], dtype=torch.float64)
         advantages = advantages / batch_spread(*run.processes.reduce(sums).tolist())
-    counts = [float(_counts(spec, c)) for r in rollouts for c in r.sampled]
     return Groups(
         rollouts,
         advantages.flatten(),
-        torch.tensor(counts, dtype=torch.float64),
+        asked.counted[asked.chosen].double().flatten(),
         scored,
         longest=recipe.rollout.max_new_tokens,
         kl_coef=run.kl_coef,
     )
-
-
-def _counts(spec: GrpoSpec, response: SampledResponse) -> bool:
-    """Whether a response is learned from."""
-    return spec.overlong != "mask" or response.finish == "stop"
 
 
 def _update_metrics(sums: dict[str, float]) -> dict[str, float]:
@@ -274,7 +275,7 @@ def _group_metrics(
     sums = torch.stack(
         [
             *(torch.tensor(float(n), dtype=torch.float64) for n in counts),
-            rewards.std(1).sum(),
+            group_spread(rewards).sum(),
             torch.tensor(float(len(next(iter(distances.values()), []))), dtype=torch.float64),
             *kl,
         ]

@@ -21,7 +21,7 @@ from alignkit.models.base.places import resolve
 from alignkit.recipe.assets import find_path
 from alignkit.recipe.objectives import CustomSpec
 from alignkit.recipe.reading.label import LabelSpec
-from alignkit.recipe.rewards import FunctionReward, ModelReward, RewardSource
+from alignkit.recipe.rewards import SOURCE_FILES, ModelReward, RewardSource, file_of
 from alignkit.recipe.section import Section
 from alignkit.recipe.stages.base import Recipe
 
@@ -67,11 +67,27 @@ def training_inputs(recipe: Recipe) -> dict[str, str]:
         inputs["loss function"] = loss
         values["objective"]["file"] = None
     for index, reward in enumerate(recipe.reward_sources):
-        if isinstance(reward, ModelReward):
-            values["reward"][index]["model"] = None
-        if isinstance(reward, FunctionReward) and find_path(reward.function.rpartition(":")[0]):
-            values["reward"][index]["function"] = reward.function.rpartition(":")[2]
-    return inputs | reward_inputs(recipe.reward_sources) | _settings(values)
+        values["reward"][index] |= _without_files(reward)
+    if recipe.task_source is not None:
+        values["task"] |= _without_files(recipe.task_source)
+    return inputs | reward_inputs(recipe.reward_sources, recipe.task_source) | _settings(values)
+
+
+def _without_files(source: RewardSource) -> dict[str, Any]:
+    """Keys of a source that name models or files, with what of them is no name of a place."""
+    if isinstance(source, ModelReward):
+        return {"model": None}
+    return {key: getattr(source, key)[len(file) :] for key, file, _ in _files(source)}
+
+
+def _files(source: RewardSource) -> Iterator[tuple[str, str, Path]]:
+    """Key, file as it is named, and path of each file of a source."""
+    for key in SOURCE_FILES:
+        value = getattr(source, key, None)
+        file = file_of(key, value) if value else ""
+        path = find_path(file) if file else None
+        if path is not None:
+            yield key, file, path
 
 
 def objective_fingerprint(objective: Section) -> str | None:
@@ -79,23 +95,26 @@ def objective_fingerprint(objective: Section) -> str | None:
     return _hash_file(Path(objective.file)) if isinstance(objective, CustomSpec) else None
 
 
-def reward_inputs(rewards: Sequence[RewardSource]) -> dict[str, str]:
-    """Hashes of the reward models and of the files of reward functions.
+def reward_inputs(
+    rewards: Sequence[RewardSource], task: RewardSource | None = None
+) -> dict[str, str]:
+    """Hashes of the reward models and of the files that reward sources name.
 
     Args:
         rewards: of a recipe.
+        task: of a recipe.
 
     Returns:
-        `reward model 1` and so on -> hash.
+        `reward model 1`, `reward function 1` and so on -> hash.
     """
     inputs = {}
-    for index, reward in enumerate(rewards):
-        if isinstance(reward, ModelReward):
-            inputs[f"reward model {index + 1}"] = model_identity(reward.model)
-        if isinstance(reward, FunctionReward):
-            path = find_path(reward.function.rpartition(":")[0])
-            if path is not None:
-                inputs[f"reward function {index + 1}"] = _hash_file(path)
+    sources = {f"{index + 1}": reward for index, reward in enumerate(rewards)}
+    for number, source in [*sources.items(), *([("of the task", task)] if task else [])]:
+        if isinstance(source, ModelReward):
+            inputs[f"reward model {number}"] = model_identity(source.model)
+            continue
+        for key, _, path in _files(source):
+            inputs[f"reward {key} {number}"] = _hash_file(path)
     return inputs
 
 

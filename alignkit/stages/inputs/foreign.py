@@ -10,7 +10,14 @@ from alignkit.models.adapters.files import read_adapter_config
 from alignkit.models.base.places import resolve
 from alignkit.recipe.assets import show_file
 from alignkit.recipe.objectives import CustomSpec
-from alignkit.recipe.rewards import FunctionReward, ModelReward, RewardSource, UrlReward
+from alignkit.recipe.rewards import (
+    FunctionReward,
+    JudgeReward,
+    ModelReward,
+    RewardSource,
+    UrlReward,
+)
+from alignkit.recipe.rules import CodeReward
 from alignkit.recipe.stages.base import Recipe
 
 
@@ -32,7 +39,9 @@ def _parts(recipe: Recipe) -> Iterator[str]:
         yield f"executes {show_file(Path(recipe.objective.file))} (objective.file)"
     yield from _model(spec.base, "model.base")
     for reward in recipe.reward_sources:
-        yield from _reward(reward)
+        yield from _reward(reward, "reward")
+    if recipe.task_source is not None:
+        yield from _reward(recipe.task_source, "task")
     for key, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         for source in sources:
             if source.path is None:
@@ -42,16 +51,25 @@ def _parts(recipe: Recipe) -> Iterator[str]:
             yield f"sends metrics to {tracker} (training.trackers)"
 
 
-def _reward(source: RewardSource) -> Iterator[str]:
+def _reward(source: RewardSource, key: str) -> Iterator[str]:
     if isinstance(source, FunctionReward):
         file, _, name = source.function.rpartition(":")
-        yield f"executes {show_file(Path(file))}, for {name} (reward.function)"
+        yield f"executes {show_file(Path(file))}, for {name} ({key}.function)"
     if isinstance(source, UrlReward):
-        parts = urlsplit(source.url)
-        place = f"{parts.scheme}://{parts.netloc}"
-        yield f"sends prompts, responses and all columns of the rows to {place} (reward.url)"
+        place = _server(source.url)
+        yield f"sends prompts, responses and all columns of the rows to {place} ({key}.url)"
+    if isinstance(source, JudgeReward):
+        yield f"sends prompts and responses to {_server(source.judge)} ({key}.judge)"
+    if isinstance(source, CodeReward):
+        where = "confined" if source.confined else "NOT confined (confined: false)"
+        yield f"executes the programs that the model writes, {where} ({key}.rule)"
     if isinstance(source, ModelReward):
         yield from _model(source.model, "reward.model")
+
+
+def _server(address: str) -> str:
+    parts = urlsplit(address)
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def _model(name: str, key: str) -> Iterator[str]:

@@ -42,7 +42,7 @@ def train_step(run: RolloutRun, step: int) -> dict[str, float]:
     mine = items[run.processes.rank :: run.processes.world]
     rollouts = run.collect(prompts, mine, (seed, TRAIN, step))
     sampled = time.monotonic()
-    rewards = run.judge(rollouts)
+    rewards = run.score(rollouts)
     passes = [
         [
             group_rollouts(rollouts, part, plan.microbatch_tokens)
@@ -57,12 +57,16 @@ def train_step(run: RolloutRun, step: int) -> dict[str, float]:
     keep = spec.minibatches == 1
     scored, outputs = score_rollouts(run.roles, rollouts, first, keep=keep)
     kl = k1(scored.policy, scored.reference) * scored.mask
-    earned = token_rewards(rewards.total, kl, scored.mask, kl_coef=run.kl_coef)
+    # A response without a reward neither moves the policy nor tells the value model anything.
+    known = rewards.known[:, None] & scored.mask
+    total = rewards.total.nan_to_num(0.0)
+    earned = token_rewards(total, kl, scored.mask, kl_coef=run.kl_coef)
     raw, returns = advantages(
         earned, scored.values, scored.mask, gamma=spec.gamma, gae_lambda=spec.gae_lambda
     )
-    totals = run.processes.reduce(moments(raw, scored.mask))
-    batch = Batch(rollouts, scored, whiten(raw, scored.mask, totals), returns)
+    returns = torch.where(known, returns, scored.values)
+    totals = run.processes.reduce(moments(raw, known))
+    batch = Batch(rollouts, scored, whiten(raw, known, totals), returns)
     sums: dict[str, float] = {}
     for groups in passes:
         for name, value in run.updater.run(batch, groups, outputs, step).items():

@@ -61,7 +61,7 @@ def dry_run(
     prompts = run.rows.train
     items = list(range(min(PROMPTS, len(prompts))))
     rollouts = run.collect(prompts, items, (run.seed, DRY_RUN))
-    rewards = run.judge(rollouts)
+    rewards = run.score(rollouts)
     groups = group_rollouts(rollouts, items, run.plan.microbatch_tokens)
     scored = score_rollouts(run.roles, rollouts, groups)[0]
     again = score_rollouts(run.roles, rollouts, groups)[0]
@@ -168,7 +168,8 @@ def _say_reference_rewards(run: RolloutRun) -> None:
         response = SampledResponse(tokens, np.zeros(len(tokens), np.float32), "stop", 0.0)
         document = Document(prompt.ids, (branch,), 0)
         answered.append(Rollout(prompt, document, (response,), (prompt.answer,)))
-    mean, low, high = mean_interval(run.judge(answered).plain.double().numpy())
+    earned = run.score(answered)
+    mean, low, high = mean_interval(earned.plain[earned.known].double().numpy())
     run.progress.say(
         f"the data's own answers earn {mean:.3f} ({low:.3f} to {high:.3f}, {len(chosen)} answers)"
     )

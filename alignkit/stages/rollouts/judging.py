@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,8 @@ import torch
 
 from alignkit.data.packing import pack_documents, split_documents
 from alignkit.errors import RewardError
-from alignkit.generation.responses import Score
-from alignkit.generation.rewards import build_score
+from alignkit.generation.rewards.build import build_score
+from alignkit.generation.rewards.responses import Failure, Score, Scores
 from alignkit.models.adapters.switching import (
     Role,
 )
@@ -41,14 +41,27 @@ class Rewards:
     """What responses are worth.
 
     Args:
-        total: `[B]` float32 weighted sum, the penalty for a missing end included.
-        parts: name of each source -> `[B]` its score, before its weight.
+        total: `[B]` float32 weighted sum, the penalty for a missing end included; NaN where no
+            source applies.
+        parts: name of each source -> `[B]` its score, before its weight; NaN where it does not
+            apply.
         plain: `[B]` the sum without the penalty.
+        notes: response -> name of a source -> what else that said of it.
+        metrics: further numbers of the sources, by name.
+        failures: name of a source -> responses that it could not score.
     """
 
     total: torch.Tensor
     parts: dict[str, torch.Tensor]
     plain: torch.Tensor
+    notes: dict[int, dict[str, Any]] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, tuple[Failure, ...]] = field(default_factory=dict)
+
+    @property
+    def known(self) -> torch.Tensor:
+        """`[B]` whether any source applies to the response."""
+        return ~torch.isnan(self.plain)
 
 
 @dataclass(frozen=True)
@@ -89,31 +102,55 @@ class Judge:
             RewardError: a source gave no usable scores, here or in another process.
         """
         error: RewardError | None = None
+        found: dict[str, Scores] = {}
         try:
-            parts = {part.name: self._score(part, rollouts) for part in self.parts}
+            found = {part.name: self._score(part, rollouts) for part in self.parts}
         except RewardError as raised:
             error = raised
-        failed = self.processes.reduce(
-            torch.tensor([float(error is not None)], dtype=torch.float64)
+        values = {name: torch.tensor(s.values, dtype=torch.float32) for name, s in found.items()}
+        plain = weighted_sum([(p.weight, values[p.name]) for p in self.parts if values])
+        known, failed = (
+            float(x)
+            for x in self.processes.reduce(
+                torch.tensor(
+                    [float((~torch.isnan(plain)).sum()), float(error is not None)],
+                    dtype=torch.float64,
+                )
+            )
         )
         if error is not None:
             raise error
-        if failed.item() > 0:
+        if failed:
             raise RewardError(
                 "another process could not score its responses",
                 hint="see the error that it printed",
             )
-        plain = torch.stack([p.weight * parts[p.name] for p in self.parts]).sum(0)
+        if not known:
+            raise RewardError(
+                f"no reward applies to any of {len(plain)} responses: every source gave None",
+                hint="give a number where a response can be judged, or add a source for the others",
+            )
         total = plain
         if self.missing_eos_penalty:
             cut = [c.finish == "length" for r in rollouts for c in r.sampled]
             total = plain - self.missing_eos_penalty * torch.tensor(cut, dtype=torch.float32)
-        return Rewards(total, parts, plain)
+        notes: dict[int, dict[str, Any]] = {}
+        for name, scores in found.items():
+            for number, note in scores.notes.items():
+                notes.setdefault(number, {})[name] = note
+        return Rewards(
+            total,
+            values,
+            plain,
+            notes,
+            {key: value for scores in found.values() for key, value in scores.metrics.items()},
+            {name: scores.failures for name, scores in found.items() if scores.failures},
+        )
 
-    def _score(self, part: RewardPart, rollouts: Sequence[Rollout]) -> torch.Tensor:
+    def _score(self, part: RewardPart, rollouts: Sequence[Rollout]) -> Scores:
         if not isinstance(part.source, ScoringModel):
             responses = [response for rollout in rollouts for response in rollout.responses()]
-            return torch.tensor(part.source(responses), dtype=torch.float32)
+            return part.source(responses)
         documents = [rollout.document for rollout in rollouts]
         groups = split_documents([document.num_tokens for document in documents], self.max_tokens)
         owners = np.repeat(np.arange(len(documents)), [len(d.branches) for d in documents])
@@ -128,7 +165,44 @@ class Judge:
                 f"the reward model gave {scores[~torch.isfinite(scores)][0].item()} to a response",
                 hint="its weights or the policy's have diverged; look at samples.jsonl",
             )
-        return scores
+        return Scores(scores.tolist())
+
+
+def joined_rewards(parts: Sequence[Rewards]) -> Rewards:
+    """What consecutive responses earn as one; of a metric the last is kept.
+
+    Args:
+        parts: by the same sources, at least one.
+    """
+    notes: dict[int, dict[str, Any]] = {}
+    failures: dict[str, tuple[Failure, ...]] = {}
+    count = 0
+    for part in parts:
+        notes |= {count + number: note for number, note in part.notes.items()}
+        count += len(part.plain)
+        for name, failed in part.failures.items():
+            failures[name] = failures.get(name, ()) + failed
+    return Rewards(
+        torch.cat([part.total for part in parts]),
+        {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
+        torch.cat([part.plain for part in parts]),
+        notes,
+        {name: value for part in parts for name, value in part.metrics.items()},
+        failures,
+    )
+
+
+def weighted_sum(parts: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
+    """`[B]` the sum of weighted scores over the sources that apply; NaN where none does.
+
+    Args:
+        parts: weight and `[B]` scores of each source, NaN where it does not apply.
+    """
+    if not parts:
+        return torch.zeros(0)
+    scores = torch.stack([weight * values for weight, values in parts])
+    nowhere = torch.isnan(scores).all(0)
+    return scores.nansum(0).masked_fill(nowhere, float("nan"))
 
 
 def build_judge(

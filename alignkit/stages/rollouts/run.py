@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +15,16 @@ from alignkit.runtime.processes import ProcessGroup
 from alignkit.stages.inputs.rows import PromptRows
 from alignkit.stages.rollouts.guard import GUARD_FACTOR, Guard
 from alignkit.stages.rollouts.health import Health, distinct_pairs
-from alignkit.stages.rollouts.judging import Rewards
+from alignkit.stages.rollouts.judging import Judge, Rewards
 from alignkit.stages.rollouts.samples import SamplesFile
 from alignkit.stages.rollouts.sampling import Rollout, sample
 from alignkit.stages.running.loop import NAMED, Loop
 
 TRAIN, HELD_OUT = 11, 12
 """First numbers of the seeds of responses."""
+
+TASK = "task/pass@"
+"""How the metrics of a task begin."""
 
 SHOWN = 8
 """Responses of a step that samples.jsonl keeps."""
@@ -36,6 +39,7 @@ class RolloutRun(Loop):
         rows: prompts.
         roles: who plays what.
         judge: scores responses.
+        task: verifies held-out responses, apart from their reward; None without one.
         engine: samples responses.
         updater: takes optimizer steps.
         processes: this one, and sums over all of them.
@@ -52,7 +56,8 @@ class RolloutRun(Loop):
     recipe: Any
     rows: PromptRows
     roles: Any
-    judge: Any
+    judge: Judge | Any
+    task: Judge | None
     engine: Any
     updater: Any
     processes: ProcessGroup
@@ -83,7 +88,7 @@ class RolloutRun(Loop):
     def keep_policy(self) -> RolloutRun:
         """The run with nothing but the policy's scorer, which `finish_run` writes."""
         self.scorer = self.roles.policy.scorer
-        self.roles = self.judge = self.engine = self.updater = None
+        self.roles = self.judge = self.task = self.engine = self.updater = None
         self.parts = ()
         return self
 
@@ -106,6 +111,24 @@ class RolloutRun(Loop):
             return sample(
                 prompts, items, self.engine, self.rows.tokenizer, samples=samples, seed=seed
             )
+
+    def score(self, rollouts: Sequence[Rollout]) -> Rewards:
+        """What some responses earn; those that a source could not score are told.
+
+        Args:
+            rollouts: of this process.
+
+        Raises:
+            RewardError: a source failed, here or in another process.
+        """
+        rewards = self.judge(rollouts)
+        for name, failures in rewards.failures.items():
+            first = failures[0]
+            self.progress.say(
+                f"reward {name}: {len(failures)} of {len(rewards.plain)} responses could not be "
+                f"scored; the first is to {first.place}: {first.reason}"
+            )
+        return rewards
 
 
 def step_places(run: RolloutRun, step: int) -> list[str]:
@@ -143,6 +166,9 @@ def rollout_metrics(
         rollouts: of this one.
         rewards: of their responses.
         more: name -> `[B]` further values of these.
+
+    Returns:
+        Means over the responses that have such a value: a source need not apply to all.
     """
     responses = [c for r in rollouts for c in r.sampled]
     reads = sum(r.document.num_tokens for r in rollouts)
@@ -156,14 +182,20 @@ def rollout_metrics(
         "entropy": torch.tensor([c.entropy for c in responses]),
         **{f"reward/{name}": value for name, value in rewards.parts.items()},
     }
-    sums = [value.double().sum() for value in per_response.values()]
+    sums = [value.double().nansum() for value in per_response.values()]
+    known = [(~torch.isnan(value)).double().sum() for value in per_response.values()]
     counts = [torch.tensor(float(x), dtype=torch.float64) for x in (len(responses), reads)]
-    *means, count, read = run.processes.reduce(torch.stack([*sums, *counts])).tolist()
-    named = {name: total / count for name, total in zip(per_response, means, strict=True)}
+    *both, count, read = run.processes.reduce(torch.stack([*sums, *known, *counts])).tolist()
+    pairs = zip(per_response, both[: len(sums)], both[len(sums) :], strict=True)
+    named = {name: total / counted if counted else math.nan for name, total, counted in pairs}
+    unscored = 1.0 - both[len(sums)] / max(count, 1.0)
     spread = max(named.pop("squares") - named["reward"] ** 2, 0.0) ** 0.5
     return {
         **named,
         "reward_std": spread,
+        "unscored": unscored,
+        # Of this process only: what a function logs is not alignkit's to average.
+        **{f"logged/{name}": value for name, value in rewards.metrics.items()},
         # Of this process only: distinct pairs cannot be added up.
         "distinct_2": distinct_pairs([text for r in rollouts for text in r.texts]),
         "responses": count,
@@ -216,4 +248,16 @@ def say_rewards(values: dict[str, float]) -> str:
     if "reward_gain" in values:
         low, high = values["reward_gain_low"], values["reward_gain_high"]
         line += f"  gain {values['reward_gain']:+.3f} ({low:+.3f} to {high:+.3f})"
-    return line
+    return line + "".join(_say_task(values))
+
+
+def _say_task(values: dict[str, float]) -> Iterator[str]:
+    """pass@1 and pass@k with their intervals."""
+    for name in (
+        key for key in values if key.startswith(TASK) and key.rpartition("@")[2].isdigit()
+    ):
+        low, high = values[f"{name}_low"], values[f"{name}_high"]
+        yield f"  {name.removeprefix('task/')} {values[name]:.1%} ({low:.1%} to {high:.1%})"
+        if f"{name}_gain" in values:
+            gain, low, high = (values[f"{name}_gain{end}"] * 100 for end in ("", "_low", "_high"))
+            yield f" gain {gain:+.1f} points ({low:+.1f} to {high:+.1f})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class SamplesFile:
         *,
         rows: str,
         limit: int | None,
+        task: torch.Tensor | None = None,
     ) -> None:
         """Append responses.
 
@@ -46,13 +48,19 @@ class SamplesFile:
             rewards: of all of them.
             kl: `[B]` k1 of each response, in nats.
             rows: `train` or `held_out`.
-            limit: only this many, the first ones; None appends all.
+            limit: only this many, the first ones, and those of which a source said more than a
+                number; None appends all.
+            task: `[B]` what the task's verifier gave.
         """
         lines = []
         number = 0
         for rollout in rollouts:
             for text, response in zip(rollout.texts, rollout.sampled, strict=True):
-                parts = {name: round(float(v[number]), 6) for name, v in rewards.parts.items()}
+                parts = {name: _rounded(v[number]) for name, v in rewards.parts.items()}
+                notes = rewards.notes.get(number)
+                if limit is not None and number >= limit and notes is None:
+                    number += 1
+                    continue
                 lines.append(
                     {
                         "step": step,
@@ -61,27 +69,37 @@ class SamplesFile:
                         "prompt": rollout.prompt.shown,
                         "response": text,
                         "finish": response.finish,
-                        "reward": round(float(rewards.plain[number]), 6),
+                        "reward": _rounded(rewards.plain[number]),
                         "rewards": parts,
                         "kl": round(float(kl[number]), 4),
+                        **({} if task is None else {"task": _rounded(task[number])}),
+                        **({} if notes is None else {"notes": notes}),
                     }
                 )
                 number += 1
         with self.path.open("a", encoding="utf-8") as file:
-            for line in lines[:limit]:
+            for line in lines:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def read_rewards(path: Path, step: int, rows: str) -> dict[str, list[float]]:
-    """Rewards of one step's responses by the place of their prompt.
+def _rounded(value: torch.Tensor) -> float | None:
+    """A number as it is written; null where there is none."""
+    number = float(value)
+    return None if math.isnan(number) else round(number, 6)
+
+
+def read_values(path: Path, step: int, rows: str, key: str) -> dict[str, list[float]]:
+    """Values of one step's responses by the place of their prompt, NaN where there is none.
 
     Args:
         path: of samples.jsonl.
         step: steps done.
         rows: `train` or `held_out`.
+        key: `reward` or `task`.
     """
-    rewards: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = {}
     for line in read_metrics(path):
         if line["step"] == step and line.get("rows") == rows:
-            rewards.setdefault(line["place"], []).append(line["reward"])
-    return rewards
+            value = line.get(key)
+            values.setdefault(line["place"], []).append(math.nan if value is None else value)
+    return values

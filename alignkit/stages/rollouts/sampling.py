@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.documents import Branch, Document
 from alignkit.data.prompts import Prompt, PromptSet
-from alignkit.generation.responses import Response
+from alignkit.generation.rewards.responses import Response
 from alignkit.generation.rollout import RolloutEngine
 from alignkit.generation.sampled import SampledResponse
 
@@ -34,7 +34,10 @@ class Rollout:
     def responses(self) -> list[Response]:
         """What a reward source reads."""
         prompt = self.prompt
-        return [Response(prompt.shown, text, prompt.columns, prompt.place) for text in self.texts]
+        return [
+            Response(prompt.shown, text, prompt.columns, prompt.place, one.ids.tolist())
+            for text, one in zip(self.texts, self.sampled, strict=True)
+        ]
 
 
 def sample(

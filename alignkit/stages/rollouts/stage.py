@@ -14,7 +14,7 @@ from torch import nn
 
 from alignkit.data.dataset import TokenDataset
 from alignkit.errors import DataError, ModelError
-from alignkit.generation.rewards import build_score
+from alignkit.generation.rewards.build import build_score
 from alignkit.generation.rollout import RolloutSettings, TransformersEngine, stop_tokens
 from alignkit.models.adapters.files import save_adapter
 from alignkit.models.base.loading import DTYPES, BaseModel
@@ -22,10 +22,10 @@ from alignkit.models.scoring.scorer import causal_model
 from alignkit.models.weights.writing import replace_model
 from alignkit.recipe.adapters import b_rate, has_adapter
 from alignkit.recipe.planning.plan import Plan
-from alignkit.recipe.rewards import ModelReward, SentimentReward
+from alignkit.recipe.rewards import FunctionReward, ModelReward, RewardSource
 from alignkit.recipe.stages.rollouts import SAMPLING_TOKENS, RolloutRecipe
 from alignkit.runtime.optim import Optimizers, build_optimizer
-from alignkit.runtime.processes import process_group
+from alignkit.runtime.processes import ProcessGroup, process_group
 from alignkit.stages.inputs.fingerprints import reward_inputs
 from alignkit.stages.inputs.rows import PromptRows, load_prompt_rows, plan_rollouts
 from alignkit.stages.rollouts.evaluate import evaluate_policy
@@ -73,8 +73,8 @@ def prepare_rollouts(recipe: RolloutRecipe, base: BaseModel, processes: int) -> 
         base: from `start_model`.
         processes: training processes.
     """
-    for spec in recipe.reward:
-        if isinstance(spec, SentimentReward):
+    for spec in (*recipe.reward, *([recipe.task] if recipe.task else [])):
+        if not isinstance(spec, ModelReward | FunctionReward):
             build_score(spec)  # a missing package is told before anything is planned
     rows = load_prompt_rows(recipe, base)
     can_share = has_adapter(recipe.adapter)
@@ -96,7 +96,7 @@ def prepare_rollouts(recipe: RolloutRecipe, base: BaseModel, processes: int) -> 
         )
     alone = sum(not model.shared for model in reward_models)
     roles = describe_roles(recipe, reward_models)
-    rows = replace(rows, rewards=reward_inputs(recipe.reward))
+    rows = replace(rows, rewards=reward_inputs(recipe.reward, recipe.task))
     plan = plan_rollouts(recipe, rows, processes, reward_models=alone, roles=roles)
     return Prepared(rows, reward_models, plan)
 
@@ -135,15 +135,17 @@ class RolloutStage:
             prepared = prepare_rollouts(recipe, base, session.accelerator.num_processes)
             rows, plan = prepared.rows, session.announce(prepared.plan, prepared.rows)
             roles = build_roles(session, recipe, rows, plan, prepared.reward_models)
+            processes, tokens = process_group(session.accelerator), plan.microbatch_tokens
             judge = build_judge(
                 recipe.reward,
                 roles.rewards,
                 missing_eos_penalty=recipe.rollout.missing_eos_penalty,
-                max_tokens=plan.microbatch_tokens,
-                processes=process_group(session.accelerator),
+                max_tokens=tokens,
+                processes=processes,
             )
+            task = _task(recipe.task, tokens, processes)
             session.begin(rows, plan)
-            run, first_step = self._start(session, recipe, rows, plan, roles, judge)
+            run, first_step = self._start(session, recipe, rows, plan, roles, (judge, task))
             del roles, judge  # the run alone holds the weights, so that merging can release them
             hooks = StageHooks(
                 dry_run=partial(self.dry_run, run, first_step),
@@ -180,7 +182,7 @@ class RolloutStage:
         rows: PromptRows,
         plan: Plan,
         roles: Roles,
-        judge: Judge,
+        judges: tuple[Judge, Judge | None],
     ) -> tuple[RolloutRun, int]:
         """The run's state, from scratch or from the newest whole checkpoint, and steps done."""
         optimizers = _optimizers(recipe, plan, roles)
@@ -198,7 +200,8 @@ class RolloutStage:
             recipe=recipe,
             rows=rows,
             roles=roles,
-            judge=judge,
+            judge=judges[0],
+            task=judges[1],
             engine=_engine(recipe, rows, roles),
             updater=self.build_updater(roles, recipe.objective, stepper),
             processes=processes,
@@ -208,6 +211,15 @@ class RolloutStage:
             drawn=int(state.get("drawn", 0)),
         )
         return run, first_step
+
+
+def _task(source: RewardSource | None, tokens: int, processes: ProcessGroup) -> Judge | None:
+    """What verifies held-out responses."""
+    if source is None:
+        return None
+    return build_judge(
+        [source], [], missing_eos_penalty=None, max_tokens=tokens, processes=processes
+    )
 
 
 def _optimizers(recipe: RolloutRecipe, plan: Plan, roles: Roles) -> Optimizers:

@@ -9,9 +9,9 @@ from decimal import Decimal
 from typing import Any
 
 from alignkit.errors import RewardError
-from alignkit.generation.responses import Response, Score
+from alignkit.generation.rewards.responses import Response
 from alignkit.limits import TimeUp, time_limit
-from alignkit.recipe.rewards import (
+from alignkit.recipe.rules import (
     ExactReward,
     FormatReward,
     JsonReward,
@@ -30,8 +30,11 @@ _NUMBER = re.compile(
 _FENCE = re.compile(r"```\w*[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
 
 
-def rule_score(spec: RuleReward) -> Score:
-    """The score of a rule.
+Numbers = Callable[[Sequence[Response]], list[float]]
+
+
+def rule_score(spec: RuleReward) -> Numbers:
+    """The score of a rule that needs no process of its own.
 
     Args:
         spec: the rule with its settings.
@@ -63,7 +66,7 @@ def _judge(spec: RuleReward) -> Callable[[Response], float]:
     return lambda response: compound(response.text)
 
 
-def _pattern_score(spec: RegexReward | FormatReward) -> Score:
+def _pattern_score(spec: RegexReward | FormatReward) -> Numbers:
     """1 for each response that the pattern matches, else 0; an error if it comes to no end."""
     pattern = re.compile(spec.pattern, re.DOTALL)
     whole = isinstance(spec, FormatReward)
@@ -94,7 +97,7 @@ def exact(response: Response, spec: ExactReward) -> float:
         response: with the column in its row; a number there counts as its digits.
         spec: the column, and whether case, surrounding spaces and a final full stop count.
     """
-    expected, text = str(_column(response, spec.column, spec.rule)), response.text
+    expected, text = str(row_column(response, spec.column, spec.rule)), response.text
     if spec.ignore_case:
         expected, text = _bare(expected), _bare(text)
     return float(text == expected)
@@ -115,7 +118,7 @@ def numeric(response: Response, spec: NumericReward) -> float:
     Raises:
         RewardError: the column holds no number.
     """
-    value = _column(response, spec.column, spec.rule)
+    value = row_column(response, spec.column, spec.rule)
     right = last_number(str(value).rpartition("####")[2])
     if right is None:
         raise RewardError(
@@ -163,16 +166,25 @@ def valid_json(response: str, keys: Sequence[str] = ()) -> float:
         response: its text; a code fence around the whole of it is removed.
         keys: if there are any, the value must be an object that has them all.
     """
-    text = response.strip()
-    fenced = _FENCE.fullmatch(text)
     try:
         # numbers stay text: Python refuses to build some that are valid JSON
         value = json.loads(
-            fenced[1] if fenced else text, parse_int=str, parse_float=str, parse_constant=_refuse
+            bare_json(response), parse_int=str, parse_float=str, parse_constant=_refuse
         )
     except (ValueError, RecursionError):
         return 0.0
     return float(not keys or (isinstance(value, dict) and all(key in value for key in keys)))
+
+
+def bare_json(response: str) -> str:
+    """The response without a code fence around the whole of it.
+
+    Args:
+        response: its text.
+    """
+    text = response.strip()
+    fenced = _FENCE.fullmatch(text)
+    return fenced[1] if fenced else text
 
 
 def _refuse(word: str) -> None:
@@ -191,8 +203,21 @@ def _lexicon() -> Callable[[str], float]:
     return lambda text: float(analyzer.polarity_scores(text)["compound"])
 
 
-def _column(response: Response, column: str, rule: str) -> Any:
-    """The row's value of a column: text or a number."""
+def row_column(
+    response: Response, column: str, rule: str, *, lists: bool = False, objects: bool = False
+) -> Any:
+    """The row's value of a column: text or a number.
+
+    Args:
+        response: with its row.
+        column: its name.
+        rule: that asks.
+        lists: accept a list of texts too.
+        objects: accept an object too.
+
+    Raises:
+        RewardError: there is no such column, or it holds something else.
+    """
     if column not in response.columns:
         raise RewardError(
             f"{response.place}: the row has no column {column!r}, which the reward rule "
@@ -200,6 +225,10 @@ def _column(response: Response, column: str, rule: str) -> Any:
             hint=f"its columns are {', '.join(response.columns)}; name one with reward.column",
         )
     value = response.columns[column]
+    if objects and isinstance(value, dict):
+        return value
+    if lists and isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return value
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise RewardError(
             f"{response.place}: the reward rule `{rule}` compares with text or a number, and "

@@ -1,4 +1,4 @@
-"""A server as a reward: asked once, within a deadline, for an answer of bounded size.
+"""Asking a server: once or twice, within a deadline, for an answer of bounded size.
 
 It is not trusted: it cannot send us elsewhere, keep us waiting, or fill the memory.
 """
@@ -6,28 +6,20 @@ It is not trusted: it cannot send us elsewhere, keep us waiting, or fill the mem
 from __future__ import annotations
 
 import http.client
-import json
 import queue
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from alignkit.errors import RewardError
-from alignkit.generation.responses import Response, shared_columns
-from alignkit.recipe.addresses import LEFT_OUT, hide_secrets
-from alignkit.recipe.rewards import UrlReward
+from alignkit.recipe.addresses import hide_secrets
 
 _PAUSE = 1.0
 """Seconds before an unreachable server is tried once more."""
-
-_ROOM, _ROOM_EACH = 1 << 20, 1 << 16
-"""Largest answer in bytes: for all, and for each response besides."""
-
-_EXCHANGE = 'it gets {"prompts", "completions", "columns"} and answers {"scores": [0.5, …]}'
 
 
 @dataclass(frozen=True)
@@ -40,60 +32,38 @@ class _Answer:
     body: bytes
 
 
-def url_score(spec: UrlReward) -> Callable[[Sequence[Response]], Any]:
-    """A server's scores.
+def post(
+    address: str,
+    body: bytes,
+    *,
+    seconds: float,
+    room: int,
+    key: str = "reward.url",
+    headers: Mapping[str, str] | None = None,
+) -> bytes:
+    """The body of a good answer to JSON that is sent.
+
+    A failed connection is tried once more; a late, long or wrong answer is not, and no redirection
+    is followed.
 
     Args:
-        spec: its address, and the seconds it may take.
-
-    Returns:
-        A function from at least one response to what the server returns as `scores`. A failed
-        connection is tried once more; a late, long or wrong answer is not, and no redirection is
-        followed.
+        address: of the server.
+        body: JSON.
+        seconds: for all of it, from the first try to the last byte.
+        room: bytes of the longest answer that is read.
+        key: of the recipe that names the address, for hints.
+        headers: further ones.
 
     Raises:
-        RewardError: the address was read from a run folder, which does not keep its query.
+        RewardError: no answer in time, no connection, or another answer than a good one.
     """
-    shown = hide_secrets(spec.url)
-    if spec.url.endswith(f"?{LEFT_OUT}"):
-        raise RewardError(
-            f"{shown}: is not the whole address: a run does not store the query",
-            hint="name the recipe that the run was started with, or give reward.url in full",
-        )
-
-    def run(responses: Sequence[Response]) -> Any:
-        body = {
-            "prompts": [response.prompt for response in responses],
-            "completions": [response.text for response in responses],
-            "columns": shared_columns(responses),
-        }
-        room = _ROOM + _ROOM_EACH * len(responses)
-        reply = _post(spec, shown, json.dumps(body, default=str).encode(), room)
-        try:
-            values = json.loads(reply)
-        except (ValueError, RecursionError):
-            raise RewardError(
-                f"{shown}: must answer JSON, got {_start(reply)}", hint=_EXCHANGE
-            ) from None
-        if not isinstance(values, dict):
-            raise RewardError(
-                f"{shown}: must answer an object, got {type(values).__name__}", hint=_EXCHANGE
-            )
-        if "scores" not in values:
-            keys = ", ".join(values)[:120] or "nothing in it"
-            raise RewardError(
-                f"{shown}: must answer an object with `scores`, got {keys}", hint=_EXCHANGE
-            )
-        return values["scores"]
-
-    return run
-
-
-def _post(spec: UrlReward, shown: str, body: bytes, room: int) -> bytes:
-    """The body of a good answer, of at most `room` bytes."""
-    deadline, reason = time.monotonic() + spec.timeout, ""
+    shown = hide_secrets(address)
+    deadline, reason = time.monotonic() + seconds, ""
     request = urllib.request.Request(
-        spec.url, data=body, headers={"Content-Type": "application/json"}, method="POST"
+        address,
+        data=body,
+        headers={"Content-Type": "application/json", **(headers or {})},
+        method="POST",
     )
     for attempt in range(2):
         if attempt:
@@ -102,31 +72,32 @@ def _post(spec: UrlReward, shown: str, body: bytes, room: int) -> bytes:
             answer = _within(deadline, lambda: _ask(request, deadline, room))
         except TimeoutError:
             raise RewardError(
-                f"{shown}: gave no answer within {spec.timeout:g} seconds",
+                f"{shown}: gave no answer within {seconds:g} seconds",
                 hint="raise reward.timeout, or lower rollout.prompts_per_step",
             ) from None
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         else:
-            return _good(answer, shown, room)
+            return _good(answer, shown, room, key)
     raise RewardError(
         f"{shown}: cannot be reached, tried twice: {reason}",
-        hint="start the server, or check reward.url",
+        hint=f"start the server, or check {key}",
     )
 
 
-def _good(answer: _Answer, shown: str, room: int) -> bytes:
+def _good(answer: _Answer, shown: str, room: int, key: str) -> bytes:
     """The body of an answer that is one."""
     if 300 <= answer.status < 400:
         place = hide_secrets(answer.location)[:200]
         raise RewardError(
             f"{shown}: answered HTTP {answer.status}: it redirects to {place!r}, which is not "
             "followed",
-            hint="put the address that answers into reward.url, if you trust it",
+            hint=f"put the address that answers into {key}, if you trust it",
         )
     if answer.status >= 400:
         raise RewardError(
-            f"{shown}: answered HTTP {answer.status} {answer.reason[:120]}: {_start(answer.body)}",
+            f"{shown}: answered HTTP {answer.status} {answer.reason[:120]}: "
+            f"{start_of(answer.body)}",
             hint="see the server's own log",
         )
     if len(answer.body) > room:
@@ -204,6 +175,7 @@ def _read(opened: Any, deadline: float, room: int) -> bytes:
     return bytes(body)
 
 
-def _start(reply: bytes) -> str:
+def start_of(reply: bytes) -> str:
+    """The first 120 characters of an answer, on one line."""
     text = " ".join(reply[:400].decode("utf-8", "replace").split())
     return repr(text if len(text) <= 120 else text[:117] + "...")

@@ -1,0 +1,1 @@
+"""What responses are worth by a function, a server, a judge or a rule."""
