@@ -361,7 +361,7 @@ def test_fields_of_every_stage_in_their_order(stage: str) -> None:
     more: tuple[str, ...] = ("reference",) if stage in ("dpo", "kto") else ()
     if stage in ("ppo", "grpo"):
         value = ("value",) if stage == "ppo" else ()
-        more = ("reward", "rollout", *value, "guard")
+        more = ("reward", "task", "rollout", *value, "guard")
     assert tuple(stages()[stage].model_fields) == (*FIELDS, *more)
 
 

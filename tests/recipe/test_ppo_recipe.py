@@ -40,10 +40,13 @@ data: {train: [{path: rows.jsonl}]}
 reward: {rule: exact}
 """
 SOURCE_HINT = (
-    "\nhint: as in {model: runs/reward}, {function: rewards.py:score} or {rule: exact}; "
-    "several are a list of these, each with a weight"
+    "\nhint: as in {model: runs/reward}, {function: rewards.py:score}, {rule: exact}, {url: …} or "
+    "{judge: …, model: …, rubric: …}; several are a list of these, each with a weight"
 )
-RULE_NAMES = "'exact', 'numeric', 'regex', 'format', 'length', 'json' or 'sentiment'"
+RULE_NAMES = (
+    "'exact', 'numeric', 'regex', 'format', 'length', 'json', 'sentiment', 'math', 'code' or "
+    "'json_schema'"
+)
 LENGTH_HINT = "\nhint: longest length that scores 1, as in {rule: length, max: 50}"
 PATTERN_HINT = (
     "\nhint: a Python regular expression; a backslash before . ( ) [ ] { } + * ? matches the "
@@ -101,9 +104,22 @@ def test_a_run_keeps_its_rewards() -> None:
     recipe = loaded("[{rule: json, keys: [a, b]}, {function: mine.py:score}, {model: some/reward}]")
     rendered = render_recipe(recipe)
     assert yaml.safe_load(rendered)["reward"] == [
-        {"rule": "json", "keys": ["a", "b"], "weight": 1.0},
-        {"function": f"{Path('mine.py').resolve()}:score", "weight": 1.0, "timeout": 600.0},
-        {"model": "some/reward", "weight": 1.0, "normalize": True, "separate": False},
+        {"rule": "json", "keys": ["a", "b"], "weight": 1.0, "name": None},
+        {
+            "function": f"{Path('mine.py').resolve()}:score",
+            "messages": False,
+            "weight": 1.0,
+            "name": None,
+            "timeout": 600.0,
+            "on_failure": "stop",
+        },
+        {
+            "model": "some/reward",
+            "weight": 1.0,
+            "name": None,
+            "normalize": True,
+            "separate": False,
+        },
     ]
     assert stored_recipe(Path(write(rendered, "recipe.yaml"))) == recipe
 
@@ -143,7 +159,8 @@ def test_an_override_changes_one_reward() -> None:
 
 def test_the_tags_belong_to_the_sections_of_the_union() -> None:
     assert set(sections_of(RewardSources)) == set(SOURCE_TAGS)
-    assert RULES == ("exact", "numeric", "regex", "format", "length", "json", "sentiment")
+    later = ("sentiment", "math", "code", "json_schema")
+    assert ("exact", "numeric", "regex", "format", "length", "json", *later) == RULES
     for section, tag in SOURCE_TAGS.items():
         choice = choice_of(section)
         assert choice is not None
@@ -212,22 +229,24 @@ REWARDS = {
     # The value of reward -> what is said of it, behind `r.yaml:5: reward`.
     # no source, or two
     "{weight: 2}": (
-        f" must be a mapping with one of model, function, url or rule, got {{weight}}{SOURCE_HINT}"
+        " must be a mapping with one of model, function, url, judge or rule, got {weight}"
+        + SOURCE_HINT
     ),
     "{modle: runs/r}": (
-        " must be a mapping with one of model, function, url or rule, got {modle}\n"
+        " must be a mapping with one of model, function, url, judge or rule, got {modle}\n"
         "hint: did you mean model instead of modle?"
     ),
     "[{rule: exact}, {functon: a.py:b}]": (
-        "[1] must be a mapping with one of model, function, url or rule, got {functon}\n"
+        "[1] must be a mapping with one of model, function, url, judge or rule, got {functon}\n"
         "hint: did you mean function instead of functon?"
     ),
     "{model: runs/r, rule: exact}": (
-        " must be a mapping with one of model, function, url or rule, got {model, rule}\n"
+        " must be a mapping with one of model, function, url, judge or rule, got {model, rule}\n"
         "hint: a source has exactly one of these keys; write several sources as a list"
     ),
     "[exact]": (
-        "[0] must be a mapping with one of model, function, url or rule, got 'exact'" + SOURCE_HINT
+        "[0] must be a mapping with one of model, function, url, judge or rule, got 'exact'"
+        + SOURCE_HINT
     ),
     "runs/r": f" must be a mapping or a list of mappings, got 'runs/r'{SOURCE_HINT}",
     "null": f" must be a mapping or a list of mappings, got null{SOURCE_HINT}",
@@ -236,7 +255,7 @@ REWARDS = {
     "{rule: exat}": f".rule must be {RULE_NAMES}, got 'exat'\nhint: did you mean exact?",
     "{rule: 3}": f".rule must be {RULE_NAMES}, got 3",
     "{rule: null}": f".rule must be {RULE_NAMES}, got null",
-    "[{rule: model}]": f"[0].rule must be {RULE_NAMES}, got 'model'",
+    "[{rule: model}]": f"[0].rule must be {RULE_NAMES}, got 'model'\nhint: did you mean code?",
     # keys
     "{model: runs/r, normalise: true}": (
         ".normalise is not a key of a recipe\nhint: did you mean reward.normalize?"
@@ -246,9 +265,11 @@ REWARDS = {
     ),
     "{rule: exact, pattern: a}": (
         ".pattern is not a key of a recipe\n"
-        "hint: it belongs to another reward; keys here: rule, column, ignore_case, weight"
+        "hint: it belongs to another reward; keys here: rule, column, ignore_case, weight, name"
     ),
-    "{rule: json, zzz: a}": ".zzz is not a key of a recipe\nhint: keys here: rule, keys, weight",
+    "{rule: json, zzz: a}": (
+        ".zzz is not a key of a recipe\nhint: keys here: rule, keys, weight, name"
+    ),
     "{rule: regex}": f".pattern is required and missing{PATTERN_HINT}",
     "[{rule: length}]": f"[0].max is required and missing{LENGTH_HINT}",
     # values
@@ -360,7 +381,7 @@ def test_no_reward() -> None:
         ),
         (
             "column: gold",  # of two rules, and named once
-            "column is not a key of a recipe\nhint: did you mean reward.column?",
+            "column is not a key of a recipe\nhint: did you mean reward.column or task.column?",
         ),
         (
             "adapter: {dropout: 0.1}",
@@ -442,7 +463,7 @@ def test_keys_of_ppo_are_explained(alignkit: CommandLine, tmp_path: Path) -> Non
     ]
     heads = [line for line in reward if re.fullmatch(r"reward\[\w+\]  .*", line)]
     assert heads == [
-        *(f"reward[{name}]  by {name}" for name in ("model", "function", "url")),
+        *(f"reward[{name}]  by {name}" for name in ("model", "function", "url", "judge")),
         *(f"reward[{name}]  rule: {name}" for name in RULES),
     ]
     assert "reward[length].max  whole number  required" in reward
@@ -456,6 +477,7 @@ def test_keys_of_ppo_are_explained(alignkit: CommandLine, tmp_path: Path) -> Non
         "reward[regex].rule  regex  required",
         "reward[regex].pattern  text  required",
         "reward[regex].weight  number  default 1.0",
+        "reward[regex].name  text | null  default null",
         "reward[regex].timeout  number  default 60.0",
     ]
     for key, line in {

@@ -14,6 +14,7 @@ from alignkit.recipe.rules import JsonSchemaReward
 
 try:
     import jsonschema
+    from referencing.exceptions import Unresolvable
 except ImportError:  # an extra: only this rule needs it
     jsonschema = None
 
@@ -50,6 +51,11 @@ def schema_score(spec: JsonSchemaReward) -> Callable[[Sequence[Response]], list[
             return float(validator.is_valid(value))
         except RecursionError:
             return 0.0
+        except Unresolvable as error:
+            raise RewardError(
+                f"{spec.file or response.place}: the schema names another schema: {error}",
+                hint="put it in under $defs: nothing is fetched",
+            ) from None
 
     return lambda responses: [one(response) for response in responses]
 
