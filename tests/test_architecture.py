@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stages/rollouts": ON_RUNNING,
     "stages/running": ON_INPUTS,
     "stages/inputs": ON_EVALUATION,
-    "report": {"errors", "files"} | RECIPE,
+    "report": {"errors", "files", "runtime"} | RECIPE,
     "evaluation": PLAIN | LOW | {"generation"},
     "generation": PLAIN | LOW,
     "data": PLAIN,
@@ -100,7 +100,7 @@ FORBIDDEN = {
 OPTIONAL_BACKENDS = {
     "data/sources.py": {"datasets"},
     "data/files.py": {"pyarrow"},
-    "generation/rules.py": {"vaderSentiment"},
+    "generation/rewards/rules.py": {"vaderSentiment"},
 }
 """File -> packages that it may import inside a function; only their users pay for them."""
 
@@ -116,6 +116,7 @@ PRIVATE: dict[str, set[str]] = {
     "_foreach_mul": {"models/kernels/factors.py"},  # of torch
     "_reset_state": {"pipelines/running.py"},  # of accelerate
     "_fingerprint": {"data/sources.py"},  # of datasets
+    "_exit": {"runtime/confined.py"},  # of os
 }
 """Private name of a library -> the files that may touch it. Those of PEFT and of transformers have
 one door each, which tests/models/test_library_contracts.py holds against the installed version."""

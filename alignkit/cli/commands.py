@@ -12,42 +12,52 @@ from typer.main import get_group
 from alignkit.recipe.stages.built_in import BUILT_IN
 
 STAGES = {name: line for name, (_, line) in BUILT_IN.items()}
-"""Stage -> help line of its command; all of these are `alignkit.cli.train`."""
+"""Stage -> help line of its command; all of these are `alignkit.cli.training.train`."""
 
 COMMANDS = {
     "run": (
-        "alignkit.cli.run:run",
+        "alignkit.cli.training.run:run",
         "Run the stages of a pipeline; what is done and has not changed is skipped.",
     ),
     "plan": (
-        "alignkit.cli.plan:plan",
+        "alignkit.cli.training.plan:plan",
         "Show steps, tokens, trained weights, memory and warnings of a recipe.",
     ),
     "inspect": (
-        "alignkit.cli.inspect:inspect",
+        "alignkit.cli.training.inspect:inspect",
         "Show rows as the model will read them, and what happened to the others.",
     ),
     "merge-lora": (
-        "alignkit.cli.merge:merge_lora",
+        "alignkit.cli.models.merge:merge_lora",
         "Merge adapters into their base, and check the result against base + adapter.",
     ),
-    "generate": ("alignkit.cli.generate:generate", "Answer prompts with a model."),
-    "chat": ("alignkit.cli.chat:chat", "Talk to a model."),
+    "generate": ("alignkit.cli.models.generate:generate", "Answer prompts with a model."),
+    "chat": ("alignkit.cli.models.chat:chat", "Talk to a model."),
     "eval": (
-        "alignkit.cli.evaluate:evaluate",
+        "alignkit.cli.models.evaluate:evaluate",
         "Measure models on held-out answers or preferences; score answers with a reward model.",
     ),
     "fetch": (
-        "alignkit.cli.fetch:fetch",
+        "alignkit.cli.models.fetch:fetch",
         "Download a known model, check its hash and convert it to safetensors.",
     ),
     "doctor": (
         "alignkit.cli.doctor:doctor",
         "Show versions, device, memory and disk, and name what would stop a run.",
     ),
-    "export": ("alignkit.cli.export:export", "Write a model for other programs, and check it."),
+    "samples": (
+        "alignkit.cli.training.samples:samples",
+        "Show what a policy answered in a run, with its rewards side by side.",
+    ),
+    "export": (
+        "alignkit.cli.models.export:export",
+        "Write a model for other programs, and check it.",
+    ),
     "data": ("alignkit.cli.data:data", "Make preference pairs from a model's own answers."),
-    "recipes": ("alignkit.cli.recipes:recipes", "Shipped recipes and what their keys mean."),
+    "recipes": (
+        "alignkit.cli.training.recipes:recipes",
+        "Shipped recipes and what their keys mean.",
+    ),
 }
 """Command -> its function or group of commands, as `module:name`, and its help line."""
 
@@ -72,7 +82,7 @@ def load_command(name: str) -> Any:
     """The command of this name, imported; typer has read its options."""
     parent = typer.Typer()
     if name not in COMMANDS:
-        from alignkit.cli.train import train_command
+        from alignkit.cli.training.train import train_command
 
         line = STAGES.get(name) or _stages_of_packages()[name].help
         parent.command(name, help=line)(train_command(name))

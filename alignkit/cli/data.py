@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from alignkit.cli.generate import BaseOption, DtypeOption
+from alignkit.cli.models.generate import BaseOption, DtypeOption
 from alignkit.cli.output import print_json, say
 from alignkit.cli.versions import warn_of_versions
 

@@ -12,6 +12,7 @@ import ctypes
 import json
 import math
 import os
+import resource
 import secrets
 import signal
 import subprocess
@@ -110,8 +111,6 @@ def _confine() -> None:
 
 
 def _limit(seconds: float, memory: float) -> None:
-    import resource
-
     room = int(memory * 1e9)
     limits = {
         resource.RLIMIT_AS: room,

@@ -17,7 +17,7 @@ from tiny import TOKENIZERS, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import alignkit as package
-from alignkit.cli.inspect import _pieces
+from alignkit.cli.training.inspect import _pieces
 
 
 @pytest.fixture(scope="module")

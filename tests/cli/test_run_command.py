@@ -10,7 +10,7 @@ import pytest
 from commandline import CommandLine
 from running import make_rows, write_rows
 
-from alignkit.cli.run import describe_numbers
+from alignkit.cli.training.run import describe_numbers
 
 
 def make_pipeline(folder: Path, base: Path) -> Path:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from commandline import CommandLine
 
-from alignkit.cli.launch import typed_command
+from alignkit.cli.training.launch import typed_command
 from alignkit.errors import RecipeError
 from alignkit.recipe.assets import assets_root
 from alignkit.recipe.reading.load import load_recipe

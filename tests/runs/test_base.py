@@ -13,7 +13,7 @@ import torch
 import transformers
 from running import make_ppo_recipe, make_preference_recipe, make_recipe, steps_of, train
 
-from alignkit.cli.inspect import inspect
+from alignkit.cli.training.inspect import inspect
 from alignkit.errors import ModelError
 from alignkit.models.adapters import files, tensors
 from alignkit.models.base import loading

@@ -10,6 +10,7 @@ from alignkit.objectives.kl import adapt_kl_coef, k1, k3
 from alignkit.objectives.ppo import advantages, explained_variance, moments, token_rewards, whiten
 from alignkit.runtime.processes import ProcessGroup
 from alignkit.stages.ppo.update import Batch
+from alignkit.stages.rollouts.judging import Rewards
 from alignkit.stages.rollouts.passes import group_rollouts, split_minibatches
 from alignkit.stages.rollouts.run import (
     TRAIN,
@@ -18,7 +19,8 @@ from alignkit.stages.rollouts.run import (
     rollout_metrics,
     step_prompts,
 )
-from alignkit.stages.rollouts.scoring import score_rollouts
+from alignkit.stages.rollouts.sampling import Rollout
+from alignkit.stages.rollouts.scoring import Scored, score_rollouts
 
 
 def train_step(run: RolloutRun, step: int) -> dict[str, float]:
@@ -57,16 +59,7 @@ def train_step(run: RolloutRun, step: int) -> dict[str, float]:
     keep = spec.minibatches == 1
     scored, outputs = score_rollouts(run.roles, rollouts, first, keep=keep)
     kl = k1(scored.policy, scored.reference) * scored.mask
-    # A response without a reward neither moves the policy nor tells the value model anything.
-    known = rewards.known[:, None] & scored.mask
-    total = rewards.total.nan_to_num(0.0)
-    earned = token_rewards(total, kl, scored.mask, kl_coef=run.kl_coef)
-    raw, returns = advantages(
-        earned, scored.values, scored.mask, gamma=spec.gamma, gae_lambda=spec.gae_lambda
-    )
-    returns = torch.where(known, returns, scored.values)
-    totals = run.processes.reduce(moments(raw, known))
-    batch = Batch(rollouts, scored, whiten(raw, known, totals), returns)
+    batch = _batch(run, rollouts, rewards, scored, kl)
     sums: dict[str, float] = {}
     for groups in passes:
         for name, value in run.updater.run(batch, groups, outputs, step).items():
@@ -77,7 +70,7 @@ def train_step(run: RolloutRun, step: int) -> dict[str, float]:
         "kl/k3": (k3(scored.policy, scored.reference) * scored.mask).sum(1),
     }
     columns = _of_all_processes(
-        run.processes, torch.stack([scored.values[scored.mask], returns[scored.mask]], 1)
+        run.processes, torch.stack([scored.values[scored.mask], batch.returns[scored.mask]], 1)
     )
     metrics = {
         **_update_metrics(sums, spec.value_weight),
@@ -96,6 +89,28 @@ def train_step(run: RolloutRun, step: int) -> dict[str, float]:
         )
     end_step(run, step, metrics, rollouts, rewards, distances["kl/k1"])
     return metrics
+
+
+def _batch(
+    run: RolloutRun,
+    rollouts: list[Rollout],
+    rewards: Rewards,
+    scored: Scored,
+    kl: torch.Tensor,
+) -> Batch:
+    """Responses with their advantages and returns, from rewards and `[B, T]` KL.
+
+    A response without a reward neither moves the policy nor tells the value model anything.
+    """
+    spec, mask = run.recipe.objective, scored.mask
+    known = rewards.known[:, None] & mask
+    earned = token_rewards(rewards.total.nan_to_num(0.0), kl, mask, kl_coef=run.kl_coef)
+    raw, returns = advantages(
+        earned, scored.values, mask, gamma=spec.gamma, gae_lambda=spec.gae_lambda
+    )
+    totals = run.processes.reduce(moments(raw, known))
+    whitened = whiten(raw, known, totals)
+    return Batch(rollouts, scored, whitened, torch.where(known, returns, scored.values))
 
 
 def _update_metrics(sums: dict[str, float], value_weight: float) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from alignkit.cli.generate import BaseOption, DtypeOption, ModelArgument, open_for_inference
+from alignkit.cli.models.generate import BaseOption, DtypeOption, ModelArgument, open_for_inference
 from alignkit.cli.output import print_error, say, stdout
 from alignkit.cli.versions import warn_of_versions
 from alignkit.errors import AlignkitError

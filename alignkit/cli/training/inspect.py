@@ -9,8 +9,8 @@ import typer
 from rich.text import Text
 
 from alignkit.cli.output import print_json, print_pairs, stdout
-from alignkit.cli.plan import name_foreign
-from alignkit.cli.train import OverridesArgument, RecipeArgument
+from alignkit.cli.training.plan import name_foreign
+from alignkit.cli.training.train import OverridesArgument, RecipeArgument
 
 _MOST_SHARED = 16
 """Tokens that are shown as one piece at most, if the text itself holds signs for broken ones."""

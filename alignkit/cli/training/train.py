@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from alignkit.cli.launch import is_worker, launch_processes, typed_command
 from alignkit.cli.output import print_json, say
+from alignkit.cli.training.launch import is_worker, launch_processes, typed_command
 from alignkit.cli.versions import warn_of_versions
 
 RecipeArgument = Annotated[

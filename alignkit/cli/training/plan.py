@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from alignkit.cli.output import print_json, print_pairs
-from alignkit.cli.train import OverridesArgument, RecipeArgument
+from alignkit.cli.training.train import OverridesArgument, RecipeArgument
 from alignkit.terminal import print_line
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from alignkit.cli.best_of import answer_best, check_best_of, print_best
+from alignkit.cli.models.best_of import answer_best, check_best_of, print_best
 from alignkit.cli.output import print_json, stdout
 from alignkit.cli.versions import warn_of_versions
 from alignkit.errors import AlignkitError

@@ -8,8 +8,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from alignkit.cli.launch import is_worker, typed_command
 from alignkit.cli.output import print_json, stderr
+from alignkit.cli.training.launch import is_worker, typed_command
 from alignkit.cli.versions import warn_of_versions
 from alignkit.errors import AlignkitError
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from alignkit.cli.generate import TrustOption
+from alignkit.cli.models.generate import TrustOption
 from alignkit.cli.output import print_json, say
 from alignkit.cli.versions import warn_of_versions
 from alignkit.errors import AlignkitError

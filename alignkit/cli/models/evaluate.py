@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from alignkit.cli.generate import BaseOption, DtypeOption, TrustOption
+from alignkit.cli.models.generate import BaseOption, DtypeOption, TrustOption
 from alignkit.cli.output import print_json, say, stdout
 from alignkit.cli.versions import warn_of_versions
 from alignkit.errors import AlignkitError
