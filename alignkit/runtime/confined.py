@@ -1,8 +1,9 @@
 """Programs that nobody has read: run in a process of their own that can harm nothing.
 
-On Linux the process has namespaces of its own: no network, every file read-only but an empty /tmp,
-no other process in sight, no environment. Its time, memory, files and processes are bounded. It
-knows nothing of alignkit: this file runs there as a script and imports the standard library alone.
+On Linux the process has namespaces of its own and no rights: no network, every file read-only but an
+empty /tmp, an empty /run, no other process in sight, no environment. Its time, memory, files and
+processes are bounded. It can read what its user can read, and a program that looks for it can
+pretend to have passed. This file runs there as a script and imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ _NEW = 0x00020000 | 0x10000000 | 0x20000000 | 0x40000000
 """CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID and CLONE_NEWNET of unshare(2)."""
 
 _MOUNT_SETATTR, _HERE, _RECURSIVE, _READ_ONLY, _PRIVATE = 442, -100, 0x8000, 1, 1 << 18
+_STRICT = 2 | 4 | 8
+"""MS_NOSUID, MS_NODEV and MS_NOEXEC of mount(2)."""
+_END_WITH_PARENT, _NO_NEW_RIGHTS, _CAPABILITIES = 1, 38, 0x20080522
+_USER = 1000
+"""Number of the user inside; not 0, which would get rights back with each program it starts."""
 
 
 class NotConfined(Exception):
@@ -92,22 +98,29 @@ def _confine() -> None:
     user, group = os.getuid(), os.getgid()
     if not hasattr(libc, "unshare") or libc.unshare(_NEW) != 0:
         os._exit(UNCONFINED)
-    # its own user is the owner of its /tmp
-    maps = {"setgroups": "deny", "uid_map": f"0 {user} 1", "gid_map": f"0 {group} 1"}
+    maps = {"setgroups": "deny", "uid_map": f"{_USER} {user} 1", "gid_map": f"{_USER} {group} 1"}
     for name, text in maps.items():
         with contextlib.suppress(OSError), open(f"/proc/self/{name}", "w") as file:
             file.write(text)
     attributes = (ctypes.c_uint64 * 4)(_READ_ONLY, 0, _PRIVATE, 0)
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
-    frozen = libc.syscall(_MOUNT_SETATTR, _HERE, b"/", _RECURSIVE, attributes, size)
-    if frozen != 0 or libc.mount(b"tmpfs", b"/tmp", b"tmpfs", 0, b"size=16m") != 0:
+    if libc.syscall(_MOUNT_SETATTR, _HERE, b"/", _RECURSIVE, attributes, size) != 0:
         os._exit(UNCONFINED)
-    os.chdir("/tmp")
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
-    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    libc.prctl(_END_WITH_PARENT, signal.SIGKILL)
+    own = libc.mount(b"proc", b"/proc", b"proc", _STRICT, None) == 0
+    hidden = [b"/tmp", b"/run", *([] if own else [b"/proc"])]  # sockets of services are in /run
+    for place in hidden:
+        if os.path.isdir(place) and libc.mount(b"tmpfs", place, b"tmpfs", _STRICT, b"size=16m"):
+            os._exit(UNCONFINED)
+    os.chdir("/tmp")
+    # With the rights of its namespace it could make everything writable again.
+    header, none = (ctypes.c_uint32 * 2)(_CAPABILITIES, 0), (ctypes.c_uint32 * 6)()
+    if libc.prctl(_NO_NEW_RIGHTS, 1, 0, 0, 0) or libc.capset(header, none):
+        os._exit(UNCONFINED)
 
 
 def _limit(seconds: float, memory: float) -> None:

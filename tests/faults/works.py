@@ -40,7 +40,7 @@ class Work:
         return self.name in STAGES
 
 
-STAGES = ("sft", "reward", "dpo", "kto", "ppo")
+STAGES = ("sft", "reward", "dpo", "kto", "ppo", "grpo")
 
 _TRAINING = [
     Work(stage, (stage, f"{stage}.yaml"), (stage, f"{stage}.yaml", "--resume")) for stage in STAGES
@@ -89,6 +89,7 @@ _ROWS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "dpo": make_pairs,
     "kto": make_labelled,
     "ppo": make_prompts,
+    "grpo": make_prompts,
 }
 
 
@@ -128,9 +129,12 @@ def _recipe(stage: str, base: Path) -> dict[str, Any]:
         "training": training,
         "merge": stage in ("sft", "reward"),
     }
-    if stage == "ppo":
+    if stage in ("ppo", "grpo"):
         recipe["reward"] = {"rule": "regex", "pattern": "e"}
         recipe["rollout"] = {"prompts_per_step": 4, "max_new_tokens": 6, "samples_every": 1}
+        if stage == "grpo":
+            recipe["objective"] = {"resample": 1}
+            recipe["rollout"]["samples_per_prompt"] = 4
     else:
         training["batch_size"] = 4
     return recipe

@@ -94,6 +94,14 @@ HARMS = {
     "another file": "open('{file}2', 'w').write('x')",
     "the environment": "import os\nassert 'HOME' in os.environ or 'PATH' in os.environ",
     "other processes": "import os\nos.kill({pid}, 0)",
+    "what they are called": "import os\nassert os.path.exists('/proc/{pid}/cmdline')",
+    "a writable system": "import ctypes\nlibc = ctypes.CDLL(None)\n"
+    "assert libc.mount(b'none', b'/', b'none', 32 | 4096, None) == 0",
+    "the host's /tmp": "import ctypes\nlibc = ctypes.CDLL(None)\nassert libc.umount(b'/tmp') == 0",
+    "rights of a namespace": "import ctypes\nlibc = ctypes.CDLL(None)\n"
+    "assert libc.unshare(0x10020000) == 0\n"
+    "assert 0 in (libc.umount(b'/tmp'), libc.mount(b'none', b'/', b'none', 32 | 4096, None))",
+    "sockets of services": "import os\nassert os.listdir('/run')",
     "memory": "x = ' ' * (2 << 30)",
 }
 

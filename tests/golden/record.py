@@ -28,6 +28,7 @@ import hashlib
 import json
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "bfloat16": {"model__dtype": "bfloat16"},
     "nf4": NF4,
 }
+GROUPS = {"prompts_per_step": 3, "samples_per_prompt": 4, "max_new_tokens": 6}
 STEPS = {"training__max_steps": 3, "merge": True}
 
 
@@ -61,10 +63,14 @@ def stage_runs(base: Path, home: Path) -> dict[str, dict[str, Any]]:
         base: folder of a tiny model.
         home: where the runs go.
     """
-    makers: dict[str, Any] = {"sft": make_recipe, "ppo": make_ppo_recipe}
+    makers: dict[str, Any] = {
+        "sft": make_recipe,
+        "ppo": make_ppo_recipe,
+        "grpo": partial(make_ppo_recipe, stage="grpo", rollout=GROUPS),
+    }
     found = {}
     for precision, fields in PRECISIONS.items():
-        for stage in ("sft", "reward", "dpo", "kto", "ppo"):
+        for stage in ("sft", "reward", "dpo", "kto", "ppo", "grpo"):
             folder = home / precision / stage
             if stage in makers:
                 recipe = makers[stage](folder, base, **STEPS, **fields)

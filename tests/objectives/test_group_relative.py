@@ -13,6 +13,7 @@ from alignkit.objectives.group_relative import (
     clipped_losses,
     differs,
     group_advantages,
+    group_spread,
     overlong_penalty,
     sequence_log_ratio,
     stopped_weight_losses,
@@ -47,6 +48,20 @@ def test_four_advantages() -> None:
     assert group_advantages(rewards, "leave_one_out")[0].tolist() == pytest.approx(
         [-1.5, -1.5, 3.0]
     )
+
+
+def test_a_response_without_a_reward_counts_in_nothing() -> None:
+    none = math.nan
+    # As if the group were 1, 1, 4; then one that cannot differ, and one without any reward.
+    rewards = double([1.0, none, 1.0, 4.0], [none, none, 3.0, none], [none, none, none, none])
+    assert differs(rewards).tolist() == [True, False, False]
+    scale = math.sqrt(3.0) + EPSILON
+    whole = group_advantages(rewards, "group_std")
+    assert whole[0].tolist() == pytest.approx([-1 / scale, 0.0, -1 / scale, 2 / scale])
+    assert whole[1:].tolist() == [[0.0] * 4] * 2
+    alone = group_advantages(rewards, "leave_one_out")
+    assert alone[0].tolist() == pytest.approx([-1.5, 0.0, -1.5, 3.0])
+    assert group_spread(rewards).tolist() == pytest.approx([math.sqrt(3.0), 0.0, 0.0])
 
 
 def test_the_spread_of_a_whole_step() -> None:

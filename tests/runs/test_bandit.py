@@ -1,10 +1,15 @@
-"""PPO on a bandit, whose optimum is known: https://arxiv.org/abs/1909.08593, equation 2.
+"""PPO and GRPO on a bandit, whose optimum is known: https://arxiv.org/abs/1909.08593, equation 2.
 
 One prompt, responses of one token a with the reward r(a), and a price β of KL. The objective
 
     E_π[r(a)] - β KL(π ‖ π_ref)    is largest at    π*(a) = π_ref(a) exp(r(a) / β) / Z
 
-and a KL term with a wrong sign, in a wrong place or of a wrong size leads elsewhere.
+and a KL term with a wrong sign, in a wrong place or of a wrong size leads elsewhere. The gradient
+of k3 over the policy's own responses is that of KL(π_ref ‖ π) instead (kl: loss); then
+
+    E_π[r(a)] - β KL(π_ref ‖ π)    is largest at    π*(a) = β π_ref(a) / (λ - r(a))
+
+with the λ above all rewards for which these are probabilities.
 """
 
 from __future__ import annotations
@@ -112,3 +117,54 @@ def test_a_bandit_reaches_its_optimum(tmp_path: Path) -> None:
     exact = float((optimum * (optimum.log() - reference)).sum())
     last = sum(step["kl/k1"] for step in steps_of(tmp_path / "run")[-10:]) / 10
     assert last == pytest.approx(exact, abs=0.15)  # of 480 samples with deviations near 1 nat
+
+
+def optimum_of_k3(reference: torch.Tensor) -> torch.Tensor:
+    """β π_ref / (λ - r), λ by halving."""
+    worth = torch.tensor(WORTH, dtype=torch.float64)
+    low, high = float(worth.max()), float(worth.max()) + 10.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        mass = float((BETA * reference.exp() / (middle - worth)).sum())
+        low, high = (middle, high) if mass > 1.0 else (low, middle)
+    return BETA * reference.exp() / (high - worth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"kind": "rloo", "kl_coef": BETA},
+        {"kind": "dr_grpo", "kl_coef": BETA, "kl": "reward"},
+        {"kind": "dr_grpo", "kl_coef": BETA, "kl": "loss"},
+    ],
+)
+def test_groups_reach_the_optimum(objective: dict[str, object], tmp_path: Path) -> None:
+    save_bandit(tmp_path / "base")
+    (tmp_path / "score.py").write_text(SCORE, encoding="utf-8")
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": "Hello"}])
+    recipe = make_ppo_recipe(
+        tmp_path,
+        tmp_path / "base",
+        stage="grpo",
+        adapter={"kind": "full"},
+        reward={"function": str(tmp_path / "score.py:score")},
+        rollout={"prompts_per_step": 1, "samples_per_prompt": 96, "max_new_tokens": 1},
+        objective=objective,
+        data__max_length=16,
+        training={
+            "max_steps": 150,
+            "learning_rate": 3e-3,
+            "schedule": "linear",
+            "warmup": 0,
+            "save_every": 1000,
+        },
+        merge=True,
+    )
+    train(recipe)
+    reference = distribution(tmp_path / "base")
+    plain = (reference + torch.tensor(WORTH, dtype=torch.float64) / BETA).softmax(-1)
+    optimum = optimum_of_k3(reference) if objective.get("kl") == "loss" else plain
+    assert distance(optimum_of_k3(reference), plain) > 0.1
+    found = distribution(tmp_path / "run" / "merged").exp()
+    assert distance(found, optimum) < 0.02

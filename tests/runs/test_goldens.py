@@ -45,7 +45,7 @@ def test_every_stage_computes_what_it_did(measured: dict[str, Any]) -> None:
 
 def test_all_stages_and_precisions_are_kept() -> None:
     runs = STORED["runs"]
-    for stage in ("sft", "reward", "dpo", "kto", "ppo"):
+    for stage in ("sft", "reward", "dpo", "kto", "ppo", "grpo"):
         for precision in ("float32", "bfloat16", "nf4"):
             kept = runs[f"{stage} {precision}"]
             assert len(kept["losses"]) == 3
