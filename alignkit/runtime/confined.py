@@ -1,8 +1,8 @@
 """Programs that nobody has read: run in a process of their own that can harm nothing.
 
-On Linux the process has namespaces of its own and no rights: no network, every file read-only but an
-empty /tmp, an empty /run, no other process in sight, no environment. Its time, memory, files and
-processes are bounded. It can read what its user can read, and a program that looks for it can
+On Linux the process has namespaces of its own and no rights: no network, every file read-only but
+an empty /tmp, an empty /run, no other process in sight, no environment. Its time, memory, files
+and processes are bounded. It can read what its user can read, and a program that looks for it can
 pretend to have passed. This file runs there as a script and imports the standard library alone.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -41,7 +42,7 @@ Backward = Callable[[RolloutRun, Sequence[Rollout], Scored, list[list[int]]], No
 
 def dry_run(
     run: RolloutRun, first_step: int, backward: Backward, trained: str
-) -> tuple[list[Rollout], Rewards]:
+) -> tuple[list[Rollout], Rewards, float]:
     """Check the run on a few prompts; nothing changes.
 
     Args:
@@ -51,7 +52,7 @@ def dry_run(
         trained: what gets gradients, in words.
 
     Returns:
-        The responses, and what they earned.
+        The responses, what they earned, and the seconds that sampling them took.
 
     Raises:
         TrainingError: the ratio is not 1, the KL is not 0, or weights other than the expected
@@ -60,7 +61,9 @@ def dry_run(
     """
     prompts = run.rows.train
     items = list(range(min(PROMPTS, len(prompts))))
+    started = time.monotonic()
     rollouts = run.collect(prompts, items, (run.seed, DRY_RUN))
+    seconds = time.monotonic() - started
     rewards = run.score(rollouts)
     groups = group_rollouts(rollouts, items, run.plan.microbatch_tokens)
     scored = score_rollouts(run.roles, rollouts, groups)[0]
@@ -85,7 +88,7 @@ def dry_run(
     )
     if first_step == 0:
         _say_reference_rewards(run)
-    return rollouts, rewards
+    return rollouts, rewards, seconds
 
 
 def _largest(values: torch.Tensor) -> float:

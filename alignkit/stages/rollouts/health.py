@@ -1,5 +1,5 @@
-"""How a PPO run is doing, in plain words: each metric with its usual band and what leaving it
-means. Bands are those that published runs report; they are questions to ask, not laws."""
+"""How a run on responses is doing, in plain words: each metric with its usual band, and what leaving
+it means. Bands are those that published runs report; they are questions to ask, not laws."""
 
 from __future__ import annotations
 
@@ -48,6 +48,31 @@ BANDS = (
         None,
         0.3,
         above="updates are too large: lower training.learning_rate or objective.epochs",
+        patience=2,
+    ),
+    Band(
+        "clip_ratio/region_mean",
+        "share of clipped tokens",
+        None,
+        0.3,
+        above="updates are too large: lower training.learning_rate or objective.epochs",
+        patience=2,
+    ),
+    Band(
+        "frac_reward_zero_std",
+        "groups that earn all the same",
+        None,
+        0.8,
+        above="little is learned from a step: other prompts, objective.resample, or a reward with "
+        "steps in between",
+        patience=3,
+    ),
+    Band(
+        "unscored",
+        "responses without a reward",
+        None,
+        0.2,
+        above="nothing is learned from them: see the lines about failures, and samples.jsonl",
         patience=2,
     ),
     Band(
