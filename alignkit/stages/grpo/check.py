@@ -104,7 +104,9 @@ def _look(run: RolloutRun, rollouts: Sequence[Rollout], rewards: torch.Tensor) -
         f"{known.min():.3g} to {known.max():.3g}, {known.mean():.3g} on average"
     )
     for rollout, earned in list(zip(rollouts, rewards.tolist(), strict=True))[:SHOWN]:
-        asked, text = (" ".join(t.split()) for t in (str(rollout.prompt.shown), rollout.texts[0]))
+        shown = rollout.prompt.shown
+        last = shown if isinstance(shown, str) else str(shown[-1].get("content", ""))
+        asked, text = (" ".join(t.split()) for t in (last, rollout.texts[0]))
         run.progress.say(f"pilot: {earned[0]:.3g} for {text[:WIDTH]!r} to {asked[-WIDTH:]!r}")
 
 

@@ -1,5 +1,8 @@
-"""How a run on responses is doing, in plain words: each metric with its usual band, and what leaving
-it means. Bands are those that published runs report; they are questions to ask, not laws."""
+"""How a run on responses is doing, in plain words: each metric with its usual band.
+
+Bands are those that published runs report; they are questions to ask, not laws. What leaving one
+means stands beside it.
+"""
 
 from __future__ import annotations
 
