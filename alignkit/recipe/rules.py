@@ -67,7 +67,7 @@ class RegexReward(Section):
     name: Name = None
     """`reward/<name>` in the metrics."""
     timeout: Timeout = 60.0
-    """Seconds that the responses of one call may take; it runs in a process of its own."""
+    """Seconds that the responses of one call may take."""
 
 
 class FormatReward(Section):
@@ -82,7 +82,7 @@ class FormatReward(Section):
     name: Name = None
     """`reward/<name>` in the metrics."""
     timeout: Timeout = 60.0
-    """Seconds that the responses of one call may take; it runs in a process of its own."""
+    """Seconds that the responses of one call may take."""
 
 
 class LengthReward(Section):
@@ -164,11 +164,11 @@ class CodeReward(Section):
     """`reward/<name>` in the metrics."""
     timeout: Timeout = 10.0
     """Seconds that one program with its tests may take."""
-    memory: Annotated[float, Field(ge=0.1)] = 1.0
-    """GB that one program may take."""
+    memory: Annotated[float, Field(ge=0.1, le=1024.0)] = 1.0
+    """GB that one program and all that it starts may take."""
     confined: bool = True
     """Run programs without network, with all files read-only and without your environment, as Linux
-    can; false bounds only time and memory, for a machine that may be lost."""
+    can; false bounds only time, memory and processes, for a machine that may be lost."""
 
 
 class JsonSchemaReward(Section):
@@ -185,6 +185,8 @@ class JsonSchemaReward(Section):
     """Factor in the sum of all rewards."""
     name: Name = None
     """`reward/<name>` in the metrics."""
+    timeout: Timeout = 60.0
+    """Seconds that the responses of one call may take."""
 
     @model_validator(mode="after")
     def _one_schema(self) -> Self:

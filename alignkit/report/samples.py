@@ -65,20 +65,20 @@ def read_samples(
             f"{run} has no samples.jsonl", hint="name the run folder of a ppo or grpo stage"
         )
     lines = read_metrics(path)
-    kept = [line for line in lines if rows is None or line.get("rows") == rows]
+    kept = [line for line in lines if rows is None or line.get("rows", "train") == rows]
     steps = sorted({line["step"] for line in kept})
     step = steps[-1] if step is None and steps else step
     of_step = [line for line in kept if line["step"] == step]
     if not of_step:
         known = ", ".join(map(str, steps)) or "no step"
         raise RunError(
-            f"{path} has no {'' if rows is None else f'{rows} '}responses of step {step}",
+            f"{path} has no {'' if rows is None else f'{rows} '}responses"
+            + ("" if step is None else f" of step {step}"),
             hint=f"there are some of {known}",
         )
     found: Rows = "held_out" if any(line.get("rows") == "held_out" for line in of_step) else "train"
-    chosen = [line for line in of_step if line.get("rows") == found]
-    assert step is not None
-    return step, found, [_sample(line) for line in chosen]
+    chosen = [line for line in of_step if line.get("rows", "train") == found]
+    return int(of_step[0]["step"]), found, [_sample(line) for line in chosen]
 
 
 def by_reward(samples: Iterable[Sample], *, best: bool) -> list[Sample]:
@@ -105,7 +105,9 @@ def by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
 
 
 def _sample(line: dict[str, Any]) -> Sample:
-    columns = {str(name): _number(value) for name, value in (line.get("rewards") or {}).items()}
+    rewards, notes = line.get("rewards"), line.get("notes")
+    scores = rewards.items() if isinstance(rewards, dict) else ()
+    columns = {str(name): _number(value) for name, value in scores}
     if "task" in line:
         columns["task"] = _number(line["task"])
     return Sample(
@@ -115,7 +117,7 @@ def _sample(line: dict[str, Any]) -> Sample:
         str(line.get("finish", "")),
         _number(line.get("reward")),
         columns,
-        dict(line.get("notes") or {}),
+        notes if isinstance(notes, dict) else {},
     )
 
 

@@ -6,11 +6,13 @@ import os
 import platform
 import resource
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from alignkit.errors import AlignkitError
 from alignkit.recipe.facts import HardwareFacts
@@ -104,14 +106,20 @@ def peak_memory(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+PATIENCE = timedelta(hours=12)
+"""How long a process waits for the others."""
+
+
 def build_accelerator(trackers: tuple[str, ...], folder: Path) -> Accelerator:
     """accelerate's view of device, processes and trackers.
 
-    The scorer sets the precision: autocast inside its forward.
+    The scorer sets the precision: autocast inside its forward. A process that waits for another's
+    rewards waits longer than the ten minutes after which NCCL would end it.
     """
     return Accelerator(
         cpu=find_device() == "cpu",
         mixed_precision="no",
         log_with=list(trackers) or None,
         project_dir=str(folder),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from test_rewards import Server
 
@@ -68,11 +69,14 @@ TESTS = ["assert double(2) == 4", "assert double(-1) == -2"]
 PROGRAMS = {
     "def double(x):\n    return 2 * x": 1.0,
     "Here it is:\n```python\ndef double(x):\n    return x + x\n```\nIt adds.": 1.0,
+    "```bash\npip install x\n```\nHere:\n```python\ndef double(x):\n    return 2 * x\n```": 1.0,
     "```\ndef double(x):\n    return 5\n```\nor\n```python\ndouble = lambda x: 2 * x\n```": 1.0,
     "def double(x):\n    return 4": 0.0,
     "def double(x:": 0.0,
     "import sys\nsys.exit(0)": 0.0,
     "import os\nos._exit(0)": 0.0,
+    "import os\nos._exit(77)": 0.0,
+    "def double(x: int):\n    return 2 * x\nassert double.__annotations__ == {'x': int}": 1.0,
     "while True:\n    pass": 0.0,
     "def double(x):\n    return input()": 0.0,
     "import os\nos.write(int(os.sys.argv[1]), b'0' * 32)\nos._exit(0)": 0.0,
@@ -103,6 +107,11 @@ HARMS = {
     "assert 0 in (libc.umount(b'/tmp'), libc.mount(b'none', b'/', b'none', 32 | 4096, None))",
     "sockets of services": "import os\nassert os.listdir('/run')",
     "memory": "x = ' ' * (2 << 30)",
+    "memory of many": "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n"
+    "        x = 'x' * (200 << 20)\n        time.sleep(3)\n        os._exit(0)\ntime.sleep(3)",
+    "further namespaces": "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0",
+    "sockets": "import socket\nsocket.socket(socket.AF_UNIX)",
+    "devices": "import os\nassert len(os.listdir('/dev')) > 3",
 }
 
 
@@ -123,6 +132,24 @@ def test_a_program_can_do_no_harm(harm: str, tmp_path: Path) -> None:
     assert (harmed, fine) == (0.0, 1.0)
     assert mine.exists()
     assert not list(tmp_path.glob("*2"))
+
+
+@pytest.mark.parametrize("confined", [True, False])
+def test_what_a_program_starts_ends_with_it(confined: bool) -> None:
+    score = build_score(CodeReward(rule="code", timeout=1.0, confined=confined))
+    code = (
+        "import ctypes, os\nos.setsid()\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\n"
+        "if os.fork() == 0:\n    os.setsid()\nos.execv('/bin/sleep', ['sleep', '31.4159'])"
+    )
+    assert score(rows((code, "pass"), column="tests")).values == [0.0]
+    running = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in running if "31.4159" in command]
+
+
+@pytest.mark.parametrize("tests", [[], "", " ", 3])
+def test_a_row_without_tests(tests: Any) -> None:
+    message = fault(CodeReward(rule="code"), rows(("", tests), column="tests"))
+    assert message.startswith("rows.jsonl:1: the reward rule `code` finds no tests in 'tests'")
 
 
 def test_a_system_that_confines_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,13 +178,25 @@ def test_json_that_a_schema_allows(tmp_path: Path) -> None:
         "age: 3",
         "",
         "[" * 9999,
+        '{"age": NaN}',
+        '{"age": 1e400}',
     ]
     some = rows(*((text, "") for text in texts))
     score = build_score(JsonSchemaReward(rule="json_schema", file=str(file)))
-    assert score(some).values == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert score(some).values == [1.0, 1.0, *[0.0] * 7]
     each = build_score(JsonSchemaReward(rule="json_schema", column="answer"))
     pairs = [('{"age": 3}', SCHEMA), ("[]", '{"type": "array"}'), ("3", {"type": "string"})]
     assert each(rows(*pairs)).values == [1.0, 1.0, 0.0]
+
+
+def test_a_schema_that_never_comes_to_an_end(tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text('{"pattern": "^(a+)+$"}', encoding="utf-8")
+    spec = JsonSchemaReward(rule="json_schema", file=str(file), timeout=0.5)
+    message = fault(spec, rows((f'"{"a" * 40}!"', "")))
+    assert "takes more than 0.5 seconds" in message
+    file.write_text('{"properties": {"x": {"multipleOf": 0.01}}}', encoding="utf-8")
+    assert build_score(spec)(rows((f'{{"x": {"9" * 401}}}', ""))).values == [0.0]
 
 
 def test_what_is_no_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +268,8 @@ def test_a_judge_is_asked_and_its_replies_are_kept(
     ("answer", "reason"),
     [
         (reply("I cannot say."), "no `Score: N` between 0 and 10 in the reply"),
+        (reply("Score: -3"), "the score -3 between 0 and 10 in the reply"),
+        (reply("the underscore 9 of it"), "no `Score: N` between 0 and 10 in the reply"),
         (reply("Score: 11"), "the score 11 between 0 and 10 in the reply"),
         ((200, b"{}"), "answers no chat completion: '{}'"),
         ((500, b"busy"), "answered HTTP 500 Internal Server Error: 'busy'"),
@@ -247,6 +288,15 @@ def test_a_reply_without_a_score(answer: tuple[int, bytes], reason: str, server:
     server.answers = [answer, reply("Score: 5")]
     message = fault(judge(server, on_failure="stop"), some)
     assert message.startswith("rows.jsonl:1: 1 of 2 responses could not be judged: ")
+
+
+def test_the_address_of_a_judge_may_have_a_query(server: Server) -> None:
+    server.answers = [reply("\ud83d Score: 3\nScore: 4")]
+    address = server.url.removesuffix("/score") + "/v1/?version=3"
+    found = build_score(JudgeReward(judge=address, model="m", rubric="r"))(rows(("a", "")))
+    assert found.values == [0.4]
+    assert server.asked[0][0] == "/v1/chat/completions?version=3"
+    json.dumps(found.notes[0], ensure_ascii=False).encode()
 
 
 def test_what_a_judge_needs(server: Server, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_flat_values_are_in_the_order_of_the_packed_targets() -> None:
     matrix = torch.full(mask.shape, -1.0)
     for row, ids in enumerate(own):
         matrix[row, : len(ids)] = torch.from_numpy(ids + 1000 * row).float()
-    batch = Batch(rollouts, Scored(matrix, matrix, matrix, mask), matrix, matrix)
+    batch = Batch(rollouts, Scored(matrix, matrix, matrix, mask), matrix, matrix, mask)
     rows = response_rows(rollouts)
     for group in ([0, 1, 2], [2, 0], [1]):
         picked = np.concatenate([rows[i] for i in group])

@@ -18,7 +18,7 @@ from running import (
     write_rows,
 )
 
-from alignkit.errors import RewardError
+from alignkit.errors import RecipeError, RewardError
 from alignkit.runtime.metrics import read_metrics
 
 GROUPS = {"prompts_per_step": 3, "samples_per_prompt": 4, "max_new_tokens": 6}
@@ -119,6 +119,39 @@ def test_a_response_without_a_reward_is_left_out(
     for line in failed:
         assert line["notes"]["mine"]["failed"].startswith("mine.py:")
         assert line["rewards"] == {"mine": None}
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_a_source_that_fails_for_all_ends_the_run(
+    stage: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    code = "def score(completions, **columns):\n    return 1 / 0\n"
+    (tmp_path / "mine.py").write_text(code, encoding="utf-8")
+    failing = {"function": f"{tmp_path}/mine.py:score", "on_failure": "skip", "name": "dead"}
+    reward = [{"rule": "regex", "pattern": "e"}, failing]
+    recipe = make_ppo_recipe(tmp_path, tiny_base, **FIELDS, stage=stage, reward=reward)
+    with pytest.raises(RewardError) as caught:
+        train(recipe)
+    assert caught.value.message.startswith("reward dead: none of ")
+    assert "division by zero" in caught.value.message
+
+
+def test_names_are_never_shared(tiny_base: Path, tmp_path: Path) -> None:
+    reward = [
+        {"rule": "regex", "pattern": "e", "name": "a"},
+        {"rule": "regex", "pattern": "a", "name": "a_2"},
+        {"rule": "length", "max": 5},
+        {"rule": "length", "max": 50},
+    ]
+    recipe = make_ppo_recipe(tmp_path, tiny_base, **FIELDS, stage="grpo", reward=reward)
+    step = steps_of(Path(train(recipe).output))[0]
+    parts = [f"reward/{name}" for name in ("a", "a_2", "length", "length_2")]
+    assert step["reward"] == pytest.approx(sum(step[part] for part in parts))
+    for names, said in ((("a", "a"), "twice"), (("task", "b"), "that of the task")):
+        both = [{**source, "name": name} for source, name in zip(reward, names, strict=False)]
+        wrong = make_ppo_recipe(tmp_path / said, tiny_base, **FIELDS, stage="grpo", reward=both)
+        with pytest.raises(RecipeError, match=said):
+            train(wrong)
 
 
 def test_the_task_is_measured_apart_from_the_reward(

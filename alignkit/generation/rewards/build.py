@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from alignkit.generation.rewards.failures import tolerant
-from alignkit.generation.rewards.function import function_call, function_name
+from alignkit.generation.rewards.function import function_call
 from alignkit.generation.rewards.judge import judge_score
 from alignkit.generation.rewards.mathematics import math_score
 from alignkit.generation.rewards.programs import code_score
@@ -11,7 +11,6 @@ from alignkit.generation.rewards.responses import Score, checked
 from alignkit.generation.rewards.rules import rule_score
 from alignkit.generation.rewards.schema import schema_score
 from alignkit.generation.rewards.server import url_call
-from alignkit.recipe.addresses import hide_secrets
 from alignkit.recipe.rewards import FunctionReward, JudgeReward, UrlReward
 from alignkit.recipe.rules import CodeReward, JsonSchemaReward, MathReward, RuleReward
 
@@ -33,11 +32,10 @@ def build_score(spec: TextReward) -> Score:
         RewardError: a function's file cannot be run or does not define it; a rule needs a package.
     """
     if isinstance(spec, FunctionReward):
-        name, call = function_name(spec.function), function_call(spec)
-        return tolerant(name, call, timeout=spec.timeout, on_failure=spec.on_failure)
+        call = function_call(spec)
+        return tolerant(call, timeout=spec.timeout, on_failure=spec.on_failure)
     if isinstance(spec, UrlReward):
-        name, call = hide_secrets(spec.url), url_call(spec)
-        return tolerant(name, call, timeout=spec.timeout, on_failure=spec.on_failure)
+        return tolerant(url_call(spec), timeout=spec.timeout, on_failure=spec.on_failure)
     if isinstance(spec, JudgeReward):
         return judge_score(spec)
     if isinstance(spec, MathReward):

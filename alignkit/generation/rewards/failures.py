@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,8 +11,8 @@ from alignkit.errors import RewardError
 from alignkit.generation.rewards.responses import Failure, Response, Score, Scores, joined
 from alignkit.recipe.rewards import OnFailure
 
-MOST_CALLS = 32
-"""Calls that may fail while the responses are looked for; the others then count as failed."""
+LONGEST = 4.0
+"""Timeouts that the search may take together; responses that are left then count as failed."""
 
 SHORTEST = 5.0
 """Seconds that a call with fewer responses may take at least, if the whole may."""
@@ -24,33 +25,27 @@ class Unanswered(RewardError):
     """A function took too long, or ended its process: it cannot say for which response."""
 
 
-def tolerant(name: str, call: Call, *, timeout: float, on_failure: OnFailure) -> Score:
+def tolerant(call: Call, *, timeout: float, on_failure: OnFailure) -> Score:
     """A score whose failures cost the run, or only the responses that a call fails for.
 
     A call that fails is repeated with each half of its responses, down to single ones, in
     proportionally less time. With `stop` that is only to name the row, where nothing else can.
 
     Args:
-        name: of the source, for messages.
         call: scores some responses.
         timeout: seconds for all of them.
         on_failure: as in the recipe.
 
     Returns:
-        A score. It raises RewardError with `stop`, and where no response at all can be scored.
+        A score; it raises RewardError with `stop`. The others never do: whether nothing at all can
+        be scored is for those to say who see all responses of a step.
     """
 
     def run(responses: Sequence[Response]) -> Scores:
         if not responses:
             return Scores([])
-        found = _Search(call, timeout, on_failure).scores(responses, timeout)
-        if len(found.failures) == len(responses):
-            raise RewardError(
-                f"{name}: none of {len(responses)} responses could be scored: "
-                f"{found.failures[0].reason}",
-                hint=f"on_failure: {on_failure} is for single responses; call it by hand with one",
-            )
-        return found
+        deadline = time.monotonic() + LONGEST * timeout
+        return _Search(call, timeout, on_failure, deadline).scores(responses, timeout)
 
     return run
 
@@ -60,7 +55,7 @@ class _Search:
     call: Call
     timeout: float
     on_failure: OnFailure
-    calls: int = 0
+    deadline: float
 
     def scores(self, responses: Sequence[Response], seconds: float) -> Scores:
         try:
@@ -69,13 +64,17 @@ class _Search:
             failed = error
         if self.on_failure == "stop" and not isinstance(failed, Unanswered):
             raise failed
-        self.calls += 1
         if len(responses) == 1 and self.on_failure == "stop":
             raise RewardError(
                 f"{failed.message}; the response is to {responses[0].place}", hint=failed.hint
             )
-        if len(responses) == 1 or self.calls > MOST_CALLS:
-            return self._given_up(responses, failed)
+        if len(responses) == 1:
+            return self._given_up(responses, failed.message)
+        if time.monotonic() > self.deadline:
+            late = f"not asked alone: the search took {LONGEST * self.timeout:g} seconds"
+            if self.on_failure == "stop":
+                raise failed
+            return self._given_up(responses, f"{failed.message}; {late}")
         half = len(responses) // 2
         shorter = min(seconds, max(seconds / 2, SHORTEST))
         parts = [self.scores(part, shorter) for part in (responses[:half], responses[half:])]
@@ -83,11 +82,9 @@ class _Search:
             raise failed
         return joined(parts)
 
-    def _given_up(self, responses: Sequence[Response], error: RewardError) -> Scores:
-        if self.on_failure == "stop":
-            raise error
+    def _given_up(self, responses: Sequence[Response], reason: str) -> Scores:
         return Scores(
             [0.0 if self.on_failure == "zero" else math.nan] * len(responses),
-            notes={number: {"failed": error.message} for number in range(len(responses))},
-            failures=tuple(Failure(response.place, error.message) for response in responses),
+            notes={number: {"failed": reason} for number in range(len(responses))},
+            failures=tuple(Failure(response.place, reason) for response in responses),
         )

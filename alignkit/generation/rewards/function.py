@@ -6,6 +6,8 @@ It runs in a process of its own, where `load_here` and `score_here` are called.
 from __future__ import annotations
 
 import asyncio
+import functools
+import hashlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -45,6 +47,8 @@ def function_call(spec: FunctionReward) -> Call:
         RewardError: the file cannot be run, or holds no such function.
     """
 
+    digest = _digest(spec.function)
+
     def call(target: str, timeout: float, *arguments: Any) -> Any:
         try:
             return _WORKER.call(
@@ -58,35 +62,50 @@ def function_call(spec: FunctionReward) -> Call:
 
     def run(responses: Sequence[Response], seconds: float) -> Scores:
         if not _WORKER.running:  # the last call ended it; what the file imports may take long
-            call(load_here.__name__, spec.timeout, spec.function)
+            call(load_here.__name__, spec.timeout, spec.function, digest)
         place = spec.function, spec.messages
-        found = call(score_here.__name__, seconds, *place, list(responses))
+        found = call(score_here.__name__, seconds, *place, digest, list(responses))
         notes = {int(number): note for number, note in found["notes"].items()}
         values = [math.nan if value is None else value for value in found["values"]]
         return Scores(values, notes, found["metrics"])
 
-    call(load_here.__name__, spec.timeout, spec.function)
+    call(load_here.__name__, spec.timeout, spec.function, digest)
     return run
+
+
+def _digest(place: str) -> str:
+    """Hash of the function's file; empty if it is not there, which loading it will say."""
+    path = Path(place.rpartition(":")[0])
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 Local = Callable[[Sequence[Response]], dict[str, Any]]
 _LOADED: dict[tuple[str, bool], Local] = {}
 
 
-def load_here(place: str) -> None:
+def load_here(place: str, digest: str) -> None:
     """Run the user's file in this process.
 
     Args:
         place: `file.py:name`.
+        digest: of the file when the run began.
 
     Raises:
         RewardError: the file cannot be run, or holds no such function.
     """
+    if digest != _digest(place):
+        raise RewardError(
+            f"{function_name(place)}: the file has changed since the run began, and its process "
+            "had to be started again",
+            hint="put it back; --resume goes on from the last checkpoint with the new one",
+        )
     _LOADED[place, False] = local_score(place)
     _LOADED[place, True] = local_score(place, messages=True)
 
 
-def score_here(place: str, messages: bool, responses: Sequence[Response]) -> dict[str, Any]:
+def score_here(
+    place: str, messages: bool, digest: str, responses: Sequence[Response]
+) -> dict[str, Any]:
     """The function's scores, called in this process.
 
     Returns:
@@ -95,8 +114,8 @@ def score_here(place: str, messages: bool, responses: Sequence[Response]) -> dic
     Raises:
         RewardError: it raises anything, or gives no usable scores.
     """
-    if (place, messages) not in _LOADED:  # a worker before this one loaded it
-        load_here(place)
+    if (place, messages) not in _LOADED:  # another function has started this worker
+        load_here(place, digest)
     return _LOADED[place, messages](responses)
 
 
@@ -129,7 +148,7 @@ def local_score(place: str, *, messages: bool = False) -> Local:
                 hint=f"the rows have {', '.join(columns) or 'no columns'}; give the parameter a "
                 "default, or add the column",
             )
-        log = _Log(shown)
+        log = _Log(len(responses))
         given = {
             "prompts": [response.prompt for response in responses],
             "completions": [_completion(response, messages) for response in responses],
@@ -141,7 +160,7 @@ def local_score(place: str, *, messages: bool = False) -> Local:
         try:
             result = function(**wanted)
             if inspect.isawaitable(result):
-                result = asyncio.run(_awaited(result))
+                result = _loop().run_until_complete(_awaited(result))
         except BaseException as error:  # nothing of the user's may end the worker
             call = f", given {len(responses)} completions"
             fault = raised(error, path, name, RewardError, shape=_SHAPE, more=call)
@@ -159,8 +178,8 @@ def local_score(place: str, *, messages: bool = False) -> Local:
 class _Log:
     """What a function says beside its scores, through TRL's two functions."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, count: int) -> None:
+        self.count = count
         self.notes: dict[int, dict[str, Any]] = {}
         self.metrics: dict[str, float] = {}
 
@@ -170,6 +189,8 @@ class _Log:
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         """One value for each response, for its line in samples.jsonl."""
+        if len(values) != self.count:
+            raise ValueError(f"log_extra got {len(values)} values for {self.count} completions")
         for number, value in enumerate(values):
             plain = value if isinstance(value, str | int | float | bool | None) else str(value)
             self.notes.setdefault(number, {})[str(column)] = plain
@@ -177,6 +198,12 @@ class _Log:
 
 def _chat(responses: Sequence[Response]) -> bool:
     return any(isinstance(response.prompt, list) for response in responses)
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One for all calls: a client that a file keeps belongs to the loop of its first call."""
+    return asyncio.new_event_loop()
 
 
 async def _awaited(result: Any) -> Any:

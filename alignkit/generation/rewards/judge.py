@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from alignkit.errors import RewardError
 from alignkit.generation.rewards.asking import post, start_of
@@ -20,7 +21,7 @@ from alignkit.recipe.rewards import JudgeReward
 _ROOM = 1 << 20
 """Bytes of the longest reply."""
 
-_SCORE = re.compile(r"score\W{0,8}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+_SCORE = re.compile(r"^\W*score\W{0,4}:\W{0,4}?(-?\d+(?:\.\d+)?)", re.IGNORECASE | re.MULTILINE)
 
 _TASK = """You judge the response to a prompt by this rubric:
 
@@ -39,14 +40,15 @@ def judge_score(spec: JudgeReward) -> Score:
 
     Returns:
         A score with a note for each response: the judge's `reply`, or why there is no score. What
-        a failure costs is as in the recipe; it raises RewardError where no response at all could be
-        judged.
+        a failure costs is as in the recipe.
 
     Raises:
         RewardError: the address is incomplete, the key is missing or the rubric cannot be read.
     """
     shown = whole_address(spec.judge, "reward.judge")
-    address = spec.judge.rstrip("/") + "/chat/completions"
+    parts = urlsplit(spec.judge)
+    path = f"{parts.path.rstrip('/')}/chat/completions"
+    address = urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
     headers = {"Authorization": f"Bearer {_key(spec.api_key)}"} if spec.api_key else {}
     task = _TASK.format(rubric=_rubric(spec.rubric), scale=spec.scale)
 
@@ -81,12 +83,11 @@ def judge_score(spec: JudgeReward) -> Score:
             for response, (value, note) in zip(responses, found, strict=True)
             if value is None
         )
-        if failures and (spec.on_failure == "stop" or len(failures) == len(responses)):
+        if failures and spec.on_failure == "stop":
             count = f"{len(failures)} of {len(responses)} responses could not be judged"
             raise RewardError(
                 f"{failures[0].place}: {count}: {failures[0].reason}",
-                hint="ask the judge by hand, as docs/rewards.md shows; on_failure: skip goes on "
-                "while some are judged",
+                hint="ask the judge by hand; on_failure: skip goes on with the others",
             )
         lost = 0.0 if spec.on_failure == "zero" else math.nan
         values = [lost if value is None else value for value, _ in found]
@@ -98,12 +99,13 @@ def judge_score(spec: JudgeReward) -> Score:
 
 def _key(name: str) -> str:
     """The value of an environment variable."""
-    if not os.environ.get(name):
+    value = os.environ.get(name, "").strip()
+    if not value or not value.isprintable():
         raise RewardError(
-            f"reward.api_key names {name}, an environment variable that is not set",
+            f"reward.api_key names {name}, an environment variable that is not set to a key",
             hint=f"export {name}=…, or remove reward.api_key",
         )
-    return os.environ[name]
+    return value
 
 
 def _rubric(text: str) -> str:
@@ -133,4 +135,4 @@ def _content(reply: bytes, shown: str) -> str:
         content = None
     if not isinstance(content, str):
         raise RewardError(f"{shown}: answers no chat completion: {start_of(reply)}")
-    return content
+    return content.encode("utf-8", "replace").decode()  # half a surrogate could not be kept

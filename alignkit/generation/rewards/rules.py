@@ -169,7 +169,7 @@ def valid_json(response: str, keys: Sequence[str] = ()) -> float:
     try:
         # numbers stay text: Python refuses to build some that are valid JSON
         value = json.loads(
-            bare_json(response), parse_int=str, parse_float=str, parse_constant=_refuse
+            bare_json(response), parse_int=str, parse_float=str, parse_constant=refuse_constant
         )
     except (ValueError, RecursionError):
         return 0.0
@@ -187,7 +187,12 @@ def bare_json(response: str) -> str:
     return fenced[1] if fenced else text
 
 
-def _refuse(word: str) -> None:
+def refuse_constant(word: str) -> None:
+    """For `json.loads`: NaN and Infinity are no JSON.
+
+    Args:
+        word: as it stands there.
+    """
     raise ValueError(f"{word} is not JSON, though Python reads it")
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from alignkit.errors import RewardError
 from alignkit.generation.rewards.responses import Response
-from alignkit.generation.rewards.rules import bare_json, row_column
+from alignkit.generation.rewards.rules import bare_json, refuse_constant, row_column
+from alignkit.limits import TimeUp, time_limit
 from alignkit.recipe.rules import JsonSchemaReward
 
 try:
@@ -44,12 +45,9 @@ def schema_score(spec: JsonSchemaReward) -> Callable[[Sequence[Response]], list[
             assert spec.column is not None
             validator = _validator(_of_row(response, spec.column), response.place)
         try:
-            value = json.loads(bare_json(response.text))
-        except (ValueError, RecursionError):
-            return 0.0
-        try:
+            value = json.loads(bare_json(response.text), parse_constant=refuse_constant)
             return float(validator.is_valid(value))
-        except RecursionError:
+        except (ValueError, RecursionError, ArithmeticError):  # 1e400 is a multiple of nothing
             return 0.0
         except Unresolvable as error:
             raise RewardError(
@@ -57,7 +55,18 @@ def schema_score(spec: JsonSchemaReward) -> Callable[[Sequence[Response]], list[
                 hint="put it in under $defs: nothing is fetched",
             ) from None
 
-    return lambda responses: [one(response) for response in responses]
+    def score(responses: Sequence[Response]) -> list[float]:
+        try:
+            with time_limit(spec.timeout):
+                return [one(response) for response in responses]
+        except TimeUp:
+            raise RewardError(
+                f"the schema of the reward rule `json_schema` takes more than {spec.timeout:g} "
+                "seconds",
+                hint="simplify its patterns, or raise reward.timeout",
+            ) from None
+
+    return score
 
 
 def _validator(schema: Any, place: str) -> Any:

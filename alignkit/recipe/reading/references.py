@@ -123,7 +123,12 @@ def anchor_files(document: Document) -> Document:
 
 def _anchored(value: Any, folders: tuple[Path, ...], keys: tuple[str, ...]) -> Any:
     if isinstance(value, dict):
-        return {key: _anchored(inner, folders, (*keys, key)) for key, inner in value.items()}
+        return {
+            key: inner
+            if "judge" in value and key == "model"
+            else _anchored(inner, folders, (*keys, key))
+            for key, inner in value.items()
+        }
     if isinstance(value, list):
         return [_anchored(inner, folders, keys) for inner in value]
     if not isinstance(value, str) or keys not in _FILES:

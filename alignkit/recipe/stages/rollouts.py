@@ -71,6 +71,16 @@ class RolloutRecipe(Recipe):
             )
         return value
 
+    @field_validator("reward")
+    @classmethod
+    def _names_differ(cls, value: RewardSources) -> RewardSources:
+        names = [source.name for source in value if source.name is not None]
+        for name in names:
+            if names.count(name) > 1 or name == "task":
+                what = ", which is that of the task" if name == "task" else " twice"
+                raise ValueError(f"has the name {name}{what}")
+        return value
+
     @field_validator("task")
     @classmethod
     def _verifies(cls, value: RewardSource | None, info: ValidationInfo) -> RewardSource | None:
@@ -78,6 +88,8 @@ class RolloutRecipe(Recipe):
             raise ValueError(
                 "names a reward model, which verifies nothing: name a rule or a function"
             )
+        if value is not None and (value.weight != 1.0 or value.name is not None):
+            raise ValueError("has a weight or a name, which mean nothing here: remove them")
         data = info.data.get("data")
         if value is not None and data is not None and not (data.eval or data.eval_fraction):
             raise ValueError("needs held-out prompts: set data.eval or data.eval_fraction")

@@ -45,6 +45,7 @@ def dry_run(run: RolloutRun, first_step: int) -> None:
         if len(rewards.parts) > 1:
             _say_parts(run, rewards)
         if not _differing(run, rollouts, rewards):
+            run.look(rewards)
             _refuse(run, rollouts, rewards.total)
 
 
@@ -95,13 +96,15 @@ def _say_parts(run: RolloutRun, rewards: Rewards) -> None:
 def _look(run: RolloutRun, rollouts: Sequence[Rollout], rewards: torch.Tensor) -> None:
     """Say what a few groups earn."""
     known = rewards[~torch.isnan(rewards)]
+    earned = "no rewards"
+    if len(known):
+        earned = f"rewards {known.min():.3g} to {known.max():.3g}, {known.mean():.3g} on average"
     cut = sum(c.finish == "length" for r in rollouts for c in r.sampled)
     constant, count = int((~differs(rewards)).sum()), rewards.numel()
     spec = run.recipe.rollout
     run.progress.say(
         f"pilot: {len(rollouts)} groups of {spec.samples_per_prompt}: {cut} of {count} responses "
-        f"cut off at {spec.max_new_tokens} tokens, {constant} groups earn all the same; rewards "
-        f"{known.min():.3g} to {known.max():.3g}, {known.mean():.3g} on average"
+        f"cut off at {spec.max_new_tokens} tokens, {constant} groups earn all the same; {earned}"
     )
     for rollout, earned in list(zip(rollouts, rewards.tolist(), strict=True))[:SHOWN]:
         shown = rollout.prompt.shown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ class Asked:
         counted: `[P, n]` whether a response is learned from.
         judged: the same responses' rewards by source.
         tries: how often further prompts were asked.
+        failed: responses that sources could not score, as metrics.
     """
 
     rollouts: list[Rollout]
@@ -48,6 +49,7 @@ class Asked:
     counted: torch.Tensor
     judged: Rewards
     tries: int
+    failed: dict[str, float] = field(default_factory=dict)
 
     @property
     def chosen(self) -> list[int]:
@@ -88,6 +90,7 @@ def train_step(run: RolloutRun, step: int) -> dict[str, float]:
         **rollout_metrics(run, asked.rollouts, asked.judged, {}),
         **_group_metrics(run, asked, distances),
         "sampling_seconds": sampling,
+        **asked.failed,
     }
     kl = torch.zeros_like(asked.rewards)
     if distances:
@@ -142,6 +145,7 @@ def _ask(run: RolloutRun, step: int) -> tuple[Asked, float]:
         missing = wanted - int(run.processes.reduce(found))
         if missing <= 0:
             break
+    asked.failed = run.look(asked.judged)
     run.drawn = drawn
     return asked, seconds
 

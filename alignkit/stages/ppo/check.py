@@ -28,7 +28,7 @@ def _backward(
     run: RolloutRun, rollouts: Sequence[Rollout], scored: Scored, groups: list[list[int]]
 ) -> None:
     ones = torch.ones_like(scored.policy) * scored.mask
-    batch = Batch(rollouts, scored, ones, scored.values + ones)
+    batch = Batch(rollouts, scored, ones, scored.values + ones, scored.mask)
     rows = np.split(np.arange(len(scored.policy)), len(rollouts))
     for group in groups:
         own = np.concatenate([rows[i] for i in group])

@@ -45,6 +45,7 @@ def train_step(run: RolloutRun, step: int) -> dict[str, float]:
     rollouts = run.collect(prompts, mine, (seed, TRAIN, step))
     sampled = time.monotonic()
     rewards = run.score(rollouts)
+    failed = run.look(rewards)
     passes = [
         [
             group_rollouts(rollouts, part, plan.microbatch_tokens)
@@ -70,7 +71,7 @@ def train_step(run: RolloutRun, step: int) -> dict[str, float]:
         "kl/k3": (k3(scored.policy, scored.reference) * scored.mask).sum(1),
     }
     columns = _of_all_processes(
-        run.processes, torch.stack([scored.values[scored.mask], batch.returns[scored.mask]], 1)
+        run.processes, torch.stack([scored.values[batch.learned], batch.returns[batch.learned]], 1)
     )
     metrics = {
         **_update_metrics(sums, spec.value_weight),
@@ -78,6 +79,7 @@ def train_step(run: RolloutRun, step: int) -> dict[str, float]:
         "kl_coef": run.kl_coef,
         "explained_variance": explained_variance(*columns.unbind(1)),
         "sampling_seconds": sampled - started,
+        **failed,
     }
     if spec.kl_target is not None:
         run.kl_coef = adapt_kl_coef(
@@ -98,10 +100,7 @@ def _batch(
     scored: Scored,
     kl: torch.Tensor,
 ) -> Batch:
-    """Responses with their advantages and returns, from rewards and `[B, T]` KL.
-
-    A response without a reward neither moves the policy nor tells the value model anything.
-    """
+    """Responses with their advantages and returns, from rewards and `[B, T]` KL."""
     spec, mask = run.recipe.objective, scored.mask
     known = rewards.known[:, None] & mask
     earned = token_rewards(rewards.total.nan_to_num(0.0), kl, mask, kl_coef=run.kl_coef)
@@ -109,8 +108,7 @@ def _batch(
         earned, scored.values, mask, gamma=spec.gamma, gae_lambda=spec.gae_lambda
     )
     totals = run.processes.reduce(moments(raw, known))
-    whitened = whiten(raw, known, totals)
-    return Batch(rollouts, scored, whitened, torch.where(known, returns, scored.values))
+    return Batch(rollouts, scored, whiten(raw, known, totals), returns, known)
 
 
 def _update_metrics(sums: dict[str, float], value_weight: float) -> dict[str, float]:

@@ -30,12 +30,14 @@ class Batch:
         scored: log-probs and values at the time of sampling.
         advantages: `[B, T]` whitened.
         returns: `[B, T]`.
+        learned: `[B, T]` bool, tokens that are learned from: those of responses with a reward.
     """
 
     rollouts: Sequence[Rollout]
     scored: Scored
     advantages: torch.Tensor
     returns: torch.Tensor
+    learned: torch.Tensor
 
     def flat(self, values: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
         """`[N]` of some responses' tokens, in the order of a packed batch of them."""
@@ -83,7 +85,7 @@ class Updater:
         rows = response_rows(batch.rollouts)
         totals: dict[str, float] = {}
         for minibatch in groups:
-            mine = sum(int(batch.scored.mask[rows[i]].sum()) for group in minibatch for i in group)
+            mine = sum(int(batch.learned[rows[i]].sum()) for group in minibatch for i in group)
             count = float(self.stepper.processes.reduce(torch.tensor(mine, dtype=torch.float64)))
             if count == 0:  # a short step has fewer prompts than minibatches
                 continue
@@ -148,12 +150,13 @@ class Updater:
         device = new.device
         scored = batch.scored
         known = (scored.policy, batch.advantages, scored.values, batch.returns)
-        columns = torch.stack([batch.flat(values, rows) for values in known])
-        old, advantage, old_values, returns = on_device(columns.numpy(), device).unbind(0)
-        policy = policy_losses(new, old, advantage, clip=spec.clip).sum()
+        columns = torch.stack([batch.flat(v, rows) for v in (*known, batch.learned.float())])
+        old, advantage, old_values, returns, counts = on_device(columns.numpy(), device).unbind(0)
+        policy = (policy_losses(new, old, advantage, clip=spec.clip) * counts).sum()
 
         def value_loss(values: torch.Tensor) -> torch.Tensor:
-            return value_losses(values, old_values, returns, clip=spec.value_clip).sum()
+            losses = value_losses(values, old_values, returns, clip=spec.value_clip)
+            return (losses * counts).sum()
 
         if joint is not None:
             value = value_loss(joint)
@@ -164,6 +167,6 @@ class Updater:
             value = value_loss(value_model(packed))
             (spec.value_weight * value / divisor).backward()
         with torch.no_grad():
-            clipped = clip_fraction(new, old, clip=spec.clip).sum()
-            moved = k3(old, new).sum()
+            clipped = (clip_fraction(new, old, clip=spec.clip) * counts).sum()
+            moved = (k3(old, new) * counts).sum()
             return torch.stack([policy, value, clipped, moved]).cpu().double()

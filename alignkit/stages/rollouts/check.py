@@ -172,6 +172,9 @@ def _say_reference_rewards(run: RolloutRun) -> None:
         document = Document(prompt.ids, (branch,), 0)
         answered.append(Rollout(prompt, document, (response,), (prompt.answer,)))
     earned = run.score(answered)
+    if not earned.known.any():
+        run.progress.say("no reward applies to the data's own answers")
+        return
     mean, low, high = mean_interval(earned.plain[earned.known].double().numpy())
     run.progress.say(
         f"the data's own answers earn {mean:.3f} ({low:.3f} to {high:.3f}, {len(chosen)} answers)"

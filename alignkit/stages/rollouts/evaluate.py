@@ -42,8 +42,15 @@ def evaluate_policy(run: RolloutRun, step: int) -> tuple[dict[str, float], str] 
     items = list(range(len(held_out)))[processes.rank :: processes.world]
     rollouts = run.collect(held_out, items, (run.seed, HELD_OUT))
     rewards = run.score(rollouts)
+    failed = run.look(rewards)
     kl = mean_kl(run.roles, rollouts, run.plan.microbatch_tokens)
-    solved = None if run.task is None else run.task(rollouts).plain
+    verified = None if run.task is None else run.task(rollouts)
+    solved = None
+    if run.task is not None and verified is not None:
+        failed |= run.look(verified, run.task)
+        solved = verified.plain
+        for number, note in verified.notes.items():
+            rewards.notes.setdefault(number, {}).update(note)
     own = _by_prompt(run, rollouts, rewards, kl, solved)
     columns = torch.zeros(len(held_out), len(own), dtype=torch.float64)
     columns[items] = torch.tensor(np.stack(list(own.values()), 1))
@@ -55,6 +62,7 @@ def evaluate_policy(run: RolloutRun, step: int) -> tuple[dict[str, float], str] 
     if run.roles.reference is None:
         del values["kl/k1"]
     values["prompts"] = float(len(held_out))
+    values |= failed
     for name, column in tasks.items():
         values |= _with_interval(name, column)
     if run.samples is not None:
@@ -85,10 +93,14 @@ def _by_prompt(
 
 
 def _passed(scores: npt.NDArray[np.float32], samples: int) -> dict[str, Array]:
-    """`pass@k` of each prompt, with k = 1 and k = all of its samples."""
-    right = (scores >= RIGHT).reshape(-1, samples)
-    passed = {f"{TASK}1": right.mean(1)}
-    return passed if samples == 1 else passed | {f"{TASK}{samples}": right.any(1).astype(float)}
+    """`pass@k` of each prompt, with k = 1 and k = all of its samples; NaN is not verified."""
+    unknown = np.isnan(scores)
+    right = np.where(unknown, np.nan, scores >= RIGHT)
+    passed = {f"{TASK}1": _mean(right, samples)}
+    if samples == 1:
+        return passed
+    any_right = np.fmax.reduce(right.reshape(-1, samples), axis=1)  # NaN only where all are
+    return passed | {f"{TASK}{samples}": any_right}
 
 
 def _mean(column: npt.NDArray[np.generic], samples: int) -> Array:

@@ -107,30 +107,18 @@ class Judge:
             found = {part.name: self._score(part, rollouts) for part in self.parts}
         except RewardError as raised:
             error = raised
-        values = {name: torch.tensor(s.values, dtype=torch.float32) for name, s in found.items()}
-        plain = weighted_sum([(p.weight, values[p.name]) for p in self.parts if values])
-        known, failed = (
-            float(x)
-            for x in self.processes.reduce(
-                torch.tensor(
-                    [float((~torch.isnan(plain)).sum()), float(error is not None)],
-                    dtype=torch.float64,
-                )
-            )
+        failed = self.processes.reduce(
+            torch.tensor([float(error is not None)], dtype=torch.float64)
         )
         if error is not None:
             raise error
-        if failed:
+        if failed.item() > 0:
             raise RewardError(
                 "another process could not score its responses",
                 hint="see the error that it printed",
             )
-        if not known:
-            raise RewardError(
-                f"no reward applies to any of {len(plain)} responses: every source gave None",
-                hint="give a number where a response can be judged, or add a source for the others",
-            )
-        total = plain
+        values = {name: torch.tensor(s.values, dtype=torch.float32) for name, s in found.items()}
+        total = plain = weighted_sum([(p.weight, values[p.name]) for p in self.parts])
         if self.missing_eos_penalty:
             cut = [c.finish == "length" for r in rollouts for c in r.sampled]
             total = plain - self.missing_eos_penalty * torch.tensor(cut, dtype=torch.float32)
@@ -144,8 +132,38 @@ class Judge:
             plain,
             notes,
             {key: value for scores in found.values() for key, value in scores.metrics.items()},
-            {name: scores.failures for name, scores in found.items() if scores.failures},
+            {name: scores.failures for name, scores in found.items()},
         )
+
+    def failed(self, rewards: Rewards) -> dict[str, int]:
+        """Name of each source -> responses that it could not score, over all processes.
+
+        Args:
+            rewards: of some responses of this process.
+
+        Raises:
+            RewardError: a source could score none of several responses, or none applies to any.
+        """
+        counts = [float(len(rewards.failures.get(part.name, ()))) for part in self.parts]
+        known = [float(rewards.known.sum()), float(len(rewards.plain))]
+        *failed, scored, every = self.processes.reduce(
+            torch.tensor([*counts, *known], dtype=torch.float64)
+        ).tolist()
+        found = {part.name: int(n) for part, n in zip(self.parts, failed, strict=True)}
+        for name, count in found.items():
+            if count == every > 1:
+                reason = next(iter(rewards.failures[name]), None)
+                raise RewardError(
+                    f"reward {name}: none of {count} responses could be scored"
+                    + (f": {reason.reason}" if reason else ""),
+                    hint="on_failure is for single responses; call the source by hand with one",
+                )
+        if every > 1 and not scored:
+            raise RewardError(
+                f"no reward applies to any of {int(every)} responses: every source gave None",
+                hint="give a number where a response can be judged, or add a source for the others",
+            )
+        return found
 
     def _score(self, part: RewardPart, rollouts: Sequence[Rollout]) -> Scores:
         if not isinstance(part.source, ScoringModel):
@@ -229,10 +247,12 @@ def build_judge(
     parts: list[RewardPart] = []
     names: list[str] = []
     for source in sources:
-        name = reward_name(source)
+        name = wanted = reward_name(source)
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{wanted}_{number}"
         names.append(name)
-        number = names.count(name)
-        name = name if number == 1 else f"{name}_{number}"
         if isinstance(source, ModelReward):
             parts.append(RewardPart(name, source.weight, next(remaining)))
         else:

@@ -113,7 +113,7 @@ class RolloutRun(Loop):
             )
 
     def score(self, rollouts: Sequence[Rollout]) -> Rewards:
-        """What some responses earn; those that a source could not score are told.
+        """What some responses earn.
 
         Args:
             rollouts: of this process.
@@ -121,14 +121,27 @@ class RolloutRun(Loop):
         Raises:
             RewardError: a source failed, here or in another process.
         """
-        rewards = self.judge(rollouts)
-        for name, failures in rewards.failures.items():
-            first = failures[0]
-            self.progress.say(
-                f"reward {name}: {len(failures)} of {len(rewards.plain)} responses could not be "
-                f"scored; the first is to {first.place}: {first.reason}"
-            )
-        return rewards
+        return self.judge(rollouts)
+
+    def look(self, rewards: Rewards, judge: Judge | None = None) -> dict[str, float]:
+        """Tell which responses could not be scored, by all processes together.
+
+        Args:
+            rewards: of all responses of a step or an evaluation, of this process.
+            judge: that gave them; None is that of the reward.
+
+        Returns:
+            `failed/<name>` of each source that failed.
+
+        Raises:
+            RewardError: a source could score none of them, or none applies to any.
+        """
+        failed = {name: n for name, n in (judge or self.judge).failed(rewards).items() if n}
+        for name, count in failed.items():
+            own = rewards.failures.get(name, ())
+            first = f"; the first is to {own[0].place}: {own[0].reason}" if own else ""
+            self.progress.say(f"reward {name}: {count} responses could not be scored{first}")
+        return {f"failed/{name}": float(count) for name, count in failed.items()}
 
 
 def step_places(run: RolloutRun, step: int) -> list[str]:
@@ -229,8 +242,9 @@ def end_step(
     for line in run.health.look(metrics):
         run.progress.say(f"health: {line}")
     every = run.recipe.rollout.samples_every
-    if run.samples is not None and (done == 1 or done % every == 0 or done == run.plan.steps):
-        run.samples.write(done, rollouts, rewards, kl, rows="train", limit=SHOWN)
+    whole = done == 1 or done % every == 0 or done == run.plan.steps
+    if run.samples is not None and (whole or rewards.notes):
+        run.samples.write(done, rollouts, rewards, kl, rows="train", limit=SHOWN * whole)
 
 
 def say_rewards(values: dict[str, float]) -> str:

@@ -217,8 +217,9 @@ def _task(source: RewardSource | None, tokens: int, processes: ProcessGroup) -> 
     """What verifies held-out responses."""
     if source is None:
         return None
+    named = source.model_copy(update={"name": "task"})
     return build_judge(
-        [source], [], missing_eos_penalty=None, max_tokens=tokens, processes=processes
+        [named], [], missing_eos_penalty=None, max_tokens=tokens, processes=processes
     )
 
 
