@@ -43,9 +43,10 @@ ON_RUNNING = ON_INPUTS | {"stages/running"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
-    "cli": ON_EVALUATION | STAGES | {"jobs", "pipelines", "peers"},
+    "cli": ON_EVALUATION | STAGES | {"jobs", "pipelines", "peers", "curation"},
     "pipelines": ON_EVALUATION | STAGES | {"jobs"},
-    "jobs": ON_EVALUATION | STAGES,
+    "jobs": ON_EVALUATION | STAGES | {"curation"},
+    "curation": PLAIN | {"data"},
     "peers": ON_EVALUATION,
     "stages/registry": ON_EVALUATION | STAGES,
     "stages/grpo": ON_RUNNING | {"stages/rollouts"},

@@ -1,4 +1,4 @@
-"""`alignkit data`: making data sets."""
+"""`alignkit data`: looking at data sets, and making them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 from alignkit.cli.models.generate import BaseOption, DtypeOption
-from alignkit.cli.output import print_json, say
+from alignkit.cli.output import print_json, print_pairs, say, stdout
 from alignkit.cli.versions import warn_of_versions
 
 data = typer.Typer(no_args_is_help=True)
@@ -70,3 +72,89 @@ def label(
         return
     for line in summary.lines():
         say(line)
+
+
+@data.command("check")
+def check(
+    files: Annotated[
+        list[str], typer.Argument(help="Files of rows, of any format.", show_default=False)
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Count lengths in its tokens.  [default: words]", show_default=False),
+    ] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option("--held-out", help="A file whose rows must not be in these; repeatable."),
+    ] = None,
+    words: Annotated[
+        Path | None, typer.Option(help="A file of words that must not stand in a row, one a line.")
+    ] = None,
+    languages: Annotated[bool, typer.Option("--languages", help="Count languages.")] = False,
+    near: Annotated[bool, typer.Option(help="Look for near-duplicates.")] = True,
+    threshold: Annotated[
+        float, typer.Option(help="Jaccard similarity of near-duplicates' five-character pieces.")
+    ] = 0.8,
+    take: Annotated[int | None, typer.Option(help="Read only this many rows of each.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page, too.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 2 if a row has a fault.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Say what is in files of rows: duplicates, leaks, placeholders, refusals, lengths, more."""
+    from alignkit.jobs.check_data import CheckRequest, check_data
+
+    report = check_data(
+        CheckRequest(
+            files=files,
+            model=model,
+            held_out=held_out or (),
+            words=words,
+            languages=languages,
+            near=near,
+            threshold=threshold,
+            take=take,
+            html=html,
+        )
+    )
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _print_report(report)
+    if html is not None:
+        say(f"wrote {html}")
+    if strict and report.faults:
+        raise typer.Exit(2)
+
+
+def _print_report(report: Any) -> None:
+    """Facts, then a line for each finding and its first rows."""
+    pairs = [("rows", f"{report.rows:,} in {', '.join(report.files)}")]
+    for name, value in report.facts.items():
+        shown = value
+        if isinstance(value, dict):
+            shown = ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items())
+        pairs.append((name, str(shown)))
+    print_pairs(pairs)
+    if not report.findings:
+        stdout.print(Text("nothing was found", style="bold green"))
+    for one in report.findings:
+        style = "bold red" if one.weight == "fault" else "bold yellow"
+        sign = "fault" if one.weight == "fault" else "look"
+        stdout.print()
+        stdout.print(Text(f"{sign}: {one.count:,} {one.name}", style=style))
+        stdout.print(Text(f"  {one.why}: {one.mend}"))
+        more = ", …" if one.count > len(one.places) else ""
+        stdout.print(Text(f"  {', '.join(one.places)}{more}", style="dim"))
+        if one.examples:
+            table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 2))
+            for example in one.examples:
+                table.add_row(*(Text(text) for text in example))
+            stdout.print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key}: {inner:,}" for key, inner in value.items()) + ")"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -117,7 +117,7 @@ def test_a_response_without_a_reward_is_left_out(
     failed = [line for line in lines if line["reward"] is None]
     assert len(failed) == sum(len(line["response"]) % 3 == 0 for line in lines) > 0
     for line in failed:
-        assert line["notes"]["mine"]["failed"].startswith("mine.py:")
+        assert "mine.py:3: score raised ValueError" in line["notes"]["mine"]["failed"]
         assert line["rewards"] == {"mine": None}
 
 

@@ -1,0 +1,146 @@
+"""Rows of any format as what a person would compare: a prompt, its answers, and who speaks."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alignkit.data.examples import parse_rows
+from alignkit.data.formats import Completion, Text, is_pair
+from alignkit.data.prompt_rows import parse_prompts
+from alignkit.data.sources import Row, load_source
+from alignkit.errors import DataError
+from alignkit.recipe.rows import SourceSpec
+
+_BLANKS = re.compile(r"\s+")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row.
+
+    Args:
+        place: `file:line`.
+        prompt: everything before its last answer.
+        answers: none, one, or the chosen and the rejected one.
+        roles: who speaks, in order; empty for plain text.
+        label: of a labelled row; None without one.
+        columns: every value of the row.
+    """
+
+    place: str
+    prompt: str
+    answers: tuple[str, ...]
+    roles: tuple[str, ...]
+    label: bool | None
+    columns: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "\n".join(filter(None, [self.prompt, *self.answers]))
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A row that no stage could read.
+
+    Args:
+        place: `file:line`.
+        reason: which rule it breaks.
+    """
+
+    place: str
+    reason: str
+
+
+def read_records(path: str, take: int | None = None) -> Iterator[Record | Unread]:
+    """Every row of a file, in order.
+
+    Args:
+        path: of the file, in any row format.
+        take: only the first so many.
+
+    Raises:
+        DataError: the file cannot be read at all.
+    """
+    for row in load_source(SourceSpec(path=path, take=take)).rows:
+        try:
+            yield _record(row)
+        except DataError as error:
+            yield Unread(row.place, error.message.removeprefix(f"{row.place}: "))
+
+
+def normalized(text: str) -> str:
+    """The text as it is compared: NFKC, lower case, single blanks.
+
+    Args:
+        text: of a row.
+    """
+    return _BLANKS.sub(" ", unicodedata.normalize("NFKC", text)).strip().casefold()
+
+
+def fingerprint(text: str) -> bytes:
+    """16 bytes that are equal for texts that are equal once normalized.
+
+    Args:
+        text: of a row.
+    """
+    return hashlib.blake2b(normalized(text).encode("utf-8", "replace"), digest_size=16).digest()
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, in lower case.
+
+    Args:
+        text: of a row.
+    """
+    return re.findall(r"\w+", text.casefold())
+
+
+def _record(row: Row) -> Record:
+    label = row.values.get("label")
+    known = label if isinstance(label, bool) else None
+    if is_pair(row):
+        (example,) = parse_rows([row], "auto", "pairs")
+        if example.unusable:
+            raise DataError(f"{row.place}: {example.unusable}")
+        chosen, rejected = example.texts
+        prompt, better = _split(chosen)
+        return Record(
+            row.place, prompt, (better, _split(rejected)[1]), _roles(chosen), known, row.values
+        )
+    try:
+        (example,) = parse_rows([row], "auto", "answers")
+    except DataError:
+        ((asked, _),) = parse_prompts([row], "auto")
+        return Record(row.place, _said(asked), (), _roles(asked), known, row.values)
+    (text,) = example.texts
+    prompt, answer = _split(text)
+    return Record(row.place, prompt, (answer,), _roles(text), known, row.values)
+
+
+def _split(text: Text) -> tuple[str, str]:
+    """What stands before the last answer, and that answer."""
+    if isinstance(text, Completion):
+        return text.prompt, text.completion
+    *before, last = text.messages
+    if last.role != "assistant":
+        return _join([*before, last]), ""
+    return _join(before), last.content
+
+
+def _said(text: Text) -> str:
+    return text.prompt if isinstance(text, Completion) else _join(text.messages)
+
+
+def _join(messages: Sequence[Any]) -> str:
+    return "\n".join(message.content for message in messages if message.content)
+
+
+def _roles(text: Text) -> tuple[str, ...]:
+    return () if isinstance(text, Completion) else tuple(m.role for m in text.messages)

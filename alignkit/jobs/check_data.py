@@ -1,0 +1,95 @@
+"""Files of rows -> a report of what is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignkit.curation.check import CheckOptions, check_files
+from alignkit.curation.findings import Report
+from alignkit.curation.languages import language_of
+from alignkit.curation.page import render_page
+from alignkit.errors import DataError
+from alignkit.files import output_path, write_text
+from alignkit.models.base.loading import load_tokenizer
+from alignkit.models.base.places import resolve
+
+
+@dataclass(frozen=True)
+class CheckRequest:
+    """What the command line asks for.
+
+    Args:
+        files: of rows.
+        model: whose tokens lengths are counted in; None counts words.
+        held_out: files of held-out or evaluation rows.
+        words: file with a word on each line that must not stand in a row.
+        languages: look at languages.
+        near: look for near-duplicates.
+        threshold: Jaccard similarity of near-duplicates.
+        take: rows of each file, the first ones.
+        html: page to write.
+    """
+
+    files: Sequence[str]
+    model: str | None = None
+    held_out: Sequence[str] = ()
+    words: Path | None = None
+    languages: bool = False
+    near: bool = True
+    threshold: float = 0.8
+    take: int | None = None
+    html: Path | None = None
+
+
+def check_data(request: CheckRequest) -> Report:
+    """Look at every row of some files.
+
+    Args:
+        request: what is asked for.
+
+    Raises:
+        DataError: a file cannot be read, or an option is out of range.
+        ModelError: there is no such model.
+    """
+    if not 0.3 <= request.threshold <= 1.0:
+        raise DataError(
+            f"--threshold must be between 0.3 and 1, got {request.threshold:g}",
+            hint="0.8 finds rows that share eight of ten pieces",
+        )
+    tokenizer = None
+    if request.model is not None:
+        tokenizer = load_tokenizer(resolve(request.model).whole())
+    options = CheckOptions(
+        near=request.near,
+        threshold=request.threshold,
+        held_out=request.held_out,
+        words=_listed(request.words),
+        count=None if tokenizer is None else lambda text: len(_ids(tokenizer, text)),
+        language=language_of if request.languages else None,
+        take=request.take,
+    )
+    report = check_files(request.files, options)
+    if request.html is not None:
+        write_text(output_path(request.html), render_page(report))
+    return report
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _listed(file: Path | None) -> list[str]:
+    """The words of a file, a line each."""
+    if file is None:
+        return []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{file}: cannot be read: {error}", hint="name a text file with a word on each line"
+        ) from None
+    return [line.strip() for line in lines if line.strip()]

@@ -1,0 +1,152 @@
+"""Planted faults are found and near misses are not; near-duplicates at a known similarity."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commandline import CommandLine
+from planted import plant, sentence
+from running import write_rows
+
+from alignkit.curation import duplicates
+from alignkit.curation.check import CheckOptions, check_files
+from alignkit.curation.duplicates import near_duplicates, pieces, similarity
+from alignkit.curation.overlap import Measured
+from alignkit.curation.patterns import personal_data, repeated_share
+from alignkit.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    rows, _ = plant(1800)
+    path = write_rows(tmp_path_factory.mktemp("planted") / "rows.jsonl", rows)
+    return check_files([str(path)], CheckOptions()), path
+
+
+def test_every_planted_fault_is_found_and_no_other(
+    report: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alignkit.curation.findings.PLACES", 10_000)
+    _, path = report
+    whole = check_files([str(path)], CheckOptions())
+    _, faults = plant(1800)
+    found = {
+        one.name: {int(place.rpartition(":")[2]) - 1 for place in one.places}
+        for one in whole.findings
+    }
+    for name in (
+        "placeholders",
+        "answers that stand in their prompt",
+        "refusals and talk of being a model",
+        "repetitive answers",
+        "personal data",
+        "equal rows",
+    ):
+        assert found[name] == faults[name], name
+    near, planted = found["near-duplicates"], faults["near-duplicates"]
+    assert len(near & planted) >= 0.95 * len(planted)
+    assert len(near - planted) <= 0.05 * len(near)
+
+
+def test_near_duplicates_at_a_known_similarity() -> None:
+    rng = random.Random(0)
+    texts, alike = [], set()
+    for _ in range(400):
+        text = sentence(rng, 30)
+        other = text
+        aim = rng.choice([0.5, 0.65, 0.85, 0.95])
+        while similarity(pieces(text), pieces(other)) > aim:
+            words = other.split()
+            words[rng.randrange(len(words))] = rng.choice(["zebra", "quartz", "jigsaw", "vortex"])
+            other = " ".join(words)
+        texts += [text, other]
+        if similarity(pieces(text), pieces(other)) >= 0.8:
+            alike.add((len(texts) - 2, len(texts) - 1))
+    found = {(one, other) for one, other, _ in near_duplicates(texts, 0.8)}
+    assert len(alike) > 100
+    assert len(found & alike) >= 0.95 * len(alike)  # recall
+    assert found <= alike  # compared exactly
+
+
+def test_a_set_without_faults(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    rows = [{"prompt": sentence(rng, 9), "completion": sentence(rng, 20)} for _ in range(30)]
+    report = check_files([str(write_rows(tmp_path / "rows.jsonl", rows))], CheckOptions())
+    assert (report.rows, report.findings, report.faults) == (30, (), 0)
+    assert report.facts["kinds"] == {"answers": 30}
+
+
+def test_pairs_labels_and_rows_that_cannot_be_read(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "chosen": "One two three four.", "rejected": "One two three four. Five."},
+        {
+            "prompt": "b",
+            "chosen": "It is a very long answer here",
+            "rejected": "here answer long very a is It",
+        },
+        {"prompt": "c", "chosen": "Certainly not today.", "rejected": "Yes."},
+        {"prompt": "d", "chosen": "same", "rejected": "same"},
+        {"prompt": "e", "completion": "x", "label": True},
+        {"question": "?"},
+    ]
+    report = check_files([str(write_rows(tmp_path / "rows.jsonl", rows))], CheckOptions())
+    found = {one.name: one for one in report.findings}
+    assert found["pairs that differ only in length"].count == 1
+    assert found["pairs whose answers hardly differ"].count == 1
+    unread = found["unreadable rows"]
+    assert unread.count == 2
+    assert unread.places[0].endswith("rows.jsonl:4")
+    assert report.facts["labels"] == {"true": 1}
+    assert report.facts["chosen is longer"] == pytest.approx(0.333)
+
+
+def test_rows_of_the_held_out_files() -> None:
+    long = " ".join(f"word{i}" for i in range(20))
+    measured = Measured([("What is it?", "What is it?\nThat.", "eval:1"), ("", long, "eval:2")])
+    assert measured.place_in("what  IS it?", "what is it? Other.") == "eval:1"
+    assert measured.place_in("q", f"before {' '.join(long.split()[3:17])} after") == "eval:2"
+    assert measured.place_in("q", " ".join(long.split()[:12])) is None
+
+
+def test_personal_data_has_its_check_digits() -> None:
+    kinds = [kind for kind, _, _ in personal_data("4111111111111111 and 4111111111111112")]
+    assert kinds == ["card"]
+    assert [k for k, _, _ in personal_data("GB82 WEST 1234 5698 7654 32")] == ["iban"]
+    assert [k for k, _, _ in personal_data("a.b@c.de, sk-" + "a" * 24)] == ["email", "key"]
+    assert list(personal_data("10.0.0.1, 2024-11-30, 3.14159, x@y")) == []
+
+
+def test_repetition() -> None:
+    assert repeated_share("the same four words " * 10) > 0.8
+    assert repeated_share(" ".join(f"w{i}" for i in range(50))) == 0.0
+    assert repeated_share("short " * 5) == 0.0
+
+
+def test_the_command(alignkit: CommandLine, tmp_path: Path, report: Any) -> None:
+    _, path = report
+    done = alignkit("data", "check", str(path), "--html", "page.html", "--strict", cwd=tmp_path)
+    assert done.code == 2
+    assert "fault: 20 placeholders" in done.stdout
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "&lt;b&gt;" not in page  # near misses are not shown
+    assert "20 placeholders" in page
+    assert "http" not in page.replace("http-equiv", "")
+    as_json = alignkit("data", "check", str(path), "--json", "--no-near", cwd=tmp_path)
+    assert as_json.code == 0
+    assert json.loads(as_json.stdout)["rows"] == 1800 + 12 * 20
+    held = alignkit("data", "check", str(path), "--held-out", str(path), "--no-near", cwd=tmp_path)
+    assert "rows of the held-out files" in held.stdout
+    wrong = alignkit("data", "check", str(path), "--threshold", "2", cwd=tmp_path)
+    assert wrong.code == 2
+    assert "--threshold must be between 0.3 and 1" in wrong.stderr
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "MinHash", None)
+    with pytest.raises(DataError, match="needs the package datasketch") as caught:
+        near_duplicates(["a", "b"], 0.8)
+    assert caught.value.hint == "pip install 'alignkit[data]', or leave it out with --no-near"
