@@ -91,7 +91,9 @@ def check(
         Path | None, typer.Option(help="A file of words that must not stand in a row, one a line.")
     ] = None,
     languages: Annotated[bool, typer.Option("--languages", help="Count languages.")] = False,
-    near: Annotated[bool, typer.Option(help="Look for near-duplicates.")] = True,
+    no_near: Annotated[
+        bool, typer.Option("--no-near", help="Do not look for near-duplicates.")
+    ] = False,
     threshold: Annotated[
         float, typer.Option(help="Jaccard similarity of near-duplicates' five-character pieces.")
     ] = 0.8,
@@ -112,7 +114,7 @@ def check(
             held_out=held_out or (),
             words=words,
             languages=languages,
-            near=near,
+            near=not no_near,
             threshold=threshold,
             take=take,
             html=html,

@@ -23,7 +23,11 @@ def samples(
     ] = None,
     rows: Annotated[
         Literal["held_out", "train"] | None,
-        typer.Option("--rows", help="Of which prompts.  [default: held_out, if there are any]"),
+        typer.Option(
+            "--rows",
+            metavar="ROWS",
+            help="held_out or train.  [default: held_out, if there are any]",
+        ),
     ] = None,
     best: Annotated[bool, typer.Option("--best", help="The highest rewards first.")] = False,
     worst: Annotated[bool, typer.Option("--worst", help="The lowest rewards first.")] = False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from alignkit.stages.grpo.check import dry_run
 from alignkit.stages.grpo.step import step_places, train_step
 from alignkit.stages.grpo.update import GroupUpdater
+from alignkit.stages.rollouts.run import OF_SOURCES
 from alignkit.stages.rollouts.stage import RolloutStage
 
 METRICS = {
@@ -23,7 +24,7 @@ METRICS = {
     "approx_kl": "k3 between the policy that sampled and the one that is trained",
     "sampling_seconds": "the part of the step's time spent on sampling",
     "responses": "responses of the step, over all processes",
-    "reward/<name>": "mean score of one source, before its weight",
+    **OF_SOURCES,
     "entropy": "mean entropy of a sampled token's distribution, in nats",
     "response_length": "tokens of a response, its end included",
     "eos_rate": "share of responses that ended on their own",

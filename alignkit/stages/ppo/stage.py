@@ -5,7 +5,7 @@ from __future__ import annotations
 from alignkit.stages.ppo.check import dry_run
 from alignkit.stages.ppo.step import train_step
 from alignkit.stages.ppo.update import Updater
-from alignkit.stages.rollouts.run import step_places
+from alignkit.stages.rollouts.run import OF_SOURCES, step_places
 from alignkit.stages.rollouts.stage import RolloutStage
 
 METRICS = {
@@ -19,7 +19,7 @@ METRICS = {
     "value_grad_norm": "norm of the value model's gradient before clipping",
     "sampling_seconds": "the part of the step's time spent on sampling",
     "responses": "responses of the step, over all processes",
-    "reward/<name>": "mean score of one source, before its weight",
+    **OF_SOURCES,
     "policy_loss": "clipped policy loss, mean over tokens and passes",
     "value_loss": "clipped squared error of the values, mean over tokens and passes",
     "clip_fraction": "share of tokens whose ratio left the clipping range",

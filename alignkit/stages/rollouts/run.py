@@ -26,6 +26,14 @@ TRAIN, HELD_OUT = 11, 12
 TASK = "task/pass@"
 """How the metrics of a task begin."""
 
+OF_SOURCES = {
+    "reward/<name>": "mean score of one source where it applies, before its weight",
+    "failed/<name>": "responses that a source could not score, if there are any",
+    "unscored": "share of responses that no source applies to; nothing is learned from them",
+    "logged/<name>": "what a reward function gave to log_metric, in the first process",
+}
+"""Metrics of the sources of rewards."""
+
 SHOWN = 8
 """Responses of a step that samples.jsonl keeps."""
 
