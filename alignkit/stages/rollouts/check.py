@@ -65,6 +65,7 @@ def dry_run(
     rollouts = run.collect(prompts, items, (run.seed, DRY_RUN))
     seconds = time.monotonic() - started
     rewards = run.score(rollouts)
+    run.look(rewards, whole=False)
     groups = group_rollouts(rollouts, items, run.plan.microbatch_tokens)
     scored = score_rollouts(run.roles, rollouts, groups)[0]
     again = score_rollouts(run.roles, rollouts, groups)[0]

@@ -135,11 +135,12 @@ class Judge:
             {name: scores.failures for name, scores in found.items()},
         )
 
-    def failed(self, rewards: Rewards) -> dict[str, int]:
+    def failed(self, rewards: Rewards, *, whole: bool = True) -> dict[str, int]:
         """Name of each source -> responses that it could not score, over all processes.
 
         Args:
             rewards: of some responses of this process.
+            whole: these are all of a step: a source should apply to some.
 
         Raises:
             RewardError: a source could score none of several responses, or none applies to any.
@@ -158,7 +159,7 @@ class Judge:
                     + (f": {reason.reason}" if reason else ""),
                     hint="on_failure is for single responses; call the source by hand with one",
                 )
-        if every > 1 and not scored:
+        if whole and every > 1 and not scored:
             raise RewardError(
                 f"no reward applies to any of {int(every)} responses: every source gave None",
                 hint="give a number where a response can be judged, or add a source for the others",

@@ -131,12 +131,15 @@ class RolloutRun(Loop):
         """
         return self.judge(rollouts)
 
-    def look(self, rewards: Rewards, judge: Judge | None = None) -> dict[str, float]:
+    def look(
+        self, rewards: Rewards, judge: Judge | None = None, *, whole: bool = True
+    ) -> dict[str, float]:
         """Tell which responses could not be scored, by all processes together.
 
         Args:
             rewards: of all responses of a step or an evaluation, of this process.
             judge: that gave them; None is that of the reward.
+            whole: see `Judge.failed`.
 
         Returns:
             `failed/<name>` of each source that failed.
@@ -144,7 +147,8 @@ class RolloutRun(Loop):
         Raises:
             RewardError: a source could score none of them, or none applies to any.
         """
-        failed = {name: n for name, n in (judge or self.judge).failed(rewards).items() if n}
+        counts = (judge or self.judge).failed(rewards, whole=whole)
+        failed = {name: count for name, count in counts.items() if count}
         for name, count in failed.items():
             own = rewards.failures.get(name, ())
             first = f"; the first is to {own[0].place}: {own[0].reason}" if own else ""
