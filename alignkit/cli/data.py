@@ -130,6 +130,67 @@ def check(
         raise typer.Exit(2)
 
 
+@data.command("clean")
+def clean(
+    files: Annotated[
+        list[str], typer.Argument(help="Files of rows, of any format.", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The .jsonl file to write.", show_default=False)
+    ],
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Remove such rows; repeatable: unreadable, equal, near, placeholders, leaks, "
+            "refusals, repetition, personal-data."
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="standard: unreadable, equal, near, placeholders and repetition."),
+    ] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option("--held-out", help="Remove rows of this file from these; repeatable."),
+    ] = None,
+    mask: Annotated[
+        bool, typer.Option("--mask", help="Replace personal data by its kind, as in [EMAIL].")
+    ] = False,
+    threshold: Annotated[
+        float, typer.Option(help="Jaccard similarity of near-duplicates' five-character pieces.")
+    ] = 0.8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
+) -> None:
+    """Write rows without those that were named; the others go beside it, each with its reason."""
+    from alignkit.curation.clean import PRESETS, CleanOptions, clean_files, side_of
+    from alignkit.errors import DataError
+    from alignkit.files import output_path
+
+    if preset is not None and preset not in PRESETS:
+        raise DataError(f"--preset {preset} is not known", hint=f"one of {', '.join(PRESETS)}")
+    names = [*(PRESETS[preset] if preset else ()), *(drop or ())]
+    if not names and not held_out and not mask:
+        raise DataError(
+            "nothing to remove or change was named",
+            hint="name it with --drop, --preset, --held-out or --mask; `data check` says what is "
+            "there",
+        )
+    target = output_path(output)
+    for path in (target, side_of(target)):
+        if path.exists() and not overwrite:
+            raise DataError(f"{path} exists", hint="name another --output, or add --overwrite")
+    if preset:
+        say(f"preset {preset}: {', '.join(PRESETS[preset])}")
+    options = CleanOptions(tuple(dict.fromkeys(names)), held_out or (), mask, threshold)
+    done = clean_files(files, target, options)
+    if as_json:
+        print_json(done.to_json())
+        return
+    for line in (*done.lines(), f"the others, with their reasons: {side_of(target)}"):
+        say(line)
+
+
 def _print_report(report: Any) -> None:
     """Facts, then a line for each finding and its first rows."""
     pairs = [("rows", f"{report.rows:,} in {', '.join(report.files)}")]

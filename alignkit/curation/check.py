@@ -12,21 +12,9 @@ import numpy as np
 from alignkit.curation.duplicates import equal, groups, near_duplicates
 from alignkit.curation.findings import Collector, Report, ordered
 from alignkit.curation.overlap import Measured
-from alignkit.curation.patterns import (
-    PLACEHOLDERS,
-    REFUSALS,
-    opening,
-    personal_data,
-    repeated_share,
-)
-from alignkit.curation.records import (
-    Record,
-    Unread,
-    fingerprint,
-    normalized,
-    read_records,
-    words,
-)
+from alignkit.curation.patterns import opening
+from alignkit.curation.records import Record, Unread, fingerprint, read_records, words
+from alignkit.curation.rules import RULES, listed_words
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 """Values of max_length whose price is told."""
@@ -58,8 +46,8 @@ class CheckOptions:
 SAME_ANSWERS = 0.95
 """Share of common words from which two answers say nearly the same."""
 
-REPETITIVE, FREQUENT = 0.3, 0.05
-"""Share of repeated four-grams of an answer, and share of rows that begin alike, that are told."""
+FREQUENT = 0.05
+"""Share of rows that begin alike that is told."""
 
 
 def check_files(files: Sequence[str], options: CheckOptions) -> Report:
@@ -80,7 +68,7 @@ def check_files(files: Sequence[str], options: CheckOptions) -> Report:
         "unreadable rows",
         "fault",
         "no stage can train on them: a run ends there, or drops and counts them",
-        "write what the sentence asks for, or remove the row",
+        "write what the sentence asks for, or remove the row (clean --drop unreadable)",
     )
     for file in files:
         for record in read_records(file, options.take):
@@ -99,57 +87,14 @@ def check_files(files: Sequence[str], options: CheckOptions) -> Report:
 
 def _each(records: Iterable[Record], options: CheckOptions) -> list[Collector]:
     """What a row has by itself."""
-    placeholder = Collector(
-        "placeholders",
-        "fault",
-        "the model learns to write them",
-        "fill them in, or remove the rows",
-    )
-    leak = Collector(
-        "answers that stand in their prompt",
-        "look",
-        "the model learns to copy; fine for extraction, wrong for questions",
-        "remove the answer from the prompt, or the rows",
-    )
-    refusal = Collector(
-        "refusals and talk of being a model",
-        "look",
-        "the model learns to decline, or to speak of itself",
-        "remove the rows if that is not wanted",
-    )
-    repetition = Collector(
-        "repetitive answers",
-        "fault",
-        "the model learns to go round in circles",
-        "remove the rows",
-    )
-    personal = Collector(
-        "personal data",
-        "look",
-        "the model may repeat it to anyone",
-        "mask it, or remove the rows",
-    )
-    listed = Collector("words of the list", "look", "you asked for them", "remove the rows")
-    unwanted = {word.casefold() for word in options.words}
+    rules = [*RULES.values(), *([listed_words(options.words)] if options.words else [])]
+    found = [(rule, rule.collector()) for rule in rules]
     for record in records:
-        answer = record.answers[0] if record.answers else ""
-        hit = PLACEHOLDERS.search(record.text)
-        if hit:
-            placeholder.add(record.place, hit[0])
-        copied = normalized(answer)
-        if len(words(answer)) >= 5 and copied in normalized(record.prompt):
-            leak.add(record.place, answer)
-        if answer and REFUSALS.search(answer[:400]):
-            refusal.add(record.place, answer)
-        if any(repeated_share(one) > REPETITIVE for one in record.answers[:1]):
-            repetition.add(record.place, answer)
-        hits = list(personal_data(record.text))
-        if hits:
-            kind, begin, end = hits[0]
-            personal.add(record.place, f"{kind}: {record.text[begin:end]}")
-        if unwanted and unwanted & set(words(record.text)):
-            listed.add(record.place, record.text)
-    return [placeholder, leak, refusal, repetition, personal, listed]
+        for rule, collector in found:
+            hit = rule.hit(record)
+            if hit is not None:
+                collector.add(record.place, hit)
+    return [collector for _, collector in found]
 
 
 def _compared(records: list[Record], options: CheckOptions) -> list[Collector]:
@@ -158,7 +103,7 @@ def _compared(records: list[Record], options: CheckOptions) -> list[Collector]:
         "equal rows",
         "fault",
         "they count several times, and may stand on both sides of a split",
-        "keep one of each",
+        "keep one of each (clean --drop equal)",
     )
     prompts = Collector(
         "prompts with several answers",
@@ -170,7 +115,7 @@ def _compared(records: list[Record], options: CheckOptions) -> list[Collector]:
         "near-duplicates",
         "look",
         "as equal rows: they count several times and leak across a split",
-        "keep one of each group",
+        "keep one of each group (clean --drop near)",
     )
     twins = Collector(
         "pairs whose answers hardly differ",
@@ -245,7 +190,7 @@ def _overlap(records: list[Record], options: CheckOptions) -> Collector:
         "rows of the held-out files",
         "fault",
         "what is measured there was trained on: the numbers are too good",
-        "remove the rows from one of the two",
+        "remove the rows from one of the two (clean --held-out)",
     )
     measured = Measured(
         (record.prompt, record.text, record.place)
