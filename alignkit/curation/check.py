@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from alignkit.curation.duplicates import equal, groups, near_duplicates
+from alignkit.curation.duplicates import can_look, equal, groups, near_duplicates
 from alignkit.curation.findings import Collector, Report, ordered
 from alignkit.curation.overlap import Measured
 from alignkit.curation.patterns import opening
@@ -148,7 +148,7 @@ def _compared(records: list[Record], options: CheckOptions) -> list[Collector]:
     for record in asked:
         _look_at_pair(record, twins, cut)
     _look_at_openings(asked, openings)
-    if options.near:
+    if options.near and can_look():
         for text, first in _near(asked, options.threshold):
             alike.add(text.place, first.text, text.text)
     return [same, prompts, alike, twins, cut, openings]
@@ -213,6 +213,8 @@ def _facts(records: list[Record], options: CheckOptions) -> dict[str, Any]:
     roles = Counter(" ".join(record.roles) or "plain text" for record in records)
     facts["roles"] = dict(roles.most_common(6))
     facts["lengths"] = _lengths(records, options)
+    if options.near and not can_look():
+        facts["near-duplicates"] = "not looked for: they need pip install 'alignkit[data]'"
     labels = Counter(record.label for record in records if record.label is not None)
     if labels:
         facts["labels"] = {str(key).lower(): count for key, count in labels.most_common()}

@@ -33,6 +33,11 @@ NEAREST = 50
 """A text is compared with so many before it in its bucket."""
 
 
+def can_look() -> bool:
+    """Whether the package that finds candidates is installed."""
+    return MinHash is not None
+
+
 def pieces(text: str) -> set[str]:
     """The five-character pieces of a text; a shorter one is its own.
 
@@ -67,7 +72,7 @@ def signatures(texts: Sequence[str], seed: int = 0) -> npt.NDArray[np.uint64]:
     if MinHash is None:
         raise DataError(
             "looking for near-duplicates needs the package datasketch, which is not installed",
-            hint="pip install 'alignkit[data]', or leave it out with --no-near",
+            hint="pip install 'alignkit[data]'",
         )
     count = BANDS * ROWS
     found = np.empty((len(texts), count), np.uint64)

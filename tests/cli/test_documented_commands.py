@@ -128,7 +128,7 @@ def test_the_readme_can_be_followed(alignkit: CommandLine, tiny_base: Path, tmp_
     shutil.copytree(tiny_base, home / "models" / "smollm2-135m-instruct")
     commands = commands_of(README)
     assert {words[0] for words in commands} == {
-        *("fetch", "sft", "dpo", "recipes", "plan", "inspect", "run")
+        *("fetch", "sft", "dpo", "recipes", "plan", "data", "inspect", "run")
     }
     for words in commands:
         more = QUICKLY.get(words[0], [])

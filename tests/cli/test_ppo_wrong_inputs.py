@@ -44,7 +44,7 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "two sources in one": (
         ["reward={model: BASE, rule: exact}"],
-        ["command line: reward must be a mapping with one of model, function, url or rule"],
+        ["command line: reward must be a mapping with one of model, function, url, judge or rule"],
     ),
     "unknown rule": (["reward={rule: lenght, max: 3}"], ["reward.rule", "'lenght'", "length"]),
     "dropout": (

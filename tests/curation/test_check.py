@@ -145,8 +145,12 @@ def test_the_command(alignkit: CommandLine, tmp_path: Path, report: Any) -> None
     assert "--threshold must be between 0.3 and 1" in wrong.stderr
 
 
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(duplicates, "MinHash", None)
     with pytest.raises(DataError, match="needs the package datasketch") as caught:
         near_duplicates(["a", "b"], 0.8)
-    assert caught.value.hint == "pip install 'alignkit[data]', or leave it out with --no-near"
+    assert caught.value.hint == "pip install 'alignkit[data]'"
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 2)
+    found = check_files([str(rows)], CheckOptions())
+    assert [one.name for one in found.findings] == ["equal rows"]
+    assert "alignkit[data]" in found.facts["near-duplicates"]
