@@ -53,7 +53,7 @@ COMMANDS = {
         "alignkit.cli.models.export:export",
         "Write a model for other programs, and check it.",
     ),
-    "data": ("alignkit.cli.data:data", "Look at files of rows, and make preference pairs."),
+    "data": ("alignkit.cli.rows.group:data", "Look at files of rows, and make preference pairs."),
     "recipes": (
         "alignkit.cli.training.recipes:recipes",
         "Shipped recipes and what their keys mean.",
