@@ -53,7 +53,10 @@ COMMANDS = {
         "alignkit.cli.models.export:export",
         "Write a model for other programs, and check it.",
     ),
-    "data": ("alignkit.cli.rows.group:data", "Look at files of rows, and make preference pairs."),
+    "data": (
+        "alignkit.cli.rows.group:data",
+        "Look at files of rows, clean and split them, make pairs.",
+    ),
     "recipes": (
         "alignkit.cli.training.recipes:recipes",
         "Shipped recipes and what their keys mean.",
