@@ -134,7 +134,7 @@ def test_merging_it_leaves_no_output(fault: str, adapter: Path, alignkit: Comman
 
 def test_the_file_names_the_weights_it_was_trained_over(run: Path, tiny_base: Path) -> None:
     fingerprint = weights_fingerprint(BaseModel(str(tiny_base)))
-    expected = TrainedOver(str(tiny_base), fingerprint, "none", "float32")
+    expected = TrainedOver(str(tiny_base), fingerprint, "none", "float32", device="cpu")
     assert trained_over(run / "adapter") == expected
     require_base(run / "adapter", BaseModel(str(tiny_base)))
     about = json.loads((run / "adapter" / TRAINED_OVER).read_text(encoding="utf-8"))

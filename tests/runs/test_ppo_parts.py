@@ -165,6 +165,9 @@ def test_gradients_of_several_processes_add_up() -> None:
 HEALTHY = {
     "kl/k1": 3.0,
     "clip_fraction": 0.1,
+    "clip_ratio/region_mean": 0.1,
+    "frac_reward_zero_std": 0.3,
+    "unscored": 0.0,
     "explained_variance": 0.5,
     "response_length": 40.0,
     "eos_rate": 0.9,
@@ -188,6 +191,8 @@ def test_nothing_is_reported_about_a_healthy_run() -> None:
         ("kl/k1", 25.0, 1, "KL of a response 25 is above the usual 20: ", "raise objective.kl_"),
         ("kl/k1", -1.0, 1, "KL of a response -1 is below the usual -0.5: ", "temperature"),
         ("clip_fraction", 0.4, 2, "clip fraction 0.4 is above the usual 0.3: ", "learning_rate"),
+        ("frac_reward_zero_std", 0.9, 3, "groups that earn all the same 0.9 is ab", "resample"),
+        ("unscored", 0.5, 2, "responses without a reward 0.5 is above the usual 0.2", "failures"),
         ("explained_variance", -2.0, 5, "explained variance -2 is below the usual 0: ", "value."),
         ("response_length", 1.0, 2, "response length 1 is below the usual 2: ", "longer"),
         ("eos_rate", 0.0, 5, "share of finished responses 0 is below the usual 0.05", "max_new"),

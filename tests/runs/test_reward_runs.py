@@ -39,7 +39,7 @@ def score(prompts, completions, **columns):
 """
 FAULTS = {
     "raises": ("raise ValueError('no more')", "score raised ValueError: no more, given 12"),
-    "hangs": ("time.sleep(60)", "gave no result within 3 seconds; the response is to "),
+    "hangs": ("time.sleep(60)", "gave no result within 2 seconds; the response is to "),
     "gives None for all": ("return [None] * len(scores)", "no reward applies to any of 12"),
     "gives NaN": ("return [math.nan] * len(scores)", "score 0 must be a finite number, got nan"),
     "gives too few": ("return scores[1:]", "must give 12 scores, one for each completion, got 11"),
@@ -73,7 +73,7 @@ def test_a_reward_that_fails_loses_nothing(
     how: str, whole: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     act, said = FAULTS[how]
-    recipe = recipe_of(tmp_path, tiny_base, act, timeout=3.0 if how == "hangs" else 60.0)
+    recipe = recipe_of(tmp_path, tiny_base, act, timeout=2.0 if how == "hangs" else 60.0)
     (tmp_path / "armed").touch()
     with pytest.raises(RewardError) as caught:
         train(recipe)

@@ -28,7 +28,7 @@ CEILINGS: dict[str, tuple[int, int, dict[str, int]]] = {
     "reward/float32": (2943, 220, {"efficient": 182}),
     "dpo/float32": (3690, 215, {"efficient": 286}),
     "kto/float32": (3831, 218, {"efficient": 258}),
-    "ppo/float32": (14466, 446, {"efficient": 398}),
+    "ppo/float32": (14520, 446, {"efficient": 398}),
     "grpo/float32": (9728, 277, {"efficient": 500}),
     "dpo/bfloat16": (3260, 215, {"varlen": 24, "efficient": 2}),
     "sft/float16": (2366, 211, {"varlen": 14, "efficient": 2}),
