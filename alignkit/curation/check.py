@@ -13,7 +13,14 @@ from alignkit.curation.duplicates import can_look, equal, groups, near_duplicate
 from alignkit.curation.findings import Collector, Report, ordered
 from alignkit.curation.overlap import Measured
 from alignkit.curation.patterns import opening
-from alignkit.curation.records import Record, Unread, fingerprint, read_records, words
+from alignkit.curation.records import (
+    Columns,
+    Record,
+    Unread,
+    fingerprint,
+    read_records,
+    words,
+)
 from alignkit.curation.rules import RULES, listed_words
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -32,6 +39,7 @@ class CheckOptions:
         count: length of a text in the model's tokens; None counts words.
         language: text -> its language; None does not look.
         take: rows of each file, the first ones; None takes all.
+        columns: of the files that are renamed.
     """
 
     near: bool = True
@@ -41,6 +49,7 @@ class CheckOptions:
     count: Callable[[str], int] | None = None
     language: Callable[[str], str] | None = None
     take: int | None = None
+    columns: Columns | None = None
 
 
 SAME_ANSWERS = 0.95
@@ -68,10 +77,11 @@ def check_files(files: Sequence[str], options: CheckOptions) -> Report:
         "unreadable rows",
         "fault",
         "no stage can train on them: a run ends there, or drops and counts them",
-        "write what the sentence asks for, or remove the row (clean --drop unreadable)",
+        "write what the sentence asks for, name the columns with --columns, or remove the rows "
+        "(clean --drop unreadable)",
     )
     for file in files:
-        for record in read_records(file, options.take):
+        for record in read_records(file, options.take, options.columns):
             if isinstance(record, Unread):
                 unread.add(record.place, record.reason)
             else:

@@ -16,7 +16,7 @@ from alignkit.curation.duplicates import groups, near_duplicates
 from alignkit.curation.findings import excerpt
 from alignkit.curation.overlap import Measured
 from alignkit.curation.patterns import personal_data
-from alignkit.curation.records import Record, Unread, fingerprint, read_records
+from alignkit.curation.records import Columns, Record, Unread, fingerprint, read_records
 from alignkit.curation.rules import RULES
 from alignkit.errors import DataError
 from alignkit.files import replace_file
@@ -39,12 +39,14 @@ class CleanOptions:
         held_out: files whose rows are removed from these.
         mask: replace personal data by its kind, as in `[EMAIL]`.
         threshold: Jaccard similarity of near-duplicates.
+        columns: of the files that are renamed.
     """
 
     drop: Sequence[str] = ()
     held_out: Sequence[str] = ()
     mask: bool = False
     threshold: float = 0.8
+    columns: Columns | None = None
 
 
 @dataclass
@@ -152,7 +154,7 @@ def _judged(
     files: Sequence[str], options: CleanOptions, done: Cleaned
 ) -> Iterator[tuple[Record | Unread, str, str]]:
     """Every row with the first reason to remove it, and its partner; both empty if it stays."""
-    records = [record for file in files for record in read_records(file)]
+    records = [one for file in files for one in read_records(file, columns=options.columns)]
     done.rows = len(records)
     reasons: dict[int, tuple[str, str]] = {}
     seen: dict[bytes, str] = {}

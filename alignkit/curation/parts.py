@@ -13,7 +13,7 @@ from typing import Any
 
 from alignkit.curation.duplicates import groups, near_duplicates
 from alignkit.curation.findings import Collector, Finding, ordered
-from alignkit.curation.records import Record, Unread, fingerprint, read_records
+from alignkit.curation.records import Columns, Record, Unread, fingerprint, read_records
 from alignkit.errors import DataError
 from alignkit.files import replace_file
 
@@ -50,6 +50,7 @@ def split_files(
     share: float,
     seed: int = 0,
     threshold: float = 0.8,
+    columns: Columns | None = None,
 ) -> Split:
     """Write two files of rows that have no prompt and no near-duplicate in common.
 
@@ -61,13 +62,14 @@ def split_files(
             more.
         seed: of the choice.
         threshold: Jaccard similarity of near-duplicates.
+        columns: of the files that are renamed.
 
     Raises:
         DataError: a row cannot be read, or the share is out of range.
     """
     if not 0.0 < share < 1.0:
         raise DataError(f"--share must be between 0 and 1, got {share:g}", hint="0.1 is usual")
-    records = read_all(files)
+    records = read_all(files, columns)
     leaders = _groups(records, threshold)
     members: dict[int, list[int]] = defaultdict(list)
     for number in range(len(records)):
@@ -161,18 +163,19 @@ def compare_files(before: str, after: str) -> tuple[int, tuple[Finding, ...]]:
     return same, ordered([one.finding() for one in (gone, added, changed)])
 
 
-def read_all(files: Sequence[str]) -> list[Record]:
+def read_all(files: Sequence[str], columns: Columns | None = None) -> list[Record]:
     """Every row of some files.
 
     Args:
         files: of rows.
+        columns: that are renamed.
 
     Raises:
         DataError: a row cannot be read.
     """
     records = []
     for file in files:
-        for record in read_records(file):
+        for record in read_records(file, columns=columns):
             if isinstance(record, Unread):
                 raise DataError(
                     f"{record.place}: {record.reason}",

@@ -10,7 +10,8 @@ from alignkit.curation.records import words
 
 PLACEHOLDERS = re.compile(
     r"\{\{\s*\w[\w .-]*\}\}|\[(?:INSERT|YOUR|COMPANY|NAME|DATE|ADDRESS|CITY|EMAIL)\b[^\]\n]{0,40}\]"
-    r"|<(?:INSERT|YOUR|NAME|PLACEHOLDER)\b[^>\n]{0,40}>|\blorem ipsum\b|\bTODO:|\bXXX\b|\bFIXME\b",
+    r"|<(?:INSERT|YOUR|NAME|PLACEHOLDER)\b[^>\n]{0,40}>|\blorem ipsum\b"
+    r"|(?-i:\bTODO:|\bXXX\b|\bFIXME\b)",
     re.IGNORECASE,
 )
 """Text that was to be filled in. Square brackets count only around the usual words."""
@@ -25,7 +26,7 @@ REFUSALS = re.compile(
 )
 """How models decline, at the start of an answer or naming themselves."""
 
-_EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.)+[a-zA-Z]{2,24}(?![\w-])")
+_EMAIL = re.compile(r"(?<![\w.+-])\w[\w.+-]{0,63}@(?:[\w-]{1,63}\.)+[a-zA-Z]{2,24}(?![\w-])")
 _CARD = re.compile(r"(?<![\d.-])\d(?:[ -]?\d){12,18}(?![\d-])")
 _IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
 _PHONE = re.compile(
@@ -40,7 +41,7 @@ _KEY = re.compile(
 
 
 _ISSUERS = {
-    "4": (13, 16, 19),
+    "4": (16, 19),
     **dict.fromkeys(("51", "52", "53", "54", "55", "6011", "65", "35"), (16,)),
     **dict.fromkeys(("34", "37"), (15,)),
     **dict.fromkeys(("22", "23", "24", "25", "26", "27"), (16,)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,17 +58,24 @@ class Unread:
     reason: str
 
 
-def read_records(path: str, take: int | None = None) -> Iterator[Record | Unread]:
+Columns = Mapping[str, str]
+"""New name of a column -> the one that it has, as in a recipe."""
+
+
+def read_records(
+    path: str, take: int | None = None, columns: Columns | None = None
+) -> Iterator[Record | Unread]:
     """Every row of a file, in order.
 
     Args:
         path: of the file, in any row format.
         take: only the first so many.
+        columns: that are renamed.
 
     Raises:
         DataError: the file cannot be read at all.
     """
-    for row in load_source(SourceSpec(path=path, take=take)).rows:
+    for row in load_source(SourceSpec(path=path, take=take, columns=dict(columns or {}))).rows:
         try:
             yield _record(row)
         except DataError as error:

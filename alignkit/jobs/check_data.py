@@ -11,6 +11,7 @@ from alignkit.curation.check import CheckOptions, check_files
 from alignkit.curation.findings import Report
 from alignkit.curation.languages import language_of
 from alignkit.curation.page import render_page
+from alignkit.curation.records import Columns
 from alignkit.errors import DataError
 from alignkit.files import output_path, write_text
 from alignkit.models.base.loading import load_tokenizer
@@ -31,6 +32,7 @@ class CheckRequest:
         threshold: Jaccard similarity of near-duplicates.
         take: rows of each file, the first ones.
         html: page to write.
+        columns: of the files that are renamed.
     """
 
     files: Sequence[str]
@@ -42,6 +44,7 @@ class CheckRequest:
     threshold: float = 0.8
     take: int | None = None
     html: Path | None = None
+    columns: Columns | None = None
 
 
 def check_data(request: CheckRequest) -> Report:
@@ -70,6 +73,7 @@ def check_data(request: CheckRequest) -> Report:
         count=None if tokenizer is None else lambda text: len(_ids(tokenizer, text)),
         language=language_of if request.languages else None,
         take=request.take,
+        columns=request.columns,
     )
     report = check_files(request.files, options)
     if request.html is not None:

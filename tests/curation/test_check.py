@@ -104,6 +104,23 @@ def test_pairs_labels_and_rows_that_cannot_be_read(tmp_path: Path) -> None:
     assert report.facts["chosen is longer"] == pytest.approx(0.333)
 
 
+def test_columns_are_renamed(tmp_path: Path, alignkit: CommandLine) -> None:
+    rows = [{"question": f"What is {n}?", "answer": f"It is {n}."} for n in range(3)]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    report = check_files([path], CheckOptions())
+    assert [one.name for one in report.findings] == ["unreadable rows"]
+    options = ["--columns", "prompt=question", "--columns", "completion=answer"]
+    done = alignkit("data", "check", path, *options, cwd=tmp_path)
+    assert "answers 3" in done.stdout
+    assert "unreadable" not in done.stdout
+    targets = ["--train", "t.jsonl", "--eval", "e.jsonl", "--share", "0.3"]
+    assert alignkit("data", "split", path, *targets, *options, cwd=tmp_path).code == 0
+    assert "prompt" in (tmp_path / "t.jsonl").read_text(encoding="utf-8")
+    wrong = alignkit("data", "check", path, "--columns", "prompt", cwd=tmp_path)
+    assert wrong.code == 2
+    assert "--columns prompt must be a new and an old name" in wrong.stderr
+
+
 def test_rows_of_the_held_out_files() -> None:
     long = " ".join(f"word{i}" for i in range(20))
     measured = Measured([("What is it?", "What is it?\nThat.", "eval:1"), ("", long, "eval:2")])

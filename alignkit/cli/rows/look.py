@@ -12,6 +12,14 @@ from rich.text import Text
 from alignkit.cli.output import print_json, print_pairs, say, stdout
 from alignkit.terminal import cut
 
+ColumnsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--columns",
+        metavar="NEW=OLD",
+        help="Rename a column, as in prompt=question; repeatable.",
+    ),
+]
 FilesArgument = Annotated[
     list[str], typer.Argument(help="Files of rows, of any format.", show_default=False)
 ]
@@ -37,6 +45,7 @@ def check(
     threshold: Annotated[
         float, typer.Option(help="Jaccard similarity of near-duplicates' five-character pieces.")
     ] = 0.8,
+    columns: ColumnsOption = None,
     take: Annotated[int | None, typer.Option(help="Read only this many rows of each.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page, too.")] = None,
     strict: Annotated[
@@ -58,6 +67,7 @@ def check(
             threshold=threshold,
             take=take,
             html=html,
+            columns=renamed(columns),
         )
     )
     if as_json:
@@ -109,9 +119,11 @@ def _print_report(report: Any) -> None:
     """Facts, then a line for each finding and its first rows."""
     pairs = [("rows", f"{report.rows:,} in {', '.join(report.files)}")]
     for name, value in report.facts.items():
+        if not value:
+            continue
         shown = value
         if isinstance(value, dict):
-            shown = ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items())
+            shown = ", ".join(f"{key} {_shown(x)}" for key, x in value.items() if x != {})
         pairs.append((name, str(shown)))
     print_pairs(pairs)
     if not report.findings:
@@ -140,3 +152,19 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return "(" + ", ".join(f"{key}: {inner:,}" for key, inner in value.items()) + ")"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def renamed(columns: list[str] | None) -> dict[str, str]:
+    """What `--columns` says: new name -> old one."""
+    from alignkit.errors import DataError
+
+    pairs = dict[str, str]()
+    for text in columns or ():
+        new, equals, old = text.partition("=")
+        if not (new and equals and old):
+            raise DataError(
+                f"--columns {text} must be a new and an old name",
+                hint="as in --columns prompt=question --columns completion=answer",
+            )
+        pairs[new] = old
+    return pairs

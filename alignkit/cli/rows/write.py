@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from alignkit.cli.output import print_json, say
-from alignkit.cli.rows.look import FilesArgument
+from alignkit.cli.rows.look import ColumnsOption, FilesArgument, renamed
 
 
 def clean(
@@ -38,6 +38,7 @@ def clean(
     threshold: Annotated[
         float, typer.Option(help="Jaccard similarity of near-duplicates' five-character pieces.")
     ] = 0.8,
+    columns: ColumnsOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
 ) -> None:
@@ -59,7 +60,9 @@ def clean(
     _require_free([target, side_of(target)], overwrite)
     if preset:
         say(f"preset {preset}: {', '.join(PRESETS[preset])}")
-    options = CleanOptions(tuple(dict.fromkeys(names)), held_out or (), mask, threshold)
+    options = CleanOptions(
+        tuple(dict.fromkeys(names)), held_out or (), mask, threshold, renamed(columns)
+    )
     done = clean_files(files, target, options)
     if as_json:
         print_json(done.to_json())
@@ -79,6 +82,7 @@ def split(
     threshold: Annotated[
         float, typer.Option(help="Jaccard similarity of near-duplicates' five-character pieces.")
     ] = 0.8,
+    columns: ColumnsOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files.")] = False,
 ) -> None:
     """Divide rows in two files, with equal prompts and near-duplicates on one side."""
@@ -87,7 +91,9 @@ def split(
 
     targets = [output_path(train), output_path(held_out)]
     _require_free(targets, overwrite)
-    done = split_files(files, *targets, share=share, seed=seed, threshold=threshold)
+    done = split_files(
+        files, *targets, share=share, seed=seed, threshold=threshold, columns=renamed(columns)
+    )
     say(done.line())
 
 
