@@ -146,6 +146,14 @@ def test_what_a_program_starts_ends_with_it(confined: bool) -> None:
     assert not [command for command in running if "31.4159" in command]
 
 
+def test_a_program_leaves_no_shared_memory() -> None:
+    code = "import ctypes\nassert ctypes.CDLL(None).shmget(0x5EAF00D, 100, 0o1666) >= 0"
+    score = build_score(CodeReward(rule="code"))
+    assert score(rows((code, "pass"), column="tests")).values == [1.0]
+    keys = [line.split()[0] for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
+    assert str(0x5EAF00D) not in keys
+
+
 @pytest.mark.parametrize("tests", [[], "", " ", 3])
 def test_a_row_without_tests(tests: Any) -> None:
     message = fault(CodeReward(rule="code"), rows(("", tests), column="tests"))
