@@ -18,6 +18,7 @@ from alignkit.curation.records import (
     Record,
     Unread,
     fingerprint,
+    read_all,
     read_records,
     words,
 )
@@ -34,12 +35,12 @@ class CheckOptions:
     Args:
         near: look for near-duplicates.
         threshold: Jaccard similarity from which two rows are near-duplicates.
-        held_out: files of held-out or evaluation rows that must not be in these.
+        held_out: files of held-out or evaluation rows that must not be in these; all must be read.
         words: that must not stand in a row.
         count: length of a text in the model's tokens; None counts words.
         language: text -> its language; None does not look.
         take: rows of each file, the first ones; None takes all.
-        columns: of the files that are renamed.
+        columns: of all files that are renamed.
     """
 
     near: bool = True
@@ -70,7 +71,7 @@ def check_files(files: Sequence[str], options: CheckOptions) -> Report:
         What was found, and facts about the rows.
 
     Raises:
-        DataError: a file cannot be read at all, or a package is missing.
+        DataError: a file cannot be read at all, or a held-out row cannot.
     """
     records: list[Record] = []
     unread = Collector(
@@ -86,13 +87,29 @@ def check_files(files: Sequence[str], options: CheckOptions) -> Report:
                 unread.add(record.place, record.reason)
             else:
                 records.append(record)
-    found = [unread, *_each(records, options), *_compared(records, options)]
+    found = [unread, _unanswered(records), *_each(records, options)]
+    found += _compared(records, options)
     if options.held_out:
         found.append(_overlap(records, options))
     rows = len(records) + unread.count
     return Report(
         tuple(files), rows, _facts(records, options), ordered([one.finding() for one in found])
     )
+
+
+def _unanswered(records: Sequence[Record]) -> Collector:
+    """Rows without an answer among others that have one."""
+    found = Collector(
+        "rows without an answer",
+        "fault",
+        "the others have one: supervised stages end or drop them",
+        "write the answers, or remove the rows (clean --drop unanswered)",
+    )
+    if any(record.answers for record in records):
+        for record in records:
+            if not record.answers:
+                found.add(record.place, record.prompt)
+    return found
 
 
 def _each(records: Iterable[Record], options: CheckOptions) -> list[Collector]:
@@ -202,14 +219,9 @@ def _overlap(records: list[Record], options: CheckOptions) -> Collector:
         "what is measured there was trained on: the numbers are too good",
         "remove the rows from one of the two (clean --held-out)",
     )
-    measured = Measured(
-        (record.prompt, record.text, record.place)
-        for file in options.held_out
-        for record in read_records(file)
-        if isinstance(record, Record)
-    )
+    measured = Measured(read_all(options.held_out, options.columns))
     for record in records:
-        place = measured.place_in(record.prompt, record.text)
+        place = measured.place_of(record)
         if place is not None:
             found.add(record.place, f"as {place}: {record.text}")
     return found

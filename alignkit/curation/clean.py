@@ -16,17 +16,25 @@ from alignkit.curation.duplicates import groups, near_duplicates
 from alignkit.curation.findings import excerpt
 from alignkit.curation.overlap import Measured
 from alignkit.curation.patterns import personal_data
-from alignkit.curation.records import Columns, Record, Unread, fingerprint, read_records
+from alignkit.curation.records import (
+    Columns,
+    Record,
+    Unread,
+    fingerprint,
+    read_all,
+    read_records,
+)
 from alignkit.curation.rules import RULES
 from alignkit.errors import DataError
 from alignkit.files import replace_file
 
-UNREADABLE, EQUAL, NEAR, HELD_OUT, MASKED = "unreadable", "equal", "near", "held-out", "masked"
+UNREADABLE, UNANSWERED, EQUAL, NEAR = "unreadable", "unanswered", "equal", "near"
+HELD_OUT, MASKED = "held-out", "masked"
 
-DROPS = (UNREADABLE, EQUAL, *RULES, NEAR)
+DROPS = (UNREADABLE, UNANSWERED, *RULES, EQUAL, NEAR)
 """What can be removed by name, in the order in which it is looked for."""
 
-PRESETS = {"standard": (UNREADABLE, EQUAL, "placeholders", "repetition", NEAR)}
+PRESETS = {"standard": (UNREADABLE, "placeholders", "repetition", EQUAL, NEAR)}
 """Name -> what it removes."""
 
 
@@ -39,7 +47,7 @@ class CleanOptions:
         held_out: files whose rows are removed from these.
         mask: replace personal data by its kind, as in `[EMAIL]`.
         threshold: Jaccard similarity of near-duplicates.
-        columns: of the files that are renamed.
+        columns: of all files that are renamed.
     """
 
     drop: Sequence[str] = ()
@@ -158,7 +166,9 @@ def _judged(
     done.rows = len(records)
     reasons: dict[int, tuple[str, str]] = {}
     seen: dict[bytes, str] = {}
-    measured = _measured(options)
+    measured = None
+    if options.held_out:
+        measured = Measured(read_all(options.held_out, options.columns))
     for number, record in enumerate(records):
         reason = _alone(record, options, seen, measured)
         if reason is not None:
@@ -187,26 +197,19 @@ def _alone(
                 hint="mend the row, or remove such rows with --drop unreadable",
             )
         return UNREADABLE, ""
-    if EQUAL in options.drop:
+    if UNANSWERED in options.drop and not record.answers:
+        return UNANSWERED, ""
+    for name, rule in RULES.items():
+        if name in options.drop and rule.hit(record) is not None:
+            return name, ""
+    place = None if measured is None else measured.place_of(record)
+    if place is not None:
+        return HELD_OUT, place
+    if EQUAL in options.drop:  # the last: the partner is a row that stays
         partner = seen.setdefault(fingerprint(record.text), record.place)
         if partner != record.place:
             return EQUAL, partner
-    for name in options.drop:
-        if name in RULES and RULES[name].hit(record) is not None:
-            return name, ""
-    place = None if measured is None else measured.place_in(record.prompt, record.text)
-    return None if place is None else (HELD_OUT, place)
-
-
-def _measured(options: CleanOptions) -> Measured | None:
-    if not options.held_out:
-        return None
-    return Measured(
-        (record.prompt, record.text, record.place)
-        for file in options.held_out
-        for record in read_records(file)
-        if isinstance(record, Record)
-    )
+    return None
 
 
 def _fate(record: Record | Unread, reason: str, partner: str) -> dict[str, Any]:

@@ -29,6 +29,9 @@ PIECE = 5
 BANDS, ROWS = 25, 5
 """Bands of a signature, and values in each."""
 
+LOWEST = 0.3
+"""Below it two texts are hardly alike, and candidates are missed."""
+
 NEAREST = 50
 """A text is compared with so many before it in its bucket."""
 
@@ -91,13 +94,21 @@ def near_duplicates(
 
     Args:
         texts: of rows; equal ones are best left out beforehand.
-        threshold: least Jaccard similarity, in (0, 1].
+        threshold: least Jaccard similarity, in [0.3, 1].
         sign: gives signatures.
 
     Returns:
         In the order of the later text. A text in a bucket of many is compared with the `NEAREST`
         before it, so that of a large group every member has a partner, not every pair.
+
+    Raises:
+        DataError: the threshold is out of range, or the package is not installed.
     """
+    if not LOWEST <= threshold <= 1.0:
+        raise DataError(
+            f"--threshold must be between {LOWEST:g} and 1, got {threshold:g}",
+            hint="0.8 finds rows that share eight of ten pieces",
+        )
     if len(texts) < 2:
         return []
     values = sign(texts)

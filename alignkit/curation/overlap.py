@@ -5,39 +5,40 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 
-from alignkit.curation.records import fingerprint, words
+from alignkit.curation.records import Record, fingerprint, words
 
 GRAM = 13
 """Words of a gram, as in Brown et al. (arXiv:2005.14165, appendix C)."""
 
 
 class Measured:
-    """The prompts and long passages of files that a model is measured on.
+    """The prompts and long passages of rows that a model is measured on.
 
     Args:
-        texts: prompt, and the whole row, of each of their rows, with its place.
+        records: these rows.
     """
 
-    def __init__(self, texts: Iterable[tuple[str, str, str]]) -> None:
+    def __init__(self, records: Iterable[Record]) -> None:
         self.prompts: dict[bytes, str] = {}
         self.grams: dict[bytes, str] = {}
-        for prompt, whole, place in texts:
-            if prompt.strip():
-                self.prompts.setdefault(fingerprint(prompt), place)
-            for gram in _grams(whole):
-                self.grams.setdefault(gram, place)
+        for record in records:
+            if record.prompt.strip():
+                self.prompts.setdefault(fingerprint(record.prompt), record.place)
+            for gram in _grams(record.text):
+                self.grams.setdefault(gram, record.place)
 
-    def place_in(self, prompt: str, whole: str) -> str | None:
+    def place_of(self, record: Record) -> str | None:
         """Place of a measured row that a row repeats: its prompt, or thirteen words in a row.
 
         Args:
-            prompt: of the row.
-            whole: all of its text.
+            record: the row.
         """
-        same = self.prompts.get(fingerprint(prompt)) if prompt.strip() else None
+        asked = record.prompt.strip()
+        same = self.prompts.get(fingerprint(record.prompt)) if asked else None
         if same is not None:
             return same
-        return next((self.grams[gram] for gram in _grams(whole) if gram in self.grams), None)
+        found = (self.grams[gram] for gram in _grams(record.text) if gram in self.grams)
+        return next(found, None)
 
 
 def _grams(text: str) -> Iterator[bytes]:

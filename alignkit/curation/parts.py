@@ -13,7 +13,7 @@ from typing import Any
 
 from alignkit.curation.duplicates import groups, near_duplicates
 from alignkit.curation.findings import Collector, Finding, ordered
-from alignkit.curation.records import Columns, Record, Unread, fingerprint, read_records
+from alignkit.curation.records import Columns, Record, fingerprint, read_all, read_records
 from alignkit.errors import DataError
 from alignkit.files import replace_file
 
@@ -161,28 +161,6 @@ def compare_files(before: str, after: str) -> tuple[int, tuple[Finding, ...]]:
             changed.add(record.place, "\n".join(other.answers), "\n".join(record.answers))
     same = sum(fingerprint(record.text) in new_texts for record in old)
     return same, ordered([one.finding() for one in (gone, added, changed)])
-
-
-def read_all(files: Sequence[str], columns: Columns | None = None) -> list[Record]:
-    """Every row of some files.
-
-    Args:
-        files: of rows.
-        columns: that are renamed.
-
-    Raises:
-        DataError: a row cannot be read.
-    """
-    records = []
-    for file in files:
-        for record in read_records(file, columns=columns):
-            if isinstance(record, Unread):
-                raise DataError(
-                    f"{record.place}: {record.reason}",
-                    hint="mend the row, or remove such rows with `data clean --drop unreadable`",
-                )
-            records.append(record)
-    return records
 
 
 def as_line(values: dict[str, Any]) -> str:

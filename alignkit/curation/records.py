@@ -82,6 +82,29 @@ def read_records(
             yield Unread(row.place, error.message.removeprefix(f"{row.place}: "))
 
 
+def read_all(files: Sequence[str], columns: Columns | None = None) -> list[Record]:
+    """Every row of some files.
+
+    Args:
+        files: of rows.
+        columns: that are renamed.
+
+    Raises:
+        DataError: a row cannot be read.
+    """
+    records = []
+    for file in files:
+        for record in read_records(file, columns=columns):
+            if isinstance(record, Unread):
+                raise DataError(
+                    f"{record.place}: {record.reason}",
+                    hint="mend the row, name its columns with --columns, or remove such rows with "
+                    "`data clean --drop unreadable`",
+                )
+            records.append(record)
+    return records
+
+
 def normalized(text: str) -> str:
     """The text as it is compared: NFKC, lower case, single blanks.
 

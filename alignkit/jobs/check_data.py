@@ -57,11 +57,6 @@ def check_data(request: CheckRequest) -> Report:
         DataError: a file cannot be read, or an option is out of range.
         ModelError: there is no such model.
     """
-    if not 0.3 <= request.threshold <= 1.0:
-        raise DataError(
-            f"--threshold must be between 0.3 and 1, got {request.threshold:g}",
-            hint="0.8 finds rows that share eight of ten pieces",
-        )
     tokenizer = None
     if request.model is not None:
         tokenizer = load_tokenizer(resolve(request.model).whole())

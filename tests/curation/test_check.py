@@ -16,7 +16,9 @@ from alignkit.curation import duplicates
 from alignkit.curation.check import CheckOptions, check_files
 from alignkit.curation.duplicates import near_duplicates, pieces, similarity
 from alignkit.curation.overlap import Measured
+from alignkit.curation.page import render_page
 from alignkit.curation.patterns import personal_data, repeated_share
+from alignkit.curation.records import Record
 from alignkit.errors import DataError
 
 
@@ -123,10 +125,14 @@ def test_columns_are_renamed(tmp_path: Path, alignkit: CommandLine) -> None:
 
 def test_rows_of_the_held_out_files() -> None:
     long = " ".join(f"word{i}" for i in range(20))
-    measured = Measured([("What is it?", "What is it?\nThat.", "eval:1"), ("", long, "eval:2")])
-    assert measured.place_in("what  IS it?", "what is it? Other.") == "eval:1"
-    assert measured.place_in("q", f"before {' '.join(long.split()[3:17])} after") == "eval:2"
-    assert measured.place_in("q", " ".join(long.split()[:12])) is None
+
+    def row(prompt: str, answer: str, place: str = "") -> Record:
+        return Record(place, prompt, (answer,), (), None, {})
+
+    measured = Measured([row("What is it?", "That.", "eval:1"), row("", long, "eval:2")])
+    assert measured.place_of(row("what  IS it?", "Other.")) == "eval:1"
+    assert measured.place_of(row("q", f"before {' '.join(long.split()[3:17])} after")) == "eval:2"
+    assert measured.place_of(row("q", " ".join(long.split()[:12]))) is None
 
 
 def test_personal_data_has_its_check_digits() -> None:
@@ -149,7 +155,6 @@ def test_the_command(alignkit: CommandLine, tmp_path: Path, report: Any) -> None
     assert done.code == 2
     assert "fault: 20 placeholders" in done.stdout
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "&lt;b&gt;" not in page  # near misses are not shown
     assert "20 placeholders" in page
     assert "http" not in page.replace("http-equiv", "")
     as_json = alignkit("data", "check", str(path), "--json", "--no-near", cwd=tmp_path)
@@ -160,6 +165,14 @@ def test_the_command(alignkit: CommandLine, tmp_path: Path, report: Any) -> None
     wrong = alignkit("data", "check", str(path), "--threshold", "2", cwd=tmp_path)
     assert wrong.code == 2
     assert "--threshold must be between 0.3 and 1" in wrong.stderr
+
+
+def test_foreign_text_is_escaped_on_the_page(tmp_path: Path) -> None:
+    bad = "[Your Name] <script>alert(1)</script> and four more words"
+    rows = [{"prompt": bad, "completion": bad}] * 2
+    page = render_page(check_files([str(write_rows(tmp_path / "r.jsonl", rows))], CheckOptions()))
+    assert "&lt;script&gt;alert(1)" in page
+    assert "<script" not in page
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

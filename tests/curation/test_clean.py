@@ -55,6 +55,23 @@ def test_what_was_planted_goes_and_nothing_else(tmp_path: Path) -> None:
     assert all(place.startswith(str(tmp_path)) for place in partners)
 
 
+def test_the_partner_of_an_equal_row_stays(tmp_path: Path) -> None:
+    # The first has capitals that make it a placeholder; the second is equal but for these.
+    rows = [{"prompt": "TODO: ask", "completion": "a"}, {"prompt": "todo: ask", "completion": "a"}]
+    kept, gone = cleaned(tmp_path, rows, drop=["equal", "placeholders"])
+    assert kept == [rows[1]]
+    assert [one["reason"] for one in gone] == ["placeholders"]
+
+
+def test_rows_without_an_answer(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": ""}]
+    kept, gone = cleaned(tmp_path, rows, drop=["unanswered"])
+    assert kept == rows[:1]
+    assert [one["reason"] for one in gone] == ["unanswered"]
+    report = check_files([str(tmp_path / "rows.jsonl")], CheckOptions())
+    assert {one.name: one.count for one in report.findings} == {"rows without an answer": 1}
+
+
 def test_the_same_bytes(tmp_path: Path) -> None:
     rows, _ = plant(100)
     for folder in ("one", "two"):
@@ -91,6 +108,9 @@ def test_held_out_rows_and_rows_that_cannot_be_read(tmp_path: Path) -> None:
     assert kept == [rows[1]]
     assert [one["reason"] for one in gone] == ["held-out", "unreadable"]
     assert gone[0]["partner"].endswith("held.jsonl:1")
+    write_rows(tmp_path / "held.jsonl", [{"question": "What is it?", "answer": "That."}])
+    with pytest.raises(DataError, match=r"held\.jsonl:1: no known row format"):
+        cleaned(tmp_path / "d", rows, held_out=[held], drop=["unreadable"])
     with pytest.raises(DataError, match="--drop equals is not known"):
         cleaned(tmp_path / "c", rows, drop=["equals"])
 
@@ -104,7 +124,7 @@ def test_the_command(alignkit: CommandLine, tmp_path: Path) -> None:
     command = ["data", "clean", "rows.jsonl", "-o", "out.jsonl", "--preset", "standard"]
     done = alignkit(*command, cwd=tmp_path)
     assert done.code == 0, done.stderr
-    assert "preset standard: unreadable, equal, placeholders, repetition, near" in done.stderr
+    assert "preset standard: unreadable, placeholders, repetition, equal, near" in done.stderr
     assert "20 removed: placeholders" in done.stderr
     assert (tmp_path / "out.removed.jsonl").exists()
     again = alignkit(*command, cwd=tmp_path)

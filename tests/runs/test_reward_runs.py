@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,40 @@ def test_a_source_that_fails_for_all_ends_the_run(
         train(recipe)
     assert caught.value.message.startswith("reward dead: none of ")
     assert "division by zero" in caught.value.message
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_a_prompt_without_rewards_leaves_no_trace_in_the_update(
+    stage: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {**FIELDS, "training": {**FIELDS["training"], "max_steps": 1}}
+    rows = [{"prompt": f"row {n} of them"} for n in range(3)]
+    (tmp_path / "mine.py").write_text(
+        "def score(prompts, completions, **columns):\n"
+        "    both = zip(prompts, completions)\n"
+        "    return [None if 'row 1' in p else float(len(c)) for p, c in both]\n"
+    )
+    updates = []
+    for dropped in (False, True):  # the second never asks the prompt
+        folder = tmp_path / str(dropped)
+        data = {"train": [{"path": str(write_rows(tmp_path / "rows.jsonl", rows))}]}
+        if dropped:
+            name = "step_prompts" if stage == "ppo" else "stream"
+            module = importlib.import_module(f"alignkit.stages.{stage}.step")
+            real = getattr(module, name)
+            without = lambda *a, real=real: [item for item in real(*a) if item != 1]  # noqa: E731
+            monkeypatch.setattr(module, name, without)
+        recipe = make_ppo_recipe(
+            folder,
+            tiny_base,
+            **fields,
+            stage=stage,
+            reward={"function": f"{tmp_path}/mine.py:score"},
+            data={**data, "max_length": 256},
+        )
+        updates.append(adapter_of(Path(train(recipe).output)))
+    assert max(float(w.abs().max()) for n, w in updates[0].items() if "lora_B" in n) > 1e-4
+    assert furthest(*updates) < 1e-6
 
 
 def test_names_are_never_shared(tiny_base: Path, tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ ColumnsOption = Annotated[
         help="Rename a column, as in prompt=question; repeatable.",
     ),
 ]
+ThresholdOption = Annotated[
+    float, typer.Option(help="Jaccard similarity of near-duplicates' five-character pieces.")
+]
 FilesArgument = Annotated[
     list[str], typer.Argument(help="Files of rows, of any format.", show_default=False)
 ]
@@ -42,9 +45,7 @@ def check(
     no_near: Annotated[
         bool, typer.Option("--no-near", help="Do not look for near-duplicates.")
     ] = False,
-    threshold: Annotated[
-        float, typer.Option(help="Jaccard similarity of near-duplicates' five-character pieces.")
-    ] = 0.8,
+    threshold: ThresholdOption = 0.8,
     columns: ColumnsOption = None,
     take: Annotated[int | None, typer.Option(help="Read only this many rows of each.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page, too.")] = None,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from alignkit.cli.output import print_json, say
-from alignkit.cli.rows.look import ColumnsOption, FilesArgument, renamed
+from alignkit.cli.rows.look import ColumnsOption, FilesArgument, ThresholdOption, renamed
 
 
 def clean(
@@ -20,13 +20,13 @@ def clean(
     drop: Annotated[
         list[str] | None,
         typer.Option(
-            help="Remove such rows; repeatable: unreadable, equal, near, placeholders, leaks, "
-            "refusals, repetition, personal-data."
+            help="Remove such rows; repeatable: unreadable, unanswered, placeholders, leaks, "
+            "refusals, repetition, personal-data, equal, near."
         ),
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="standard: unreadable, equal, near, placeholders and repetition."),
+        typer.Option(help="standard: unreadable, placeholders, repetition, equal and near."),
     ] = None,
     held_out: Annotated[
         list[str] | None,
@@ -35,9 +35,7 @@ def clean(
     mask: Annotated[
         bool, typer.Option("--mask", help="Replace personal data by its kind, as in [EMAIL].")
     ] = False,
-    threshold: Annotated[
-        float, typer.Option(help="Jaccard similarity of near-duplicates' five-character pieces.")
-    ] = 0.8,
+    threshold: ThresholdOption = 0.8,
     columns: ColumnsOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
@@ -79,9 +77,7 @@ def split(
     ],
     share: Annotated[float, typer.Option(help="Of the rows that are held out.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Of the choice.")] = 0,
-    threshold: Annotated[
-        float, typer.Option(help="Jaccard similarity of near-duplicates' five-character pieces.")
-    ] = 0.8,
+    threshold: ThresholdOption = 0.8,
     columns: ColumnsOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files.")] = False,
 ) -> None:

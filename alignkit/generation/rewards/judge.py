@@ -67,12 +67,9 @@ def judge_score(spec: JudgeReward) -> Score:
             reply = _content(post(address, sent, seconds=spec.timeout, **options), shown)
         except RewardError as error:
             return None, {"failed": error.message}
-        found = _SCORE.findall(reply)
-        value = float(found[-1]) if found else math.nan
-        if not 0.0 <= value <= spec.scale:
-            what = "no `Score: N`" if math.isnan(value) else f"the score {value:g}"
-            rule = f"{what} between 0 and {spec.scale} in the reply"
-            return None, {"failed": f"{shown}: {rule}", "reply": reply}
+        value, fault = _read(reply, spec.scale)
+        if fault:
+            return None, {"failed": f"{shown}: {fault}", "reply": reply}
         return value / spec.scale, {"reply": reply}
 
     def run(responses: Sequence[Response]) -> Scores:
@@ -95,6 +92,16 @@ def judge_score(spec: JudgeReward) -> Score:
         return Scores(values, notes, failures=failures)
 
     return run
+
+
+def _read(reply: str, scale: int) -> tuple[float, str]:
+    """The last score of a reply, and what is wrong with it; empty if nothing is."""
+    found = _SCORE.findall(reply)
+    if not found:
+        return math.nan, f"no `Score: N` between 0 and {scale} in the reply"
+    value = float(found[-1])
+    inside = 0.0 <= value <= scale
+    return value, "" if inside else f"the score {value:g} between 0 and {scale} in the reply"
 
 
 def _key(name: str) -> str:

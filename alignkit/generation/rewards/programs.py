@@ -39,7 +39,7 @@ def code_score(spec: CodeReward) -> Callable[[Sequence[Response]], list[float]]:
         return float(run(program_of(response.text), _tests(response, spec)))
 
     def score(responses: Sequence[Response]) -> list[float]:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(_at_once()) as pool:
             try:
                 return list(pool.map(one, responses))
             except NotConfined:
@@ -57,6 +57,12 @@ def code_score(spec: CodeReward) -> Callable[[Sequence[Response]], list[float]]:
                 ) from None
 
     return score
+
+
+def _at_once() -> int:
+    """Processors of this process; macOS does not say which they are."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def weigh(process: int) -> tuple[int, int]:
