@@ -15,6 +15,7 @@ with the λ above all rewards for which these are probabilities.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,42 +76,42 @@ def distance(one: torch.Tensor, two: torch.Tensor) -> float:
     return 0.5 * float((one - two).abs().sum())
 
 
-@pytest.mark.slow
-def test_a_bandit_reaches_its_optimum(tmp_path: Path) -> None:
-    save_bandit(tmp_path / "base")
-    (tmp_path / "score.py").write_text(SCORE, encoding="utf-8")
-    write_rows(tmp_path / "rows.jsonl", [{"prompt": "Hello"}])
+def learn(folder: Path, samples: int, steps: int, rate: float, **fields: Any) -> torch.Tensor:
+    """The probabilities `[12]` that a run on the bandit ends with."""
+    save_bandit(folder / "base")
+    (folder / "score.py").write_text(SCORE, encoding="utf-8")
+    write_rows(folder / "rows.jsonl", [{"prompt": "Hello"}])
+    rollout = {"prompts_per_step": 1, "samples_per_prompt": samples, "max_new_tokens": 1}
+    training = {"max_steps": steps, "learning_rate": rate, "schedule": "linear", "warmup": 0}
     recipe = make_ppo_recipe(
-        tmp_path,
-        tmp_path / "base",
+        folder,
+        folder / "base",
         adapter={"kind": "full"},
-        reward={"function": str(tmp_path / "score.py:score")},
-        rollout={
-            "prompts_per_step": 1,
-            "samples_per_prompt": 48,
-            "max_new_tokens": 1,
-            "missing_eos_penalty": None,
-        },
-        objective={"kl_coef": BETA},
-        value={"learning_rate": 1e-2},
+        reward={"function": str(folder / "score.py:score")},
+        rollout={**rollout, "missing_eos_penalty": None},
         data__max_length=16,
-        training={
-            "max_steps": 60,
-            "learning_rate": 2e-3,
-            "schedule": "linear",
-            "warmup": 0,
-            "save_every": 1000,
-        },
+        training={**training, "save_every": 1000},
         merge=True,
+        **fields,
     )
     train(recipe)
+    return distribution(folder / "run" / "merged").exp()
+
+
+def optimum_at(price: float, reference: torch.Tensor) -> torch.Tensor:
+    """π_ref exp(r / β) / Z."""
+    return (reference + torch.tensor(WORTH, dtype=torch.float64) / price).softmax(-1)
+
+
+@pytest.mark.slow
+def test_a_bandit_reaches_its_optimum(tmp_path: Path) -> None:
+    objective, value = {"kl_coef": BETA}, {"learning_rate": 1e-2}
+    found = learn(tmp_path, 48, 60, 2e-3, objective=objective, value=value)
     reference = distribution(tmp_path / "base")
-    optimum = (reference + torch.tensor(WORTH, dtype=torch.float64) / BETA).softmax(-1)
-    found = distribution(tmp_path / "run" / "merged").exp()
+    optimum = optimum_at(BETA, reference)
     # Other prices lead elsewhere: half and twice the price are far from this optimum.
     for price in (BETA / 2, BETA * 2):
-        other = (reference + torch.tensor(WORTH, dtype=torch.float64) / price).softmax(-1)
-        assert distance(other, optimum) > 0.1
+        assert distance(optimum_at(price, reference), optimum) > 0.1
     assert distance(reference.exp(), optimum) > 0.3
     # 2 %: the last steps of 48 samples each still move the policy; 0.8 % was measured.
     assert distance(found, optimum) < 0.02
@@ -139,31 +140,9 @@ def optimum_of_k3(reference: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_groups_reach_the_optimum(objective: dict[str, object], tmp_path: Path) -> None:
-    save_bandit(tmp_path / "base")
-    (tmp_path / "score.py").write_text(SCORE, encoding="utf-8")
-    write_rows(tmp_path / "rows.jsonl", [{"prompt": "Hello"}])
-    recipe = make_ppo_recipe(
-        tmp_path,
-        tmp_path / "base",
-        stage="grpo",
-        adapter={"kind": "full"},
-        reward={"function": str(tmp_path / "score.py:score")},
-        rollout={"prompts_per_step": 1, "samples_per_prompt": 96, "max_new_tokens": 1},
-        objective=objective,
-        data__max_length=16,
-        training={
-            "max_steps": 100,
-            "learning_rate": 3e-3,
-            "schedule": "linear",
-            "warmup": 0,
-            "save_every": 1000,
-        },
-        merge=True,
-    )
-    train(recipe)
+    found = learn(tmp_path, 96, 100, 3e-3, stage="grpo", objective=objective)
     reference = distribution(tmp_path / "base")
-    plain = (reference + torch.tensor(WORTH, dtype=torch.float64) / BETA).softmax(-1)
+    plain = optimum_at(BETA, reference)
     optimum = optimum_of_k3(reference) if objective.get("kl") == "loss" else plain
     assert distance(optimum_of_k3(reference), plain) > 0.1
-    found = distribution(tmp_path / "run" / "merged").exp()
     assert distance(found, optimum) < 0.02
