@@ -44,8 +44,9 @@ def tolerant(call: Call, *, timeout: float, on_failure: OnFailure) -> Score:
     def run(responses: Sequence[Response]) -> Scores:
         if not responses:
             return Scores([])
-        deadline = time.monotonic() + LONGEST * timeout
-        return _Search(call, timeout, on_failure, deadline).scores(responses, timeout)
+        longest = LONGEST * max(timeout, SHORTEST)  # a process that starts again takes time too
+        deadline = time.monotonic() + longest
+        return _Search(call, longest, on_failure, deadline).scores(responses, timeout)
 
     return run
 
@@ -53,7 +54,7 @@ def tolerant(call: Call, *, timeout: float, on_failure: OnFailure) -> Score:
 @dataclass
 class _Search:
     call: Call
-    timeout: float
+    longest: float
     on_failure: OnFailure
     deadline: float
 
@@ -71,7 +72,7 @@ class _Search:
         if len(responses) == 1:
             return self._given_up(responses, failed.message)
         if time.monotonic() > self.deadline:
-            late = f"not asked alone: the search took {LONGEST * self.timeout:g} seconds"
+            late = f"not asked alone: the search took {self.longest:g} seconds"
             if self.on_failure == "stop":
                 raise failed
             return self._given_up(responses, f"{failed.message}; {late}")

@@ -28,6 +28,9 @@ _AS_TRL = "; reward.messages: true gives completions as messages, as TRL does"
 _GIVEN = ("prompts", "completions", "completion_ids")
 _LOGS = ("log_metric", "log_extra")
 
+_START = 60.0
+"""Seconds that loading a file may take at least: `reward.timeout` is about calls."""
+
 _WORKER = Worker()
 """One for all functions: those of one file share its variables."""
 
@@ -48,6 +51,7 @@ def function_call(spec: FunctionReward) -> Call:
     """
 
     digest = _digest(spec.function)
+    start = max(spec.timeout, _START)
 
     def call(target: str, timeout: float, *arguments: Any) -> Any:
         try:
@@ -62,14 +66,14 @@ def function_call(spec: FunctionReward) -> Call:
 
     def run(responses: Sequence[Response], seconds: float) -> Scores:
         if not _WORKER.running:  # the last call ended it; what the file imports may take long
-            call(load_here.__name__, spec.timeout, spec.function, digest)
+            call(load_here.__name__, start, spec.function, digest)
         place = spec.function, spec.messages
         found = call(score_here.__name__, seconds, *place, digest, list(responses))
         notes = {int(number): note for number, note in found["notes"].items()}
         values = [math.nan if value is None else value for value in found["values"]]
         return Scores(values, notes, found["metrics"])
 
-    call(load_here.__name__, spec.timeout, spec.function, digest)
+    call(load_here.__name__, start, spec.function, digest)
     return run
 
 
