@@ -100,7 +100,7 @@ FORBIDDEN = {
 
 OPTIONAL_BACKENDS = {
     "data/sources.py": {"datasets"},
-    "data/files.py": {"pyarrow"},
+    "data/files/tables.py": {"pyarrow"},
     "generation/rewards/rules.py": {"vaderSentiment"},
 }
 """File -> packages that it may import inside a function; only their users pay for them."""
@@ -466,7 +466,7 @@ def test_the_checker_lets_good_code_pass(tmp_path: Path) -> None:
     code = {
         "cli/a.py": "def run():\n    '''Run.'''\n    import torch, alignkit.jobs.merge\n",
         "data/sources.py": "def _read():\n    import datasets\n",
-        "data/files.py": "def _read():\n    import pyarrow.parquet\n",
+        "data/files/tables.py": "def _read():\n    import pyarrow.parquet\n",
         "objectives/kl.py": "import math\nimport torch\n",
         "stages/supervised/sft.py": "import alignkit.models.scoring.scorer\n",
     }

@@ -7,15 +7,20 @@ deterministic: the same seed draws the same rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import io
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from alignkit.data.files import load_json, read_content, read_values, suffix_of
+from alignkit.data.files.content import read_content
+from alignkit.data.files.json_rows import load_json
+from alignkit.data.files.rows import read_values, suffix_of
 from alignkit.data.report import DataReport
 from alignkit.errors import DataError
 from alignkit.recipe.assets import find_path
@@ -52,7 +57,7 @@ class Source:
 
     spec: SourceSpec
     fingerprint: str
-    parse: Callable[[], list[Row]]
+    parse: Callable[[], Iterable[Row]]
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -61,10 +66,7 @@ class Source:
         Raises:
             DataError: an empty file, a broken line, or a renamed column that does not exist.
         """
-        rows, label, columns = self.parse(), self.spec.label, self.spec.columns
-        if not rows:
-            raise DataError(f"{label}: holds no rows", hint="check the path and the split")
-        return [_rename(row, columns) for row in rows] if columns else rows
+        return list(_renamed(self.parse(), self.spec))
 
 
 def load_source(spec: SourceSpec) -> Source:
@@ -77,6 +79,30 @@ def load_source(spec: SourceSpec) -> Source:
         DataError: no such file, or an unknown suffix.
     """
     return _open_hub(spec) if spec.hub is not None else _open_file(spec)
+
+
+def stream_rows(spec: SourceSpec) -> Iterator[Row]:
+    """The rows of a file, read as they are asked for: one at a time is in memory.
+
+    Args:
+        spec: where the rows are; a path.
+
+    Raises:
+        DataError: as `load_source` and `Source.rows`, once the fault is reached.
+    """
+    path, shown = _find(spec)
+    with path.open("rb") as content:
+        yield from _renamed(_parsed(path, content, shown, spec.take, held=False), spec)
+
+
+def _renamed(rows: Iterable[Row], spec: SourceSpec) -> Iterator[Row]:
+    """The rows, at least one, under the names that `columns` gives."""
+    empty = True
+    for row in rows:
+        empty = False
+        yield _rename(row, spec.columns) if spec.columns else row
+    if empty:
+        raise DataError(f"{spec.label}: holds no rows", hint="check the path and the split")
 
 
 def _rename(row: Row, columns: dict[str, str]) -> Row:
@@ -107,11 +133,22 @@ def _open_hub(spec: SourceSpec) -> Source:
     return Source(
         spec,
         str(table._fingerprint),
-        lambda: [Row(dict(v), f"{spec.label} row {n + 1}", True) for n, v in enumerate(table)],
+        lambda: (Row(dict(v), f"{spec.label} row {n + 1}", True) for n, v in enumerate(table)),
     )
 
 
 def _open_file(spec: SourceSpec) -> Source:
+    path, shown = _find(spec)
+    content = read_content(path, shown)
+    return Source(
+        spec,
+        hashlib.sha256(content).hexdigest(),
+        lambda: _parsed(path, io.BytesIO(content), shown, spec.take, held=True),
+    )
+
+
+def _find(spec: SourceSpec) -> tuple[Path, str]:
+    """The file, and how messages name it."""
     path, shown = find_path(spec.path or ""), str(spec.path)
     if shown == "-" or (path is not None and not path.is_file() and not path.is_dir()):
         raise DataError(
@@ -120,14 +157,16 @@ def _open_file(spec: SourceSpec) -> Source:
         )
     if path is None or not path.is_file():
         raise DataError(f"{spec.path}: no such file", hint="paths are relative to the recipe")
+    suffix_of(path, shown)
+    return path, shown
+
+
+def _parsed(
+    path: Path, content: BinaryIO, shown: str, take: int | None, *, held: bool
+) -> Iterator[Row]:
     filled = suffix_of(path, shown) == ".parquet"
-    content = read_content(path, shown)
-
-    def parse() -> list[Row]:
-        found = read_values(path, content, shown, spec.take)
-        return [Row(values, place, filled) for values, place in found]
-
-    return Source(spec, hashlib.sha256(content).hexdigest(), parse)
+    for values, place in itertools.islice(read_values(path, content, shown, held=held), take):
+        yield Row(values, place, filled)
 
 
 def need(row: Row, key: str, kind: type) -> Any:

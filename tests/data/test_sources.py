@@ -361,7 +361,7 @@ def test_a_small_file_that_unpacks_to_more_than_memory(monkeypatch: pytest.Monke
     class Memory:
         available = 40_000_000
 
-    monkeypatch.setattr("alignkit.data.files.psutil.virtual_memory", Memory)
+    monkeypatch.setattr("alignkit.data.files.content.psutil.virtual_memory", Memory)
     assert failure("r.jsonl.gz", gzip.compress(b"\n" * 20_000_000)) == (
         "r.jsonl.gz: unpacks to more than 10 MB, whose rows would not fit in memory\n"
         "hint: split the file, and name the parts that are used"
