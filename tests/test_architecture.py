@@ -99,6 +99,7 @@ FORBIDDEN = {
 """Room -> packages it must not import at all, not even inside a function."""
 
 OPTIONAL_BACKENDS = {
+    "curation/recognizers.py": {"presidio_analyzer"},
     "data/sources.py": {"datasets"},
     "data/files/tables.py": {"pyarrow"},
     "generation/rewards/rules.py": {"vaderSentiment"},

@@ -5,37 +5,78 @@ Nothing is removed or changed that was not named. The same files and options giv
 
 from __future__ import annotations
 
-import json
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignkit.curation.duplicates import groups, near_duplicates
+import numpy as np
+
+from alignkit.curation.corpus import Corpus, Texts, Track, untracked
+from alignkit.curation.duplicates import Groups, join_near
 from alignkit.curation.findings import excerpt
 from alignkit.curation.overlap import Measured
-from alignkit.curation.patterns import personal_data
+from alignkit.curation.patterns import Recognize, personal_data
 from alignkit.curation.records import (
     Columns,
     Record,
     Unread,
+    as_line,
     fingerprint,
     read_all,
     read_records,
 )
-from alignkit.curation.rules import RULES
+from alignkit.curation.rules import (
+    PERSONAL,
+    RULES,
+    Rule,
+    languages,
+    lengths,
+    personal,
+    stop_words,
+)
 from alignkit.errors import DataError
 from alignkit.files import replace_file
 
 UNREADABLE, UNANSWERED, EQUAL, NEAR = "unreadable", "unanswered", "equal", "near"
-HELD_OUT, MASKED = "held-out", "masked"
+HELD_OUT, MASKED, LANGUAGE, LENGTH = "held-out", "masked", "language", "length"
+STOP = "stop-words"
 
-DROPS = (UNREADABLE, UNANSWERED, *RULES, EQUAL, NEAR)
+DROPS = (UNREADABLE, UNANSWERED, *RULES, STOP, EQUAL, NEAR)
 """What can be removed by name, in the order in which it is looked for."""
 
-PRESETS = {"standard": (UNREADABLE, "placeholders", "repetition", EQUAL, NEAR)}
-"""Name -> what it removes."""
+
+@dataclass(frozen=True)
+class Preset:
+    """Removals under one name.
+
+    Args:
+        drop: names of `DROPS`.
+        least: words that an answer must have; None for any.
+        most: words that it may have; None for any.
+    """
+
+    drop: tuple[str, ...]
+    least: int | None = None
+    most: int | None = None
+
+    def line(self) -> str:
+        """For a person."""
+        words = f"; answers of {self.least:,} to {self.most:,} words stay" if self.least else ""
+        return ", ".join(self.drop) + words
+
+
+PRESETS = {
+    "standard": Preset((UNREADABLE, "placeholders", "repetition", EQUAL, NEAR)),
+    "gopher": Preset(
+        ("repetition", "lines", "symbols", "bullets", "ellipses", "letters", "word-length", STOP),
+        50,
+        100_000,
+    ),
+}
+"""Name -> what it removes: what hardly anyone wants, and pages of the web that are no prose."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +88,36 @@ class CleanOptions:
         held_out: files whose rows are removed from these.
         mask: replace personal data by its kind, as in `[EMAIL]`.
         threshold: Jaccard similarity of near-duplicates.
+        least: words that an answer must have; None for any.
+        most: words that it may have; None for any.
+        kept: languages that stay; none keeps all.
+        language: text -> its language.
+        recognize: says where personal data stands.
         columns: of all files that are renamed.
+        track: tells how much is done.
     """
 
     drop: Sequence[str] = ()
     held_out: Sequence[str] = ()
     mask: bool = False
     threshold: float = 0.8
+    least: int | None = None
+    most: int | None = None
+    kept: Sequence[str] = ()
+    language: Callable[[str], str] | None = None
+    recognize: Recognize = personal_data
     columns: Columns | None = None
+    track: Track = untracked
+
+    def rules(self) -> dict[str, Rule]:
+        """Reason -> the rule of what a row has by itself."""
+        known = RULES | {PERSONAL: personal(self.recognize), STOP: stop_words()}
+        chosen = {name: rule for name, rule in known.items() if name in self.drop}
+        if self.least is not None or self.most is not None:
+            chosen[LENGTH] = lengths(self.least, self.most)
+        if self.kept and self.language is not None:
+            chosen[LANGUAGE] = languages(self.kept, self.language)
+        return chosen
 
 
 @dataclass
@@ -103,26 +166,29 @@ def clean_files(files: Sequence[str], output: Path, options: CleanOptions) -> Cl
             raise DataError(
                 f"--drop {name} is not known", hint=f"one or more of {', '.join(DROPS)}"
             )
-    done = Cleaned()
+    corpus, reasons = _judged(files, options)
+    done = Cleaned(rows=len(corpus))
     with (
         replace_file(output) as kept,
         replace_file(side_of(output)) as removed,
         kept.open("w", encoding="utf-8") as rows,
         removed.open("w", encoding="utf-8") as gone,
     ):
-        for record, reason, partner in _judged(files, options, done):
-            if reason or isinstance(record, Unread):
+        for number in options.track(range(len(corpus)), "writing rows", len(corpus)):
+            row, (reason, partner) = corpus[number], reasons.get(number, ("", ""))
+            if reason or isinstance(row, Unread):
                 done.removed[reason] += 1
-                _write(gone, _fate(record, reason, partner))
+                like = corpus[partner].place if isinstance(partner, int) else partner
+                gone.write(as_line(_fate(row, reason, like)))
                 continue
-            values = record.columns
+            values = row.columns
             if options.mask:
-                values, kinds = mask(values)
+                values, kinds = mask(values, options.recognize)
                 done.masked.update(kinds)
                 if kinds:
-                    _write(gone, _fate(record, MASKED, ""))
+                    gone.write(as_line(_fate(row, MASKED, "")))
             done.kept += 1
-            _write(rows, values)
+            rows.write(as_line(values))
     return done
 
 
@@ -135,18 +201,19 @@ def side_of(output: Path) -> Path:
     return output.with_name(f"{output.name.removesuffix('.jsonl')}.removed.jsonl")
 
 
-def mask(values: Any) -> tuple[Any, Counter[str]]:
+def mask(values: Any, recognize: Recognize = personal_data) -> tuple[Any, Counter[str]]:
     """Values of a row with personal data replaced by its kind, and how often each was.
 
     Args:
         values: texts, lists and objects, to any depth.
+        recognize: says where it stands.
     """
     counts: Counter[str] = Counter()
 
     def inner(value: Any) -> Any:
         if isinstance(value, str):
             parts, end = [], 0
-            for kind, begin, stop in personal_data(value):
+            for kind, begin, stop in recognize(value):
                 counts[kind] += 1
                 parts += [value[end:begin], f"[{kind.upper()}]"]
                 end = stop
@@ -158,58 +225,64 @@ def mask(values: Any) -> tuple[Any, Counter[str]]:
     return inner(values), counts
 
 
-def _judged(
-    files: Sequence[str], options: CleanOptions, done: Cleaned
-) -> Iterator[tuple[Record | Unread, str, str]]:
-    """Every row with the first reason to remove it, and its partner; both empty if it stays."""
-    records = [one for file in files for one in read_records(file, columns=options.columns)]
-    done.rows = len(records)
-    reasons: dict[int, tuple[str, str]] = {}
-    seen: dict[bytes, str] = {}
-    measured = None
-    if options.held_out:
-        measured = Measured(read_all(options.held_out, options.columns))
-    for number, record in enumerate(records):
-        reason = _alone(record, options, seen, measured)
+Reason = tuple[str, str | int]
+"""Why a row is removed, and the place or number of the row that it is like; empty without one."""
+
+
+def _judged(files: Sequence[str], options: CleanOptions) -> tuple[Corpus, dict[int, Reason]]:
+    """All rows, and the first reason to remove each that does not stay."""
+    corpus, reasons = Corpus(), dict[int, Reason]()
+    alone = _alone(options)
+    for row in options.track(_rows(files, options), "reading rows", None):
+        number = corpus.append(row)
+        reason = alone(number, row)
         if reason is not None:
             reasons[number] = reason
     if NEAR in options.drop:
-        left = [n for n, one in enumerate(records) if n not in reasons and isinstance(one, Record)]
-        texts = [one.text for n in left if isinstance(one := records[n], Record)]
-        for text, first in groups(near_duplicates(texts, options.threshold)).items():
-            if text != first:
-                reasons[left[text]] = (NEAR, records[left[first]].place)
-    for number, record in enumerate(records):
-        yield record, *reasons.get(number, ("", ""))
+        left = array("q", (number for number in range(len(corpus)) if number not in reasons))
+        groups = Groups(len(left))
+        join_near(groups, Texts(corpus, left), options.threshold, options.track)
+        leaders = groups.leaders()
+        for place in np.flatnonzero(leaders != np.arange(len(left))):
+            reasons[left[place]] = (NEAR, left[leaders[place]])
+    return corpus, reasons
 
 
-def _alone(
-    record: Record | Unread,
-    options: CleanOptions,
-    seen: dict[bytes, str],
-    measured: Measured | None,
-) -> tuple[str, str] | None:
+def _rows(files: Sequence[str], options: CleanOptions) -> Iterator[Record | Unread]:
+    for file in files:
+        yield from read_records(file, columns=options.columns)
+
+
+def _alone(options: CleanOptions) -> Callable[[int, Record | Unread], Reason | None]:
     """Why a row is removed, without a look at those that are only like it."""
-    if isinstance(record, Unread):
-        if UNREADABLE not in options.drop:
+    measured = None
+    if options.held_out:
+        measured = Measured(read_all(options.held_out, options.columns))
+    rules, seen = options.rules(), dict[bytes, int]()
+
+    def reason(number: int, row: Record | Unread) -> Reason | None:
+        if isinstance(row, Unread):
+            if UNREADABLE in options.drop:
+                return UNREADABLE, ""
             raise DataError(
-                f"{record.place}: {record.reason}",
+                f"{row.place}: {row.reason}",
                 hint="mend the row, or remove such rows with --drop unreadable",
             )
-        return UNREADABLE, ""
-    if UNANSWERED in options.drop and not record.answers:
-        return UNANSWERED, ""
-    for name, rule in RULES.items():
-        if name in options.drop and rule.hit(record) is not None:
-            return name, ""
-    place = None if measured is None else measured.place_of(record)
-    if place is not None:
-        return HELD_OUT, place
-    if EQUAL in options.drop:  # the last: the partner is a row that stays
-        partner = seen.setdefault(fingerprint(record.text), record.place)
-        if partner != record.place:
-            return EQUAL, partner
-    return None
+        if UNANSWERED in options.drop and not row.answers:
+            return UNANSWERED, ""
+        for name, rule in rules.items():
+            if rule.hit(row) is not None:
+                return name, ""
+        place = None if measured is None else measured.place_of(row)
+        if place is not None:
+            return HELD_OUT, place
+        if EQUAL in options.drop:  # the last: the partner is a row that stays
+            partner = seen.setdefault(fingerprint(row.text), number)
+            if partner != number:
+                return EQUAL, partner
+        return None
+
+    return reason
 
 
 def _fate(record: Record | Unread, reason: str, partner: str) -> dict[str, Any]:
@@ -219,7 +292,3 @@ def _fate(record: Record | Unread, reason: str, partner: str) -> dict[str, Any]:
     if isinstance(record, Record):
         return {**said, "row": record.columns}
     return {**said, "why": excerpt(record.reason)}
-
-
-def _write(file: Any, value: Any) -> None:
-    file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")

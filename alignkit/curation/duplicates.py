@@ -1,4 +1,4 @@
-"""Rows that are equal, or nearly: MinHash in bands, and every candidate compared exactly.
+"""Rows that are nearly equal: MinHash in bands on disk, and every candidate compared exactly.
 
 Two texts are near-duplicates if the Jaccard similarity J of their sets of five-character pieces is
 at least a threshold. The MinHash of Broder (Compression and Complexity of Sequences, 1997) finds
@@ -8,13 +8,16 @@ candidates: with b bands of r values a pair becomes one with probability 1 - (1 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+import functools
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from alignkit.curation.corpus import Track, untracked
 from alignkit.curation.records import normalized
 from alignkit.errors import DataError
 
@@ -34,6 +37,56 @@ LOWEST = 0.3
 
 NEAREST = 50
 """A text is compared with so many before it in its bucket."""
+
+_BLOCK = 4096
+"""Signatures that are written at once."""
+
+_REMEMBERED = 512
+"""Texts whose pieces stay in memory: those of a bucket are compared one after another."""
+
+
+class Texts(Protocol):
+    """Texts that are read when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> str: ...
+
+
+class Groups:
+    """Which of some things belong together.
+
+    Args:
+        count: of the things; each is alone at first.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._leaders = np.arange(count)
+
+    def leader(self, number: int) -> int:
+        """The first of its group.
+
+        Args:
+            number: of a thing.
+        """
+        leaders = self._leaders
+        while leaders[number] != number:
+            leaders[number] = number = leaders[leaders[number]]
+        return int(number)
+
+    def join(self, one: int, other: int) -> None:
+        """Make two groups one.
+
+        Args:
+            one: of the first group.
+            other: of the second.
+        """
+        first, second = sorted((self.leader(one), self.leader(other)))
+        self._leaders[second] = first
+
+    def leaders(self) -> npt.NDArray[np.int64]:
+        """`[count]` the first of each one's group."""
+        return np.asarray([self.leader(n) for n in range(len(self._leaders))], np.int64)
 
 
 def can_look() -> bool:
@@ -62,44 +115,20 @@ def similarity(one: set[str], other: set[str]) -> float:
     return together / (len(one) + len(other) - together)
 
 
-def signatures(texts: Sequence[str], seed: int = 0) -> npt.NDArray[np.uint64]:
-    """`[n, BANDS * ROWS]` MinHash values of each text.
+def join_near(
+    groups: Groups, texts: Texts, threshold: float, track: Track = untracked, seed: int = 0
+) -> None:
+    """Join the groups of texts that are alike.
+
+    A text in a bucket of many is compared with the `NEAREST` before it, unless it belongs to them
+    already.
 
     Args:
-        texts: of rows.
-        seed: of the permutations.
-
-    Raises:
-        DataError: the package is not installed.
-    """
-    if MinHash is None:
-        raise DataError(
-            "looking for near-duplicates needs the package datasketch, which is not installed",
-            hint="pip install 'alignkit[data]'",
-        )
-    count = BANDS * ROWS
-    found = np.empty((len(texts), count), np.uint64)
-    sets = ([piece.encode("utf-8", "replace") for piece in pieces(text)] for text in texts)
-    for number, made in enumerate(MinHash.generator(sets, num_perm=count, seed=seed)):
-        found[number] = made.hashvalues
-    return found
-
-
-def near_duplicates(
-    texts: Sequence[str],
-    threshold: float,
-    sign: Callable[[Sequence[str]], npt.NDArray[np.uint64]] = signatures,
-) -> list[tuple[int, int, float]]:
-    """Pairs of texts that are alike, the earlier one first, with their similarity.
-
-    Args:
+        groups: of the texts.
         texts: of rows; equal ones are best left out beforehand.
         threshold: least Jaccard similarity, in [0.3, 1].
-        sign: gives signatures.
-
-    Returns:
-        In the order of the later text. A text in a bucket of many is compared with the `NEAREST`
-        before it, so that of a large group every member has a partner, not every pair.
+        track: tells how much is done.
+        seed: of the permutations.
 
     Raises:
         DataError: the threshold is out of range, or the package is not installed.
@@ -110,56 +139,53 @@ def near_duplicates(
             hint="0.8 finds rows that share eight of ten pieces",
         )
     if len(texts) < 2:
-        return []
-    values = sign(texts)
-    pairs: set[tuple[int, int]] = set()
-    for band in range(BANDS):
-        part = np.ascontiguousarray(values[:, band * ROWS : (band + 1) * ROWS])
-        keys = part.view(np.dtype((np.void, part.dtype.itemsize * ROWS)))[:, 0]
-        order = np.argsort(keys, kind="stable")
-        ends = np.flatnonzero(keys[order][1:] != keys[order][:-1]) + 1
-        for begin, end in pairwise([0, *ends.tolist(), len(order)]):
-            members = order[begin:end].tolist()
-            for place, later in enumerate(members):
-                pairs.update(
-                    (earlier, later) for earlier in members[max(0, place - NEAREST) : place]
-                )
-    sets: dict[int, set[str]] = {}
-    found = []
-    for earlier, later in sorted(pairs, key=lambda pair: (pair[1], pair[0])):
-        one, other = (sets.setdefault(i, pieces(texts[i])) for i in (earlier, later))
-        alike = similarity(one, other)
-        if alike >= threshold:
-            found.append((earlier, later, alike))
-    return found
+        return
+    if MinHash is None:
+        raise DataError(
+            "looking for near-duplicates needs the package datasketch, which is not installed",
+            hint="pip install 'alignkit[data]'",
+        )
+
+    @functools.lru_cache(_REMEMBERED)
+    def known(number: int) -> set[str]:
+        return pieces(texts[number])
+
+    with tempfile.TemporaryFile() as file:
+        keys = np.memmap(file, np.uint64, "w+", shape=(BANDS, len(texts)))
+        _write_keys(keys, texts, seed, track)
+        for band in track(range(BANDS), "comparing rows that look alike: bands", BANDS):
+            for bucket in _buckets(keys[band]):
+                _compare(bucket, groups, known, threshold)
 
 
-def groups(pairs: Sequence[tuple[int, int, float]]) -> dict[int, int]:
-    """Text -> the first text of its group, for every text with a partner.
-
-    Args:
-        pairs: as from `near_duplicates`.
-    """
-    leaders: dict[int, int] = {}
-
-    def leader(text: int) -> int:
-        while leaders.get(text, text) != text:
-            text = leaders[text]
-        return text
-
-    for one, other, _ in pairs:
-        first, second = sorted((leader(one), leader(other)))
-        leaders[first], leaders[second] = first, first
-    return {text: leader(text) for text in leaders}
+def _write_keys(keys: npt.NDArray[np.uint64], texts: Texts, seed: int, track: Track) -> None:
+    """Band -> a number for each text: equal where all values of the band's signature are."""
+    numbers = track(range(len(texts)), "signing rows", len(texts))
+    sets = ([p.encode("utf-8", "replace") for p in pieces(texts[n])] for n in numbers)
+    signed: Iterator[Any] = MinHash.generator(sets, num_perm=BANDS * ROWS, seed=seed)
+    for begin in range(0, len(texts), _BLOCK):
+        values = np.stack([made.hashvalues for made in islice(signed, _BLOCK)]).astype(np.uint64)
+        mixed = np.zeros((len(values), BANDS), np.uint64)
+        for column in range(ROWS):  # a collision makes one more candidate, no more
+            mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + values[:, column::ROWS]
+        keys[:, begin : begin + len(values)] = mixed.T
 
 
-def equal(keys: Sequence[bytes]) -> dict[bytes, list[int]]:
-    """Key -> the places of each key that stands there several times.
+def _buckets(keys: npt.NDArray[np.uint64]) -> Iterator[list[int]]:
+    """Texts with the same key, in order, where there are several."""
+    order = np.argsort(keys, kind="stable")
+    ends = np.flatnonzero(np.diff(np.asarray(keys)[order])) + 1
+    bounds = np.concatenate([[0], ends, [len(order)]])
+    for place in np.flatnonzero(np.diff(bounds) > 1):
+        yield order[bounds[place] : bounds[place + 1]].tolist()
 
-    Args:
-        keys: fingerprints.
-    """
-    places: dict[bytes, list[int]] = defaultdict(list)
-    for place, key in enumerate(keys):
-        places[key].append(place)
-    return {key: found for key, found in places.items() if len(found) > 1}
+
+def _compare(
+    bucket: list[int], groups: Groups, known: Callable[[int], set[str]], threshold: float
+) -> None:
+    for place, later in enumerate(bucket):
+        for earlier in bucket[max(0, place - NEAREST) : place]:
+            if groups.leader(earlier) == groups.leader(later):
+                continue
+            if similarity(known(earlier), known(later)) >= threshold:
+                groups.join(earlier, later)

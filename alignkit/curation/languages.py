@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from alignkit.errors import DataError
 
 try:
@@ -25,3 +27,24 @@ def language_of(text: str) -> str:
             hint="pip install 'alignkit[data]', or leave out --languages",
         )
     return str(py3langid.classify(text[:2000])[0])
+
+
+def known_languages(names: Sequence[str]) -> Sequence[str]:
+    """The names, if each is a language that can be found.
+
+    Args:
+        names: ISO 639-1 codes.
+
+    Raises:
+        DataError: one is not, or the package is not installed.
+    """
+    if not names:
+        return names
+    language_of("")
+    known = {name for name, _ in py3langid.rank("")}
+    for name in names:
+        if name not in known:
+            raise DataError(
+                f"--language {name} is not known", hint=f"one of {', '.join(sorted(known))}"
+            )
+    return names

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from collections import defaultdict
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.curation.duplicates import groups, near_duplicates
+import numpy as np
+
+from alignkit.curation.corpus import Corpus, Texts, Track, untracked
+from alignkit.curation.duplicates import Groups, join_near
 from alignkit.curation.findings import Collector, Finding, ordered
-from alignkit.curation.records import Columns, Record, fingerprint, read_all, read_records
+from alignkit.curation.records import Columns, Record, as_line, fingerprint, read_all, read_records
 from alignkit.errors import DataError
 from alignkit.files import replace_file
 
@@ -51,6 +53,7 @@ def split_files(
     seed: int = 0,
     threshold: float = 0.8,
     columns: Columns | None = None,
+    track: Track = untracked,
 ) -> Split:
     """Write two files of rows that have no prompt and no near-duplicate in common.
 
@@ -63,53 +66,58 @@ def split_files(
         seed: of the choice.
         threshold: Jaccard similarity of near-duplicates.
         columns: of the files that are renamed.
+        track: tells how much is done.
 
     Raises:
         DataError: a row cannot be read, or the share is out of range.
     """
     if not 0.0 < share < 1.0:
         raise DataError(f"--share must be between 0 and 1, got {share:g}", hint="0.1 is usual")
-    records = read_all(files, columns)
-    leaders = _groups(records, threshold)
-    members: dict[int, list[int]] = defaultdict(list)
-    for number in range(len(records)):
-        members[leaders[number]].append(number)
-
-    def order(leader: int) -> bytes:
-        said = records[leader].text.encode("utf-8", "replace")
-        return hashlib.blake2b(said, digest_size=16, salt=seed.to_bytes(16, "little")).digest()
-
-    wanted, chosen = share * len(records), set[int]()
-    for leader in sorted(members, key=order):
-        if len(chosen) >= wanted:
-            break
-        chosen.update(members[leader])
-    if len(chosen) == len(records):
+    corpus, groups, order = _grouped(files, threshold, seed, columns, track)
+    leaders = groups.leaders()
+    sizes = np.bincount(leaders, minlength=len(corpus))
+    firsts = np.flatnonzero(sizes)
+    ranked = firsts[np.argsort(np.asarray(order, np.uint64)[firsts], kind="stable")]
+    before = np.cumsum(sizes[ranked]) - sizes[ranked]
+    chosen = np.isin(leaders, ranked[before < share * len(corpus)])
+    held = int(chosen.sum())
+    if held == len(corpus):
         raise DataError(
-            f"all {len(records)} rows are one group of equal prompts or near-duplicates",
+            f"all {len(corpus)} rows are one group of equal prompts or near-duplicates",
             hint="raise --threshold, or clean them first",
         )
-    for path, side in ((train, False), (held_out, True)):
-        with replace_file(path) as written, written.open("w", encoding="utf-8") as file:
-            for number, record in enumerate(records):
-                if (number in chosen) == side:
-                    file.write(as_line(record.columns))
-    together = sum(len(numbers) for numbers in members.values() if len(numbers) > 1)
-    return Split(len(records), len(records) - len(chosen), len(chosen), together)
+    with (
+        replace_file(train) as one,
+        replace_file(held_out) as two,
+        one.open("w", encoding="utf-8") as kept,
+        two.open("w", encoding="utf-8") as out,
+    ):
+        for number in track(range(len(corpus)), "writing rows", len(corpus)):
+            (out if chosen[number] else kept).write(as_line(corpus.record(number).columns))
+    return Split(len(corpus), len(corpus) - held, held, int(sizes[sizes > 1].sum()))
 
 
-def _groups(records: Sequence[Record], threshold: float) -> list[int]:
-    """The first row of each row's group: of the same prompt, or nearly equal, or both in turn."""
-    pairs: list[tuple[int, int, float]] = []
+def _grouped(
+    files: Sequence[str], threshold: float, seed: int, columns: Columns | None, track: Track
+) -> tuple[Corpus, Groups, array[int]]:
+    """Rows, those that ask the same or are nearly equal together, and a number drawn for each."""
+    corpus, order = Corpus(), array("Q")
     first: dict[bytes, int] = {}
-    for number, record in enumerate(records):
+    pairs: list[tuple[int, int]] = []
+    for record in track(read_all(files, columns), "reading rows", None):
+        number = corpus.append(record)
+        said = record.text.encode("utf-8", "replace")
+        drawn = hashlib.blake2b(said, digest_size=8, salt=seed.to_bytes(16, "little"))
+        order.append(int.from_bytes(drawn.digest(), "little"))
         if record.prompt.strip():
             leader = first.setdefault(fingerprint(record.prompt), number)
             if leader != number:
-                pairs.append((leader, number, 1.0))
-    pairs += near_duplicates([record.text for record in records], threshold)
-    leaders = groups(pairs)
-    return [leaders.get(number, number) for number in range(len(records))]
+                pairs.append((leader, number))
+    groups = Groups(len(corpus))
+    for one, other in pairs:
+        groups.join(one, other)
+    join_near(groups, Texts(corpus, range(len(corpus))), threshold, track)
+    return corpus, groups, order
 
 
 def sample_rows(files: Sequence[str], count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -120,11 +128,14 @@ def sample_rows(files: Sequence[str], count: int, seed: int = 0) -> list[dict[st
         count: how many.
         seed: of the choice.
     """
-    rows = [record for file in files for record in read_records(file)]
+    rows = Corpus()
+    for file in files:
+        for record in read_records(file):
+            rows.append(record)
     chosen = sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
     return [
-        {"place": rows[n].place, "row": one.columns if isinstance(one := rows[n], Record) else None}
-        for n in chosen
+        {"place": one.place, "row": one.columns if isinstance(one, Record) else None}
+        for one in map(rows.__getitem__, chosen)
     ]
 
 
@@ -138,35 +149,35 @@ def compare_files(before: str, after: str) -> tuple[int, tuple[Finding, ...]]:
     Returns:
         Rows that stand in both, and what does not: removed, added, and with another answer.
     """
-    old, new = (read_all([file]) for file in (before, after))
     gone = Collector("only before", "look", f"rows of {before} that {after} has not", "")
     added = Collector("only after", "look", f"rows of {after} that {before} has not", "")
     changed = Collector("another answer", "look", "the same prompt, and other answers", "")
-    old_texts, new_texts = ({fingerprint(one.text) for one in rows} for rows in (old, new))
-    old_asked = {fingerprint(one.prompt): one for one in old if one.prompt.strip()}
-    new_asked = {fingerprint(one.prompt) for one in new if one.prompt.strip()}
-    for record in old:
-        if (
-            fingerprint(record.text) not in new_texts
-            and fingerprint(record.prompt) not in new_asked
-        ):
+    old, old_texts, old_asked = _known(before)
+    new, new_texts, new_asked = _known(after)
+    same = 0
+    for record in map(old.record, range(len(old))):
+        if fingerprint(record.text) in new_texts:
+            same += 1
+        elif fingerprint(record.prompt) not in new_asked:
             gone.add(record.place, record.text)
-    for record in new:
+    for record in map(new.record, range(len(new))):
         if fingerprint(record.text) in old_texts:
             continue
-        other = old_asked.get(fingerprint(record.prompt)) if record.prompt.strip() else None
+        other = old_asked.get(fingerprint(record.prompt))
         if other is None:
             added.add(record.place, record.text)
         else:
-            changed.add(record.place, "\n".join(other.answers), "\n".join(record.answers))
-    same = sum(fingerprint(record.text) in new_texts for record in old)
+            answers = (one.answers for one in (old.record(other), record))
+            changed.add(record.place, *("\n".join(texts) for texts in answers))
     return same, ordered([one.finding() for one in (gone, added, changed)])
 
 
-def as_line(values: dict[str, Any]) -> str:
-    """A row as a line of a .jsonl file.
-
-    Args:
-        values: its columns.
-    """
-    return json.dumps(values, ensure_ascii=False, default=str) + "\n"
+def _known(file: str) -> tuple[Corpus, set[bytes], dict[bytes, int]]:
+    """Rows, their texts, and the last row that asks each prompt."""
+    corpus, texts, asked = Corpus(), set[bytes](), dict[bytes, int]()
+    for record in read_all([file]):
+        number = corpus.append(record)
+        texts.add(fingerprint(record.text))
+        if record.prompt.strip():
+            asked[fingerprint(record.prompt)] = number
+    return corpus, texts, asked

@@ -1,10 +1,9 @@
-"""What should not stand in a row: placeholders, refusals, personal data, endless repetition."""
+"""What should not stand in a row: placeholders, refusals, personal data."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from alignkit.curation.records import words
 
@@ -84,37 +83,36 @@ PII: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
 """Kind -> its pattern, and the check digits that a hit must have."""
 
 
+Recognize = Callable[[str], Iterator[tuple[str, int, int]]]
+"""Text -> kind, begin and end of everything that looks like personal data, without overlaps."""
+
+
 def personal_data(text: str) -> Iterator[tuple[str, int, int]]:
-    """Kind, begin and end of everything that looks like personal data, without overlaps.
+    """What looks like personal data by the patterns of `PII`, as `Recognize` says.
 
     Args:
         text: of a row.
     """
-    taken: list[tuple[str, int, int]] = []
-    for kind, (pattern, holds) in PII.items():
-        for match in pattern.finditer(text):
-            begin, end = match.span()
-            free = all(end <= other or stop <= begin for _, other, stop in taken)
-            if free and holds(match[0]):
-                taken.append((kind, begin, end))
-    return iter(sorted(taken, key=lambda hit: hit[1]))
+    hits = [
+        (kind, *match.span())
+        for kind, (pattern, holds) in PII.items()
+        for match in pattern.finditer(text)
+        if holds(match[0])
+    ]
+    return without_overlaps(hits)
 
 
-def repeated_share(text: str, size: int = 4) -> float:
-    """Share of word four-grams that stand there before (Rae et al., arXiv:2112.11446, table A1).
+def without_overlaps(hits: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
+    """Hits in the order of the text; of those that overlap, the first.
 
     Args:
-        text: of an answer.
-        size: words of a gram.
-
-    Returns:
-        0 for texts of fewer than 20 words.
+        hits: kind, begin and end, the surer ones first.
     """
-    found = words(text)
-    if len(found) < 20:
-        return 0.0
-    grams = Counter(tuple(found[i : i + size]) for i in range(len(found) - size + 1))
-    return 1.0 - len(grams) / sum(grams.values())
+    taken: list[tuple[str, int, int]] = []
+    for kind, begin, end in hits:
+        if all(end <= other or stop <= begin for _, other, stop in taken):
+            taken.append((kind, begin, end))
+    return iter(sorted(taken, key=lambda hit: hit[1]))
 
 
 def opening(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from alignkit.data.examples import parse_rows
 from alignkit.data.formats import Completion, Text, is_pair
 from alignkit.data.prompt_rows import parse_prompts
-from alignkit.data.sources import Row, load_source
+from alignkit.data.sources import Row, stream_rows
 from alignkit.errors import DataError
 from alignkit.recipe.rows import SourceSpec
 
@@ -65,7 +66,7 @@ Columns = Mapping[str, str]
 def read_records(
     path: str, take: int | None = None, columns: Columns | None = None
 ) -> Iterator[Record | Unread]:
-    """Every row of a file, in order.
+    """Every row of a file, in order; one at a time is in memory.
 
     Args:
         path: of the file, in any row format.
@@ -75,14 +76,14 @@ def read_records(
     Raises:
         DataError: the file cannot be read at all.
     """
-    for row in load_source(SourceSpec(path=path, take=take, columns=dict(columns or {}))).rows:
+    for row in stream_rows(SourceSpec(path=path, take=take, columns=dict(columns or {}))):
         try:
             yield _record(row)
         except DataError as error:
             yield Unread(row.place, error.message.removeprefix(f"{row.place}: "))
 
 
-def read_all(files: Sequence[str], columns: Columns | None = None) -> list[Record]:
+def read_all(files: Sequence[str], columns: Columns | None = None) -> Iterator[Record]:
     """Every row of some files.
 
     Args:
@@ -92,7 +93,6 @@ def read_all(files: Sequence[str], columns: Columns | None = None) -> list[Recor
     Raises:
         DataError: a row cannot be read.
     """
-    records = []
     for file in files:
         for record in read_records(file, columns=columns):
             if isinstance(record, Unread):
@@ -101,8 +101,16 @@ def read_all(files: Sequence[str], columns: Columns | None = None) -> list[Recor
                     hint="mend the row, name its columns with --columns, or remove such rows with "
                     "`data clean --drop unreadable`",
                 )
-            records.append(record)
-    return records
+            yield record
+
+
+def as_line(values: Any) -> str:
+    """A row as a line of a .jsonl file.
+
+    Args:
+        values: its columns.
+    """
+    return json.dumps(values, ensure_ascii=False, default=str) + "\n"
 
 
 def normalized(text: str) -> str:

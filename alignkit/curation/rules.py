@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from alignkit.curation import quality
 from alignkit.curation.findings import Collector, Weight
-from alignkit.curation.patterns import PLACEHOLDERS, REFUSALS, personal_data, repeated_share
+from alignkit.curation.patterns import PLACEHOLDERS, REFUSALS, Recognize, personal_data
 from alignkit.curation.records import Record, normalized, words
 
-REPETITIVE = 0.3
-"""Share of repeated four-grams of an answer that is told."""
+PERSONAL = "personal-data"
+
+SPOKEN = 40
+"""Characters that a language is recognized from."""
 
 COPIED = 5
 """Words of an answer whose standing in the prompt is told."""
@@ -55,14 +58,40 @@ def _refusal(record: Record) -> str | None:
     return answer if REFUSALS.search(answer[:400]) else None
 
 
-def _repetition(record: Record) -> str | None:
-    answer = record.answers[0] if record.answers else ""
-    return answer if repeated_share(answer) > REPETITIVE else None
+def _answer(poor: Callable[[str], bool]) -> Callable[[Record], str | None]:
+    """A row's answer, where it is poor."""
+
+    def hit(record: Record) -> str | None:
+        answer = record.answers[0] if record.answers else ""
+        return answer if poor(answer) else None
+
+    return hit
 
 
-def _personal(record: Record) -> str | None:
-    hit = next(personal_data(record.text), None)
-    return None if hit is None else f"{hit[0]}: {record.text[hit[1] : hit[2]]}"
+def _odd_words(answer: str) -> bool:
+    least, most = quality.WORD_LENGTH
+    length = quality.word_length(answer)
+    return length is not None and not least <= length <= most
+
+
+def personal(recognize: Recognize = personal_data) -> Rule:
+    """The rule of personal data.
+
+    Args:
+        recognize: says where it stands.
+    """
+
+    def hit(record: Record) -> str | None:
+        found = next(recognize(record.text), None)
+        return None if found is None else f"{found[0]}: {record.text[found[1] : found[2]]}"
+
+    return Rule(
+        "personal data",
+        "look",
+        "the model may repeat it to anyone",
+        "mask it (clean --mask), or remove the rows (clean --drop personal-data)",
+        hit,
+    )
 
 
 RULES: dict[str, Rule] = {
@@ -92,15 +121,51 @@ RULES: dict[str, Rule] = {
         "fault",
         "the model learns to go round in circles",
         "remove the rows (clean --drop repetition)",
-        _repetition,
+        _answer(lambda text: quality.repetition(text) > quality.MAX_REPETITION),
     ),
-    "personal-data": Rule(
-        "personal data",
+    "lines": Rule(
+        "answers whose lines repeat",
         "look",
-        "the model may repeat it to anyone",
-        "mask it (clean --mask), or remove the rows (clean --drop personal-data)",
-        _personal,
+        "the model learns to go round in circles; verses and tables do so, too",
+        "remove the rows (clean --drop lines)",
+        _answer(lambda text: quality.repeated_lines(text) > quality.MAX_REPEATED_LINES),
     ),
+    "symbols": Rule(
+        "answers full of # and …",
+        "look",
+        "scraped menus and teasers look like this",
+        "remove the rows (clean --drop symbols)",
+        _answer(lambda text: quality.symbols(text) > quality.MAX_SYMBOLS),
+    ),
+    "bullets": Rule(
+        "answers of bullets alone",
+        "look",
+        "the model learns to list where it should explain",
+        "remove the rows if lists are not wanted (clean --drop bullets)",
+        _answer(lambda text: quality.bullets(text) > quality.MAX_BULLETS),
+    ),
+    "ellipses": Rule(
+        "answers of unfinished lines",
+        "look",
+        "they end in an ellipsis, as previews of other pages do",
+        "remove the rows (clean --drop ellipses)",
+        _answer(lambda text: quality.ellipses(text) > quality.MAX_ELLIPSES),
+    ),
+    "letters": Rule(
+        "answers with few letters",
+        "look",
+        "numbers and marks: fine for arithmetic and tables, else an extraction that failed",
+        "remove the rows (clean --drop letters)",
+        _answer(lambda text: quality.lettered(text) < quality.MIN_LETTERED),
+    ),
+    "word-length": Rule(
+        "answers of odd words",
+        "look",
+        "a mean word has fewer than 3 characters or more than 10: spaced-out or run-on text",
+        "remove the rows (clean --drop word-length)",
+        _answer(_odd_words),
+    ),
+    PERSONAL: personal(),
 }
 """Name by which `clean` removes what a rule finds -> the rule."""
 
@@ -117,3 +182,40 @@ def listed_words(unwanted: Sequence[str]) -> Rule:
         return record.text if known & set(words(record.text)) else None
 
     return Rule("words of the list", "look", "you asked for them", "remove the rows", hit)
+
+
+def stop_words() -> Rule:
+    """The rule of texts that are no English prose."""
+    poor = _answer(lambda text: not quality.is_english(text))
+    return Rule("answers without stop words", "look", "no English prose", "", poor)
+
+
+def lengths(least: int | None, most: int | None) -> Rule:
+    """The rule of answers that are too short or too long.
+
+    Args:
+        least: words; None for any.
+        most: words; None for any.
+    """
+
+    def poor(answer: str) -> bool:
+        count = len(words(answer))
+        return (least is not None and count < least) or (most is not None and count > most)
+
+    return Rule("answers of other lengths", "look", "you asked for them", "", _answer(poor))
+
+
+def languages(kept: Sequence[str], language: Callable[[str], str]) -> Rule:
+    """The rule of rows in other languages; short ones may be in any.
+
+    Args:
+        kept: languages that stay.
+        language: text -> its language.
+    """
+
+    def hit(record: Record) -> str | None:
+        if len(record.text) < SPOKEN or (spoken := language(record.text)) in kept:
+            return None
+        return spoken
+
+    return Rule("rows in other languages", "look", "you asked for them", "", hit)

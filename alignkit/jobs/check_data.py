@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.curation.check import CheckOptions, check_files
+from alignkit.curation.corpus import Track, untracked
 from alignkit.curation.findings import Report
 from alignkit.curation.languages import language_of
 from alignkit.curation.page import render_page
+from alignkit.curation.recognizers import with_entities
 from alignkit.curation.records import Columns
 from alignkit.errors import DataError
 from alignkit.files import output_path, write_text
@@ -32,6 +34,7 @@ class CheckRequest:
         threshold: Jaccard similarity of near-duplicates.
         take: rows of each file, the first ones.
         html: page to write.
+        entities: of presidio that count as personal data.
         columns: of the files that are renamed.
     """
 
@@ -44,14 +47,16 @@ class CheckRequest:
     threshold: float = 0.8
     take: int | None = None
     html: Path | None = None
+    entities: Sequence[str] = ()
     columns: Columns | None = None
 
 
-def check_data(request: CheckRequest) -> Report:
+def check_data(request: CheckRequest, track: Track = untracked) -> Report:
     """Look at every row of some files.
 
     Args:
         request: what is asked for.
+        track: tells how much is done.
 
     Raises:
         DataError: a file cannot be read, or an option is out of range.
@@ -68,7 +73,9 @@ def check_data(request: CheckRequest) -> Report:
         count=None if tokenizer is None else lambda text: len(_ids(tokenizer, text)),
         language=language_of if request.languages else None,
         take=request.take,
+        recognize=with_entities(request.entities),
         columns=request.columns,
+        track=track,
     )
     report = check_files(request.files, options)
     if request.html is not None:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from alignkit.terminal import print_line, stderr
+
+T = TypeVar("T")
 
 
 def show_duration(seconds: float) -> str:
@@ -33,6 +36,36 @@ def describe_loss(metrics: dict[str, float]) -> str:
         f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
         f"grad {metrics['grad_norm']:.2f}"
     )
+
+
+_SPOKEN = 15.0
+"""Seconds between two lines where there is no live one."""
+
+
+def track(items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
+    """The items; a live line says how many are done, and where none can be, one now and then.
+
+    Args:
+        items: any.
+        what: happens to them, in a few words.
+        total: how many there are; None if that is not known.
+    """
+    of = "" if total is None else f"/{total:,}"
+    if not stderr.is_terminal:
+        said = time.monotonic()
+        for done, item in enumerate(items, start=1):
+            yield item
+            if time.monotonic() - said > _SPOKEN:
+                said = time.monotonic()
+                print_line(f"{what}: {done:,}{of}")
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True) as live:
+        task = live.add_task(what, total=total)
+        for done, item in enumerate(items, start=1):
+            yield item
+            if done % 100 == 0 or done == total:
+                live.update(task, completed=done, description=f"{what}: {done:,}{of}")
 
 
 class StepProgress:

@@ -14,10 +14,11 @@ from running import write_rows
 
 from alignkit.curation import duplicates
 from alignkit.curation.check import CheckOptions, check_files
-from alignkit.curation.duplicates import near_duplicates, pieces, similarity
+from alignkit.curation.duplicates import Groups, join_near, pieces, similarity
 from alignkit.curation.overlap import Measured
 from alignkit.curation.page import render_page
-from alignkit.curation.patterns import personal_data, repeated_share
+from alignkit.curation.patterns import personal_data
+from alignkit.curation.quality import repetition
 from alignkit.curation.records import Record
 from alignkit.errors import DataError
 
@@ -68,7 +69,9 @@ def test_near_duplicates_at_a_known_similarity() -> None:
         texts += [text, other]
         if similarity(pieces(text), pieces(other)) >= 0.8:
             alike.add((len(texts) - 2, len(texts) - 1))
-    found = {(one, other) for one, other, _ in near_duplicates(texts, 0.8)}
+    groups = Groups(len(texts))
+    join_near(groups, texts, 0.8)
+    found = {(int(one), n) for n, one in enumerate(groups.leaders()) if one != n}
     assert len(alike) > 100
     assert len(found & alike) >= 0.95 * len(alike)  # recall
     assert found <= alike  # compared exactly
@@ -144,9 +147,9 @@ def test_personal_data_has_its_check_digits() -> None:
 
 
 def test_repetition() -> None:
-    assert repeated_share("the same four words " * 10) > 0.8
-    assert repeated_share(" ".join(f"w{i}" for i in range(50))) == 0.0
-    assert repeated_share("short " * 5) == 0.0
+    assert repetition("the same four words " * 10) > 0.8
+    assert repetition(" ".join(f"w{i}" for i in range(50))) == 0.0
+    assert repetition("short " * 5) == 0.0
 
 
 def test_the_command(alignkit: CommandLine, tmp_path: Path, report: Any) -> None:
@@ -178,7 +181,7 @@ def test_foreign_text_is_escaped_on_the_page(tmp_path: Path) -> None:
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(duplicates, "MinHash", None)
     with pytest.raises(DataError, match="needs the package datasketch") as caught:
-        near_duplicates(["a", "b"], 0.8)
+        join_near(Groups(2), ["a", "b"], 0.8)
     assert caught.value.hint == "pip install 'alignkit[data]'"
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 2)
     found = check_files([str(rows)], CheckOptions())

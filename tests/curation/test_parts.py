@@ -12,7 +12,7 @@ from commandline import CommandLine
 from planted import plant, sentence
 from running import write_rows
 
-from alignkit.curation.duplicates import near_duplicates
+from alignkit.curation.duplicates import Groups, join_near
 from alignkit.curation.parts import compare_files, sample_rows, split_files
 from alignkit.curation.records import Record, read_records
 from alignkit.errors import DataError
@@ -35,7 +35,9 @@ def test_a_split_has_nothing_in_common(tmp_path: Path) -> None:
         r.prompt.strip().casefold() for r in two
     }
     texts = [r.text for r in (*one, *two)]
-    for first, second, _ in near_duplicates(texts, 0.8):
+    groups = Groups(len(texts))
+    join_near(groups, texts, 0.8)
+    for second, first in enumerate(groups.leaders()):
         assert (first < len(one)) == (second < len(one))
     assert done.together >= 40
     again = tmp_path / "again"

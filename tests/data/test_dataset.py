@@ -384,7 +384,7 @@ def test_a_cache_hit_parses_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = write("a.jsonl", texts("one", "two"))
     fresh = load(spec)
 
-    def refuse(*_: Any) -> Any:
+    def refuse(*args: object, **options: object) -> Any:
         raise AssertionError("parsed")
 
     monkeypatch.setattr(sources_module, "read_values", refuse)

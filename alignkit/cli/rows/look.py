@@ -23,6 +23,14 @@ ColumnsOption = Annotated[
 ThresholdOption = Annotated[
     float, typer.Option(help="Jaccard similarity of near-duplicates' five-character pieces.")
 ]
+EntityOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--entity",
+        metavar="NAME",
+        help="Personal data that presidio recognizes, as in UK_NHS; repeatable.",
+    ),
+]
 FilesArgument = Annotated[
     list[str], typer.Argument(help="Files of rows, of any format.", show_default=False)
 ]
@@ -46,6 +54,7 @@ def check(
         bool, typer.Option("--no-near", help="Do not look for near-duplicates.")
     ] = False,
     threshold: ThresholdOption = 0.8,
+    entity: EntityOption = None,
     columns: ColumnsOption = None,
     take: Annotated[int | None, typer.Option(help="Read only this many rows of each.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page, too.")] = None,
@@ -56,6 +65,7 @@ def check(
 ) -> None:
     """Say what is in files of rows: duplicates, leaks, placeholders, refusals, lengths, more."""
     from alignkit.jobs.check_data import CheckRequest, check_data
+    from alignkit.runtime.progress import track
 
     report = check_data(
         CheckRequest(
@@ -68,8 +78,10 @@ def check(
             threshold=threshold,
             take=take,
             html=html,
+            entities=entity or (),
             columns=renamed(columns),
-        )
+        ),
+        track,
     )
     if as_json:
         print_json(report.to_json())

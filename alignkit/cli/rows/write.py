@@ -9,58 +9,86 @@ from typing import Annotated
 import typer
 
 from alignkit.cli.output import print_json, say
-from alignkit.cli.rows.look import ColumnsOption, FilesArgument, ThresholdOption, renamed
+from alignkit.cli.rows.look import (
+    ColumnsOption,
+    EntityOption,
+    FilesArgument,
+    ThresholdOption,
+    renamed,
+)
+
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", help="The .jsonl file to write.", show_default=False)
+]
+DropOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Remove such rows; repeatable: unreadable, unanswered, placeholders, leaks, refusals, "
+        "repetition, lines, symbols, bullets, ellipses, letters, word-length, stop-words, "
+        "personal-data, equal, near."
+    ),
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="standard: unreadable, placeholders, repetition, equal and near; gopher: pages of the "
+        "web that are no prose. What it removes is printed."
+    ),
+]
+LanguageOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Remove rows in other languages than this, as in en; repeatable."),
+]
+HeldOutOption = Annotated[
+    list[str] | None,
+    typer.Option("--held-out", help="Remove rows of this file from these; repeatable."),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the files.")]
 
 
 def clean(
     files: FilesArgument,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The .jsonl file to write.", show_default=False)
-    ],
-    drop: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Remove such rows; repeatable: unreadable, unanswered, placeholders, leaks, "
-            "refusals, repetition, personal-data, equal, near."
-        ),
+    output: OutputOption,
+    drop: DropOption = None,
+    preset: PresetOption = None,
+    min_words: Annotated[
+        int | None, typer.Option(help="Remove rows whose answer has fewer.", min=1)
     ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(help="standard: unreadable, placeholders, repetition, equal and near."),
+    max_words: Annotated[
+        int | None, typer.Option(help="Remove rows whose answer has more.", min=1)
     ] = None,
-    held_out: Annotated[
-        list[str] | None,
-        typer.Option("--held-out", help="Remove rows of this file from these; repeatable."),
-    ] = None,
+    language: LanguageOption = None,
+    held_out: HeldOutOption = None,
     mask: Annotated[
         bool, typer.Option("--mask", help="Replace personal data by its kind, as in [EMAIL].")
     ] = False,
+    entity: EntityOption = None,
     threshold: ThresholdOption = 0.8,
     columns: ColumnsOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files.")] = False,
+    overwrite: OverwriteOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
 ) -> None:
     """Write rows without those that were named; the others go beside it, each with its reason."""
-    from alignkit.curation.clean import PRESETS, CleanOptions, clean_files, side_of
-    from alignkit.errors import DataError
+    from alignkit.curation.clean import clean_files, side_of
     from alignkit.files import output_path
+    from alignkit.jobs.clean_data import CleanRequest, clean_options
+    from alignkit.runtime.progress import track
 
-    if preset is not None and preset not in PRESETS:
-        raise DataError(f"--preset {preset} is not known", hint=f"one of {', '.join(PRESETS)}")
-    names = [*(PRESETS[preset] if preset else ()), *(drop or ())]
-    if not names and not held_out and not mask:
-        raise DataError(
-            "nothing to remove or change was named",
-            hint="name it with --drop, --preset, --held-out or --mask; `data check` says what is "
-            "there",
-        )
+    request = CleanRequest(
+        drop=drop or (),
+        preset=preset,
+        least=min_words,
+        most=max_words,
+        languages=language or (),
+        held_out=held_out or (),
+        mask=mask,
+        entities=entity or (),
+        threshold=threshold,
+        columns=renamed(columns),
+    )
+    options = clean_options(request, say, track)
     target = output_path(output)
     _require_free([target, side_of(target)], overwrite)
-    if preset:
-        say(f"preset {preset}: {', '.join(PRESETS[preset])}")
-    options = CleanOptions(
-        tuple(dict.fromkeys(names)), held_out or (), mask, threshold, renamed(columns)
-    )
     done = clean_files(files, target, options)
     if as_json:
         print_json(done.to_json())
@@ -79,16 +107,23 @@ def split(
     seed: Annotated[int, typer.Option(help="Of the choice.")] = 0,
     threshold: ThresholdOption = 0.8,
     columns: ColumnsOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files.")] = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Divide rows in two files, with equal prompts and near-duplicates on one side."""
     from alignkit.curation.parts import split_files
     from alignkit.files import output_path
+    from alignkit.runtime.progress import track
 
     targets = [output_path(train), output_path(held_out)]
     _require_free(targets, overwrite)
     done = split_files(
-        files, *targets, share=share, seed=seed, threshold=threshold, columns=renamed(columns)
+        files,
+        *targets,
+        share=share,
+        seed=seed,
+        threshold=threshold,
+        columns=renamed(columns),
+        track=track,
     )
     say(done.line())
 
