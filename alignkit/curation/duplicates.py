@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Protocol
@@ -162,7 +163,9 @@ def _write_keys(keys: npt.NDArray[np.uint64], texts: Texts, seed: int, track: Tr
     """Band -> a number for each text: equal where all values of the band's signature are."""
     numbers = track(range(len(texts)), "signing rows", len(texts))
     sets = ([p.encode("utf-8", "replace") for p in pieces(texts[n])] for n in numbers)
-    signed: Iterator[Any] = MinHash.generator(sets, num_perm=BANDS * ROWS, seed=seed)
+    signed: Iterator[Any] = MinHash.generator(
+        sets, num_perm=BANDS * ROWS, seed=seed, hashfunc=zlib.crc32
+    )
     for begin in range(0, len(texts), _BLOCK):
         values = np.stack([made.hashvalues for made in islice(signed, _BLOCK)]).astype(np.uint64)
         mixed = np.zeros((len(values), BANDS), np.uint64)

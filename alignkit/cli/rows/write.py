@@ -128,6 +128,41 @@ def split(
     say(done.line())
 
 
+def convert(
+    files: FilesArgument,
+    output: OutputOption,
+    to: Annotated[
+        str,
+        typer.Option(
+            help="messages, sharegpt, alpaca, prompt_completion, text, prompts, preference, "
+            "sharegpt_preference, hh, labelled or openai."
+        ),
+    ] = "messages",
+    source: Annotated[
+        str, typer.Option("--from", help="Format of the rows; auto finds it from their keys.")
+    ] = "auto",
+    columns: ColumnsOption = None,
+    take: Annotated[int | None, typer.Option(help="Read only this many rows of each.")] = None,
+    overwrite: OverwriteOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
+) -> None:
+    """Write rows in another format, each read back; what it cannot say is counted."""
+    from alignkit.curation.converting.convert import convert_rows
+    from alignkit.curation.converting.sources import source_rows
+    from alignkit.files import output_path
+    from alignkit.runtime.progress import track
+
+    target = output_path(output)
+    _require_free([target], overwrite)
+    rows, read = source_rows(files, source, columns=renamed(columns), take=take)
+    done = convert_rows(rows, target, to, read=read, track=track)
+    if as_json:
+        print_json(done.to_json())
+        return
+    for line in done.lines():
+        say(line)
+
+
 def _require_free(paths: Sequence[Path], overwrite: bool) -> None:
     from alignkit.errors import DataError
 

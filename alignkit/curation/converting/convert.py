@@ -1,0 +1,161 @@
+"""Files of rows -> one file in another format, every row read back, what is lost counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignkit.curation.converting.foreign import known_row
+from alignkit.curation.converting.told import Told, tell
+from alignkit.curation.converting.written import WRITERS, CannotSay
+from alignkit.curation.corpus import Track, untracked
+from alignkit.curation.findings import PLACES
+from alignkit.curation.records import as_line
+from alignkit.data.sources import Row
+from alignkit.errors import DataError
+from alignkit.files import replace_file
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Something that the new rows do not say.
+
+    Args:
+        what: in words, after `not said: `.
+        count: rows.
+        places: of the first ones.
+    """
+
+    what: str
+    count: int
+    places: tuple[str, ...]
+
+    def line(self) -> str:
+        """For a person."""
+        more = ", …" if self.count > len(self.places) else ""
+        return f"{self.count:,} {self.what} ({', '.join(self.places)}{more})"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of the rows.
+
+    Args:
+        rows: that were read.
+        written: rows of the new file.
+        losses: what it does not say; empty if nothing was lost.
+    """
+
+    rows: int
+    written: int
+    losses: tuple[Loss, ...]
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        kept = "nothing was lost" if not self.losses else "what was lost or changed:"
+        said = [f"{self.rows:,} rows read, {self.written:,} written; {kept}"]
+        return [*said, *(loss.line() for loss in self.losses)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        losses = [vars(loss) | {"places": list(loss.places)} for loss in self.losses]
+        return {"rows": self.rows, "written": self.written, "losses": losses}
+
+
+class _Losses:
+    def __init__(self) -> None:
+        self._places: dict[str, list[str]] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, what: str, place: str) -> None:
+        self._counts[what] = self._counts.get(what, 0) + 1
+        places = self._places.setdefault(what, [])
+        if len(places) < PLACES:
+            places.append(place)
+
+    def found(self) -> tuple[Loss, ...]:
+        counts = sorted(self._counts.items(), key=lambda item: -item[1])
+        return tuple(Loss(what, count, tuple(self._places[what])) for what, count in counts)
+
+
+def convert_rows(
+    rows: Iterator[Row],
+    output: Path,
+    to: str,
+    *,
+    read: Callable[[Row], Told] = tell,
+    track: Track = untracked,
+) -> Converted:
+    """Write rows in another format.
+
+    Each written row is read back: where it tells something else than the row did and no loss says
+    so, that is counted, too. The same rows give the same bytes.
+
+    Args:
+        rows: of any format.
+        output: the .jsonl file to write.
+        to: a name of `WRITERS`.
+        read: what a row tells.
+        track: tells how much is done.
+
+    Raises:
+        DataError: a row cannot be read, none can be written, or the format is not known.
+    """
+    if to not in WRITERS:
+        raise DataError(f"--to {to} is not a format", hint=f"one of {', '.join(WRITERS)}")
+    losses, count, written = _Losses(), 0, 0
+    with replace_file(output) as path, path.open("w", encoding="utf-8") as file:
+        for row in track(rows, "converting rows", None):
+            count += 1
+            for values in convert_row(row, read(row), to, losses.add):
+                file.write(as_line(values))
+                written += 1
+        if not written:
+            raise DataError(
+                f"none of {count:,} rows can be written as {to}: {losses.found()[0].line()}",
+                hint="choose another format with --to",
+            )
+    return Converted(count, written, losses.found())
+
+
+def convert_row(
+    row: Row, told: Told, to: str, lose: Callable[[str, str], None]
+) -> list[dict[str, Any]]:
+    """The row in another format: one, of a pair as labelled rows two, or none.
+
+    Args:
+        row: as it was read.
+        told: what it tells.
+        to: a name of `WRITERS`.
+        lose: takes down what is lost, and where.
+    """
+    notes: list[str] = []
+    try:
+        found = WRITERS[to](told, notes.append)
+    except CannotSay as reason:
+        lose(f"rows left out: {to} has no place for {reason}", row.place)
+        return []
+    for what in dict.fromkeys(notes):
+        lose(f"rows no longer say {what}", row.place)
+    others = told.others | ({"label": told.label} if told.label is not None else {})
+    taken = [key for values in found[:1] for key in others if key in values and key != "label"]
+    for key in taken:
+        lose(f"rows lose their column {key!r}: {to} has one of that name", row.place)
+    found = [{**{k: v for k, v in others.items() if k not in taken}, **v} for v in found]
+    if not notes and not _says(found, told, row.place):
+        lose("rows are read as something else", row.place)
+    return found
+
+
+def _says(found: Sequence[dict[str, Any]], told: Told, place: str) -> bool:
+    """Whether the written rows tell what the row told."""
+    try:
+        back = [tell(known_row(Row(values, place))) for values in found]
+    except DataError:
+        return False
+    if len(back) == 2:  # a pair as labelled rows
+        same = [(one.prompt, one.answers) for one in back]
+        return same == [(told.prompt, (side,)) for side in told.answers]
+    return back == [told]

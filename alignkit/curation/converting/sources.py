@@ -1,0 +1,39 @@
+"""What a person names as the rows to convert -> the rows, and how each is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from alignkit.curation.converting.foreign import known_row
+from alignkit.curation.converting.told import Told, tell
+from alignkit.curation.records import Columns
+from alignkit.data.formats import PARSERS
+from alignkit.data.pairs import PAIR_PARSERS
+from alignkit.data.sources import Row, stream_rows
+from alignkit.errors import DataError
+from alignkit.recipe.rows import SourceSpec
+
+FORMATS = ("auto", *PARSERS, *PAIR_PARSERS)
+"""Formats that rows may be said to have."""
+
+
+def source_rows(
+    files: Sequence[str], source: str, *, columns: Columns, take: int | None = None
+) -> tuple[Iterator[Row], Callable[[Row], Told]]:
+    """The rows of some files, and what reads one.
+
+    Args:
+        files: of rows; they count as one set.
+        source: a name of `FORMATS`.
+        columns: that are renamed.
+        take: rows of each file, the first ones.
+
+    Raises:
+        DataError: the format is not known.
+    """
+    if source not in FORMATS:
+        raise DataError(f"--from {source} is not a format", hint=f"one of {', '.join(FORMATS)}")
+    specs = [SourceSpec(path=file, columns=dict(columns), take=take) for file in files]
+    rows = (known_row(row) for spec in specs for row in stream_rows(spec))
+    return rows, partial(tell, row_format=source)

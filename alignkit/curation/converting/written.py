@@ -1,0 +1,299 @@
+"""What a row tells -> the values of a row in another format, and what that format cannot say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from alignkit.curation.converting.told import Told
+from alignkit.data.turns import Message
+
+Values = dict[str, Any]
+
+
+class CannotSay(Exception):
+    """The format has no place for the row: `str` says for what of it."""
+
+
+Note = Callable[[str], None]
+"""Takes down something that the written row does not say, in a few words."""
+
+_SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system", "tool": "observation"}
+
+
+def messages(told: Told, note: Note) -> list[Values]:
+    """`{"messages": [...]}`, and `tools` where there are some."""
+    return [{"messages": [_turn(turn) for turn in _whole(told, note)], **_tools(told)}]
+
+
+def sharegpt(told: Told, note: Note) -> list[Values]:
+    """`{"conversations": [...]}`, with `system` and `tools`."""
+    system, turns = _system_text(_whole(told, note))
+    spoken = [_spoken(turn, note) for turn in turns]
+    return [{"conversations": spoken, **_system(system), **_tools(told)}]
+
+
+def alpaca(told: Told, note: Note) -> list[Values]:
+    """`{"instruction", "output"}`, with `system` and `history`."""
+    system, turns = _system_text(_whole(told, note))
+    if told.tools or any(turn.role not in ("user", "assistant") for turn in turns):
+        raise CannotSay("tools and further speakers")
+    if any(_is_special(turn) for turn in turns):
+        raise CannotSay("turns with calls, marks or keys of their own")
+    *before, asked, answer = turns if told.answers else (*turns, Message("assistant", ""))
+    pairs = [] if not before or before[0].role == "user" else [Message("user", ""), before.pop(0)]
+    before = [*pairs, *before]
+    expected = ["user", "assistant"] * (len(before) // 2 + 1)
+    if [turn.role for turn in (*before, asked, answer)] != expected:
+        raise CannotSay("turns that are no questions with one answer each")
+    texts = [turn.content for turn in before]
+    history = {"history": [list(p) for p in zip(texts[::2], texts[1::2], strict=True)]}
+    values = {"instruction": asked.content, "output": answer.content}
+    return [{**values, **_system(system), **(history if before else {})}]
+
+
+def prompt_completion(told: Told, note: Note) -> list[Values]:
+    """`{"prompt", "completion"}`, both as text or both as turns."""
+    prompt, (answer,) = _sides(_one_answer(told, note))
+    return [{"prompt": prompt, "completion": answer, **_tools(told), **_system(told.system)}]
+
+
+def text(told: Told, note: Note) -> list[Values]:
+    """`{"text"}` of plain text."""
+    told = _one_answer(told, note)
+    prompt, (answer,) = told.prompt, told.answers
+    if not isinstance(prompt, str) or not isinstance(answer, str):
+        raise CannotSay("turns: only a model's template makes text of a chat")
+    if prompt:
+        note("where the prompt ends: all of the text is trained")
+    return [{"text": prompt + answer, **_tools(told), **_system(told.system)}]
+
+
+def prompts(told: Told, note: Note) -> list[Values]:
+    """`{"prompt"}` alone: what stands before the last answer."""
+    if isinstance(told.prompt, tuple) and len(told.answers) == 1:
+        *before, last = (*told.prompt, *_turns(told.answers[0]))
+        if last.role != "assistant":
+            told = replace(told, prompt=(*before, last), answers=())
+        else:
+            begun = replace(last, content=last.content[: last.given], tool_calls=(), given=0)
+            told = replace(told, prompt=(*before, *([begun] if last.given else [])))
+    if told.answers:
+        note("answers")
+    prompt, _ = _sides(replace(told, answers=()))
+    if not prompt:
+        raise CannotSay("an answer without a prompt")
+    return [{"prompt": prompt, **_tools(told), **_system(told.system)}]
+
+
+def preference(told: Told, note: Note) -> list[Values]:
+    """`{"prompt", "chosen", "rejected"}`, and `margin`."""
+    prompt, answers = _sides(_pair(told))
+    pair = dict(zip(("chosen", "rejected"), answers, strict=True))
+    return [{"prompt": prompt, **pair, **_margin(told), **_tools(told), **_system(told.system)}]
+
+
+def sharegpt_preference(told: Told, note: Note) -> list[Values]:
+    """`{"conversations", "chosen", "rejected"}`, and `margin`."""
+    told = _as_chat(_pair(told), note)
+    system, turns = _system_text(_turns(told.prompt))
+    sides = [[_spoken(turn, note) for turn in _turns(side)] for side in told.answers]
+    pair = dict(
+        zip(("chosen", "rejected"), (s[0] if len(s) == 1 else s for s in sides), strict=True)
+    )
+    spoken = [_spoken(turn, note) for turn in turns]
+    return [{"conversations": spoken, **pair, **_margin(told), **_system(system), **_tools(told)}]
+
+
+def hh(told: Told, note: Note) -> list[Values]:
+    """`{"chosen", "rejected"}` as dialogues of Human and Assistant."""
+    told = _as_chat(_pair(told), note)
+    system, turns = _system_text(_turns(told.prompt))
+    if system:
+        note("system texts")
+    if told.tools or any(turn.role not in ("user", "assistant") for turn in turns):
+        raise CannotSay("tools and further speakers")
+    if any(
+        _is_special(turn) for turn in (*turns, *_turns(told.answers[0]), *_turns(told.answers[1]))
+    ):
+        raise CannotSay("turns with calls, marks or keys of their own")
+    names = {"user": "Human", "assistant": "Assistant"}
+    sides = [
+        "".join(f"\n\n{names[turn.role]}: {turn.content}" for turn in (*turns, *_turns(side)))
+        for side in told.answers
+    ]
+    return [{"chosen": sides[0], "rejected": sides[1], **_margin(told)}]
+
+
+def labelled(told: Told, note: Note) -> list[Values]:
+    """`{"prompt", "completion", "label"}`; of a pair two rows."""
+    if len(told.answers) == 2:
+        if told.margin is not None:
+            note("margins")
+        sides = [replace(told, answers=(side,)) for side in told.answers]
+        labels = [True, False]
+    elif told.answers and told.label is not None:
+        sides, labels = [told], [told.label]
+    else:
+        raise CannotSay("answers without a label")
+    return [
+        {**prompt_completion(side, note)[0], "label": label}
+        for side, label in zip(sides, labels, strict=True)
+    ]
+
+
+def openai(told: Told, note: Note) -> list[Values]:
+    """As OpenAI's fine-tuning reads it: messages, or a pair of outputs; arguments are JSON text."""
+    if len(told.answers) == 2:
+        told = _as_chat(told, note)
+        if told.margin is not None:
+            note("margins")
+        sides = [[_openai_turn(turn) for turn in _turns(side)] for side in told.answers]
+        given = {"messages": [_openai_turn(turn) for turn in _turns(told.prompt)], **_tools(told)}
+        return [{"input": given, "preferred_output": sides[0], "non_preferred_output": sides[1]}]
+    turns = [_openai_turn(turn) for turn in _whole(told, note)]
+    return [{"messages": turns, **_tools(told)}]
+
+
+WRITERS: dict[str, Callable[[Told, Note], list[Values]]] = {
+    "messages": messages,
+    "sharegpt": sharegpt,
+    "alpaca": alpaca,
+    "prompt_completion": prompt_completion,
+    "text": text,
+    "prompts": prompts,
+    "preference": preference,
+    "sharegpt_preference": sharegpt_preference,
+    "hh": hh,
+    "labelled": labelled,
+    "openai": openai,
+}
+"""Name of a format -> what a row is in it, some of them two rows."""
+
+
+def _one_answer(told: Told, note: Note) -> Told:
+    if not told.answers:
+        raise CannotSay("a prompt without an answer")
+    if len(told.answers) == 1:
+        return told
+    note("rejected answers")
+    if told.margin is not None:
+        note("margins")
+    return replace(told, answers=told.answers[:1], margin=None)
+
+
+def _pair(told: Told) -> Told:
+    if len(told.answers) != 2:
+        raise CannotSay("a single answer, which is no pair")
+    return told
+
+
+def _whole(told: Told, note: Note) -> tuple[Message, ...]:
+    """All turns of a chat with one answer or none."""
+    told = _as_chat(_one_answer(told, note) if told.answers else told, note)
+    answers = (turn for side in told.answers for turn in _turns(side))
+    turns = (*_turns(told.prompt), *answers)
+    if any(turn.given for turn in turns if not turn.is_empty):
+        note("how much of an answer its prompt begins: all of it is trained")
+    return tuple(replace(turn, given=0) for turn in turns)
+
+
+def _as_chat(told: Told, note: Note) -> Told:
+    """The row as turns: a prompt of plain text is what the user says."""
+    if not isinstance(told.prompt, str):
+        return told
+    if not told.prompt.strip():
+        raise CannotSay("plain text without a prompt, which is no chat")
+    note("that they are plain text: as a chat they go through the model's template")
+    system = (Message("system", told.system),) if told.system else ()
+    return replace(
+        told,
+        prompt=(*system, Message("user", told.prompt)),
+        answers=tuple((Message("assistant", str(side)),) for side in told.answers),
+        system="",
+    )
+
+
+def _sides(told: Told) -> tuple[Any, list[Any]]:
+    """Prompt and answers as values; what the prompt begins of an answer stands at its end."""
+    if isinstance(told.prompt, str):
+        return told.prompt, list(told.answers)
+    prompt, answers = _turns(told.prompt), [_turns(side) for side in told.answers]
+    begun = {side[0].content[: side[0].given] for side in answers if side and side[0].given}
+    if begun:
+        (start,) = begun
+        prompt = (*prompt, Message("assistant", start))
+        answers = [(replace(s[0], content=s[0].content[len(start) :]), *s[1:]) for s in answers]
+    plain = [replace(turn, trained=True, marked=None) for turn in prompt]  # none of it is trained
+    return [_turn(turn) for turn in plain], [[_turn(turn) for turn in side] for side in answers]
+
+
+def _turns(said: Any) -> tuple[Message, ...]:
+    assert isinstance(said, tuple)
+    return said
+
+
+def _turn(turn: Message) -> Values:
+    calls = {"tool_calls": list(turn.tool_calls)} if turn.tool_calls else {}
+    return {"role": turn.role, "content": turn.content, **turn.more, **calls, **_mark(turn)}
+
+
+def _openai_turn(turn: Message) -> Values:
+    calls = []
+    for call in turn.tool_calls:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return _turn(turn) | ({"tool_calls": calls} if calls else {})
+
+
+def _spoken(turn: Message, note: Note) -> Values:
+    if turn.role not in _SPEAKERS:
+        note(f"that a turn is the {turn.role}'s, not the system's")
+    if _only_calls(turn):
+        called = [call["function"] for call in turn.tool_calls]
+        value = json.dumps(called[0] if len(called) == 1 else called, ensure_ascii=False)
+        return {"from": "function_call", "value": value}
+    speaker = _SPEAKERS.get(turn.role, "system")
+    calls = {"tool_calls": list(turn.tool_calls)} if turn.tool_calls else {}
+    return {"from": speaker, "value": turn.content, **turn.more, **calls, **_mark(turn)}
+
+
+def _only_calls(turn: Message) -> bool:
+    """Whether an assistant's turn is nothing but names and arguments."""
+    plain = all(call.keys() == {"type", "function"} for call in turn.tool_calls) and all(
+        call["function"].keys() == {"name", "arguments"} for call in turn.tool_calls
+    )
+    empty = not turn.content and not turn.more and not _mark(turn)
+    return bool(turn.tool_calls) and turn.role == "assistant" and plain and empty
+
+
+def _mark(turn: Message) -> Values:
+    if not turn.trained and turn.role == "assistant":
+        return {"weight": 0}
+    return {} if turn.marked is None else {"weight": int(turn.marked)}
+
+
+def _is_special(turn: Message) -> bool:
+    marked = turn.role == "assistant" and (not turn.trained or turn.marked is not None)
+    return bool(turn.tool_calls or turn.more or marked)
+
+
+def _system_text(turns: Sequence[Message]) -> tuple[str, Sequence[Message]]:
+    """The text of a system turn that opens, and the others; a turn with keys of its own stays."""
+    if turns and turns[0].role == "system" and not _is_special(turns[0]) and turns[0].content:
+        return turns[0].content, turns[1:]
+    return "", turns
+
+
+def _system(system: str) -> Values:
+    return {"system": system} if system else {}
+
+
+def _tools(told: Told) -> Values:
+    return {"tools": list(told.tools)} if told.tools else {}
+
+
+def _margin(told: Told) -> Values:
+    return {} if told.margin is None else {"margin": told.margin}

@@ -1,0 +1,278 @@
+"""Rows from format to format: what comes back is what was there, or the loss is counted."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commandline import CommandLine
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from running import write_rows
+
+from alignkit.curation.converting.convert import convert_row
+from alignkit.curation.converting.foreign import known_row
+from alignkit.curation.converting.told import Told, tell
+from alignkit.curation.converting.written import WRITERS
+from alignkit.data.sources import Row, stream_rows
+from alignkit.recipe.rows import SourceSpec
+
+TEMPLATES = sorted(
+    path
+    for path in (Path(__file__).parents[2] / "data_templates" / "formats").iterdir()
+    if path.stem != "prompt_only_question"  # whose columns must be renamed
+)
+
+many = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=300,
+    suppress_health_check=list(HealthCheck),
+)
+
+SAID = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(str.strip)
+CALL = st.builds(
+    lambda name, arguments, more: {
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+        **more,
+    },
+    SAID,
+    st.dictionaries(SAID, SAID | st.integers() | st.none(), max_size=2),
+    st.sampled_from([{}, {"id": "call_1"}]),
+)
+MORE = st.sampled_from([{}, {"name": "x"}, {"reasoning_content": "so"}])
+
+
+@st.composite
+def exchange(draw: Any) -> list[dict[str, Any]]:
+    turns = [{"role": "user", "content": draw(SAID), **draw(MORE)}]
+    if draw(st.integers(0, 4)) == 0:
+        calls = draw(st.lists(CALL, min_size=1, max_size=2))
+        content = draw(st.sampled_from(["", "Let me look."]))
+        turns.append({"role": "assistant", "content": content, "tool_calls": calls})
+        turns.append({"role": "tool", "content": draw(SAID)})
+    mark = draw(st.sampled_from([{}, {}, {}, {"weight": 0}, {"weight": 1}]))
+    return [*turns, {"role": "assistant", "content": draw(SAID), **draw(MORE), **mark}]
+
+
+@st.composite
+def conversation(draw: Any) -> list[dict[str, Any]]:
+    system = draw(st.sampled_from([None, None, "system", "developer"]))
+    turns = [{"role": system, "content": draw(SAID)}] if system else []
+    for part in draw(st.lists(exchange(), min_size=1, max_size=3)):
+        turns += part
+    turns[-1].pop("weight", None)
+    return turns
+
+
+TOOLS = st.sampled_from([{}, {"tools": [{"type": "function", "function": {"name": "f"}}]}])
+BESIDE = st.sampled_from([{}, {"id": 7}, {"topic": "a", "n": None}])
+MARGIN = st.sampled_from([{}, {"margin": 0.5}])
+LABEL = st.sampled_from([{}, {"label": True}, {"label": False}])
+
+
+def joined(*parts: Any) -> Any:
+    return st.tuples(*parts).map(lambda found: {k: v for one in found for k, v in one.items()})
+
+
+CHAT = joined(conversation().map(lambda turns: {"messages": turns}), TOOLS, BESIDE, LABEL)
+DIVIDED = conversation().flatmap(
+    lambda turns: st.integers(1, len(turns) - 1).map(
+        lambda n: {"prompt": turns[:n], "completion": turns[n:]}
+    )
+)
+PLAIN = joined(
+    st.fixed_dictionaries({"prompt": SAID, "completion": SAID}, optional={"system": SAID}),
+    BESIDE,
+    LABEL,
+)
+PAIR = joined(
+    st.tuples(conversation(), SAID).map(
+        lambda x: {
+            "prompt": x[0][:-1],
+            "chosen": x[0][-1:],
+            "rejected": [{"role": "assistant", "content": x[1]}],
+        }
+    ),
+    MARGIN,
+    TOOLS,
+    BESIDE,
+)
+TEXT_PAIR = joined(
+    st.fixed_dictionaries({"prompt": SAID, "chosen": SAID, "rejected": SAID}), MARGIN
+)
+ASKED = st.one_of(SAID, conversation().map(lambda turns: turns[:-1])).map(lambda x: {"prompt": x})
+ROW = st.one_of(CHAT, DIVIDED, PLAIN, PAIR, TEXT_PAIR, ASKED, SAID.map(lambda x: {"text": x}))
+
+
+def moved(values: dict[str, Any], to: str) -> tuple[list[dict[str, Any]], Told, Counter[str]]:
+    row, lost = Row(values, "r.jsonl:1"), Counter[str]()
+    told = tell(known_row(row))
+    return convert_row(row, told, to, lambda what, _: lost.update([what])), told, lost
+
+
+@many
+@given(row=ROW, path=st.lists(st.sampled_from(sorted(WRITERS)), min_size=1, max_size=3))
+def test_from_format_to_format(row: dict[str, Any], path: list[str]) -> None:
+    told = tell(known_row(Row(row, "r.jsonl:1")))
+    for to in path:
+        found, before, lost = moved(row, to)
+        assert (before, before.others) == (told, told.others)
+        equal = len(told.answers) == 2 and told.answers[0] == told.answers[1]
+        if to != "hh" or not equal:  # whose common beginning is all of them
+            assert "rows are read as something else" not in lost
+        if lost or len(found) == 2:
+            return
+        (row,) = found
+
+
+def said(values: dict[str, Any], to: str) -> tuple[list[dict[str, Any]], list[str]]:
+    found, _, lost = moved(values, to)
+    return found, sorted(lost)
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def answer(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def test_what_formats_look_like() -> None:
+    turns = [{"role": "system", "content": "S"}, user("a"), answer("b"), user("c"), answer("d")]
+    assert said({"messages": turns, "id": 1}, "alpaca") == (
+        [{"id": 1, "instruction": "c", "output": "d", "system": "S", "history": [["a", "b"]]}],
+        [],
+    )
+    spoken = [("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d")]
+    assert said({"messages": turns}, "sharegpt") == (
+        [{"conversations": [{"from": f, "value": v} for f, v in spoken], "system": "S"}],
+        [],
+    )
+    assert said({"messages": turns}, "prompt_completion") == (
+        [{"prompt": turns[:2], "completion": turns[2:]}],
+        [],
+    )
+    assert said({"messages": turns}, "prompts") == (
+        [{"prompt": turns[:4]}],
+        ["rows no longer say answers"],
+    )
+    row = {"instruction": "Add.", "input": "1 2", "output": "3", "source": "me"}
+    expected = {"source": "me", "messages": [user("Add.\n\n1 2"), answer("3")]}
+    assert said(row, "messages") == ([expected], [])
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2}
+    plain = "rows no longer say that they are plain text: as a chat they go through the model's "
+    assert said(pair, "hh") == (
+        [
+            {
+                "chosen": "\n\nHuman: p\n\nAssistant: a",
+                "rejected": "\n\nHuman: p\n\nAssistant: b",
+                "margin": 2,
+            }
+        ],
+        [plain + "template"],
+    )
+    assert said(pair, "labelled") == (
+        [
+            {"prompt": "p", "completion": "a", "label": True},
+            {"prompt": "p", "completion": "b", "label": False},
+        ],
+        ["rows no longer say margins"],
+    )
+
+
+def test_what_is_not_trained_stays_so() -> None:
+    row = {"prompt": [user("a"), answer("b"), user("c")], "completion": [answer("d")]}
+    (found,), lost = said(row, "messages")
+    assert [turn.get("weight") for turn in found["messages"]] == [None, 0, None, None]
+    assert not lost
+    assert said(found, "prompt_completion") == ([row], [])
+    begun = {"prompt": [user("a"), answer("It is ")], "completion": [answer("so.")]}
+    (found,), lost = said(begun, "messages")
+    assert found["messages"] == [user("a"), answer("It is so.")]
+    assert lost == [
+        "rows no longer say how much of an answer its prompt begins: all of it is trained"
+    ]
+    assert said(begun, "prompts") == (
+        [{"prompt": [user("a"), answer("It is ")]}],
+        ["rows no longer say answers"],
+    )
+
+
+def test_what_a_format_has_no_place_for() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    turns = [user("a"), answer("", tool_calls=[call]), {"role": "tool", "content": "2"}]
+    turns.append(answer("b"))
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    row = {"messages": turns, "tools": tools}
+    (found,), lost = said(row, "sharegpt")
+    assert not lost
+    assert found["conversations"][1] == {
+        "from": "function_call",
+        "value": '{"name": "f", "arguments": {"x": 1}}',
+    }
+    assert said(row, "alpaca") == (
+        [],
+        ["rows left out: alpaca has no place for tools and further speakers"],
+    )
+    (found,), _ = said(row, "openai")
+    assert found["messages"][1]["tool_calls"][0]["function"]["arguments"] == '{"x": 1}'
+    assert row["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    assert said({"messages": [user("a"), answer("b")]}, "preference")[0] == []
+    assert said({"text": "a"}, "messages")[0] == []
+    _, lost = said({"instruction": "a", "output": "b", "text": "mine"}, "messages")
+    assert lost == []
+    _, lost = said({"messages": [user("a"), answer("b")], "output": "mine"}, "alpaca")
+    assert lost == ["rows lose their column 'output': alpaca has one of that name"]
+
+
+def test_pairs_of_openai() -> None:
+    given = {"messages": [user("a")], "tools": [{"type": "function", "function": {"name": "f"}}]}
+    row = {"input": given, "preferred_output": [answer("b")], "non_preferred_output": [answer("c")]}
+    (found,), lost = said(row, "preference")
+    assert not lost
+    assert found == {
+        "prompt": [user("a")],
+        "chosen": [answer("b")],
+        "rejected": [answer("c")],
+        "tools": given["tools"],
+    }
+    assert said(found, "openai") == ([row], [])
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.name)
+def test_templates_go_through_openai(path: Path) -> None:
+    for row in stream_rows(SourceSpec(path=str(path))):
+        found, told, lost = moved(row.values, "openai")
+        if not lost:
+            assert tell(known_row(Row(found[0], row.place))) == told
+        assert "rows are read as something else" not in lost
+
+
+def test_the_command(alignkit: CommandLine, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"question": "Two?", "answer": "2"},
+        {"question": "", "answer": "3"},
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    names = ["--columns", "prompt=question", "--columns", "completion=answer"]
+    command = ["data", "convert", "rows.jsonl", "-o", "out.jsonl", "--to", "messages", *names]
+    done = alignkit(*command, cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert "2 rows read, 1 written; what was lost or changed:" in done.stderr
+    assert "1 rows left out: messages has no place for plain text without a prompt" in done.stderr
+    assert "(rows.jsonl:2)" in done.stderr
+    (line,) = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line) == {"messages": [user("Two?"), answer("2")]}
+    assert "out.jsonl exists" in alignkit(*command, cwd=tmp_path).stderr
+    none = alignkit(*command[:-5], "hh", *names, "--overwrite", cwd=tmp_path)
+    assert none.code == 2
+    assert "none of 2 rows can be written as hh" in none.stderr
+    wrong = alignkit(*command[:-5], "chatml", *names, "--overwrite", cwd=tmp_path)
+    assert "--to chatml is not a format" in wrong.stderr
