@@ -125,7 +125,8 @@ def detect_format(row: Row) -> str:
         return name
     raise DataError(
         f"{row.place}: no known row format has the keys {', '.join(map(str, keys))}",
-        hint="the columns of a CSV file are separated by commas"
+        hint="the columns of a CSV file are separated by commas; `alignkit data convert "
+        "--delimiter ';'` reads others"
         if len(keys) == 1 and re.search("[;\t|]", str(next(iter(keys))))
         else "rows are messages | conversations | instruction, output | prompt, completion | text; "
         "rename with columns, as in columns: {prompt: question, completion: answer}",

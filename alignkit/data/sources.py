@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from alignkit.data.files.content import read_content
-from alignkit.data.files.json_rows import load_json
+from alignkit.data.files.content import USUAL, Dialect, read_content
+from alignkit.data.files.json_rows import Found, load_json
 from alignkit.data.files.rows import read_values, suffix_of
 from alignkit.data.report import DataReport
 from alignkit.errors import DataError
@@ -81,18 +81,20 @@ def load_source(spec: SourceSpec) -> Source:
     return _open_hub(spec) if spec.hub is not None else _open_file(spec)
 
 
-def stream_rows(spec: SourceSpec) -> Iterator[Row]:
+def stream_rows(spec: SourceSpec, dialect: Dialect = USUAL) -> Iterator[Row]:
     """The rows of a file, read as they are asked for: one at a time is in memory.
 
     Args:
         spec: where the rows are; a path.
+        dialect: how the file is written.
 
     Raises:
         DataError: as `load_source` and `Source.rows`, once the fault is reached.
     """
     path, shown = _find(spec)
     with path.open("rb") as content:
-        yield from _renamed(_parsed(path, content, shown, spec.take, held=False), spec)
+        found = read_values(path, content, shown, held=False, dialect=dialect)
+        yield from _renamed(_parsed(found, path, shown, spec.take), spec)
 
 
 def _renamed(rows: Iterable[Row], spec: SourceSpec) -> Iterator[Row]:
@@ -143,7 +145,9 @@ def _open_file(spec: SourceSpec) -> Source:
     return Source(
         spec,
         hashlib.sha256(content).hexdigest(),
-        lambda: _parsed(path, io.BytesIO(content), shown, spec.take, held=True),
+        lambda: _parsed(
+            read_values(path, io.BytesIO(content), shown, held=True), path, shown, spec.take
+        ),
     )
 
 
@@ -161,11 +165,9 @@ def _find(spec: SourceSpec) -> tuple[Path, str]:
     return path, shown
 
 
-def _parsed(
-    path: Path, content: BinaryIO, shown: str, take: int | None, *, held: bool
-) -> Iterator[Row]:
+def _parsed(found: Iterable[Found], path: Path, shown: str, take: int | None) -> Iterator[Row]:
     filled = suffix_of(path, shown) == ".parquet"
-    for values, place in itertools.islice(read_values(path, content, shown, held=held), take):
+    for values, place in itertools.islice(found, take):
         yield Row(values, place, filled)
 
 

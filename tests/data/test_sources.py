@@ -258,7 +258,8 @@ def test_lines_of_rows_in_a_json_list() -> None:
             "r.jsonl",
             '{"a": 1}\n{"a": "Zürich"}\n'.encode("latin-1"),
             "r.jsonl:2: is not UTF-8 text (byte 0xfc)\n"
-            "hint: convert it: iconv -f latin1 -t utf-8 old > new",
+            "hint: convert it: alignkit data convert --encoding cp1252, "
+            "or iconv -f cp1252 -t utf-8",
         ),
         (
             "r.jsonl",

@@ -142,6 +142,8 @@ def convert(
         str, typer.Option("--from", help="Format of the rows; auto finds it from their keys.")
     ] = "auto",
     columns: ColumnsOption = None,
+    encoding: Annotated[str, typer.Option(help="Of the files' text, as in cp1252.")] = "utf-8",
+    delimiter: Annotated[str, typer.Option(help="Between the columns of a CSV file.")] = ",",
     take: Annotated[int | None, typer.Option(help="Read only this many rows of each.")] = None,
     overwrite: OverwriteOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
@@ -149,12 +151,14 @@ def convert(
     """Write rows in another format, each read back; what it cannot say is counted."""
     from alignkit.curation.converting.convert import convert_rows
     from alignkit.curation.converting.sources import source_rows
+    from alignkit.data.files.content import Dialect
     from alignkit.files import output_path
     from alignkit.runtime.progress import track
 
     target = output_path(output)
     _require_free([target], overwrite)
-    rows, read = source_rows(files, source, columns=renamed(columns), take=take)
+    dialect = Dialect(encoding, delimiter)
+    rows, read = source_rows(files, source, columns=renamed(columns), take=take, dialect=dialect)
     done = convert_rows(rows, target, to, read=read, track=track)
     if as_json:
         print_json(done.to_json())

@@ -11,7 +11,7 @@ from alignkit.curation.converting.foreign import known_row
 from alignkit.curation.converting.told import Told, tell
 from alignkit.curation.converting.written import WRITERS, CannotSay
 from alignkit.curation.corpus import Track, untracked
-from alignkit.curation.findings import PLACES
+from alignkit.curation.findings import PLACES, excerpt
 from alignkit.curation.records import as_line
 from alignkit.data.sources import Row
 from alignkit.errors import DataError
@@ -101,15 +101,23 @@ def convert_rows(
         track: tells how much is done.
 
     Raises:
-        DataError: a row cannot be read, none can be written, or the format is not known.
+        DataError: a file cannot be read, no row can be written, or the format is not known.
     """
     if to not in WRITERS:
         raise DataError(f"--to {to} is not a format", hint=f"one of {', '.join(WRITERS)}")
-    losses, count, written = _Losses(), 0, 0
+    losses, asked, count, written = _Losses(), _Losses(), 0, 0
     with replace_file(output) as path, path.open("w", encoding="utf-8") as file:
         for row in track(rows, "converting rows", None):
             count += 1
-            for values in convert_row(row, read(row), to, losses.add):
+            try:
+                told = read(row)
+            except DataError as error:
+                reason = error.message.removeprefix(f"{row.place}: ")
+                losses.add(f"rows left out: {excerpt(reason)}", row.place)
+                continue
+            if not told.answers:
+                asked.add("rows are prompts without an answer", row.place)
+            for values in convert_row(row, told, to, losses.add):
                 file.write(as_line(values))
                 written += 1
         if not written:
@@ -117,7 +125,8 @@ def convert_rows(
                 f"none of {count:,} rows can be written as {to}: {losses.found()[0].line()}",
                 hint="choose another format with --to",
             )
-    return Converted(count, written, losses.found())
+    mixed = 0 < sum(one.count for one in asked.found()) < count and to != "prompts"
+    return Converted(count, written, losses.found() + (asked.found() if mixed else ()))
 
 
 def convert_row(

@@ -7,6 +7,7 @@ import gzip
 import io
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +23,22 @@ _PACKED = {b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file or a spreadshe
 _PACKED_HINT = "unpack or convert it; only a file whose name ends in .gz is unpacked"
 
 
+@dataclass(frozen=True)
+class Dialect:
+    """How a file is written, where it is not as usual.
+
+    Args:
+        encoding: of its text.
+        delimiter: between the columns of a CSV file.
+    """
+
+    encoding: str = "utf-8"
+    delimiter: str = ","
+
+
+USUAL = Dialect()
+
+
 def read_content(path: Path, shown: str) -> bytes:
     """The bytes of a file.
 
@@ -34,7 +51,9 @@ def read_content(path: Path, shown: str) -> bytes:
     return path.read_bytes()
 
 
-def read_lines(content: BinaryIO, shown: str, *, packed: bool, held: bool) -> Iterator[str]:
+def read_lines(
+    content: BinaryIO, shown: str, *, packed: bool, held: bool, encoding: str = USUAL.encoding
+) -> Iterator[str]:
     """The lines of a file, each with its line break.
 
     Args:
@@ -42,9 +61,10 @@ def read_lines(content: BinaryIO, shown: str, *, packed: bool, held: bool) -> It
         shown: how messages name it.
         packed: by gzip.
         held: all of it will be in memory at once, not a line at a time.
+        encoding: of its text; each line must end in the byte 0x0a.
 
     Raises:
-        DataError: it is empty, no UTF-8, no intact gzip file, or too large for the memory.
+        DataError: it is empty, in another encoding, a damaged gzip file, or too large.
     """
     raw: Any = gzip.GzipFile(fileobj=content) if packed else content
     limit, total, blank = _room(), 0, True
@@ -60,7 +80,7 @@ def read_lines(content: BinaryIO, shown: str, *, packed: bool, held: bool) -> It
             if total > limit:
                 what = "unpacks to" if packed else "has"
                 raise _too_large(f"{shown}: {what}" if held else f"{shown}:{number}: has")
-            text = _decode(line, f"{shown}:{number}")
+            text = _decode(line, f"{shown}:{number}", encoding)
             blank = blank and not text.strip()
             yield text
     if blank:
@@ -102,11 +122,11 @@ def _require_text(head: bytes, shown: str) -> None:
         )
 
 
-def _decode(line: bytes, place: str) -> str:
+def _decode(line: bytes, place: str, encoding: str) -> str:
     try:
-        return line.decode("utf-8")
+        return line.decode(encoding)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{place}: is not UTF-8 text (byte 0x{line[error.start]:02x})",
-            hint="convert it: iconv -f latin1 -t utf-8 old > new",
+            f"{place}: is not {encoding.upper()} text (byte 0x{line[error.start]:02x})",
+            hint="convert it: alignkit data convert --encoding cp1252, or iconv -f cp1252 -t utf-8",
         ) from None

@@ -15,17 +15,18 @@ _BATCH = 1000
 """Rows of a parquet file that are in memory at once."""
 
 
-def read_csv(lines: Iterable[str], shown: str) -> Iterator[Found]:
-    """Rows of comma-separated lines below a header.
+def read_csv(lines: Iterable[str], shown: str, delimiter: str = ",") -> Iterator[Found]:
+    """Rows of separated values below a header.
 
     Args:
         lines: each with its line break.
         shown: how messages name the file.
+        delimiter: between two values.
 
     Raises:
         DataError: a line that is no CSV, or has other columns than the header.
     """
-    reader, begins = csv.DictReader(_at_every_break(lines), strict=True), 1
+    reader, begins = _reader(lines, delimiter), 1
     while True:
         try:
             names = list(reader.fieldnames or [])
@@ -49,6 +50,10 @@ def read_csv(lines: Iterable[str], shown: str) -> Iterator[Found]:
                 hint='quote a field that holds commas or line breaks: "like, this"',
             )
         yield dict(values), f"{shown}:{first_line}"
+
+
+def _reader(lines: Iterable[str], delimiter: str) -> csv.DictReader[str]:
+    return csv.DictReader(_at_every_break(lines), strict=True, delimiter=delimiter)
 
 
 def _at_every_break(lines: Iterable[str]) -> Iterator[str]:
