@@ -1,4 +1,4 @@
-"""Commands in README.md and docs/: each is one that the program understands; the quick ones run."""
+"""Commands in the README.md files and docs/: the program understands each; the quick ones run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from alignkit.recipe.reading.load import load_recipe, shipped_pipelines, shipped
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+TEMPLATES = ROOT / "data_templates" / "README.md"
+DOCUMENTS = [README, TEMPLATES, *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands_of(document: Path) -> list[list[str]]:
@@ -89,7 +90,7 @@ def test_the_reader_is_not_fooled(tmp_path: Path) -> None:
         parse(["export", "bnb", "runs/mine"])
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_command_in_a_sentence_has_the_options_it_names(document: Path) -> None:
     for span in re.findall(r"`alignkit ([a-z][^`]*)`", document.read_text(encoding="utf-8")):
         first, *rest = span.replace("…", " ").split()

@@ -56,29 +56,29 @@ SCHEMA = {"name": "look", "parameters": {"type": "object", "properties": {}}}
 # shipped examples ----------------------------------------------------------------------------
 
 SHIPPED = {
-    "alpaca.json": ("alpaca", 6),
-    "prompt_completion.jsonl": ("prompt_completion", 6),
-    "prompt_completion_messages.jsonl": ("prompt_completion", 6),
-    "sharegpt.jsonl": ("sharegpt", 6),
-    "text.jsonl": ("text", 6),
-    "tools.jsonl": ("messages", 6),
+    "alpaca.json": "alpaca",
+    "messages.jsonl": "messages",
+    "prompt_completion.jsonl": "prompt_completion",
+    "prompt_completion_messages.jsonl": "prompt_completion",
+    "sharegpt.jsonl": "sharegpt",
+    "text.jsonl": "text",
+    "tools.jsonl": "messages",
 }
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_example_is_detected_and_parses(name: str) -> None:
-    row_format, count = SHIPPED[name]
+    row_format = SHIPPED[name]
     rows = load_source(SourceSpec(path=str(FORMATS / name))).rows
     assert {detect_format(row) for row in rows} == {row_format}
     examples = parse_answers(rows, "auto")
-    assert len(examples) == count
+    assert len(examples) == len(rows) >= 10
     assert examples == parse_answers(rows, row_format)
     assert [example.place for example in examples] == [row.place for row in rows]
 
 
 def test_every_format_has_a_shipped_example() -> None:
-    shipped = {row_format for row_format, _ in SHIPPED.values()} | {"messages"}
-    assert shipped == set(PARSERS)
+    assert set(SHIPPED.values()) == set(PARSERS)
 
 
 def test_shipped_tools_keep_calls_results_and_schemas() -> None:

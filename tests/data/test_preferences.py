@@ -119,7 +119,7 @@ def test_every_shipped_preference_file_is_tested_here() -> None:
 def test_every_shipped_pair_parses(name: str) -> None:
     rows = shipped(name)
     pairs = parse_pairs(rows, "auto")
-    assert len(pairs) == 4
+    assert len(pairs) == len(rows) >= 10
     assert pairs == parse_pairs(rows, SHIPPED_PAIRS[name])
     assert [found.place for found in pairs] == [row.place for row in rows]
     for found in pairs:
@@ -201,7 +201,7 @@ WALK = (
             talk("Recommend a plant for a shady hallway."),
             "A cast iron plant does well there: it stands low light and does not mind if you "
             "forget to water it now and then.",
-            "A cast iron plant does well there.",
+            "A peace lily may do, though it wilts as soon as you forget to water it.",
             0.5,
         ),
         (
@@ -263,7 +263,10 @@ def test_shipped_text_pairs_by_hand() -> None:
 
 def test_shipped_margins() -> None:
     found = parse_pairs(shipped("preference_margin.jsonl"), "auto")
-    assert [item.margin for item in found] == [3.0, 0.5, 2.5, 1.2]
+    assert [item.margin for item in found] == [
+        *(3.0, 0.5, 2.5, 1.2, 3.0, 0.3),
+        *(2.0, 1.5, 0.0, 1.8, 2.2, 1.0),
+    ]
 
 
 def test_shipped_labelled_rows_by_hand() -> None:
