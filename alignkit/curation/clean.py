@@ -29,22 +29,21 @@ from alignkit.curation.records import (
     read_records,
 )
 from alignkit.curation.rules import (
+    FILTERS,
     PERSONAL,
     RULES,
     Rule,
     languages,
     lengths,
     personal,
-    stop_words,
 )
 from alignkit.errors import DataError
 from alignkit.files import replace_file
 
 UNREADABLE, UNANSWERED, EQUAL, NEAR = "unreadable", "unanswered", "equal", "near"
 HELD_OUT, MASKED, LANGUAGE, LENGTH = "held-out", "masked", "language", "length"
-STOP = "stop-words"
 
-DROPS = (UNREADABLE, UNANSWERED, *RULES, STOP, EQUAL, NEAR)
+DROPS = (UNREADABLE, UNANSWERED, *RULES, *FILTERS, EQUAL, NEAR)
 """What can be removed by name, in the order in which it is looked for."""
 
 
@@ -71,7 +70,7 @@ class Preset:
 PRESETS = {
     "standard": Preset((UNREADABLE, "placeholders", "repetition", EQUAL, NEAR)),
     "gopher": Preset(
-        ("repetition", "lines", "symbols", "bullets", "ellipses", "letters", "word-length", STOP),
+        ("repetition", "lines", "symbols", "ellipses", "word-length", *FILTERS),
         50,
         100_000,
     ),
@@ -111,7 +110,7 @@ class CleanOptions:
 
     def rules(self) -> dict[str, Rule]:
         """Reason -> the rule of what a row has by itself."""
-        known = RULES | {PERSONAL: personal(self.recognize), STOP: stop_words()}
+        known = RULES | FILTERS | {PERSONAL: personal(self.recognize)}
         chosen = {name: rule for name, rule in known.items() if name in self.drop}
         if self.least is not None or self.most is not None:
             chosen[LENGTH] = lengths(self.least, self.most)

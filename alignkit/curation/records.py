@@ -149,9 +149,8 @@ def _record(row: Row) -> Record:
             raise DataError(f"{row.place}: {example.unusable}")
         chosen, rejected = example.texts
         prompt, better = _split(chosen)
-        return Record(
-            row.place, prompt, (better, _split(rejected)[1]), _roles(chosen), known, row.values
-        )
+        pair = (better or "", _split(rejected)[1] or "")
+        return Record(row.place, prompt, pair, _roles(chosen), known, row.values)
     try:
         (example,) = parse_rows([row], "auto", "answers")
     except DataError:
@@ -159,16 +158,17 @@ def _record(row: Row) -> Record:
         return Record(row.place, _said(asked), (), _roles(asked), known, row.values)
     (text,) = example.texts
     prompt, answer = _split(text)
-    return Record(row.place, prompt, (answer,), _roles(text), known, row.values)
+    answers = () if answer is None else (answer,)
+    return Record(row.place, prompt, answers, _roles(text), known, row.values)
 
 
-def _split(text: Text) -> tuple[str, str]:
-    """What stands before the last answer, and that answer."""
+def _split(text: Text) -> tuple[str, str | None]:
+    """What stands before the last answer, and that answer; None if the last turn is none."""
     if isinstance(text, Completion):
         return text.prompt, text.completion
     *before, last = text.messages
     if last.role != "assistant":
-        return _join([*before, last]), ""
+        return _join([*before, last]), None
     return _join(before), last.content
 
 

@@ -137,26 +137,12 @@ RULES: dict[str, Rule] = {
         "remove the rows (clean --drop symbols)",
         _answer(lambda text: quality.symbols(text) > quality.MAX_SYMBOLS),
     ),
-    "bullets": Rule(
-        "answers of bullets alone",
-        "look",
-        "the model learns to list where it should explain",
-        "remove the rows if lists are not wanted (clean --drop bullets)",
-        _answer(lambda text: quality.bullets(text) > quality.MAX_BULLETS),
-    ),
     "ellipses": Rule(
         "answers of unfinished lines",
         "look",
         "they end in an ellipsis, as previews of other pages do",
         "remove the rows (clean --drop ellipses)",
         _answer(lambda text: quality.ellipses(text) > quality.MAX_ELLIPSES),
-    ),
-    "letters": Rule(
-        "answers with few letters",
-        "look",
-        "numbers and marks: fine for arithmetic and tables, else an extraction that failed",
-        "remove the rows (clean --drop letters)",
-        _answer(lambda text: quality.lettered(text) < quality.MIN_LETTERED),
     ),
     "word-length": Rule(
         "answers of odd words",
@@ -167,7 +153,32 @@ RULES: dict[str, Rule] = {
     ),
     PERSONAL: personal(),
 }
-"""Name by which `clean` removes what a rule finds -> the rule."""
+"""Name by which `clean` removes what a rule finds -> the rule. `check` looks for all of them."""
+
+FILTERS: dict[str, Rule] = {
+    "bullets": Rule(
+        "answers of bullets alone",
+        "look",
+        "the model learns to list where it should explain",
+        "",
+        _answer(lambda text: quality.bullets(text) > quality.MAX_BULLETS),
+    ),
+    "letters": Rule(
+        "answers with few letters",
+        "look",
+        "numbers and marks: fine for arithmetic and tables, else an extraction that failed",
+        "",
+        _answer(lambda text: quality.lettered(text) < quality.MIN_LETTERED),
+    ),
+    "stop-words": Rule(
+        "answers without stop words",
+        "look",
+        "no English prose",
+        "",
+        _answer(lambda text: not quality.is_english(text)),
+    ),
+}
+"""Further ones that are removed by name only: what they find is often as it should be."""
 
 
 def listed_words(unwanted: Sequence[str]) -> Rule:
@@ -182,12 +193,6 @@ def listed_words(unwanted: Sequence[str]) -> Rule:
         return record.text if known & set(words(record.text)) else None
 
     return Rule("words of the list", "look", "you asked for them", "remove the rows", hit)
-
-
-def stop_words() -> Rule:
-    """The rule of texts that are no English prose."""
-    poor = _answer(lambda text: not quality.is_english(text))
-    return Rule("answers without stop words", "look", "no English prose", "", poor)
 
 
 def lengths(least: int | None, most: int | None) -> Rule:

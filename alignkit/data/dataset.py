@@ -28,7 +28,7 @@ from alignkit.files import replace_file
 from alignkit.packed import IntArray, Role
 from alignkit.recipe.rows import SourceSpec
 
-CACHE_FORMAT = 4
+CACHE_FORMAT = 5
 """Increased whenever the same rows would be tokenized differently: cached tokens are made anew."""
 _KEY_FORMAT = 2
 """Part of the fingerprints of runs, which must stay resumable: a run compares its tokens too."""

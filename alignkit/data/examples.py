@@ -32,6 +32,9 @@ from alignkit.packed import Role
 RowKind = Literal["answers", "pairs", "labelled"]
 
 
+_UNWANTED = "labelled as an undesirable answer, and trained as any other: labels are for kto"
+
+
 @dataclass(frozen=True)
 class Example:
     """One row as the texts that the model reads.
@@ -43,6 +46,7 @@ class Example:
         place: `file:line` of the row.
         margin: how much better the chosen completion is; 0 if the row does not say.
         unusable: why there are no texts, in words; such a row is dropped and counted.
+        doubt: what looks wrong about a row that is used; counted, too.
     """
 
     texts: tuple[Text, ...]
@@ -50,6 +54,7 @@ class Example:
     place: str
     margin: float = 0.0
     unusable: str = ""
+    doubt: str = ""
 
 
 def parse_rows(rows: list[Row], row_format: str, kind: RowKind) -> list[Example]:
@@ -70,8 +75,14 @@ def parse_rows(rows: list[Row], row_format: str, kind: RowKind) -> list[Example]
         return _parse_pairs(rows, row_format)
     if kind == "labelled":
         return _parse_labelled(rows, row_format)
-    texts = parse_answers(rows, row_format)
-    return [Example((text,), (Role.CHOSEN,), text.place) for text in texts]
+    return [
+        Example((text,), (Role.CHOSEN,), text.place, doubt=_UNWANTED * _is_undesirable(row))
+        for row, text in zip(rows, parse_answers(rows, row_format), strict=True)
+    ]
+
+
+def _is_undesirable(row: Row) -> bool:
+    return row.values.get("label") is False
 
 
 def _parse_pairs(rows: list[Row], row_format: str) -> list[Example]:

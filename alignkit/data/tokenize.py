@@ -150,6 +150,8 @@ def _document(
     if example.unusable:
         report.drop(example.unusable, place)
         return None
+    if example.doubt:
+        report.note(example.doubt, place)
     if not all(text.trained.any() for text in texts):
         if single:
             report.measure(len(texts[0].ids), place)
