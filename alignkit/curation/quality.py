@@ -14,6 +14,9 @@ from alignkit.curation.records import words
 FEWEST_WORDS, FEWEST_LINES = 20, 5
 """What a share is told from."""
 
+PROSE = 50
+"""Words that a mean is told from: short sentences have short words."""
+
 MAX_SYMBOLS = 0.1
 """`#` and ellipses for each word."""
 
@@ -88,7 +91,7 @@ def word_length(text: str) -> float | None:
         text: of an answer.
     """
     found = words(text)
-    return sum(map(len, found)) / len(found) if len(found) >= FEWEST_WORDS else None
+    return sum(map(len, found)) / len(found) if len(found) >= PROSE else None
 
 
 def repeated_lines(text: str) -> float:

@@ -161,13 +161,13 @@ def test_what_formats_look_like() -> None:
     )
     assert said({"messages": turns}, "prompts") == (
         [{"prompt": turns[:4]}],
-        ["rows no longer say answers"],
+        ["rows lose their answers"],
     )
     row = {"instruction": "Add.", "input": "1 2", "output": "3", "source": "me"}
     expected = {"source": "me", "messages": [user("Add.\n\n1 2"), answer("3")]}
     assert said(row, "messages") == ([expected], [])
     pair = {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2}
-    plain = "rows no longer say that they are plain text: as a chat they go through the model's "
+    plain = "rows were plain text: as a chat they go through the model's "
     assert said(pair, "hh") == (
         [
             {
@@ -183,7 +183,7 @@ def test_what_formats_look_like() -> None:
             {"prompt": "p", "completion": "a", "label": True},
             {"prompt": "p", "completion": "b", "label": False},
         ],
-        ["rows no longer say margins"],
+        ["rows lose their margins"],
     )
 
 
@@ -196,12 +196,10 @@ def test_what_is_not_trained_stays_so() -> None:
     begun = {"prompt": [user("a"), answer("It is ")], "completion": [answer("so.")]}
     (found,), lost = said(begun, "messages")
     assert found["messages"] == [user("a"), answer("It is so.")]
-    assert lost == [
-        "rows no longer say how much of an answer its prompt begins: all of it is trained"
-    ]
+    assert lost == ["rows lose how much of an answer their prompt begins: all of it is trained"]
     assert said(begun, "prompts") == (
         [{"prompt": [user("a"), answer("It is ")]}],
-        ["rows no longer say answers"],
+        ["rows lose their answers"],
     )
 
 

@@ -28,7 +28,7 @@ POOR = {
     "bullets": "- a thing\n" * 6,
     "ellipses": "It goes on and on ...\n" * 5,
     "letters": "12 + 13 = 25 and " * 5,
-    "word-length": "a b c d " * 6,
+    "word-length": "a b c d " * 13,
     "lines": "One line of it.\n" * 3 + "Another.\nA third.\nAnother.\n",
     "stop-words": "river valley bridge train " * 5,
     "repetition": "round and round it goes " * 8,
@@ -38,7 +38,7 @@ FINE = {
     "bullets": "- a thing\n" * 9 + "prose\n" * 2,
     "ellipses": "It goes on ...\n" + "It ends.\n" * 4,
     "letters": "the sum of 12 and 13 is 25 as one can easily see here on the page of it all",
-    "word-length": PROSE,
+    "word-length": PROSE * 2,
     "lines": "\n".join(f"Line {number}." for number in range(9)),
     "stop-words": PROSE,
     "repetition": " ".join(f"word{number}" for number in range(40)),
@@ -67,7 +67,7 @@ def test_shares_by_hand() -> None:
     assert quality.bullets("- a\n* b\n• c\nd\n\n- e") == 0.8
     assert quality.ellipses("a…\nb...\nc\nd\ne") == 0.4
     assert quality.lettered("1 2 3 a " * 5) == 0.25
-    assert quality.word_length("ab abcd " * 10) == 3.0
+    assert quality.word_length("ab abcd " * 25) == 3.0
     assert quality.repeated_lines("a\na\na\nb\nc") == pytest.approx(0.4)
     assert quality.repetition("a b c d " * 5) == pytest.approx(1 - 4 / 17)
     few = "a # … "

@@ -17,13 +17,15 @@ from alignkit.data.sources import Row
 from alignkit.errors import DataError
 from alignkit.files import replace_file
 
+UNANSWERED = "rows have no answer: they are prompts; `data clean --drop unanswered` removes them"
+
 
 @dataclass(frozen=True)
 class Loss:
     """Something that the new rows do not say.
 
     Args:
-        what: in words, after `not said: `.
+        what: in words, after their number.
         count: rows.
         places: of the first ones.
     """
@@ -106,24 +108,30 @@ def convert_rows(
     if to not in WRITERS:
         raise DataError(f"--to {to} is not a format", hint=f"one of {', '.join(WRITERS)}")
     losses, asked, count, written = _Losses(), _Losses(), 0, 0
+    first: DataError | None = None
     with replace_file(output) as path, path.open("w", encoding="utf-8") as file:
         for row in track(rows, "converting rows", None):
             count += 1
             try:
                 told = read(row)
             except DataError as error:
+                if count == 1:
+                    first = error
                 reason = error.message.removeprefix(f"{row.place}: ")
                 losses.add(f"rows left out: {excerpt(reason)}", row.place)
                 continue
             if not told.answers:
-                asked.add("rows are prompts without an answer", row.place)
+                asked.add(UNANSWERED, row.place)
             for values in convert_row(row, told, to, losses.add):
                 file.write(as_line(values))
                 written += 1
         if not written:
+            hint = "choose another format with --to"
+            if first is not None:
+                hint = "rename columns, as in --columns prompt=question --columns completion=answer"
             raise DataError(
                 f"none of {count:,} rows can be written as {to}: {losses.found()[0].line()}",
-                hint="choose another format with --to",
+                hint=hint,
             )
     mixed = 0 < sum(one.count for one in asked.found()) < count and to != "prompts"
     return Converted(count, written, losses.found() + (asked.found() if mixed else ()))
@@ -147,7 +155,7 @@ def convert_row(
         lose(f"rows left out: {to} has no place for {reason}", row.place)
         return []
     for what in dict.fromkeys(notes):
-        lose(f"rows no longer say {what}", row.place)
+        lose(f"rows {what}", row.place)
     others = told.others | ({"label": told.label} if told.label is not None else {})
     taken = [key for values in found[:1] for key in others if key in values and key != "label"]
     for key in taken:

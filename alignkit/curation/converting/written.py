@@ -18,7 +18,7 @@ class CannotSay(Exception):
 
 
 Note = Callable[[str], None]
-"""Takes down something that the written row does not say, in a few words."""
+"""Takes down what the written row does not say, as in `lose their margins`."""
 
 _SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system", "tool": "observation"}
 
@@ -67,7 +67,7 @@ def text(told: Told, note: Note) -> list[Values]:
     if not isinstance(prompt, str) or not isinstance(answer, str):
         raise CannotSay("turns: only a model's template makes text of a chat")
     if prompt:
-        note("where the prompt ends: all of the text is trained")
+        note("lose where the prompt ends: all of the text is trained")
     return [{"text": prompt + answer, **_tools(told), **_system(told.system)}]
 
 
@@ -81,7 +81,7 @@ def prompts(told: Told, note: Note) -> list[Values]:
             begun = replace(last, content=last.content[: last.given], tool_calls=(), given=0)
             told = replace(told, prompt=(*before, *([begun] if last.given else [])))
     if told.answers:
-        note("answers")
+        note("lose their answers")
     prompt, _ = _sides(replace(told, answers=()))
     if not prompt:
         raise CannotSay("an answer without a prompt")
@@ -112,7 +112,7 @@ def hh(told: Told, note: Note) -> list[Values]:
     told = _as_chat(_pair(told), note)
     system, turns = _system_text(_turns(told.prompt))
     if system:
-        note("system texts")
+        note("lose their system texts")
     if told.tools or any(turn.role not in ("user", "assistant") for turn in turns):
         raise CannotSay("tools and further speakers")
     if any(
@@ -131,7 +131,7 @@ def labelled(told: Told, note: Note) -> list[Values]:
     """`{"prompt", "completion", "label"}`; of a pair two rows."""
     if len(told.answers) == 2:
         if told.margin is not None:
-            note("margins")
+            note("lose their margins")
         sides = [replace(told, answers=(side,)) for side in told.answers]
         labels = [True, False]
     elif told.answers and told.label is not None:
@@ -149,7 +149,7 @@ def openai(told: Told, note: Note) -> list[Values]:
     if len(told.answers) == 2:
         told = _as_chat(told, note)
         if told.margin is not None:
-            note("margins")
+            note("lose their margins")
         sides = [[_openai_turn(turn) for turn in _turns(side)] for side in told.answers]
         given = {"messages": [_openai_turn(turn) for turn in _turns(told.prompt)], **_tools(told)}
         return [{"input": given, "preferred_output": sides[0], "non_preferred_output": sides[1]}]
@@ -178,9 +178,9 @@ def _one_answer(told: Told, note: Note) -> Told:
         raise CannotSay("a prompt without an answer")
     if len(told.answers) == 1:
         return told
-    note("rejected answers")
+    note("lose their rejected answers")
     if told.margin is not None:
-        note("margins")
+        note("lose their margins")
     return replace(told, answers=told.answers[:1], margin=None)
 
 
@@ -196,7 +196,7 @@ def _whole(told: Told, note: Note) -> tuple[Message, ...]:
     answers = (turn for side in told.answers for turn in _turns(side))
     turns = (*_turns(told.prompt), *answers)
     if any(turn.given for turn in turns if not turn.is_empty):
-        note("how much of an answer its prompt begins: all of it is trained")
+        note("lose how much of an answer their prompt begins: all of it is trained")
     return tuple(replace(turn, given=0) for turn in turns)
 
 
@@ -206,7 +206,7 @@ def _as_chat(told: Told, note: Note) -> Told:
         return told
     if not told.prompt.strip():
         raise CannotSay("plain text without a prompt, which is no chat")
-    note("that they are plain text: as a chat they go through the model's template")
+    note("were plain text: as a chat they go through the model's template")
     system = (Message("system", told.system),) if told.system else ()
     return replace(
         told,
@@ -250,7 +250,7 @@ def _openai_turn(turn: Message) -> Values:
 
 def _spoken(turn: Message, note: Note) -> Values:
     if turn.role not in _SPEAKERS:
-        note(f"that a turn is the {turn.role}'s, not the system's")
+        note(f"have a turn of the {turn.role}, which becomes the system's")
     if _only_calls(turn):
         called = [call["function"] for call in turn.tool_calls]
         value = json.dumps(called[0] if len(called) == 1 else called, ensure_ascii=False)

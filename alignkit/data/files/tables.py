@@ -45,9 +45,12 @@ def read_csv(lines: Iterable[str], shown: str, delimiter: str = ",") -> Iterator
             raise DataError(message, hint="rename one of the columns")
         first_line = reader.line_num - sum(str(value).count("\n") for value in values.values())
         if None in values or None in values.values():
+            other = next((c for c in ";\t|" if len(names) == 1 and c in names[0]), None)
             raise DataError(
                 f"{shown}:{first_line}: does not have the header's {len(names)} columns",
-                hint='quote a field that holds commas or line breaks: "like, this"',
+                hint='quote a field that holds commas or line breaks: "like, this"'
+                if other is None
+                else f"the columns are separated by {other!r}: alignkit data convert --delimiter",
             )
         yield dict(values), f"{shown}:{first_line}"
 
