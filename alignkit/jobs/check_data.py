@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from alignkit.curation.check import CheckOptions, check_files
 from alignkit.curation.corpus import Track, untracked
@@ -16,8 +15,6 @@ from alignkit.curation.recognizers import with_entities
 from alignkit.curation.records import Columns
 from alignkit.errors import DataError
 from alignkit.files import output_path, write_text
-from alignkit.models.base.loading import load_tokenizer
-from alignkit.models.base.places import resolve
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,6 @@ class CheckRequest:
 
     Args:
         files: of rows.
-        model: whose tokens lengths are counted in; None counts words.
         held_out: files of held-out or evaluation rows.
         words: file with a word on each line that must not stand in a row.
         languages: look at languages.
@@ -39,7 +35,6 @@ class CheckRequest:
     """
 
     files: Sequence[str]
-    model: str | None = None
     held_out: Sequence[str] = ()
     words: Path | None = None
     languages: bool = False
@@ -51,26 +46,27 @@ class CheckRequest:
     columns: Columns | None = None
 
 
-def check_data(request: CheckRequest, track: Track = untracked) -> Report:
+def check_data(
+    request: CheckRequest,
+    count: Callable[[str], int] | None = None,
+    track: Track = untracked,
+) -> Report:
     """Look at every row of some files.
 
     Args:
         request: what is asked for.
+        count: length of a text in a model's tokens; None counts words.
         track: tells how much is done.
 
     Raises:
         DataError: a file cannot be read, or an option is out of range.
-        ModelError: there is no such model.
     """
-    tokenizer = None
-    if request.model is not None:
-        tokenizer = load_tokenizer(resolve(request.model).whole())
     options = CheckOptions(
         near=request.near,
         threshold=request.threshold,
         held_out=request.held_out,
         words=_listed(request.words),
-        count=None if tokenizer is None else lambda text: len(_ids(tokenizer, text)),
+        count=count,
         language=language_of if request.languages else None,
         take=request.take,
         recognize=with_entities(request.entities),
@@ -81,11 +77,6 @@ def check_data(request: CheckRequest, track: Track = untracked) -> Report:
     if request.html is not None:
         write_text(output_path(request.html), render_page(report))
     return report
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 def _listed(file: Path | None) -> list[str]:
