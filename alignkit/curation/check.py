@@ -10,6 +10,7 @@ from alignkit.curation.duplicates import can_look
 from alignkit.curation.facts import Facts
 from alignkit.curation.findings import Collector, Report, ordered
 from alignkit.curation.looks import (
+    Contradictions,
     Look,
     Near,
     Openings,
@@ -20,7 +21,7 @@ from alignkit.curation.looks import (
     Unanswered,
 )
 from alignkit.curation.patterns import Recognize, personal_data
-from alignkit.curation.records import Columns, Record, Unread, fingerprint, read_all, read_records
+from alignkit.curation.records import Columns, Record, Unread, read_all, read_records
 from alignkit.curation.rules import PERSONAL, RULES, listed_words, personal
 
 
@@ -74,7 +75,7 @@ def check_files(files: Sequence[str], options: CheckOptions) -> Report:
         if isinstance(row, Unread):
             unread.add(row.place, row.reason)
             continue
-        before = first.setdefault(fingerprint(row.text), number)
+        before = first.setdefault(row.identity, number)
         if before != number:
             same.add(row.place, f"as {corpus[before].place}: {row.text}")
         facts.see(row)
@@ -97,7 +98,14 @@ def _looks(options: CheckOptions) -> list[Look]:
     rules = [*(RULES | {PERSONAL: personal(options.recognize)}).values()]
     if options.words:
         rules.append(listed_words(options.words))
-    looks: list[Look] = [Rules(rules), Unanswered(), Repeated(), Pairs(), Openings()]
+    looks: list[Look] = [
+        Rules(rules),
+        Unanswered(),
+        Repeated(),
+        Contradictions(),
+        Pairs(),
+        Openings(),
+    ]
     if options.near and can_look():
         looks.append(Near(options.threshold))
     if options.held_out:

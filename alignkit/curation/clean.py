@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from alignkit.curation.corpus import Corpus, Texts, Track, untracked
-from alignkit.curation.duplicates import Groups, join_near
+from alignkit.curation.duplicates import Groups, join_near, kind_of
 from alignkit.curation.findings import excerpt
 from alignkit.curation.overlap import Measured
 from alignkit.curation.patterns import Recognize, personal_data
@@ -24,7 +24,6 @@ from alignkit.curation.records import (
     Record,
     Unread,
     as_line,
-    fingerprint,
     read_all,
     read_records,
 )
@@ -70,7 +69,7 @@ class Preset:
 PRESETS = {
     "standard": Preset((UNREADABLE, "placeholders", "repetition", EQUAL, NEAR)),
     "gopher": Preset(
-        ("repetition", "lines", "symbols", "ellipses", "word-length", *FILTERS),
+        ("repetition", "lines", "ellipses", *FILTERS),
         50,
         100_000,
     ),
@@ -230,17 +229,19 @@ Reason = tuple[str, str | int]
 
 def _judged(files: Sequence[str], options: CleanOptions) -> tuple[Corpus, dict[int, Reason]]:
     """All rows, and the first reason to remove each that does not stay."""
-    corpus, reasons = Corpus(), dict[int, Reason]()
+    corpus, reasons, labels = Corpus(), dict[int, Reason](), array("b")
     alone = _alone(options)
     for row in options.track(_rows(files, options), "reading rows", None):
         number = corpus.append(row)
+        labels.append(kind_of(row.label) if isinstance(row, Record) else 0)
         reason = alone(number, row)
         if reason is not None:
             reasons[number] = reason
     if NEAR in options.drop:
         left = array("q", (number for number in range(len(corpus)) if number not in reasons))
         groups = Groups(len(left))
-        join_near(groups, Texts(corpus, left), options.threshold, options.track)
+        kinds = array("b", (labels[number] for number in left))
+        join_near(groups, Texts(corpus, left), options.threshold, options.track, kinds=kinds)
         leaders = groups.leaders()
         for place in np.flatnonzero(leaders != np.arange(len(left))):
             reasons[left[place]] = (NEAR, left[leaders[place]])
@@ -276,7 +277,7 @@ def _alone(options: CleanOptions) -> Callable[[int, Record | Unread], Reason | N
         if place is not None:
             return HELD_OUT, place
         if EQUAL in options.drop:  # the last: the partner is a row that stays
-            partner = seen.setdefault(fingerprint(row.text), number)
+            partner = seen.setdefault(row.identity, number)
             if partner != number:
                 return EQUAL, partner
         return None

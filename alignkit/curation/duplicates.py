@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -116,8 +116,23 @@ def similarity(one: set[str], other: set[str]) -> float:
     return together / (len(one) + len(other) - together)
 
 
+def kind_of(label: bool | None) -> int:
+    """A number for each label: rows of other labels are no duplicates, however alike.
+
+    Args:
+        label: of a row; None without one.
+    """
+    return 0 if label is None else 1 + label
+
+
 def join_near(
-    groups: Groups, texts: Texts, threshold: float, track: Track = untracked, seed: int = 0
+    groups: Groups,
+    texts: Texts,
+    threshold: float,
+    track: Track = untracked,
+    *,
+    kinds: Sequence[int] | None = None,
+    seed: int = 0,
 ) -> None:
     """Join the groups of texts that are alike.
 
@@ -129,6 +144,7 @@ def join_near(
         texts: of rows; equal ones are best left out beforehand.
         threshold: least Jaccard similarity, in [0.3, 1].
         track: tells how much is done.
+        kinds: a number for each text; those of different numbers are not joined. None joins all.
         seed: of the permutations.
 
     Raises:
@@ -156,7 +172,8 @@ def join_near(
         _write_keys(keys, texts, seed, track)
         for band in track(range(BANDS), "comparing rows that look alike: bands", BANDS):
             for bucket in _buckets(keys[band]):
-                _compare(bucket, groups, known, threshold)
+                for part in _of_one_kind(bucket, kinds):
+                    _compare(part, groups, known, threshold)
 
 
 def _write_keys(keys: npt.NDArray[np.uint64], texts: Texts, seed: int, track: Track) -> None:
@@ -181,6 +198,12 @@ def _buckets(keys: npt.NDArray[np.uint64]) -> Iterator[list[int]]:
     bounds = np.concatenate([[0], ends, [len(order)]])
     for place in np.flatnonzero(np.diff(bounds) > 1):
         yield order[bounds[place] : bounds[place + 1]].tolist()
+
+
+def _of_one_kind(bucket: list[int], kinds: Sequence[int] | None) -> list[list[int]]:
+    if kinds is None:
+        return [bucket]
+    return [[n for n in bucket if kinds[n] == kind] for kind in {kinds[n] for n in bucket}]
 
 
 def _compare(

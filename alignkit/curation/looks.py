@@ -11,11 +11,11 @@ from typing import Protocol
 import numpy as np
 
 from alignkit.curation.corpus import Corpus, Texts, Track
-from alignkit.curation.duplicates import Groups, join_near
+from alignkit.curation.duplicates import Groups, join_near, kind_of
 from alignkit.curation.findings import Collector
 from alignkit.curation.overlap import Measured
 from alignkit.curation.patterns import opening
-from alignkit.curation.records import Record, fingerprint, words
+from alignkit.curation.records import Record, fingerprint, normalized, words
 from alignkit.curation.rules import Rule
 
 SAME_ANSWERS = 0.95
@@ -115,6 +115,38 @@ class Repeated:
         return [self._asked]
 
 
+class Contradictions:
+    """Rows that say the opposite of one before them: the same answer with the other label, or the
+    same two answers the other way round.
+    """
+
+    def __init__(self) -> None:
+        self._sides: dict[bytes, bool] = {}
+        self._rows = Collector(
+            "rows that contradict one before them",
+            "fault",
+            "what one teaches the other takes back",
+            "keep the right one of the two",
+        )
+
+    def see(self, number: int, record: Record, *, first: bool) -> None:
+        """The next row."""
+        answers = [normalized(answer) for answer in record.answers]
+        if len(answers) == 2:
+            side = answers[0] < answers[1]
+        elif answers and record.label is not None:
+            side = record.label
+        else:
+            return
+        key = fingerprint("\n".join([record.prompt, *sorted(answers)]))
+        if self._sides.setdefault(key, side) != side:
+            self._rows.add(record.place, record.text)
+
+    def found(self, corpus: Corpus, track: Track) -> list[Collector]:
+        """Those rows."""
+        return [self._rows]
+
+
 class Near:
     """Rows that are nearly equal.
 
@@ -124,12 +156,13 @@ class Near:
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
-        self._numbers = array("q")
+        self._numbers, self._kinds = array("q"), array("b")
 
     def see(self, number: int, record: Record, *, first: bool) -> None:
         """The next row."""
         if first:
             self._numbers.append(number)
+            self._kinds.append(kind_of(record.label))
 
     def found(self, corpus: Corpus, track: Track) -> list[Collector]:
         """Rows that are like one before them."""
@@ -140,7 +173,8 @@ class Near:
             "keep one of each group (clean --drop near)",
         )
         groups = Groups(len(self._numbers))
-        join_near(groups, Texts(corpus, self._numbers), self._threshold, track)
+        texts = Texts(corpus, self._numbers)
+        join_near(groups, texts, self._threshold, track, kinds=self._kinds)
         leaders = groups.leaders()
         for text in np.flatnonzero(leaders != np.arange(len(leaders))):
             one, other = (corpus.record(self._numbers[n]) for n in (text, leaders[text]))

@@ -156,12 +156,12 @@ def compare_files(before: str, after: str) -> tuple[int, tuple[Finding, ...]]:
     new, new_texts, new_asked = _known(after)
     same = 0
     for record in map(old.record, range(len(old))):
-        if fingerprint(record.text) in new_texts:
+        if record.identity in new_texts:
             same += 1
         elif fingerprint(record.prompt) not in new_asked:
             gone.add(record.place, record.text)
     for record in map(new.record, range(len(new))):
-        if fingerprint(record.text) in old_texts:
+        if record.identity in old_texts:
             continue
         other = old_asked.get(fingerprint(record.prompt))
         if other is None:
@@ -177,7 +177,7 @@ def _known(file: str) -> tuple[Corpus, set[bytes], dict[bytes, int]]:
     corpus, texts, asked = Corpus(), set[bytes](), dict[bytes, int]()
     for record in read_all([file]):
         number = corpus.append(record)
-        texts.add(fingerprint(record.text))
+        texts.add(record.identity)
         if record.prompt.strip():
             asked[fingerprint(record.prompt)] = number
     return corpus, texts, asked

@@ -14,6 +14,7 @@ from alignkit.data.examples import parse_rows
 from alignkit.data.formats import Completion, Text, is_pair
 from alignkit.data.prompt_rows import parse_prompts
 from alignkit.data.sources import Row, stream_rows
+from alignkit.data.turns import Message
 from alignkit.errors import DataError
 from alignkit.recipe.rows import SourceSpec
 
@@ -31,6 +32,7 @@ class Record:
         roles: who speaks, in order; empty for plain text.
         label: of a labelled row; None without one.
         columns: every value of the row.
+        tools: the functions that are offered, as JSON text.
     """
 
     place: str
@@ -39,11 +41,17 @@ class Record:
     roles: tuple[str, ...]
     label: bool | None
     columns: dict[str, Any]
+    tools: str = ""
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """All that is said, and the calls."""
         return "\n".join(filter(None, [self.prompt, *self.answers]))
+
+    @property
+    def identity(self) -> bytes:
+        """16 bytes that are equal for rows that teach the same: speakers, tools and label, too."""
+        return fingerprint("\n".join([self.text, *self.roles, self.tools, str(self.label)]))
 
 
 @dataclass(frozen=True)
@@ -150,16 +158,17 @@ def _record(row: Row) -> Record:
         chosen, rejected = example.texts
         prompt, better = _split(chosen)
         pair = (better or "", _split(rejected)[1] or "")
-        return Record(row.place, prompt, pair, _roles(chosen), known, row.values)
+        return Record(row.place, prompt, pair, _roles(chosen), known, row.values, _tools(chosen))
     try:
         (example,) = parse_rows([row], "auto", "answers")
     except DataError:
         ((asked, _),) = parse_prompts([row], "auto")
-        return Record(row.place, _said(asked), (), _roles(asked), known, row.values)
+        said = _said(asked)
+        return Record(row.place, said, (), _roles(asked), known, row.values, _tools(asked))
     (text,) = example.texts
     prompt, answer = _split(text)
     answers = () if answer is None else (answer,)
-    return Record(row.place, prompt, answers, _roles(text), known, row.values)
+    return Record(row.place, prompt, answers, _roles(text), known, row.values, _tools(text))
 
 
 def _split(text: Text) -> tuple[str, str | None]:
@@ -169,15 +178,25 @@ def _split(text: Text) -> tuple[str, str | None]:
     *before, last = text.messages
     if last.role != "assistant":
         return _join([*before, last]), None
-    return _join(before), last.content
+    return _join(before), _turn_text(last)
 
 
 def _said(text: Text) -> str:
     return text.prompt if isinstance(text, Completion) else _join(text.messages)
 
 
-def _join(messages: Sequence[Any]) -> str:
-    return "\n".join(message.content for message in messages if message.content)
+def _join(messages: Sequence[Message]) -> str:
+    return "\n".join(filter(None, map(_turn_text, messages)))
+
+
+def _turn_text(turn: Message) -> str:
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in turn.tool_calls]
+    return "\n".join(filter(None, [turn.content, *calls]))
+
+
+def _tools(text: Text) -> str:
+    tools = () if isinstance(text, Completion) else text.tools
+    return json.dumps(tools, ensure_ascii=False, sort_keys=True) if tools else ""
 
 
 def _roles(text: Text) -> tuple[str, ...]:

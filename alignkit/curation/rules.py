@@ -130,13 +130,6 @@ RULES: dict[str, Rule] = {
         "remove the rows (clean --drop lines)",
         _answer(lambda text: quality.repeated_lines(text) > quality.MAX_REPEATED_LINES),
     ),
-    "symbols": Rule(
-        "answers full of # and …",
-        "look",
-        "scraped menus and teasers look like this",
-        "remove the rows (clean --drop symbols)",
-        _answer(lambda text: quality.symbols(text) > quality.MAX_SYMBOLS),
-    ),
     "ellipses": Rule(
         "answers of unfinished lines",
         "look",
@@ -144,18 +137,25 @@ RULES: dict[str, Rule] = {
         "remove the rows (clean --drop ellipses)",
         _answer(lambda text: quality.ellipses(text) > quality.MAX_ELLIPSES),
     ),
-    "word-length": Rule(
-        "answers of odd words",
-        "look",
-        "a mean word has fewer than 3 characters or more than 10: spaced-out or run-on text",
-        "remove the rows (clean --drop word-length)",
-        _answer(_odd_words),
-    ),
-    PERSONAL: personal(),
 }
 """Name by which `clean` removes what a rule finds -> the rule. `check` looks for all of them."""
 
 FILTERS: dict[str, Rule] = {
+    "symbols": Rule(
+        "answers full of # and …",
+        "look",
+        "scraped menus and teasers look like this",
+        "",
+        _answer(lambda text: quality.symbols(text) > quality.MAX_SYMBOLS),
+    ),
+    "word-length": Rule(
+        "answers of odd words",
+        "look",
+        "a mean word has fewer than 3 characters or more than 10: spaced-out or run-on text",
+        "",
+        _answer(_odd_words),
+    ),
+    PERSONAL: personal(),
     "bullets": Rule(
         "answers of bullets alone",
         "look",

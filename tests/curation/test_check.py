@@ -109,6 +109,39 @@ def test_pairs_labels_and_rows_that_cannot_be_read(tmp_path: Path) -> None:
     assert report.facts["chosen is longer"] == pytest.approx(0.333)
 
 
+def findings(folder: Path, rows: list[dict[str, Any]]) -> dict[str, int]:
+    report = check_files([str(write_rows(folder / "rows.jsonl", rows))], CheckOptions())
+    return {one.name: one.count for one in report.findings}
+
+
+def test_rows_are_equal_only_if_they_teach_the_same(tmp_path: Path) -> None:
+    def calling(city: str, tool: str = "weather") -> dict[str, Any]:
+        call = {"function": {"name": tool, "arguments": {"city": city}}}
+        turns = [
+            {"role": "user", "content": "How is it there?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        return {"messages": turns, "tools": [{"name": tool, "parameters": {}}]}
+
+    assert "equal rows" not in findings(tmp_path, [calling("Oslo"), calling("Rome")])
+    assert "equal rows" not in findings(tmp_path, [calling("Oslo"), calling("Oslo", "climate")])
+    assert findings(tmp_path, [calling("Oslo")] * 2)["equal rows"] == 1
+
+
+def test_rows_that_contradict_each_other(tmp_path: Path) -> None:
+    said = {"prompt": "Is it so?", "completion": "It is so, as everybody can see."}
+    labelled = [said | {"label": True}, said | {"label": False}, said | {"label": True}]
+    assert findings(tmp_path, labelled) == {
+        "equal rows": 1,
+        "prompts with several answers": 1,
+        "rows that contradict one before them": 1,
+    }
+    pair = {"prompt": "Is it so?", "chosen": "It is.", "rejected": "No, not at all."}
+    turned = pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
+    assert findings(tmp_path, [pair, turned])["rows that contradict one before them"] == 1
+    assert "rows that contradict one before them" not in findings(tmp_path, [pair, pair])
+
+
 def test_columns_are_renamed(tmp_path: Path, alignkit: CommandLine) -> None:
     rows = [{"question": f"What is {n}?", "answer": f"It is {n}."} for n in range(3)]
     path = str(write_rows(tmp_path / "rows.jsonl", rows))

@@ -63,6 +63,18 @@ def test_the_partner_of_an_equal_row_stays(tmp_path: Path) -> None:
     assert [one["reason"] for one in gone] == ["placeholders"]
 
 
+def test_rows_of_other_labels_are_no_duplicates(tmp_path: Path) -> None:
+    said = "The river of the valley is long and its bridge is old"
+    rows = [
+        {"prompt": "Tell me.", "completion": said, "label": True},
+        {"prompt": "Tell me.", "completion": f"{said}.", "label": False},
+        {"prompt": "Tell me.", "completion": f"{said}!", "label": True},
+    ]
+    kept, gone = cleaned(tmp_path, rows, drop=["near"])
+    assert kept == rows[:2]
+    assert [one["reason"] for one in gone] == ["near"]
+
+
 def test_rows_without_an_answer(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": ""}]
     kept, gone = cleaned(tmp_path, rows, drop=["unanswered"])
