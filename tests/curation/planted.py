@@ -100,6 +100,61 @@ def plant(count: int, seed: int = 0) -> tuple[list[dict[str, Any]], dict[str, se
         wanted["repetitive answers"].append({"prompt": sentence(rng, 9), "completion": again})
         wanted["personal data"].append(_with(rng, _personal(rng)))
         wanted["numbers"].append(_with(rng, _impersonal(rng)))
+    return _planted(rows, wanted)
+
+
+def plant_more(count: int, seed: int = 0) -> tuple[list[dict[str, Any]], dict[str, set[int]]]:
+    """As `plant`, with rows that no stage reads, and texts of bad lines."""
+    rng = random.Random(seed)
+    rows = [{"prompt": sentence(rng, 12), "completion": sentence(rng, 30)} for _ in range(count)]
+    wanted: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for _ in range(20):
+        asked = {"prompt": sentence(rng, 9)}
+        wanted["unreadable rows"].append({"question": sentence(rng, 9)})
+        wanted["rows without an answer"].append(dict(asked))
+        wanted["one word"].append({"prompt": sentence(rng, 9), "completion": rng.choice(VERBS)})
+        lines = [sentence(rng, 5) for _ in range(6)]
+        twice = "\n".join([*lines[:3], *lines[:2]])
+        wanted["answers whose lines repeat"].append({**asked, "completion": twice})
+        once = "\n".join([*lines, lines[0]])
+        wanted["a line twice"].append({"prompt": sentence(rng, 9), "completion": once})
+        dots = "\n".join(f"{line} ..." for line in lines)
+        wanted["answers of unfinished lines"].append({**asked, "completion": dots})
+        dot = "\n".join([*lines, "and so on ..."])
+        wanted["an ellipsis"].append({"prompt": sentence(rng, 9), "completion": dot})
+    return _planted(rows, wanted)
+
+
+def plant_pairs(count: int, seed: int = 0) -> tuple[list[dict[str, Any]], dict[str, set[int]]]:
+    """As `plant`, with pairs in which there is little to prefer, or that contradict each other."""
+    rng = random.Random(seed)
+
+    def pair(chosen: str, rejected: str) -> dict[str, Any]:
+        return {"prompt": sentence(rng, 9), "chosen": chosen, "rejected": rejected}
+
+    rows = [pair(sentence(rng, 20), sentence(rng, 20)) for _ in range(count)]
+    wanted: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for plain in rng.sample(rows, 20):
+        answer = sentence(rng, 30)
+        words = answer.split()
+        wanted["pairs that differ only in length"].append(
+            pair(f"{answer} {sentence(rng, 9)}", answer)
+        )
+        wanted["much longer"].append(pair(sentence(rng, 60), sentence(rng, 6)))
+        wanted["pairs whose answers hardly differ"].append(
+            pair(answer, " ".join([*words[1:], "zebra"]))
+        )
+        half = " ".join([*words[:15], *sentence(rng, 15).split()])
+        wanted["half of the words"].append(pair(answer, half))
+        turned = {"chosen": plain["rejected"], "rejected": plain["chosen"]}
+        wanted["rows that contradict one before them"].append(plain | turned)
+        wanted["another answer"].append(plain | {"rejected": sentence(rng, 20)})
+    return _planted(rows, wanted)
+
+
+def _planted(
+    rows: list[dict[str, Any]], wanted: dict[str, list[dict[str, Any]]]
+) -> tuple[list[dict[str, Any]], dict[str, set[int]]]:
     faults: dict[str, set[int]] = {}
     for name, planted in wanted.items():
         faults[name] = set(range(len(rows), len(rows) + len(planted)))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from commandline import CommandLine
-from planted import plant, sentence
+from planted import plant, plant_more, plant_pairs, sentence
 from running import write_rows
 
 from alignkit.curation import duplicates
@@ -25,34 +25,54 @@ from alignkit.errors import DataError
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    rows, _ = plant(1800)
+    rows, _ = plant(300)
     path = write_rows(tmp_path_factory.mktemp("planted") / "rows.jsonl", rows)
     return check_files([str(path)], CheckOptions()), path
 
 
-def test_every_planted_fault_is_found_and_no_other(
-    report: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("alignkit.curation.findings.PLACES", 10_000)
-    _, path = report
-    whole = check_files([str(path)], CheckOptions())
-    _, faults = plant(1800)
-    found = {
-        one.name: {int(place.rpartition(":")[2]) - 1 for place in one.places}
-        for one in whole.findings
-    }
-    for name in (
+EXPECTED = {
+    plant: (
         "placeholders",
         "answers that stand in their prompt",
         "refusals and talk of being a model",
         "repetitive answers",
         "personal data",
         "equal rows",
-    ):
+        "near-duplicates",
+    ),
+    plant_more: (
+        "unreadable rows",
+        "rows without an answer",
+        "answers whose lines repeat",
+        "answers of unfinished lines",
+    ),
+    plant_pairs: (
+        "pairs that differ only in length",
+        "pairs whose answers hardly differ",
+        "rows that contradict one before them",
+    ),
+}
+
+
+@pytest.mark.parametrize("made", EXPECTED, ids=lambda made: made.__name__)
+def test_every_planted_fault_is_found_and_no_other(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alignkit.curation.findings.PLACES", 10_000)
+    rows, faults = made(600)
+    report = check_files([str(write_rows(tmp_path / "rows.jsonl", rows))], CheckOptions())
+    found = {
+        one.name: {int(place.rpartition(":")[2]) - 1 for place in one.places}
+        for one in report.findings
+    }
+    too = {  # these are the others as well
+        "rows that contradict one before them": "near-duplicates",
+        "answers whose lines repeat": "repetitive answers",
+    }
+    for name in EXPECTED[made]:
         assert found[name] == faults[name], name
-    near, planted = found["near-duplicates"], faults["near-duplicates"]
-    assert len(near & planted) >= 0.95 * len(planted)
-    assert len(near - planted) <= 0.05 * len(near)
+    others = found.keys() - {*EXPECTED[made], "prompts with several answers"}
+    assert others <= {too[name] for name in too if name in EXPECTED[made]}
 
 
 def test_near_duplicates_at_a_known_similarity() -> None:
@@ -195,7 +215,7 @@ def test_the_command(alignkit: CommandLine, tmp_path: Path, report: Any) -> None
     assert "http" not in page.replace("http-equiv", "")
     as_json = alignkit("data", "check", str(path), "--json", "--no-near", cwd=tmp_path)
     assert as_json.code == 0
-    assert json.loads(as_json.stdout)["rows"] == 1800 + 12 * 20
+    assert json.loads(as_json.stdout)["rows"] == 300 + 12 * 20
     held = alignkit("data", "check", str(path), "--held-out", str(path), "--no-near", cwd=tmp_path)
     assert "rows of the held-out files" in held.stdout
     wrong = alignkit("data", "check", str(path), "--threshold", "2", cwd=tmp_path)
