@@ -37,14 +37,14 @@ def _defaults(foreign: Foreign) -> Settings:
     }
 
 
-_tracked = axolotl_rules.tracked()
+_stage, _tracked = rules.stage(), axolotl_rules.tracked()
 _batch = rules.batch("micro_batch_size", "gradient_accumulation_steps")
 _groups = sampling.groups("micro_batch_size", "gradient_accumulation_steps", "trl.num_generations")
 _warmup, _quantized = rules.warmup("lr_scheduler"), axolotl_rules.quantization()
 _where, _cut = axolotl_rules.targets(), axolotl_rules.lengths()
 _eval = rules.every("training.eval_every", "eval_steps", "eval_strategy")
 _save = rules.every("training.save_every", "save_steps", "save_strategy")
-_dtype, _pairs = rules.precision("float32"), axolotl_rules.pairs()
+_dtype = rules.precision("float32")
 _loss = sampling.group_loss("trl.loss_type", "trl.scale_rewards", "trl.epsilon", "trl.epsilon_high")
 _rewards = sampling.rewards("trl.reward_funcs", "trl.reward_weights")
 _responses = sampling.responses("trl.max_completion_length", "max_prompt_len")
@@ -52,11 +52,14 @@ _price = axolotl_rules.strength("trl.beta", "rl_beta", ours="objective.kl_coef")
 _pull = axolotl_rules.strength("trl.beta", "rl_beta", ours="objective.beta")
 
 _LORA = {"adapter": "lora"}
+_BETAS = ("trl.beta", "rl_beta", "orpo_alpha")
 _SFT, _PAIRS, _KTO, _GROUPS = ("sft",), ("dpo",), ("kto",), ("grpo",)
 _KERNELS = "alignkit has its own kernels"
 _MANY = "several cards go through accelerate: see docs/gpu.md"
 _SAMPLED = "sampling is from the unchanged policy"
 _NAMES = "the run folder's name"
+_CLIP, _ADVANTAGE = ("objective.clip",), ("objective.advantage",)
+_LOSS_OF_GROUPS = ("objective.kind", "objective.loss")
 _VLLM = "alignkit samples itself, in the same process"
 _PRODUCT = "× gradient_accumulation_steps × processes is the batch"
 _WEIGHTS = {"trl.reward_funcs": ["rewards.a", "rewards.b"]}
@@ -110,7 +113,7 @@ _ADAPTER = (
     *none(
         "name modules in adapter.targets", peft_layers_to_transform=[0], lora_fan_in_fan_out=True
     ),
-    *none("name modules in adapter.targets", lora_target_parameters=["x"], lora_fan_in_fan_out=1),
+    *none("name modules in adapter.targets", lora_target_parameters=["x"]),
     *none("model.quantization says how", peft={"loftq_config": {}}, bnb_config_kwargs={"a": 1}),
     *none("a quantized file is not a base", gptq=True),
     *none("adapter.freeze names weights that stay", unfrozen_parameters=["x"]),
@@ -132,7 +135,7 @@ _DATA = (
     *none("rows are always packed, and do not see each other", batch_flattening=True),
     *none("nothing is padded", pad_to_sequence_len=True),
     *none("rows are drawn by the seed", group_by_length=True, curriculum_sampling=True),
-    *none("rows are drawn by the seed", shuffle_merged_datasets=False),
+    *none("rows are drawn by the seed", shuffle_merged_datasets=True),
     *none("alignkit data clean --drop equal", dataset_exact_deduplication=True),
     *none("tokens are cached by their content", dataset_prepared_path="last_run_prepared"),
     *none(FOUND, dataset_processes=4, dataloader_num_workers=4, dataset_num_proc=4),
@@ -147,18 +150,13 @@ _DATA = (
     *none("secrets are neither read nor written", hf_use_auth_token=True),
 )
 _LOSS = (
-    Field("rl", _pairs, "", "ipo", {}, _PAIRS),
-    Field("rl", None, "the stage", "kto", fine=("kto", "grpo", "gdpo")),
-    Field("reward_model", None, "the stage", fine=(True,)),
-    Field("rl_beta", _pairs, "", 0.5, {}, _PAIRS),
+    *losses.pair_fields("rl", _BETAS, "dpo_label_smoothing", "simpo_gamma"),
+    Field("rl", _stage, "", "kto", stages=("kto", "grpo")),
+    Field("reward_model", _stage, stages=("reward",)),
     Field("rl_beta", _pull, "", 0.5, {}, _KTO),
     Field("rl_beta", _price, "", 0.5, {}, _GROUPS),
-    Field("trl.beta", _pairs, "", 0.5, {}, _PAIRS),
     Field("trl.beta", _pull, "", 0.5, {}, _KTO),
     Field("trl.beta", _price, "", 0.5, {}, _GROUPS),
-    Field("orpo_alpha", _pairs, "", 0.5, {"rl": "orpo"}, _PAIRS),
-    Field("simpo_gamma", _pairs, "", 0.7, {"rl": "simpo"}, _PAIRS),
-    Field("dpo_label_smoothing", _pairs, "the kind becomes cdpo", 0.1, {}, _PAIRS, quiet=True),
     Field("kto_desirable_weight", rules.number("objective.desirable_weight"), "", 1.3, {}, _KTO),
     Field("kto_undesirable_weight", rules.number("objective.undesirable_weight"), "", 2, {}, _KTO),
     Field(
@@ -183,10 +181,10 @@ _SAMPLING = (
     Field("trl.num_generations", _groups, "", 4, {}, _GROUPS),
     Field("trl.max_completion_length", _responses, "", 99, {}, _GROUPS),
     Field("trl.temperature", rules.number("rollout.temperature"), "", 0.9, {}, _GROUPS),
-    Field("trl.epsilon", _loss, "", 0.3, {}, _GROUPS),
-    Field("trl.epsilon_high", _loss, "", 0.3, {}, _GROUPS),
-    Field("trl.loss_type", _loss, "", "dr_grpo", {}, _GROUPS),
-    Field("trl.scale_rewards", _loss, "", False, {}, _GROUPS),
+    Field("trl.epsilon", _loss, "", 0.3, {}, _GROUPS, gives=_CLIP),
+    Field("trl.epsilon_high", _loss, "", 0.3, {}, _GROUPS, gives=_CLIP),
+    Field("trl.loss_type", _loss, "", "dr_grpo", {}, _GROUPS, gives=_LOSS_OF_GROUPS),
+    Field("trl.scale_rewards", _loss, "", False, {}, _GROUPS, gives=_ADVANTAGE),
     Field("trl.num_iterations", rules.whole("objective.epochs"), "", 2, {}, _GROUPS),
     Field("trl.reward_funcs", _rewards, "", ["rewards.other"], {}, _GROUPS),
     Field("trl.reward_weights", _rewards, "", [0.5, 2.0], _WEIGHTS, _GROUPS),
@@ -219,7 +217,7 @@ _TRAINING = (
     Field("gradient_checkpointing", rules.checkpointing("gradient_checkpointing")),
     Field("logging_steps", rules.positive("training.log_every"), "", 20),
     Field("eval_steps", _eval, "", 20),
-    Field("eval_strategy", _eval, "", "steps", {"eval_steps": 30}),
+    Field("eval_strategy", _eval, "", "no", {"eval_steps": 30}),
     Field("save_steps", _save, "", 20),
     Field("save_strategy", _save, "", "no", {"save_steps": 30}),
     Field("save_total_limit", rules.positive("training.keep"), "", 5),
@@ -240,7 +238,7 @@ _TRAINING = (
     *none("alignkit does not use DeepSpeed; see docs/gpu.md", deepspeed="ds.json"),
     *none(_MANY, fsdp=["full_shard"], fsdp_config={"a": 1}, ddp_timeout=9, ddp=True),
     *none(_MANY, ddp_find_unused_parameters=True, sequence_parallel_degree=2, use_ray=True),
-    *none(_MANY, context_parallel_size=2, tensor_parallel_size=2, fsdp_version=2, local_rank=0),
+    *none(_MANY, context_parallel_size=2, tensor_parallel_size=2, fsdp_version=2, local_rank=1),
     *none(_KERNELS, tf32=True, torch_compile=True, plugins=["x"], liger_rope=True),
     *none(_KERNELS, liger_rms_norm=True, liger_glu_activation=True, liger_swiglu=True),
     *none(_KERNELS, liger_fused_linear_cross_entropy=True, liger_layer_norm=True),

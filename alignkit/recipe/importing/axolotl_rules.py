@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alignkit.recipe.importing import losses, rules
+from alignkit.recipe.importing import rules
 from alignkit.recipe.importing.fields import Foreign, Rule, Settings
 
 _STAGES = {
@@ -154,16 +154,3 @@ def strength(*keys: str, ours: str) -> Rule:
         return {} if foreign.get(given) is None else {ours: foreign.number(given)}
 
     return Rule((ours,), run)
-
-
-def pairs() -> Rule:
-    """The loss is that of `rl`; its strength stands under one of three names."""
-
-    def run(foreign: Foreign, key: str) -> Settings:
-        names = ("trl.beta", "rl_beta", "orpo_alpha")
-        beta = next((name for name in names if name in foreign), "rl_beta")
-        return losses.pairs("rl", beta, "dpo_label_smoothing", "simpo_gamma", "cpo_alpha").run(
-            foreign, key
-        )
-
-    return Rule(losses.SHOWN, run)

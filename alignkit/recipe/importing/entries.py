@@ -36,7 +36,7 @@ def axolotl_rows(entry: Mapping[str, Any], rl: str | None = None) -> ForeignRows
     if found is None:
         near = difflib.get_close_matches(name, [*known, "chat_template"], n=1)
         raise DataError(
-            f"datasets: {place.name} has the type {name}, which alignkit has no format for",
+            f"{place.name} has the type {name}, which alignkit has no format for",
             hint=f"did you mean {near[0]}?"
             if near
             else "write the rows as messages or prompt and completion (docs/data.md)",
@@ -90,12 +90,12 @@ def _place_of(entry: Mapping[str, Any]) -> ForeignRows:
     files = files[0] if isinstance(files, list) and len(files) == 1 else files
     if isinstance(files, list):
         raise DataError(
-            f"datasets: {entry.get('path')} has {len(files)} data_files",
+            f"{entry.get('path')} has {len(files)} data_files",
             hint="write an entry for each of them",
         )
     path = str(files or entry.get("path") or "")
     if not path:
-        raise DataError("datasets: an entry has no path", hint="as in path: rows.jsonl")
+        raise DataError("an entry has no path", hint="as in path: rows.jsonl")
     split, _, size = str(entry.get("split") or "train").partition("[:")
     take = int(size[:-1]) if re.fullmatch(r"\d+\]", size) else None
     is_file = path.endswith((*READ, ".txt", ".arrow")) or path.startswith((".", "/", "~"))
@@ -220,7 +220,7 @@ def trl_rows(entry: Mapping[str, Any]) -> ForeignRows:
     path = str(entry.get("path") or "")
     loaders = ("json", "csv", "parquet", "text")
     if path in loaders and not entry.get("data_files"):
-        raise DataError(f"datasets: {path} names no data_files", hint="name the file of rows")
+        raise DataError(f"{path} names no data_files", hint="name the file of rows")
     notes = [
         says
         for key, says in (

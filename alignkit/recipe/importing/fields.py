@@ -43,6 +43,7 @@ class Field:
         key: theirs; a dot stands for a mapping in another.
         rule: how it is translated; None if there is no counterpart.
         says: what is done differently here, or why there is no counterpart, in a few words.
+        gives: those keys of the rule that this one decides; empty for all.
         quiet: `says` only explains; nothing is done differently.
         example: a value that has an effect; tests try every row with it.
         beside: further keys that the example needs.
@@ -57,12 +58,13 @@ class Field:
     beside: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[str, ...] = ()
     fine: tuple[Any, ...] = ()
+    gives: tuple[str, ...] = ()
     quiet: bool = False
 
     @property
     def ours(self) -> tuple[str, ...]:
         """The keys of a recipe that it may set."""
-        return self.rule.ours if self.rule else ()
+        return self.gives or (self.rule.ours if self.rule else ())
 
 
 @dataclass(frozen=True)

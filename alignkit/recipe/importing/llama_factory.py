@@ -169,12 +169,12 @@ def _ppo() -> Rule:
 
 
 _data = sources.llama_factory_data("dataset", "train")
-_pairs = losses.pairs("pref_loss", "pref_beta", "dpo_label_smoothing", "simpo_gamma", "")
 _masks, _added, _steps = _train_on(), _tokens(), _ppo()
 _dtype = rules.precision("compute_dtype")
 _init = _start()
 _rewards = sampling.rewards("", "", "reward_model")
 _PPO, _KTO = ("ppo",), ("kto",)
+_RANK = ("adapter.rank", "adapter.alpha")
 _IMAGES = "alignkit trains on text"
 
 _MODEL = (
@@ -187,7 +187,7 @@ _MODEL = (
     Field("quantization_bit", _bits(), example=4),
     Field("quantization_method", None, "nf4 or int8", "hqq", fine=("bnb", "bitsandbytes")),
     Field("quantization_type", None, "4 bits are nf4", "fp4", fine=("nf4",)),
-    Field("double_quantization", None, "4 bits are always quantized twice", fine=(True,)),
+    Field("double_quantization", None, "4 bits are always quantized twice", False, fine=(True,)),
     Field("flash_attn", rules.attention("flash_attn"), example="sdpa"),
     Field("template", _template(), "the model's own chat template is used", "llama3"),
     Field("rope_scaling", _rope(), "", "linear"),
@@ -206,7 +206,7 @@ _MODEL = (
 )
 _ADAPTER = (
     Field("finetuning_type", _kind(), example="full"),
-    Field("lora_rank", rules.whole("adapter.rank"), example=64),
+    Field("lora_rank", rules.whole("adapter.rank"), example=64, gives=_RANK),
     Field("lora_alpha", rules.number("adapter.alpha"), example=8),
     Field("lora_dropout", rules.dropout(), example=0.1),
     Field("lora_target", rules.targets("lora_target", ("all",)), example="q_proj,v_proj"),
@@ -222,7 +222,7 @@ _ADAPTER = (
     *none(
         "adapter.freeze names weights", freeze_trainable_layers=2, freeze_trainable_modules="all"
     ),
-    *none("adapter.freeze names weights", freeze_extra_modules="a", freeze_trainable_modules="a"),
+    *none("adapter.freeze names weights", freeze_extra_modules="a"),
     *none("adapters are lora, ia3 and prefix", oft_rank=8, oft_block_size=32, oft_target="all"),
     *none("the optimizer is AdamW", use_galore=True, use_apollo=True, use_badam=True),
     *none("the optimizer is AdamW", use_muon=True, use_adam_mini=True, galore_rank=8),
@@ -247,11 +247,8 @@ _DATA = (
     *none("rows are drawn anew each epoch", disable_shuffling=True),
 )
 _LOSS = (
-    Field("pref_loss", _pairs, "", "hinge", {}, ("dpo",)),
-    Field("pref_beta", _pairs, "", 0.5, {}, ("dpo",)),
+    *losses.pair_fields("pref_loss", ("pref_beta",), "dpo_label_smoothing", "simpo_gamma"),
     Field("pref_beta", rules.number("objective.beta"), "", 0.5, {}, _KTO),
-    Field("dpo_label_smoothing", _pairs, "the kind becomes cdpo", 0.1, {}, ("dpo",), quiet=True),
-    Field("simpo_gamma", _pairs, "", 0.7, {"pref_loss": "simpo"}, ("dpo",)),
     Field("kto_chosen_weight", rules.number("objective.desirable_weight"), "", 1.3, {}, _KTO),
     Field("kto_rejected_weight", rules.number("objective.undesirable_weight"), "", 2, {}, _KTO),
     Field("reward_model", _rewards, "a run of `alignkit reward`", "runs/rm", {}, _PPO),
@@ -293,7 +290,7 @@ _OTHER = (
 
 _STAGE = Field(
     "stage",
-    Rule(("stage",), lambda foreign, key: {"stage": foreign.stage}),
+    rules.stage(),
     "pt is sft on rows of text",
     "dpo",
     quiet=True,

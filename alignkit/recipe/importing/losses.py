@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from alignkit.recipe.importing.fields import Foreign, Rule, Settings
+from typing import Any
+
+from alignkit.recipe.importing.fields import Field, Foreign, Rule, Settings
 
 KINDS = {
     "sigmoid": "dpo",
@@ -20,55 +22,66 @@ KINDS = {
 }
 """Their name of a loss -> the kind of objective."""
 
-SHOWN = (
-    "objective.kind",
-    "objective.beta",
-    "objective.tau",
-    "objective.per_token",
-    "objective.label_smoothing",
-    "objective.gamma",
-    "objective.nll_weight",
-)
+_KIND, _SMOOTHING = "objective.kind", "objective.label_smoothing"
+_STRENGTH = ("objective.beta", "objective.tau")
+_GAMMA, _NLL = "objective.gamma", "objective.nll_weight"
 
 
-def pairs(loss: str, beta: str, smoothing: str, gamma: str, nll: str) -> Rule:
-    """The objective of pairs.
+def pair_fields(
+    loss: str, betas: tuple[str, ...], smoothing: str, gamma: str, nll: str = ""
+) -> tuple[Field, ...]:
+    """Rows of the loss of pairs, which share one rule.
 
     Args:
-        loss: their key of the loss; empty if the file's stage alone says it (`losses.loss`).
-        beta: of the strength.
+        loss: their key of the loss.
+        betas: of its strength; the first that a file has counts, else the first with a default.
         smoothing: of the share of wrong labels.
         gamma: of SimPO's margin.
-        nll: of the weight of CPO's likelihood.
+        nll: of the weight of CPO's likelihood; empty if there is none.
     """
+    rule = _pairs(loss, betas, smoothing, gamma, nll)
 
+    def row(key: str, example: Any, *gives: str, **beside: Any) -> Field:
+        return Field(key, rule, "", example, beside, ("dpo",), gives=gives)
+
+    cpo = (row(nll, 0.7, _NLL, **{loss: "cpo"}),) if nll else ()
+    return (
+        row(loss, "hinge" if loss != "rl" else "ipo", _KIND, *_STRENGTH, "objective.per_token"),
+        *(row(beta, 0.5, *_STRENGTH) for beta in betas),
+        row(smoothing, 0.1, _KIND, _SMOOTHING),
+        row(gamma, 0.7, _GAMMA, **{loss: "simpo"}),
+        *cpo,
+    )
+
+
+def _pairs(loss: str, betas: tuple[str, ...], smoothing: str, gamma: str, nll: str) -> Rule:
     def run(foreign: Foreign, key: str) -> Settings:
+        beta = next((name for name in betas if name in foreign), "") or next(
+            name for name in betas if name in foreign.defaults
+        )
         name = _name_of(foreign, loss)
         smooth = foreign.number(smoothing) if foreign.get(smoothing) is not None else 0.0
-        kind = KINDS[name]
-        if kind == "dpo" and smooth:
-            kind = "cdpo"
-        settings: Settings = {"objective.kind": kind}
-        strength = "objective.tau" if kind == "ipo" else "objective.beta"
-        if foreign.get(beta) is not None:
-            settings[strength] = foreign.number(beta)
+        kind = "cdpo" if KINDS[name] == "dpo" and smooth else KINDS[name]
+        settings: Settings = {_KIND: kind}
+        settings[_STRENGTH[kind == "ipo"]] = foreign.number(beta)
         if kind == "ipo":
             settings["objective.per_token"] = True
         if kind in ("cdpo", "robust"):
-            settings["objective.label_smoothing"] = smooth
+            settings[_SMOOTHING] = smooth
         elif smooth:
             foreign.lose(smoothing, f"{name} has no label smoothing")
-        if kind == "simpo" and foreign.get(gamma) is not None:
-            settings["objective.gamma"] = foreign.number(gamma)
-        elif gamma in foreign:
+        if kind == "simpo":
+            settings[_GAMMA] = foreign.number(gamma)
+        else:
             foreign.lose(gamma, f"{name} has no margin")
-        if kind == "cpo" and foreign.get(nll) is not None:
-            settings["objective.nll_weight"] = foreign.number(nll)
-        elif nll in foreign:
-            foreign.lose(nll, f"{name} has no such term here")
+        if kind == "cpo":
+            settings[_NLL] = foreign.number(nll) if foreign.get(nll) is not None else 1.0
+        else:
+            foreign.lose(nll, f"{name} has no likelihood of its own")
         return settings
 
-    return Rule(SHOWN, run)
+    ours = (_KIND, *_STRENGTH, "objective.per_token", _SMOOTHING, _GAMMA, _NLL)
+    return Rule(ours, run)
 
 
 def _name_of(foreign: Foreign, loss: str) -> str:

@@ -52,6 +52,11 @@ def _set(foreign: Foreign, key: str, ours: str, read: Callable[[str], Any]) -> S
     return {} if foreign.get(key) is None else {ours: read(key)}
 
 
+def stage() -> Rule:
+    """The stage, which has been found before."""
+    return Rule(("stage",), lambda foreign, key: {"stage": foreign.stage})
+
+
 def positive(ours: str) -> Rule:
     """A whole number that counts from 1; 0 and -1 mean that it is not set."""
 
@@ -153,11 +158,18 @@ def clipping(key: str) -> Rule:
     return Rule(("training.max_grad_norm",), run)
 
 
-def every(ours: str, steps: str, strategy: str) -> Rule:
-    """Steps between two evaluations or checkpoints."""
+def every(ours: str, steps: str, strategy: str, usual: str = "steps") -> Rule:
+    """Steps between two evaluations or checkpoints.
+
+    Args:
+        ours: key of the recipe.
+        steps: their key of the number.
+        strategy: of what is counted.
+        usual: what is counted if the file does not say.
+    """
 
     def run(foreign: Foreign, key: str) -> Settings:
-        how = foreign.text(strategy) or "steps"
+        how = foreign.text(strategy) or usual
         if how == "epoch" or how == "best":
             foreign.lose(strategy, f"counted in steps: set {ours}")
             return {}

@@ -249,7 +249,7 @@ def text_column(key: str) -> Rule:
 
     def run(foreign: Foreign, _: str) -> Settings:
         name = foreign.text(key)
-        if name == "text" or not foreign.sources["train"]:
+        if name in ("", "text") or not foreign.sources["train"]:
             return {}
         for source in foreign.sources["train"]:
             source.update({"format": "text", "columns": {"text": name}})

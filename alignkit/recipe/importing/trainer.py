@@ -20,7 +20,7 @@ _ALL = "metrics.jsonl has every step"
 
 _batch = rules.batch("per_device_train_batch_size", "gradient_accumulation_steps")
 _warmup = rules.warmup("lr_scheduler_type")
-_eval = rules.every("training.eval_every", "eval_steps", "eval_strategy")
+_eval = rules.every("training.eval_every", "eval_steps", "eval_strategy", usual="no")
 _save = rules.every("training.save_every", "save_steps", "save_strategy")
 _STEPS = {"eval_strategy": "steps"}
 
@@ -94,7 +94,7 @@ TRAINER = (
     *none(_PUSH, hub_private_repo=True, hub_revision="main", hub_always_push=True),
     *none("secrets are neither read nor written", hub_token="hf_secret"),
     *none(_RESUME, resume_from_checkpoint="last", ignore_data_skip=True),
-    *none(_SAME, save_only_model=True, save_safetensors=False),
+    *none(_SAME, save_only_model=True, save_safetensors=True),
     *none("the last weights are kept", load_best_model_at_end=True, greater_is_better=True),
     *none("the last weights are kept", metric_for_best_model="loss"),
     *none(_ALL, logging_first_step=True, logging_strategy="epoch", logging_dir="logs"),

@@ -97,15 +97,16 @@ def translate(foreign: Foreign, toolkit: Toolkit) -> Draft:
                 foreign.lose(row.key, "all weights are trained: there is no adapter")
             continue
         made = rule.run(foreign, (given or rows)[0].key)
-        if not given:
-            made = {ours: v for ours, v in made.items() if v != default_of(recipe, ours)}
-            for ours, value in made.items():
-                foreign.differ("", f"{ours}: {_plain(value)}, their default")
         for row in given:
             _note(foreign, draft, row, made)
         for ours, value in made.items():
+            by = next((row.key for row in given if ours in row.ours), None)
+            if by is None and value == default_of(recipe, ours):
+                continue
+            if by is None:
+                foreign.differ("", f"{ours}: {_plain(value)}, their default")
             settings[ours] = value
-            where = foreign.place(given[0].key) if given else f"{foreign.file}: their default"
+            where = foreign.place(by) if by else f"{foreign.file}: their default"
             draft.places[tuple(ours.split("."))] = where
     if foreign.stage == "reward":
         _center(foreign, settings)
@@ -141,7 +142,8 @@ def _note(foreign: Foreign, draft: Draft, row: Field, made: Settings) -> None:
         lost = any(entry.key == row.key for entry in foreign.lost)
         if not lost:
             shown = show(row.key, foreign.values[row.key])
-            draft.translated.append(Translated(row.key, shown, made))
+            own = {ours: value for ours, value in made.items() if ours in row.ours}
+            draft.translated.append(Translated(row.key, shown, own or made))
         if row.says and not row.quiet:
             foreign.differ(row.key, row.says)
     elif row.key not in foreign.handled:

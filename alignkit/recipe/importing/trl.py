@@ -50,8 +50,10 @@ def _defaults(foreign: Foreign) -> Settings:
         own |= _GRPO
         if foreign.script == "rloo":
             own |= {"num_generations": 2, "beta": 0.05}
+    if foreign.stage == "dpo":
+        own |= {"loss_type": "sigmoid", "simpo_gamma": 0.5, "cpo_alpha": 1.0}
     if foreign.script in ("cpo", "orpo"):
-        own |= {"simpo_gamma": 0.5, "cpo_alpha": 1.0, "loss_type": foreign.script}
+        own |= {"loss_type": foreign.script}
     return _COMMON | own
 
 
@@ -108,7 +110,6 @@ def _cached() -> Rule:
 _MICRO, _TIMES = "per_device_train_batch_size", "gradient_accumulation_steps"
 _data, _cut, _masks, _quantized = sources.named_dataset(), _lengths(), _train_on(), _quantization()
 _groups = sampling.groups(_MICRO, _TIMES, "num_generations")
-_pairs = losses.pairs("loss_type", "beta", "label_smoothing", "simpo_gamma", "cpo_alpha")
 _loss = sampling.group_loss("loss_type", "scale_rewards", "epsilon", "epsilon_high")
 _rewards = sampling.rewards("reward_funcs", "reward_weights", "reward_model_name_or_path")
 _dtype = rules.precision("dtype", "torch_dtype")
@@ -116,10 +117,14 @@ _overlong = sampling.overlong("mask_truncated_completions")
 _responses = sampling.responses("max_completion_length", "max_prompt_length")
 
 _PEFT = {"use_peft": True}
+_ROWS = {"dataset_name": "org/more"}
+_EVALUATED = _ROWS | {"eval_strategy": "steps"}
 _TARGETS = rules.targets("lora_target_modules", ("all-linear",))
 _WEIGHTS = {"reward_funcs": ["rewards.a", "rewards.b"]}
 _SFT, _PAIRS, _GROUPS = ("sft",), ("dpo",), ("grpo",)
 _SAMPLED = "sampling is from the unchanged policy"
+_CLIP, _ADVANTAGE = ("objective.clip",), ("objective.advantage",)
+_LOSS_OF_GROUPS = ("objective.kind", "objective.loss")
 _VLLM = "alignkit samples itself, in the same process"
 
 _MODEL = (
@@ -135,7 +140,7 @@ _MODEL = (
     Field("load_in_8bit", _quantized, beside=_PEFT),
     Field("model_revision", None, "the newest is taken", "v1", fine=("main",)),
     Field("bnb_4bit_quant_type", None, "4 bits are nf4", "fp4", fine=("nf4",)),
-    Field("use_bnb_nested_quant", None, "4 bits are always quantized twice", fine=(True,)),
+    Field("use_bnb_nested_quant", None, "4 bits are always quantized twice", False, fine=(True,)),
     *none("has no meaning here", bnb_4bit_quant_storage="uint8", model_init_kwargs={"a": 1}),
     *none("the model's own, and the end of a turn", eos_token="</s>"),
     *none("experts' balance is not part of the loss", router_aux_loss_coef=0.1),
@@ -154,9 +159,9 @@ _ADAPTER = (
 )
 _DATA = (
     Field("dataset_name", _data, example="org/more"),
-    Field("dataset_config", _data, example="subset"),
-    Field("dataset_train_split", _data, example="train_sft"),
-    Field("dataset_test_split", _data, example="held", beside={"eval_strategy": "steps"}),
+    Field("dataset_config", _data, example="subset", beside=_ROWS),
+    Field("dataset_train_split", _data, example="train_sft", beside=_ROWS),
+    Field("dataset_test_split", _data, example="held", beside=_EVALUATED),
     Field("datasets", sources.entries("datasets", "train"), example=[{"path": "org/more"}]),
     Field("dataset_text_field", sources.text_column("dataset_text_field"), "", "body", {}, _SFT),
     Field("max_length", _cut, "rows are cut as there, and counted", 99, {}, SUPERVISED),
@@ -171,19 +176,15 @@ _DATA = (
     *none("rows are always packed, whole, and do not see each other", packing=True),
     *none("rows are always packed, whole", packing_strategy="wrapped", eval_packing=True),
     *none("nothing is padded", padding_free=True, pad_to_multiple_of=8, pad_token="<pad>"),
-    Field("shuffle_dataset", None, "rows are drawn anew each epoch", fine=(True,)),
+    Field("shuffle_dataset", None, "rows are drawn anew each epoch", False, fine=(True,)),
     *none("reward functions get all columns", remove_unused_columns=True),
 )
 _LOSS = (
-    Field("loss_type", _pairs, "", "hinge", {}, _PAIRS),
-    Field("loss_type", _loss, "", "dr_grpo", {}, _GROUPS),
+    *losses.pair_fields("loss_type", ("beta",), "label_smoothing", "simpo_gamma", "cpo_alpha"),
+    Field("loss_type", _loss, "", "dr_grpo", {}, _GROUPS, gives=_LOSS_OF_GROUPS),
     Field("loss_type", None, "the loss of the stage", "dft", fine=("nll", "kto")),
-    Field("beta", _pairs, "", 0.5, {}, _PAIRS),
     Field("beta", rules.number("objective.beta"), "", 0.5, {}, ("kto",)),
     Field("beta", rules.number("objective.kl_coef"), "", 0.5, {}, _GROUPS),
-    Field("label_smoothing", _pairs, "the kind becomes cdpo", 0.1, {}, _PAIRS, quiet=True),
-    Field("simpo_gamma", _pairs, "", 0.7, {"loss_type": "simpo"}, _PAIRS),
-    Field("cpo_alpha", _pairs, "", 0.7, {"loss_type": "cpo"}, _PAIRS),
     *none("one loss a run", loss_weights=[1.0, 0.5]),
     *none("no likelihood beside the loss; orpo and cpo have one", rpo_alpha=1.0),
     *none("all tokens of an answer count alike", ld_alpha=0.5),
@@ -203,7 +204,7 @@ _LOSS = (
         quiet=True,
         stages=("reward",),
     ),
-    Field("disable_dropout", None, "a model's own dropout is off", fine=(True,)),
+    Field("disable_dropout", None, "a model's own dropout is off", False, fine=(True,)),
 )
 _SAMPLING = (
     Field(_MICRO, _groups, "counts responses", 16, {}, _GROUPS, quiet=True),
@@ -213,9 +214,9 @@ _SAMPLING = (
     Field("steps_per_generation", _groups, "", 4, {}, _GROUPS),
     Field("max_completion_length", _responses, "", 99, {}, _GROUPS),
     Field("temperature", rules.number("rollout.temperature"), "", 0.9, {}, _GROUPS),
-    Field("epsilon", _loss, "", 0.3, {}, _GROUPS),
-    Field("epsilon_high", _loss, "", 0.3, {}, _GROUPS),
-    Field("scale_rewards", _loss, "", "batch", {}, _GROUPS),
+    Field("epsilon", _loss, "", 0.3, {}, _GROUPS, gives=_CLIP),
+    Field("epsilon_high", _loss, "", 0.3, {}, _GROUPS, gives=_CLIP),
+    Field("scale_rewards", _loss, "", "batch", {}, _GROUPS, gives=_ADVANTAGE),
     Field("delta", rules.number("objective.dual_clip"), "", 4.0, {}, _GROUPS),
     Field("num_iterations", rules.whole("objective.epochs"), "", 2, {}, _GROUPS),
     Field("importance_sampling_level", rules.text("objective.ratio"), "", "sequence", {}, _GROUPS),
@@ -237,7 +238,7 @@ _SAMPLING = (
     *none("rewards are added up by weight", multi_objective_aggregation="normalize_then_sum"),
     *none(_VLLM, use_vllm=True, vllm_mode="server", vllm_gpu_memory_utilization=0.4),
     *none(_VLLM, vllm_server_host="localhost", vllm_server_port=8001),
-    *none(_VLLM, vllm_tensor_parallel_size=2, vllm_importance_sampling_correction=False),
+    *none(_VLLM, vllm_tensor_parallel_size=2, vllm_importance_sampling_correction=True),
     *none("samples.jsonl has them", log_completions=True, num_completions_to_print=4),
 )
 
