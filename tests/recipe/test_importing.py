@@ -418,6 +418,17 @@ def test_wrong_command_lines_are_errors() -> None:
     assert "run.sh:1: num_generations must divide the 8 responses of a step, got 3" in str(group)
 
 
+def test_unknown_keys_of_datasets_are_named() -> None:
+    text = AXOLOTL.replace("TYPE", "chat_template\n    field_mesages: talk")
+    assert "field_mesages is not a key that alignkit knows of; it resembles field_messages" in (
+        said(imported(text), "datasets")
+    )
+    write_info({"mine": {"file_name": "m.json", "columns": {"promt": "q"}, "rankin": True}})
+    notes = said(imported(LLAMA_FACTORY.replace("STAGE", "sft")), "dataset")
+    assert "promt is not a key" in notes
+    assert "it resembles ranking" in notes
+
+
 def test_a_full_model_has_no_adapter_keys() -> None:
     text = AXOLOTL.replace("TYPE", "alpaca").replace("adapter: qlora\n", "")
     assert "trains all weights, but model.quantization = nf4" in str(refused(text))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import random
 from dataclasses import replace
@@ -157,6 +159,30 @@ def test_a_key_stands_once_for_each_stage() -> None:
             for stage in row.stages or (("",) if row.rule else ("none",)):
                 assert (row.key, stage) not in seen, (toolkit.name, row.key)
                 seen.add((row.key, stage))
+
+
+def arguments(package: str, *files: str) -> set[str]:
+    """Fields of the dataclasses in an installed package's files, which are not imported."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    folder = Path(str(spec.origin)).parent
+    return {
+        line.target.id
+        for file in files
+        for node in ast.parse((folder / file).read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.decorator_list
+        for line in node.body
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+    }
+
+
+def test_every_argument_of_the_installed_trl_has_a_row() -> None:
+    trainers = ("sft", "dpo", "kto", "reward", "grpo", "rloo")
+    found = arguments("trl", *(f"trainer/{one}_config.py" for one in (*trainers, "model")))
+    found |= arguments("transformers", "training_args.py")
+    assert len(found) > 200
+    known = {row.key for row in TOOLKITS["trl"].table}
+    assert sorted(name for name in found - known if not name.startswith("_")) == []
 
 
 @pytest.mark.parametrize("name", TOOLKITS)

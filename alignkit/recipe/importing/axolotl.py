@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alignkit.recipe.importing import axolotl_rules, losses, rules, sampling, sources
+from alignkit.recipe.importing import axolotl_rules, losses, rare, rules, sampling, sources
 from alignkit.recipe.importing.fields import Field, Foreign, Settings, Toolkit
 from alignkit.recipe.importing.trainer import ADAM, FOUND, SUPERVISED, none
 
@@ -13,7 +13,6 @@ def _defaults(foreign: Foreign) -> Settings:
         "num_epochs": 1.0,
         "micro_batch_size": 1,
         "gradient_accumulation_steps": 1,
-        "learning_rate": {"sft": 5e-5, "reward": 5e-5}.get(foreign.stage, 1e-6),
         "lr_scheduler": "cosine",
         "warmup_ratio": 0.03,
         "weight_decay": 0.0,
@@ -38,13 +37,13 @@ def _defaults(foreign: Foreign) -> Settings:
 
 
 _stage, _tracked = rules.stage(), axolotl_rules.tracked()
-_batch = rules.batch("micro_batch_size", "gradient_accumulation_steps")
+_batch = rules.batch("micro_batch_size", "gradient_accumulation_steps", "batch_size")
 _groups = sampling.groups("micro_batch_size", "gradient_accumulation_steps", "trl.num_generations")
 _warmup, _quantized = rules.warmup("lr_scheduler"), axolotl_rules.quantization()
 _where, _cut = axolotl_rules.targets(), axolotl_rules.lengths()
 _eval = rules.every("training.eval_every", "eval_steps", "eval_strategy")
 _save = rules.every("training.save_every", "save_steps", "save_strategy")
-_dtype = rules.precision("float32")
+_dtype = rules.precision()
 _loss = sampling.group_loss("trl.loss_type", "trl.scale_rewards", "trl.epsilon", "trl.epsilon_high")
 _rewards = sampling.rewards("trl.reward_funcs", "trl.reward_weights")
 _responses = sampling.responses("trl.max_completion_length", "max_prompt_len")
@@ -70,6 +69,8 @@ _MODEL = (
     Field("bf16", _dtype),
     Field("bfloat16", _dtype),
     Field("fp16", _dtype),
+    Field("float16", _dtype),
+    Field("float32", _dtype),
     Field("load_in_4bit", _quantized, "nf4, quantized twice", beside=_LORA, quiet=True),
     Field("load_in_8bit", _quantized, beside=_LORA),
     Field(
@@ -205,6 +206,7 @@ _TRAINING = (
     Field("seed", rules.whole("seed"), "", 7),
     Field("micro_batch_size", _batch, _PRODUCT, 3, {}, SUPERVISED, quiet=True),
     Field("gradient_accumulation_steps", _batch, "", 3, {}, SUPERVISED),
+    Field("batch_size", _batch, "", 24, {}, SUPERVISED),
     Field("learning_rate", rules.number("training.learning_rate"), "", 3e-4),
     Field("num_epochs", rules.number("training.epochs"), "", 5),
     Field("max_steps", rules.positive("training.max_steps"), "", 60),
@@ -264,7 +266,7 @@ _TRAINING = (
 AXOLOTL = Toolkit(
     name="axolotl",
     title="Axolotl",
-    table=(*_MODEL, *_ADAPTER, *_DATA, *_LOSS, *_SAMPLING, *_TRAINING),
+    table=(*_MODEL, *_ADAPTER, *_DATA, *_LOSS, *_SAMPLING, *_TRAINING, *rare.AXOLOTL),
     defaults=_defaults,
     stage_of=axolotl_rules.stage_of,
     trains_all=axolotl_rules.trains_all,

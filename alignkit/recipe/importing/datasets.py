@@ -9,7 +9,8 @@ names them; where turns must be rewritten, `alignkit data convert` writes a file
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,6 +37,21 @@ _SHAREGPT = {
     "tool": "tool",
 }
 _MARKS = ("weight", "train", "trainable", "loss", "loss_weight", "loss_mask")
+
+
+_KEYS = (
+    *("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name"),
+    *("formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags"),
+    "revision",
+)
+_COLUMNS = (
+    *("prompt", "query", "response", "history", "messages", "system", "tools", "images"),
+    *("videos", "audios", "chosen", "rejected", "kto_tag"),
+)
+_TAGS = (
+    *("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag"),
+    *("function_tag", "system_tag"),
+)
 
 
 @dataclass(frozen=True)
@@ -133,6 +149,7 @@ def llama_factory_rows(name: str, entry: Mapping[str, Any]) -> ForeignRows:
         for kind in ("images", "videos", "audios")
         if (given or {}).get(kind)
     ]
+    notes += unknown(entry, _KEYS) + unknown(given, _COLUMNS) + unknown(tags, _TAGS)
     if shape == "alpaca" and "input" in columns.values():
         notes.append("instruction and input are joined by an empty line, there by a line break")
     return ForeignRows(
@@ -148,6 +165,22 @@ def llama_factory_rows(name: str, entry: Mapping[str, Any]) -> ForeignRows:
         take=entry.get("num_samples"),
         notes=tuple(notes),
     )
+
+
+def unknown(given: Mapping[str, Any] | None, known: Iterable[str]) -> list[str]:
+    """A note for each key of a mapping that nobody reads.
+
+    Args:
+        given: the mapping; None for none.
+        known: keys that are read, or known to mean nothing here.
+    """
+    names, notes = list(known), []
+    for key in given or {}:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
+            resembles = f"; it resembles {near[0]}" if near else ""
+            notes.append(f"{key} is not a key that alignkit knows of{resembles}")
+    return notes
 
 
 def _alpaca_columns(given: Mapping[str, Any] | None) -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignkit.errors import DataError
-from alignkit.recipe.importing.datasets import READ, ForeignRows
+from alignkit.recipe.importing.datasets import READ, ForeignRows, unknown
 from alignkit.recipe.rows import RowFormat
 
 
@@ -23,6 +23,8 @@ def axolotl_rows(entry: Mapping[str, Any], rl: str | None = None) -> ForeignRows
         DataError: no path, or a type that alignkit has no format for.
     """
     place = _place_of(entry)
+    for note in unknown(entry, _KEYS):
+        place = _with(place, note=note)
     kind = entry.get("type")
     if isinstance(kind, Mapping):
         return _user_defined(place, kind, rl)
@@ -48,6 +50,16 @@ def axolotl_rows(entry: Mapping[str, Any], rl: str | None = None) -> ForeignRows
     return _with(place, format=row_format, columns=columns, layout=layout, note=note)
 
 
+_KEYS = (
+    *("path", "name", "split", "type", "data_files", "ds_type", "revision", "trust_remote_code"),
+    *("field", "field_human", "field_model", "field_messages", "field_tools", "field_thinking"),
+    *("field_chosen", "field_rejected", "field_prompt", "field_completion", "field_label"),
+    *("message_field_role", "message_field_content", "message_property_mappings", "roles"),
+    *("message_field_training", "message_field_training_detail", "template_thinking_key"),
+    *("chat_template", "chat_template_jinja", "roles_to_train", "train_on_eos", "train_on_eot"),
+    *("drop_system_message", "split_thinking", "conversation", "shards", "shards_idx"),
+    *("preprocess_shards", "input_format", "input_transform", "logprobs_field", "temperature"),
+)
 _TEXT = "the model's chat template takes the place of Axolotl's own prompt text"
 _ALPACA: tuple[RowFormat, dict[str, str], str] = ("alpaca", {}, _TEXT)
 _AXOLOTL: dict[str, tuple[RowFormat, dict[str, str], str]] = {
@@ -189,6 +201,7 @@ def _turn_format(
 
 
 _TURN_NOTES = {
+    "chat_template": "one chat template renders all rows: set model.chat_template",
     "drop_system_message": "system turns stay: remove them from the rows",
     "message_field_training_detail": "turns are trained whole, not by ranges of characters",
     "train_on_eos": "the token that ends a trained turn is trained, no other",

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from alignkit.recipe.importing import losses, rules, sampling, sources
-from alignkit.recipe.importing.fields import Field, Foreign, Rule, Settings, Toolkit
+from alignkit.recipe.importing import llama_factory_rules as own
+from alignkit.recipe.importing import losses, rare, rules, sampling, sources
+from alignkit.recipe.importing.fields import Field, Foreign, Settings, Toolkit
 from alignkit.recipe.importing.trainer import FOUND, TRAINER, none
 
-_STAGES = {"pt": "sft", "sft": "sft", "rm": "reward", "ppo": "ppo", "dpo": "dpo", "kto": "kto"}
 _MICRO, _TIMES = "per_device_train_batch_size", "gradient_accumulation_steps"
-_SHIPPED = {
-    **{name: name for name in ("chatml", "llama3", "mistral", "gemma", "qwen")},
-    "qwen3": "qwen",
-    "gemma2": "gemma",
-    "gemma3": "gemma",
-}
-"""Their templates -> alignkit's of the same form."""
 
 
 def _defaults(foreign: Foreign) -> Settings:
@@ -48,130 +41,10 @@ def _defaults(foreign: Foreign) -> Settings:
     }
 
 
-def _stage_of(foreign: Foreign) -> str:
-    stage = foreign.text("stage") or "sft"
-    if stage not in _STAGES:
-        foreign.wrong("stage", "names no stage", f"known: {', '.join(_STAGES)}")
-    return _STAGES[stage]
-
-
-def _kind() -> Rule:
-    def run(foreign: Foreign, key: str) -> Settings:
-        kind = foreign.text(key)
-        if kind not in ("lora", "full"):
-            foreign.lose(key, "lora or full: all weights are trained; adapter.freeze names others")
-        return {"adapter.kind": "lora" if kind == "lora" else "full"}
-
-    return Rule(("adapter.kind",), run)
-
-
-def _start() -> Rule:
-    def run(foreign: Foreign, _: str) -> Settings:
-        if not foreign.flag("pissa_init"):
-            return {}
-        iterations = foreign.get("pissa_iter")
-        if foreign.stage == "ppo":
-            foreign.lose("pissa_init", "not where a policy samples")
-            return {}
-        return {"adapter.init": "pissa" if iterations == -1 else "pissa_niter_16"}
-
-    return Rule(("adapter.init",), run)
-
-
-def _bits() -> Rule:
-    def run(foreign: Foreign, key: str) -> Settings:
-        if foreign.get(key) is None:
-            return {}
-        bits = foreign.whole(key)
-        if bits not in (4, 8):
-            foreign.lose(key, "a base is stored in 4 or 8 bits: nf4 or int8")
-            return {}
-        return {"model.quantization": "nf4" if bits == 4 else "int8"}
-
-    return Rule(("model.quantization",), run)
-
-
-def _template() -> Rule:
-    def run(foreign: Foreign, key: str) -> Settings:
-        name = foreign.text(key)
-        if name:
-            shipped = _SHIPPED.get(name.removesuffix("_nothink"))
-            own = f"set model.chat_template: {shipped}" if shipped else "name a template file"
-            foreign.differ(key, f"the model's own chat template is used; if it has none, {own}")
-        return {}
-
-    return Rule((), run)
-
-
-def _cut() -> Rule:
-    def run(foreign: Foreign, key: str) -> Settings:
-        return {"data.max_length": foreign.whole(key), "data.too_long": "truncate_right"}
-
-    return Rule(("data.max_length", "data.too_long"), run)
-
-
-def _train_on() -> Rule:
-    def run(foreign: Foreign, _: str) -> Settings:
-        if foreign.text("stage") == "pt":
-            foreign.differ("stage", "texts are trained whole, one by one, not cut into blocks")
-            return {"data.train_on": "everything"}
-        if foreign.flag("train_on_prompt"):
-            return {"data.train_on": "everything"}
-        return {"data.train_on": "last_turn"} if foreign.flag("mask_history") else {}
-
-    return Rule(("data.train_on",), run)
-
-
-def _tokens() -> Rule:
-    def run(foreign: Foreign, _: str) -> Settings:
-        added = [
-            name for key in ("add_tokens", "add_special_tokens") for name in foreign.names(key)
-        ]
-        return {"model.add_tokens": added} if added else {}
-
-    return Rule(("model.add_tokens",), run)
-
-
-def _rope() -> Rule:
-    def run(foreign: Foreign, key: str) -> Settings:
-        kind = foreign.text(key)
-        if kind not in ("linear", "dynamic", "yarn"):
-            foreign.lose(key, "kinds are linear, dynamic and yarn")
-            return {}
-        foreign.differ(key, "the factor is not in the file: 2.0 is written, set what you need")
-        return {"model.rope_scaling": {"kind": kind, "factor": 2.0}}
-
-    return Rule(("model.rope_scaling",), run)
-
-
-def _ppo() -> Rule:
-    """A step of PPO, and what LLaMA-Factory's does that alignkit's does not by default."""
-
-    def run(foreign: Foreign, _: str) -> Settings:
-        buffers, processes = foreign.whole("ppo_buffer_size"), foreign.processes or 1
-        once = foreign.whole(_MICRO) * foreign.whole(_TIMES) * processes
-        settings: Settings = {
-            "rollout.prompts_per_step": once * buffers,
-            "rollout.missing_eos_penalty": None,
-            "objective.kl_coef": 0.2,
-        }
-        if buffers > 1:
-            settings["objective.minibatches"] = buffers
-        if foreign.processes is None:
-            foreign.differ(_MICRO, "counted for one process; give --processes N if there are more")
-        return settings
-
-    ours = (
-        *("rollout.prompts_per_step", "rollout.missing_eos_penalty"),
-        *("objective.kl_coef", "objective.minibatches"),
-    )
-    return Rule(ours, run)
-
-
 _data = sources.llama_factory_data("dataset", "train")
-_masks, _added, _steps = _train_on(), _tokens(), _ppo()
+_masks, _added, _steps = own.train_on(), own.tokens(), own.ppo()
 _dtype = rules.precision("compute_dtype")
-_init = _start()
+_init = own.start()
 _rewards = sampling.rewards("", "", "reward_model")
 _PPO, _KTO = ("ppo",), ("kto",)
 _RANK = ("adapter.rank", "adapter.alpha")
@@ -184,13 +57,13 @@ _MODEL = (
     Field("bf16", _dtype),
     Field("fp16", _dtype),
     Field("pure_bf16", None, "trained weights are float32; model.dtype: bfloat16 computes in it"),
-    Field("quantization_bit", _bits(), example=4),
+    Field("quantization_bit", own.bits(), example=4),
     Field("quantization_method", None, "nf4 or int8", "hqq", fine=("bnb", "bitsandbytes")),
     Field("quantization_type", None, "4 bits are nf4", "fp4", fine=("nf4",)),
     Field("double_quantization", None, "4 bits are always quantized twice", False, fine=(True,)),
     Field("flash_attn", rules.attention("flash_attn"), example="sdpa"),
-    Field("template", _template(), "the model's own chat template is used", "llama3"),
-    Field("rope_scaling", _rope(), "", "linear"),
+    Field("template", own.template(), "the model's own chat template is used", "llama3"),
+    Field("rope_scaling", own.rope(), "", "linear"),
     Field("add_tokens", _added, "", "<a>,<b>"),
     Field("add_special_tokens", _added, "", "<a>,<b>"),
     *none("made where it is needed", resize_vocab=True, upcast_layernorm=True),
@@ -205,7 +78,7 @@ _MODEL = (
     *none(_IMAGES, freeze_multi_modal_projector=True, media_dir="media", image_min_pixels=9),
 )
 _ADAPTER = (
-    Field("finetuning_type", _kind(), example="full"),
+    Field("finetuning_type", own.kind(), example="full"),
     Field("lora_rank", rules.whole("adapter.rank"), example=64, gives=_RANK),
     Field("lora_alpha", rules.number("adapter.alpha"), example=8),
     Field("lora_dropout", rules.dropout(), example=0.1),
@@ -233,7 +106,7 @@ _DATA = (
     Field("max_samples", _data, "of each dataset, from the start", 9, quiet=True),
     Field("eval_dataset", sources.llama_factory_data("eval_dataset", "eval"), "", "more"),
     Field("val_size", sources.held_out_share("val_size"), "equal rows stay together", 0.2),
-    Field("cutoff_len", _cut(), "cut from the right, and counted", 99),
+    Field("cutoff_len", own.cut(), "cut from the right, and counted; drop leaves them out", 99),
     Field("train_on_prompt", _masks, stages=("sft",)),
     Field("mask_history", _masks, stages=("sft",)),
     *none("rows are always packed, and do not see each other", packing=True, neat_packing=True),
@@ -274,6 +147,7 @@ _SAMPLING = (
     *none("advantages are whitened, rewards are not", ppo_score_norm=True, ppo_whiten_rewards=True),
 )
 _OTHER = (
+    *rare.LLAMA_FACTORY,
     *none("every run has report.html", plot_loss=True),
     *none("held-out rows give accuracy", compute_accuracy=True, predict_with_generate=True),
     *none("alignkit generate and chat", infer_backend="vllm", infer_dtype="auto", do_sample=True),
@@ -299,13 +173,21 @@ _STAGE = Field(
 LLAMA_FACTORY = Toolkit(
     name="llama-factory",
     title="LLaMA-Factory",
-    table=(_STAGE, *_MODEL, *_ADAPTER, *_DATA, *_LOSS, *_SAMPLING, *TRAINER, *_OTHER),
+    table=(
+        _STAGE,
+        *_MODEL,
+        *_ADAPTER,
+        *_DATA,
+        *_LOSS,
+        *_SAMPLING,
+        *TRAINER,
+        *_OTHER,
+    ),
     defaults=_defaults,
-    stage_of=_stage_of,
+    stage_of=own.stage_of,
     trains_all=lambda foreign: foreign.text("finetuning_type") not in ("", "lora"),
     always=(
         "the answer and the token that ends it are found in the chat template, whatever it is",
-        "compute precision is chosen by the machine unless bf16 or fp16 is set",
     ),
     needed={
         "model.base": "model_name_or_path",

@@ -34,7 +34,10 @@ def read_foreign(path: Path, processes: int | None = None) -> Foreign:
     """
     name, text = show_file(path), read_text(path)
     folders = (Path.cwd(), *path.resolve().parents)
-    command = None if path.suffix.lower() in _DATA else find_command(text, name)
+    is_data = path.suffix.lower() in _DATA
+    command = None if is_data else find_command(text, name)
+    if command is None and not is_data and text.startswith("#!"):
+        raise _no_settings(name)
     if command is None:
         read = _mapping(text.expandtabs(2) if path.suffix == ".json" else text, name)
         values, places = _flat(read)
@@ -67,13 +70,17 @@ def _mapping(text: str, name: str) -> YamlValues:
     if read.problems:
         raise RecipeError(read.problems)
     if not isinstance(read.values, dict):
-        problem = AlignkitError(
-            f"{name}: holds no settings of a toolkit that alignkit knows",
-            hint="name a YAML or JSON file of LLaMA-Factory, Axolotl or TRL, or a script with a "
-            "command such as `trl sft --model_name_or_path …`",
-        )
-        raise RecipeError([problem])
+        raise _no_settings(name)
     return read
+
+
+def _no_settings(name: str) -> RecipeError:
+    problem = AlignkitError(
+        f"{name}: holds no settings of a toolkit that alignkit knows",
+        hint="name a YAML or JSON file of LLaMA-Factory, Axolotl or TRL, or a script with a "
+        "command such as `trl sft --model_name_or_path …`",
+    )
+    return RecipeError([problem])
 
 
 def _flat(read: YamlValues) -> tuple[dict[str, Any], dict[str, str]]:

@@ -19,6 +19,11 @@ _OPTIMIZERS = {
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit"), "adamw_8bit"),
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
+_DTYPES = (
+    *(("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("fp16", "float16")),
+    *(("float16", "float16"), ("float32", "float32")),
+)
+"""Their keys of a precision -> the dtype."""
 _PAGED = ("paged_adamw", "paged_adamw_32bit")
 _TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
@@ -61,17 +66,28 @@ def positive(ours: str) -> Rule:
     """A whole number that counts from 1; 0 and -1 mean that it is not set."""
 
     def run(foreign: Foreign, key: str) -> Settings:
-        if foreign.get(key) is None or foreign.whole(key) <= 0:
+        if foreign.get(key) is None or foreign.number(key) <= 0:
+            return {}
+        if foreign.number(key) < 1:
+            foreign.lose(key, f"counted in steps, not as a share of them: set {ours}")
             return {}
         return {ours: foreign.whole(key)}
 
     return Rule((ours,), run)
 
 
-def batch(micro: str, accumulate: str) -> Rule:
-    """Examples of one optimizer step: rows of a pass × passes × processes."""
+def batch(micro: str, accumulate: str, total: str = "") -> Rule:
+    """Examples of one optimizer step: rows of a pass × passes × processes.
+
+    Args:
+        micro: their key of rows in a pass.
+        accumulate: of passes.
+        total: of the product, which wins.
+    """
 
     def run(foreign: Foreign, key: str) -> Settings:
+        if total in foreign:
+            return {"training.batch_size": foreign.whole(total)}
         rows = foreign.whole(micro) * foreign.whole(accumulate) * (foreign.processes or 1)
         if foreign.processes is None:
             foreign.differ(
@@ -133,17 +149,19 @@ def precision(*dtypes: str) -> Rule:
     """Compute precision of `bf16`, `fp16` and further keys that name a dtype."""
 
     def run(foreign: Foreign, key: str) -> Settings:
-        for name, dtype in (("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("fp16", "float16")):
+        for name, dtype in _DTYPES:
             value = str(foreign.get(name) or False).lower()
             if value == "auto":
                 return {"model.dtype": "auto"}
             if value == "full" or (value and foreign.flag(name)):
+                foreign.differ(name, "model.dtype: auto would measure what is fastest here")
                 return {"model.dtype": dtype}
         for name in dtypes:
             if foreign.get(name) is not None:
                 dtype = foreign.text(name).removeprefix("torch.")
                 short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
                 return {"model.dtype": short.get(dtype, dtype)}
+        foreign.differ("", "model.dtype: auto, which measures what is fastest on the machine")
         return {}
 
     return Rule(("model.dtype",), run)
@@ -204,7 +222,7 @@ def trackers(key: str = "report_to") -> Rule:
         wanted = [name for name in foreign.names(key) if name != "none"]
         unknown = [name for name in wanted if name not in _TRACKERS]
         if unknown:
-            foreign.lose(key, f"trackers are {', '.join(_TRACKERS)}; metrics.jsonl has all numbers")
+            foreign.lose(key, f"trackers are {', '.join(_TRACKERS)}; no {', '.join(unknown)}")
         known = [name for name in wanted if name in _TRACKERS]
         return {"training.trackers": known} if known else {}
 

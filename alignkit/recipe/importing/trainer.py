@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alignkit.recipe.importing import rules
+from alignkit.recipe.importing import rare, rules
 from alignkit.recipe.importing.fields import Field
 
 SUPERVISED = ("sft", "reward", "dpo", "kto")
@@ -107,5 +107,6 @@ TRAINER = (
     *none("alignkit … --overwrite replaces a run", overwrite_output_dir=True),
     *none("progress is always shown", disable_tqdm=True, log_level="info"),
     *none("the device is found", use_cpu=True, no_cuda=True),
+    *rare.TRAINER,
 )
 """Their keys, in the order of a recipe."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alignkit.recipe.importing import losses, rules, sampling, sources
+from alignkit.recipe.importing import losses, rare, rules, sampling, sources
 from alignkit.recipe.importing.fields import Field, Foreign, Rule, Settings, Toolkit
 from alignkit.recipe.importing.trainer import FOUND, SUPERVISED, TRAINER, none
 
@@ -164,7 +164,14 @@ _DATA = (
     Field("dataset_test_split", _data, example="held", beside=_EVALUATED),
     Field("datasets", sources.entries("datasets", "train"), example=[{"path": "org/more"}]),
     Field("dataset_text_field", sources.text_column("dataset_text_field"), "", "body", {}, _SFT),
-    Field("max_length", _cut, "rows are cut as there, and counted", 99, {}, SUPERVISED),
+    Field(
+        "max_length",
+        _cut,
+        "rows are cut as there, and counted; drop leaves them out",
+        99,
+        {},
+        SUPERVISED,
+    ),
     Field("truncation_mode", _cut, "", "keep_end", {}, ("sft", "dpo", "kto")),
     Field("max_prompt_length", _responses, "prompts are cut from the left", 99, {}, _GROUPS),
     *none("max_length counts prompt and answer together", max_prompt_length=99),
@@ -245,13 +252,12 @@ _SAMPLING = (
 TRL = Toolkit(
     name="trl",
     title="TRL",
-    table=(*_MODEL, *_ADAPTER, *_DATA, *_LOSS, *_SAMPLING, *TRAINER),
+    table=(*_MODEL, *_ADAPTER, *_DATA, *_LOSS, *_SAMPLING, *TRAINER, *rare.TRL),
     defaults=_defaults,
     stage_of=lambda foreign: _STAGES.get(foreign.script),
     trains_all=lambda foreign: not foreign.flag("use_peft"),
     always=(
         "the answer and the token that ends it are found in the chat template, whatever it is",
-        "compute precision is chosen by the machine unless bf16, fp16 or dtype is set",
     ),
     needed={
         "model.base": "model_name_or_path",
