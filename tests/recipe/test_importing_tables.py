@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import json
 import random
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from alignkit.errors import AlignkitError, RecipeError
+from alignkit.errors import AlignkitError, DataError, RecipeError
+from alignkit.recipe.importing.datasets import llama_factory_rows
+from alignkit.recipe.importing.entries import axolotl_rows, trl_rows
 from alignkit.recipe.importing.fields import Field, Toolkit
 from alignkit.recipe.importing.read import TOOLKITS
 from alignkit.recipe.importing.translate import default_of
@@ -206,6 +209,38 @@ def test_any_keys_give_a_recipe_or_an_error(
             messages = [problem.message for problem in error.problems]
         assert all(message.startswith("foreign.yaml:") for message in messages)
     assert loaded > 10
+
+
+ODD = [None, -1, 0.5, 1e300, "", "1e400", [], ["a"], {"a": 1}, [[1]], [{"path": 3}]]
+
+
+def test_odd_values_are_errors_of_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    rng = random.Random(0)
+    for _ in range(80):
+        toolkit = rng.choice(list(TOOLKITS.values()))
+        values = base(toolkit, "dpo")
+        rows = [row for row in toolkit.table if row.rule and row.stages in ((), ("dpo",))]
+        values |= {row.key: rng.choice(ODD) for row in rng.sample(rows, 3)}
+        with contextlib.suppress(AlignkitError):
+            run(folder, toolkit, "dpo", values)
+
+
+def test_odd_entries_of_datasets_are_errors() -> None:
+    rng = random.Random(0)
+    info = ("file_name", "formatting", "ranking", "split", "num_samples", "columns", "tags")
+    entry = ("path", "name", "split", "type", "data_files", "field_messages", "roles")
+    entry += ("message_property_mappings", "message_field_role", "ds_type")
+    kinds = ["alpaca", "sharegpt", "chat_template", "chatml.intel", *ODD]
+    for _ in range(600):
+        rows = {key: rng.choice(kinds) for key in rng.sample(info, 4)}
+        item = {key: rng.choice(kinds) for key in rng.sample(entry, 4)}
+        with contextlib.suppress(DataError):
+            llama_factory_rows("mine", rows).source()
+        with contextlib.suppress(DataError):
+            axolotl_rows(item, rng.choice([None, "dpo", "kto"])).source()
+        with contextlib.suppress(DataError):
+            trl_rows(item).source()
 
 
 def test_an_unknown_toolkit_is_refused(folder: Path) -> None:

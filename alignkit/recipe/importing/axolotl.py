@@ -57,6 +57,7 @@ _KERNELS = "alignkit has its own kernels"
 _MANY = "several cards go through accelerate: see docs/gpu.md"
 _SAMPLED = "sampling is from the unchanged policy"
 _NAMES = "the run folder's name"
+_PROMPTS = ("rollout.prompts_per_step",)
 _CLIP, _ADVANTAGE = ("objective.clip",), ("objective.advantage",)
 _LOSS_OF_GROUPS = ("objective.kind", "objective.loss")
 _VLLM = "alignkit samples itself, in the same process"
@@ -177,8 +178,8 @@ _LOSS = (
     *none("rewards of steps have no stage", process_reward_model=True),
 )
 _SAMPLING = (
-    Field("micro_batch_size", _groups, "counts responses", 16, {}, _GROUPS, quiet=True),
-    Field("gradient_accumulation_steps", _groups, "", 2, {}, _GROUPS),
+    Field("micro_batch_size", _groups, "counts responses", 16, {}, _GROUPS, (), _PROMPTS, True),
+    Field("gradient_accumulation_steps", _groups, "", 2, {}, _GROUPS, gives=_PROMPTS),
     Field("trl.num_generations", _groups, "", 4, {}, _GROUPS),
     Field("trl.max_completion_length", _responses, "", 99, {}, _GROUPS),
     Field("trl.temperature", rules.number("rollout.temperature"), "", 0.9, {}, _GROUPS),

@@ -139,7 +139,7 @@ def llama_factory_rows(name: str, entry: Mapping[str, Any]) -> ForeignRows:
             hint="alignkit reads files and the Hugging Face hub; download the rows and name the "
             "file as file_name",
         )
-    given, tags = entry.get("columns"), entry.get("tags")
+    given, tags = mapping_in(entry, "columns"), mapping_in(entry, "tags")
     columns = _alpaca_columns(given) if shape == "alpaca" else _turn_columns(given)
     ranking = bool(entry.get("ranking"))
     turns = shape != "alpaca"
@@ -165,6 +165,18 @@ def llama_factory_rows(name: str, entry: Mapping[str, Any]) -> ForeignRows:
         take=entry.get("num_samples"),
         notes=tuple(notes),
     )
+
+
+def mapping_in(entry: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
+    """The mapping under a key; None if there is none.
+
+    Raises:
+        DataError: there is something else.
+    """
+    value = entry.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise DataError(f"{key} must be a mapping, got {value!r}", hint="as in {key: name}")
+    return value
 
 
 def unknown(given: Mapping[str, Any] | None, known: Iterable[str]) -> list[str]:

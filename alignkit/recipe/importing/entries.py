@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignkit.errors import DataError
-from alignkit.recipe.importing.datasets import READ, ForeignRows, unknown
+from alignkit.recipe.importing.datasets import READ, ForeignRows, mapping_in, unknown
 from alignkit.recipe.rows import RowFormat
 
 
@@ -164,11 +164,11 @@ def _axolotl_turns(
     keys = {"role": "from", "content": "value"} if old else {"role": "role", "content": "content"}
     for ours, theirs in (("role", "message_field_role"), ("content", "message_field_content")):
         keys[ours] = str(entry.get(theirs) or keys[ours])
-    given = entry.get("message_property_mappings") or {}
+    given = mapping_in(entry, "message_property_mappings") or {}
     keys |= {ours: str(given[ours]) for ours in ("role", "content") if ours in given}
     if entry.get("message_field_training"):
         keys["train"] = str(entry["message_field_training"])
-    speakers = _speakers(entry.get("roles"), keys["role"])
+    speakers = _speakers(mapping_in(entry, "roles"), keys["role"])
     notes = [says for key, says in _TURN_NOTES.items() if entry.get(key)]
     messages = str(entry.get("field_messages") or ("conversations" if old else "messages"))
     columns, row_format = _turn_format(entry, messages, keys["role"], base, function, rl)
@@ -209,9 +209,9 @@ _TURN_NOTES = {
 }
 
 
-def _speakers(roles: Any, role: str) -> dict[str, str]:
+def _speakers(roles: Mapping[str, Any] | None, role: str) -> dict[str, str]:
     """A turn's speaker -> ours; `roles` replaces the usual ones."""
-    if isinstance(roles, Mapping):
+    if roles is not None:
         return {
             str(theirs): str(ours)
             for ours, named in roles.items()

@@ -259,7 +259,7 @@ def show(key: str, value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(map(str, value)) + "}"
     if isinstance(value, list) and any(isinstance(part, dict) for part in value):
-        return f"{len(value)} items"
+        return f"{len(value)} item{'s' * (len(value) > 1)}"
     if isinstance(value, list):
         return "[" + _shortened(", ".join(show("", part) for part in value)) + "]"
     words = {"None": "null", "True": "true", "False": "false"}

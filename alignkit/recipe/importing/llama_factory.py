@@ -47,6 +47,7 @@ _dtype = rules.precision("compute_dtype")
 _init = own.start()
 _rewards = sampling.rewards("", "", "reward_model")
 _PPO, _KTO = ("ppo",), ("kto",)
+_PROMPTS = ("rollout.prompts_per_step",)
 _RANK = ("adapter.rank", "adapter.alpha")
 _IMAGES = "alignkit trains on text"
 
@@ -124,7 +125,7 @@ _LOSS = (
     Field("pref_beta", rules.number("objective.beta"), "", 0.5, {}, _KTO),
     Field("kto_chosen_weight", rules.number("objective.desirable_weight"), "", 1.3, {}, _KTO),
     Field("kto_rejected_weight", rules.number("objective.undesirable_weight"), "", 2, {}, _KTO),
-    Field("reward_model", _rewards, "a run of `alignkit reward`", "runs/rm", {}, _PPO),
+    Field("reward_model", _rewards, "a run of `alignkit reward`", "runs/rm", {}, _PPO, quiet=True),
     *none("no likelihood beside the loss; orpo has one", pref_ftx=0.1, pref_bco_weight=0.1),
     *none("all tokens of an answer count alike", ld_alpha=0.5),
     *none("the reference is the model at the start", ref_model="org/ref"),
@@ -136,9 +137,9 @@ _LOSS = (
     *none("cross entropy, or a custom objective", use_dft_loss=True, use_asft_loss=True),
 )
 _SAMPLING = (
-    Field(_MICRO, _steps, "", 16, {}, _PPO),
-    Field(_TIMES, _steps, "", 2, {}, _PPO),
-    Field("ppo_buffer_size", _steps, "", 2, {}, _PPO),
+    Field(_MICRO, _steps, "", 16, {}, _PPO, gives=_PROMPTS),
+    Field(_TIMES, _steps, "", 2, {}, _PPO, gives=_PROMPTS),
+    Field("ppo_buffer_size", _steps, "", 2, {}, _PPO, gives=(*_PROMPTS, "objective.minibatches")),
     Field("ppo_epochs", rules.whole("objective.epochs"), "", 2, {}, _PPO),
     Field("ppo_target", rules.number("objective.kl_target"), "", 3.0, {}, _PPO),
     Field("max_new_tokens", rules.whole("rollout.max_new_tokens"), "", 99, {}, _PPO),

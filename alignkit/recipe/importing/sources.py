@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,10 @@ def add_source(
         foreign.first.append(f"{command} -o {output}")
         foreign.pending.append(here)
         source = {"path": output} | ({"take": rows.take} if rows.take else {})
-        foreign.differ(key, f"{rows.name}: rewritten first, by the command below")
+        why = (
+            "rewritten first" if known else "described in a file that is not here: rewritten first"
+        )
+        foreign.differ(key, f"{rows.name}: {why}, by the command below")
     sources.append(source)
 
 
@@ -137,8 +141,10 @@ def llama_factory_data(key: str, side: str) -> Rule:
 
 def _named(foreign: Foreign, key: str, name: str, info: dict[str, Any], folder: str) -> ForeignRows:
     if name not in info:
-        hint = f"it has {', '.join(info)}"
-        foreign.wrong(key, f"names {name}, which {folder}/dataset_info.json does not have", hint)
+        near = difflib.get_close_matches(name, info, n=1)
+        rule = f"{foreign.place(key)} names {name}, which {folder}/dataset_info.json does not have"
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(info)}"
+        raise RecipeError([AlignkitError(rule, hint=hint)])
     try:
         rows = llama_factory_rows(name, info[name])
     except DataError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import AlignkitError, RecipeError
+from alignkit.recipe.importing.commands import SCRIPTS
 from alignkit.recipe.importing.fields import (
     Field,
     Foreign,
@@ -20,7 +21,7 @@ from alignkit.recipe.importing.fields import (
 )
 from alignkit.recipe.reading.yaml_values import KeyPath
 from alignkit.recipe.stages.base import Recipe
-from alignkit.recipe.stages.registry import find_stage, stages
+from alignkit.recipe.stages.registry import find_stage
 
 _UNKNOWN = "not a key that alignkit knows of; look whether it is a typo"
 
@@ -57,7 +58,7 @@ def set_stage(foreign: Foreign, toolkit: Toolkit, wanted: str | None) -> None:
     if said is None and wanted is not None:
         foreign.script = wanted
         said = toolkit.stage_of(foreign)
-    hint = f"--stage is one of {', '.join(stages())}"
+    hint = f"--stage is one of {', '.join(SCRIPTS)}"
     if said is None:
         rule = f"does not say which of {toolkit.title}'s trainers reads it"
         if wanted is not None:
@@ -138,7 +139,8 @@ def _of_adapter(ours: str) -> bool:
 
 def _note(foreign: Foreign, draft: Draft, row: Field, made: Settings) -> None:
     """What became of a key of the file that has a rule."""
-    if made:
+    off = foreign.values[row.key] is False and row.example is True
+    if made and not (off and len(made) < 2 and any(made.values())):
         lost = any(entry.key == row.key for entry in foreign.lost)
         if not lost:
             shown = show(row.key, foreign.values[row.key])
@@ -167,16 +169,21 @@ def _rest(foreign: Foreign, draft: Draft, toolkit: Toolkit, rules: dict[Rule, li
             continue
         row = known.get(key)
         if row is not None:
-            off = value in (False, "", 0) or value in ([], {}) or str(value).lower() in _OFF
-            if value in row.fine or (off and True not in row.fine):
+            if value in row.fine or (_is_off(value) and True not in row.fine):
                 draft.off.append(key)
             else:
                 foreign.lose(key, row.says)
+        elif key in elsewhere and _is_off(value):
+            draft.off.append(key)
         elif key in elsewhere:
             foreign.lose(key, f"means nothing in {foreign.stage}")
         else:
             near = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.75)
             foreign.lose(key, f"{_UNKNOWN}{f' of {near[0]}' if near else ''}")
+
+
+def _is_off(value: Any) -> bool:
+    return value in (False, "", 0) or value in ([], {}) or str(value).lower() in _OFF
 
 
 _OFF = ("no", "none", "false", "off")

@@ -123,6 +123,7 @@ _TARGETS = rules.targets("lora_target_modules", ("all-linear",))
 _WEIGHTS = {"reward_funcs": ["rewards.a", "rewards.b"]}
 _SFT, _PAIRS, _GROUPS = ("sft",), ("dpo",), ("grpo",)
 _SAMPLED = "sampling is from the unchanged policy"
+_PROMPTS = ("rollout.prompts_per_step",)
 _CLIP, _ADVANTAGE = ("objective.clip",), ("objective.advantage",)
 _LOSS_OF_GROUPS = ("objective.kind", "objective.loss")
 _VLLM = "alignkit samples itself, in the same process"
@@ -214,8 +215,8 @@ _LOSS = (
     Field("disable_dropout", None, "a model's own dropout is off", False, fine=(True,)),
 )
 _SAMPLING = (
-    Field(_MICRO, _groups, "counts responses", 16, {}, _GROUPS, quiet=True),
-    Field(_TIMES, _groups, "", 2, {}, _GROUPS),
+    Field(_MICRO, _groups, "counts responses", 16, {}, _GROUPS, gives=_PROMPTS, quiet=True),
+    Field(_TIMES, _groups, "", 2, {}, _GROUPS, gives=_PROMPTS),
     Field("num_generations", _groups, "", 4, {}, _GROUPS),
     Field("generation_batch_size", _groups, "", 16, {}, _GROUPS),
     Field("steps_per_generation", _groups, "", 4, {}, _GROUPS),
