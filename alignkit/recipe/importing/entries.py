@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 from alignkit.errors import DataError
@@ -105,7 +106,9 @@ def _place_of(entry: Mapping[str, Any]) -> ForeignRows:
             f"{entry.get('path')} has {len(files)} data_files",
             hint="write an entry for each of them",
         )
-    path = str(files or entry.get("path") or "")
+    path = str(entry.get("path") or "")
+    if files:
+        path = _file_in(path, str(files), local="ds_type" in entry)
     if not path:
         raise DataError("an entry has no path", hint="as in path: rows.jsonl")
     split, _, size = str(entry.get("split") or "train").partition("[:")
@@ -115,6 +118,22 @@ def _place_of(entry: Mapping[str, Any]) -> ForeignRows:
         split = split if take or not size else f"{split}[:{size}"
         return ForeignRows(path, hub=path, subset=entry.get("name"), split=split, take=take)
     return ForeignRows(path, path=path, take=take)
+
+
+def _file_in(path: str, file: str, *, local: bool) -> str:
+    """One of `data_files`: `path` is a loader, the file itself, or the folder that holds it."""
+    if path in _LOADERS or path.endswith(READ):
+        return file
+    if local or path.startswith((".", "/", "~")):
+        return str(PurePosixPath(path) / file)
+    raise DataError(
+        f"{path} is a hub dataset of which one file is read",
+        hint="download the file, and name it as path",
+    )
+
+
+_LOADERS = ("", "json", "csv", "parquet", "text")
+"""What TRL and Axolotl call a reader of files instead of a dataset."""
 
 
 def _with(place: ForeignRows, *, note: str = "", **changes: Any) -> ForeignRows:
@@ -231,9 +250,8 @@ def trl_rows(entry: Mapping[str, Any]) -> ForeignRows:
         DataError: no path, or several data_files.
     """
     path = str(entry.get("path") or "")
-    loaders = ("json", "csv", "parquet", "text")
-    if path in loaders and not entry.get("data_files"):
-        raise DataError(f"{path} names no data_files", hint="name the file of rows")
+    if path in _LOADERS and not entry.get("data_files"):
+        raise DataError(f"{path or 'an entry'} names no file", hint="as in path: rows.jsonl")
     notes = [
         says
         for key, says in (
