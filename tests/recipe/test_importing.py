@@ -187,6 +187,7 @@ def test_a_command_line_of_trl() -> None:
         ("trl sft", "sft", None),
         ("trl reward", "reward", {"center": 0.0}),
         ("trl kto --beta 0.3", "kto", {"beta": 0.3}),
+        ("torchrun --nproc_per_node=2 -m trl.scripts.dpo", "dpo", None),
         ("python examples/scripts/orpo.py", "dpo", {"kind": "orpo"}),
         ("python examples/scripts/cpo.py", "dpo", {"kind": "cpo"}),
         ("python scripts/reward_modeling.py", "reward", {"center": 0.0}),
@@ -216,6 +217,13 @@ def test_a_yaml_file_of_trl_needs_its_stage() -> None:
     assert recipe["data"]["train_on"] == "everything"
     other = refused(LLAMA_FACTORY.replace("STAGE", "sft"), stage="dpo")
     assert "is for the stage sft, not dpo" in str(other)
+
+
+def test_null_is_their_default_and_said() -> None:
+    text = "model_name_or_path: org/base\ndataset_name: org/rows\nmax_length: null\nrun_name:\n"
+    done = imported(text, stage="sft")
+    assert said(done, "max_length") == "null; 1024 is taken, which is their default"
+    assert done.off == ("run_name",)
 
 
 def test_trl_trains_the_completion_of_prompt_and_completion() -> None:
@@ -366,6 +374,7 @@ def test_secrets_are_neither_written_nor_shown() -> None:
     [
         ("learning_rate: 1\n", "no key by which a toolkit could be told", "--from trl"),
         ("- a\n", "foreign.yaml: holds no settings", "YAML or JSON"),
+        ("output: a\nmodel: {base: b}\ndata: {}\n", "is a recipe of alignkit already", "plan"),
         (
             "cutoff_len: 1\nsequence_len: 2\n",
             "could be of LLaMA-Factory or of Axolotl",

@@ -91,6 +91,9 @@ def _script(words: list[tuple[str, int]], at: int) -> str:
     word, before = words[at][0], words[at - 1][0] if at else ""
     if word in SCRIPTS and PurePath(before).name == "trl":
         return word
+    module = word.rpartition(".")[2]
+    if before == "-m" and module in SCRIPTS:
+        return module
     path = PurePath(word)
     known = path.stem in SCRIPTS or re.fullmatch(rf"({'|'.join(SCRIPTS)})_\w+", path.stem)
     return path.stem if path.suffix == ".py" and known and not word.startswith("-") else ""

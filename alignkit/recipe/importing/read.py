@@ -118,6 +118,9 @@ def toolkit_of(foreign: Foreign, wanted: str | None = None) -> Toolkit:
         return TOOLKITS[wanted]
     if foreign.script:
         return TRL
+    if {"model", "data", "output"} <= foreign.values.keys():
+        rule = f"{foreign.file}: is a recipe of alignkit already"
+        raise RecipeError([AlignkitError(rule, hint="run `alignkit plan` with it")])
     keys = {name: {row.key for row in toolkit.table} for name, toolkit in TOOLKITS.items()}
     own = {
         name: len(

@@ -120,7 +120,12 @@ def translate(foreign: Foreign, toolkit: Toolkit) -> Draft:
 
 
 def _without_nulls(foreign: Foreign, draft: Draft) -> dict[str, Any]:
-    draft.off = [key for key, value in foreign.values.items() if value is None]
+    for key in [key for key, value in foreign.values.items() if value is None]:
+        usual = foreign.defaults.get(key)
+        if usual is None:
+            draft.off.append(key)
+        else:
+            foreign.differ(key, f"null; {_plain(usual)} is taken, which is their default")
     return {key: value for key, value in foreign.values.items() if value is not None}
 
 
