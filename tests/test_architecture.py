@@ -16,7 +16,7 @@ import alignkit
 
 PACKAGE = Path(alignkit.__file__).parent
 
-RECIPE = {"recipe", "recipe/stages", "recipe/reading", "recipe/planning"}
+RECIPE = {"recipe", "recipe/stages", "recipe/reading", "recipe/planning", "recipe/importing"}
 PLAIN = {"errors", "packed", "files", "terminal", "limits", "rendering", "recipe"}
 """What every room may read: plain values and small specs, never a whole Recipe; `files`, the only
 way to replace a file or folder, `terminal`, the only way to print, and `rendering`, the only way
@@ -76,6 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models/peft_parts": set(),
     "models/transformers_parts": set(),
     "packed": {"errors"},
+    "recipe/importing": {"errors", "recipe", "recipe/stages", "recipe/reading"},
     "recipe/planning": {"errors", "recipe", "recipe/stages"},
     "recipe/reading": {"errors", "recipe", "recipe/stages"},
     "recipe/stages": {"errors", "recipe"},

@@ -104,7 +104,8 @@ def test_a_command_in_a_sentence_has_the_options_it_names(document: Path) -> Non
 
 
 def test_recipes_are_listed_and_explained(alignkit: CommandLine, tmp_path: Path) -> None:
-    asked = [words for words in WRITTEN.values() if words[0] == "recipes" and words[1] != "copy"]
+    written = [words for words in WRITTEN.values() if words[0] == "recipes"]
+    asked = [words for words in written if words[1] not in ("copy", "import")]
     assert len(asked) > 2
     for words in asked:
         done = alignkit(*words, cwd=tmp_path)

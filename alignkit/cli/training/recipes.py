@@ -1,4 +1,4 @@
-"""`alignkit recipes`: list, copy, explain and describe recipes."""
+"""`alignkit recipes`: list, copy, explain, describe and import recipes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import typer
 from rich.text import Text
 
 from alignkit.cli.output import print_json, say, stdout
+from alignkit.cli.training.importing import import_recipe
 from alignkit.errors import AlignkitError
 from alignkit.files import output_path, write_text
 
 recipes = typer.Typer(no_args_is_help=True)
+recipes.command("import")(import_recipe)
 
 
 @recipes.command("list")

@@ -1,0 +1,1 @@
+"""Configurations of other toolkits -> recipes."""

@@ -1,0 +1,216 @@
+"""Foreign descriptions of rows: what they become, and that alignkit reads such rows in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import write_rows
+
+from alignkit.data.formats import Conversation, parse_answers
+from alignkit.data.pairs import PAIR_PARSERS
+from alignkit.data.sources import load_source
+from alignkit.errors import DataError
+from alignkit.recipe.importing.datasets import ForeignRows, llama_factory_rows
+from alignkit.recipe.importing.entries import axolotl_rows, trl_rows
+from alignkit.recipe.rows import SourceSpec
+
+TALK = [("user", "Why?"), ("assistant", "So.")]
+
+
+def turns(role: str, content: str, **speakers: str) -> list[dict[str, str]]:
+    return [{role: speakers.get(speaker, speaker), content: text} for speaker, text in TALK]
+
+
+HUMAN = turns("from", "value", user="human", assistant="gpt")
+ALPACA = {"columns": {"prompt": "q", "response": "a", "system": "s"}}
+SHAREGPT = {"formatting": "sharegpt"}
+OPENAI = {
+    "formatting": "sharegpt",
+    "columns": {"messages": "messages"},
+    "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user"}
+    | {"assistant_tag": "assistant", "system_tag": "system"},
+}
+FROM_VALUE = {"message_field_role": "from", "message_field_content": "value"}
+CHAT: dict[str, Any] = {"type": "chat_template", "field_messages": "talk"}
+FIELDS = {"field_instruction": "q", "field_output": "a", "format": "{instruction}!"}
+
+ANSWERS: dict[str, tuple[ForeignRows, dict[str, Any]]] = {
+    "alpaca": (
+        llama_factory_rows("x", {"file_name": "x.json"}),
+        {"instruction": "Why?", "output": "So."},
+    ),
+    "renamed alpaca": (
+        llama_factory_rows("x", {"file_name": "x.json"} | ALPACA),
+        {"q": "Why?", "a": "So.", "s": ""},
+    ),
+    "sharegpt": (
+        llama_factory_rows("x", {"file_name": "x.json"} | SHAREGPT),
+        {"conversations": HUMAN},
+    ),
+    "openai": (
+        llama_factory_rows("x", {"file_name": "x.json"} | OPENAI),
+        {"messages": turns("role", "content")},
+    ),
+    "axolotl alpaca": (
+        axolotl_rows({"path": "x.json", "type": "alpaca_chat.load_qa"}),
+        {"instruction": "Why?", "output": "So."},
+    ),
+    "gpteacher": (
+        axolotl_rows({"path": "x.json", "type": "gpteacher"}),
+        {"instruction": "Why?", "response": "So."},
+    ),
+    "chat_template": (
+        axolotl_rows({"path": "x.json"} | CHAT),
+        {"talk": turns("role", "content")},
+    ),
+    "chat_template of from and value": (
+        axolotl_rows({"path": "x.json"} | CHAT | FROM_VALUE),
+        {"talk": HUMAN},
+    ),
+    "old sharegpt": (
+        axolotl_rows({"path": "x.json", "type": "sharegpt"}),
+        {"conversations": HUMAN},
+    ),
+    "fields": (
+        axolotl_rows({"path": "x.json", "type": FIELDS}),
+        {"q": "Why?", "a": "So."},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_rows_of_answers_are_read_in_place(case: str, tmp_path: Path) -> None:
+    rows, row = ANSWERS[case]
+    assert rows.in_place
+    path = write_rows(tmp_path / "x.jsonl", [row])
+    spec = SourceSpec.model_validate(rows.source() | {"path": str(path)})
+    (read,) = parse_answers(load_source(spec).rows, spec.format)
+    assert isinstance(read, Conversation)
+    assert [(turn.role, turn.content) for turn in read.messages] == TALK
+
+
+PAIR = {"chosen": "So.", "rejected": "No."}
+LAST = {"chosen": {"from": "gpt", "value": "So."}, "rejected": {"from": "gpt", "value": "No."}}
+WHOLE = {
+    side: [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": text}]
+    for side, text in PAIR.items()
+}
+RANKING = {"file_name": "x.json", "ranking": True}
+
+PAIRS: dict[str, tuple[ForeignRows, dict[str, Any]]] = {
+    "alpaca": (llama_factory_rows("x", RANKING), {"instruction": "Why?"} | PAIR),
+    "renamed": (
+        llama_factory_rows("x", RANKING | {"columns": {"prompt": "q", "chosen": "chosen"}}),
+        {"q": "Why?"} | PAIR,
+    ),
+    "sharegpt": (
+        llama_factory_rows("x", RANKING | SHAREGPT),
+        {"conversations": HUMAN[:1]} | LAST,
+    ),
+    "intel": (
+        axolotl_rows({"path": "x.json", "type": "chatml.intel"}, "dpo"),
+        {"question": "Why?"} | PAIR,
+    ),
+    "llama3.ultra": (
+        axolotl_rows({"path": "x.json", "type": "llama3.ultra"}, "dpo"),
+        {"prompt": "Why?"} | WHOLE,
+    ),
+    "argilla": (
+        axolotl_rows({"path": "x.json", "type": "chat_template.argilla"}, "orpo"),
+        WHOLE,
+    ),
+    "default": (
+        axolotl_rows({"path": "x.json", "type": "chat_template.default"}, "dpo"),
+        {
+            "messages": WHOLE["chosen"][:1],
+            "chosen": WHOLE["chosen"][1],
+            "rejected": WHOLE["rejected"][1],
+        },
+    ),
+    "bradley_terry": (
+        axolotl_rows({"path": "x.json", "type": "bradley_terry.chat_template"}, "reward"),
+        {"input": "Why?"} | PAIR,
+    ),
+    "fields": (
+        axolotl_rows({"path": "x.json", "type": {"field_prompt": "q"}}, "dpo"),
+        {"q": "Why?"} | PAIR,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_rows_of_pairs_are_read_in_place(case: str, tmp_path: Path) -> None:
+    rows, row = PAIRS[case]
+    assert rows.in_place
+    path = write_rows(tmp_path / "x.jsonl", [row])
+    spec = SourceSpec.model_validate(rows.source() | {"path": str(path)})
+    (read,) = load_source(spec).rows
+    found = PAIR_PARSERS[spec.format](read)
+    assert [[turn.content for turn in part] for part in found] == [["Why?"], ["So."], ["No."]]
+
+
+KTO = {
+    "chatml.intel": {"instruction": "question", "output": "completion"},
+    "llama3.ultra": {"instruction": "prompt", "output": "completion"},
+    "chatml.argilla_chat": {"messages": "completion"},
+}
+
+
+@pytest.mark.parametrize("name", KTO)
+def test_labelled_rows_of_axolotl(name: str) -> None:
+    rows = axolotl_rows({"path": "org/rows", "type": name}, "kto")
+    assert (rows.hub, rows.columns) == ("org/rows", KTO[name])
+
+
+def test_turns_with_other_names_say_how_they_are_called() -> None:
+    tags = {"role_tag": "who", "content_tag": "says", "user_tag": "me", "function_tag": "call"}
+    rows = llama_factory_rows("x", {"hf_hub_url": "org/x", "tags": tags} | SHAREGPT)
+    assert not rows.in_place
+    assert rows.turn_keys == {"role": "who", "content": "says"}
+    assert rows.speakers == {"me": "user", "call": "function_call"}
+    roles = {"user": ["me"], "assistant": ["bot", "ai"]}
+    rows = axolotl_rows({"path": "x.jsonl", "roles": roles} | CHAT)
+    assert not rows.in_place
+    assert rows.speakers == {"me": "user", "bot": "assistant", "ai": "assistant"}
+    trained = axolotl_rows({"path": "x.jsonl", "message_field_training": "learn"} | CHAT)
+    assert not trained.in_place
+    assert trained.turn_keys["train"] == "learn"
+    assert axolotl_rows({"path": "x.jsonl", "message_field_training": "train"} | CHAT).in_place
+    assert not axolotl_rows({"path": "x.jsonl", "type": "input_output"}).in_place
+    assert not llama_factory_rows("x", {"file_name": "x.txt"}).in_place
+
+
+def test_places() -> None:
+    assert trl_rows({"path": "org/x", "name": "small", "split": "train[:50]"}).source() == {
+        "hub": "org/x",
+        "name": "small",
+        "take": 50,
+    }
+    assert trl_rows({"path": "json", "data_files": "a.jsonl"}).source() == {"path": "a.jsonl"}
+    local = {"path": "data", "ds_type": "json", "data_files": ["a.json"], "type": "alpaca"}
+    assert axolotl_rows(local).path == "data/a.json"
+    assert axolotl_rows(local | {"path": "a.json"}).path == "a.json"
+    with pytest.raises(DataError, match="org/x is a hub dataset of which one file is read"):
+        trl_rows({"path": "org/x", "data_files": "a.json"})
+    half = llama_factory_rows("x", {"hf_hub_url": "org/x", "subset": "s", "split": "train[:5%]"})
+    assert (half.subset, half.split) == ("s", "train[:5%]")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"ms_hub_url": "org/x"}, "x: has neither file_name nor hf_hub_url"),
+        ({"file_name": "a.json", "formatting": "chat"}, "x: formatting is 'chat'"),
+        ({"file_name": "a.json", "columns": ["q"]}, "columns must be a mapping"),
+    ],
+)
+def test_entries_that_cannot_be_read(entry: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        llama_factory_rows("x", entry)
+
+
+def test_images_are_said_to_be_left_out() -> None:
+    rows = llama_factory_rows("x", {"file_name": "a.json", "columns": {"images": "images"}})
+    assert rows.notes == ("images are left out: alignkit trains on text",)
