@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": ON_EVALUATION | STAGES | {"jobs", "pipelines", "peers", "curation"},
     "pipelines": ON_EVALUATION | STAGES | {"jobs"},
     "jobs": ON_EVALUATION | STAGES | {"curation"},
-    "curation": PLAIN | {"data"},
+    "curation": PLAIN | {"data", "recipe/importing"},
     "peers": ON_EVALUATION,
     "stages/registry": ON_EVALUATION | STAGES,
     "stages/grpo": ON_RUNNING | {"stages/rollouts"},

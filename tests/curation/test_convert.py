@@ -274,3 +274,113 @@ def test_the_command(alignkit: CommandLine, tmp_path: Path) -> None:
     assert "none of 2 rows can be written as hh" in none.stderr
     wrong = alignkit(*command[:-5], "chatml", *names, "--overwrite", cwd=tmp_path)
     assert "--to chatml is not a format" in wrong.stderr
+
+
+# as other toolkits describe them ---------------------------------------------------------------
+
+
+def converted(alignkit: CommandLine, folder: Path, *arguments: str) -> tuple[list[Any], str]:
+    done = alignkit("data", "convert", *arguments, "-o", "o.jsonl", "--overwrite", cwd=folder)
+    assert done.code == 0, done.stderr
+    lines = (folder / "o.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines], done.stderr
+
+
+INFO: dict[str, Any] = {
+    "plain": {"file_name": "plain.jsonl", "columns": {"prompt": "q", "response": "a"}},
+    "chat": {
+        "file_name": "chat.jsonl",
+        "formatting": "sharegpt",
+        "columns": {"messages": "turns", "system": "sys"},
+        "tags": {
+            "role_tag": "who",
+            "content_tag": "what",
+            "user_tag": "guest",
+            "assistant_tag": "host",
+            "function_tag": "call",
+            "observation_tag": "seen",
+        },
+    },
+    "ranked": {
+        "file_name": "ranked.jsonl",
+        "ranking": True,
+        "columns": {"prompt": "q", "chosen": "good", "rejected": "bad"},
+    },
+}
+
+
+def test_rows_of_llama_factory(alignkit: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "dataset_info.json").write_text(json.dumps(INFO), encoding="utf-8")
+    write_rows(tmp_path / "d" / "plain.jsonl", [{"q": "Two?", "a": "2", "n": 1}])
+    turns = [
+        {"who": "guest", "what": "Two?"},
+        {"who": "call", "what": '{"name": "count", "arguments": {"n": 2}}'},
+        {"who": "seen", "what": "2"},
+        {"who": "host", "what": "Two."},
+    ]
+    write_rows(tmp_path / "d" / "chat.jsonl", [{"turns": turns, "sys": "Short."}])
+    write_rows(tmp_path / "d" / "ranked.jsonl", [{"q": "Two?", "good": "2", "bad": "3"}])
+    info = "d/dataset_info.json"
+    rows, _ = converted(alignkit, tmp_path, info, "--name", "plain")
+    assert rows == [{"n": 1, "messages": [user("Two?"), answer("2")]}]
+    rows, _ = converted(alignkit, tmp_path, info, "--name", "chat", "--to", "sharegpt")
+    assert rows == [
+        {
+            "conversations": [
+                {"from": "human", "value": "Two?"},
+                {"from": "function_call", "value": '{"name": "count", "arguments": {"n": 2}}'},
+                {"from": "observation", "value": "2"},
+                {"from": "gpt", "value": "Two."},
+            ],
+            "system": "Short.",
+        }
+    ]
+    rows, _ = converted(alignkit, tmp_path, info, "--name", "ranked", "--to", "preference")
+    assert rows == [{"prompt": [user("Two?")], "chosen": [answer("2")], "rejected": [answer("3")]}]
+    wrong = alignkit("data", "convert", info, "--name", "plane", "-o", "x.jsonl", cwd=tmp_path)
+    assert wrong.code == 2
+    assert "dataset_info.json has no plane\nhint: it has plain, chat, ranked" in wrong.stderr
+
+
+def test_rows_of_axolotl(alignkit: CommandLine, tmp_path: Path) -> None:
+    write_rows(tmp_path / "intel.jsonl", [{"question": "Two?", "chosen": "2", "rejected": "3"}])
+    rows, said = converted(
+        alignkit, tmp_path, "intel.jsonl", "--from", "axolotl:chatml.intel", "--to", "preference"
+    )
+    assert rows == [{"prompt": [user("Two?")], "chosen": [answer("2")], "rejected": [answer("3")]}]
+    assert "note: the model's chat template takes the place of Axolotl's own" in said
+    segments = [
+        {"label": False, "text": "Two? "},
+        {"label": True, "text": "2"},
+        {"label": True, "text": "."},
+    ]
+    write_rows(tmp_path / "parts.jsonl", [{"segments": segments}])
+    rows, _ = converted(
+        alignkit, tmp_path, "parts.jsonl", "--from", "axolotl:input_output", "--to", "text"
+    )
+    assert rows == [{"text": "Two? 2."}]
+    config = """\
+base_model: a
+datasets:
+  - path: turns.jsonl
+    type: chat_template
+    field_messages: said
+    message_property_mappings: {role: who, content: what}
+    message_field_training: learn
+    roles: {user: [guest], assistant: [host]}
+"""
+    (tmp_path / "ax.yaml").write_text(config, encoding="utf-8")
+    turns = [
+        {"who": "guest", "what": "a"},
+        {"who": "host", "what": "b", "learn": False},
+        {"who": "guest", "what": "c"},
+        {"who": "host", "what": "d", "learn": True},
+    ]
+    write_rows(tmp_path / "turns.jsonl", [{"said": turns}, {"said": [{"who": "x", "what": "y"}]}])
+    rows, said = converted(alignkit, tmp_path, "ax.yaml", "--name", "turns.jsonl")
+    expected = [user("a"), answer("b", weight=0), user("c"), answer("d", weight=1)]
+    assert rows == [{"messages": expected}]
+    assert "1 rows left out: messages[0].who is 'x' (turns.jsonl:2)" in said
+    wrong = alignkit("data", "convert", "ax.yaml", "--name", "z", "-o", "x.jsonl", cwd=tmp_path)
+    assert "has no dataset with the path z\nhint: it has turns.jsonl" in wrong.stderr

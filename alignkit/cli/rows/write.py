@@ -139,8 +139,15 @@ def convert(
         ),
     ] = "messages",
     source: Annotated[
-        str, typer.Option("--from", help="Format of the rows; auto finds it from their keys.")
+        str,
+        typer.Option(
+            "--from", help="Format of the rows, or axolotl:TYPE; auto finds it from their keys."
+        ),
     ] = "auto",
+    name: Annotated[
+        str | None,
+        typer.Option(help="Of a dataset in dataset_info.json, or its path in Axolotl's YAML file."),
+    ] = None,
     columns: ColumnsOption = None,
     encoding: Annotated[str, typer.Option(help="Of the files' text, as in cp1252.")] = "utf-8",
     delimiter: Annotated[str, typer.Option(help="Between the columns of a CSV file.")] = ",",
@@ -158,7 +165,11 @@ def convert(
     target = output_path(output)
     _require_free([target], overwrite)
     dialect = Dialect(encoding, delimiter)
-    rows, read = source_rows(files, source, columns=renamed(columns), take=take, dialect=dialect)
+    (rows, read), notes = source_rows(
+        files, source, name=name, columns=renamed(columns), take=take, dialect=dialect
+    )
+    for note in notes:
+        say(f"note: {note}")
     done = convert_rows(rows, target, to, read=read, track=track)
     if as_json:
         print_json(done.to_json())
