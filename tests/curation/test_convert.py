@@ -219,8 +219,12 @@ def test_what_a_format_has_no_place_for() -> None:
         [],
         ["rows left out: alpaca has no place for tools and further speakers"],
     )
-    (found,), _ = said(row, "openai")
-    assert found["messages"][1]["tool_calls"][0]["function"]["arguments"] == '{"x": 1}'
+    (found,), lost = said(row, "openai")
+    assert lost == ["rows get ids for their calls"]
+    named = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    assert found["messages"][1]["tool_calls"] == [named]
+    assert found["messages"][2] == {"role": "tool", "content": "2", "tool_call_id": "call_1"}
+    assert said(found, "openai") == ([found], [])
     assert row["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
     assert said({"messages": [user("a"), answer("b")]}, "preference")[0] == []
     assert said({"text": "a"}, "messages")[0] == []

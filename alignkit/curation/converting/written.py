@@ -150,11 +150,10 @@ def openai(told: Told, note: Note) -> list[Values]:
         told = _as_chat(told, note)
         if told.margin is not None:
             note("lose their margins")
-        sides = [[_openai_turn(turn) for turn in _turns(side)] for side in told.answers]
-        given = {"messages": [_openai_turn(turn) for turn in _turns(told.prompt)], **_tools(told)}
+        sides = [_openai_turns(_turns(side), note) for side in told.answers]
+        given = {"messages": _openai_turns(_turns(told.prompt), note), **_tools(told)}
         return [{"input": given, "preferred_output": sides[0], "non_preferred_output": sides[1]}]
-    turns = [_openai_turn(turn) for turn in _whole(told, note)]
-    return [{"messages": turns, **_tools(told)}]
+    return [{"messages": _openai_turns(_whole(told, note), note), **_tools(told)}]
 
 
 WRITERS: dict[str, Callable[[Told, Note], list[Values]]] = {
@@ -240,12 +239,25 @@ def _turn(turn: Message) -> Values:
     return {"role": turn.role, "content": turn.content, **turn.more, **calls, **_mark(turn)}
 
 
-def _openai_turn(turn: Message) -> Values:
-    calls = []
-    for call in turn.tool_calls:
-        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
-    return _turn(turn) | ({"tool_calls": calls} if calls else {})
+def _openai_turns(turns: Sequence[Message], note: Note) -> list[Values]:
+    """Turns whose calls have ids, and arguments as JSON text; results name the call's id."""
+    written: list[Values] = []
+    count, waiting = 0, list[str]()
+    for turn in turns:
+        values, calls = _turn(turn), []
+        for call in turn.tool_calls:
+            count += 1
+            arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+            calls.append({"id": f"call_{count}", **call})
+            calls[-1]["function"] = {**call["function"], "arguments": arguments}
+            if "id" not in call:
+                waiting.append(calls[-1]["id"])
+        if waiting and calls:
+            note("get ids for their calls")
+        if turn.role == "tool" and waiting:
+            values.setdefault("tool_call_id", waiting.pop(0))
+        written.append(values | ({"tool_calls": calls} if calls else {}))
+    return written
 
 
 def _spoken(turn: Message, note: Note) -> Values:
