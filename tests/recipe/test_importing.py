@@ -146,6 +146,12 @@ def test_llama_factory_other_stages() -> None:
     assert ppo["objective"] == {"kl_coef": 0.2, "kl_target": 6}
 
 
+def test_alpha_of_llama_factory_is_twice_the_rank() -> None:
+    write_info({"mine": {"file_name": "m.json"}})
+    done = imported(LLAMA_FACTORY.replace("STAGE", "sft") + "lora_rank: 64\n")
+    assert values(done)["adapter"] == {"rank": 64, "alpha": 128}
+
+
 def test_llama_factory_reads_json_with_tabs() -> None:
     write_info({"mine": {"file_name": "m.json"}})
     text = '{\n\t"model_name_or_path": "org/base",\n\t"cutoff_len": 99,\n\t"dataset": "mine"\n}'
