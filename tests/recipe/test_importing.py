@@ -329,6 +329,7 @@ def test_rows_whose_turns_have_other_names_are_converted_first() -> None:
     done = imported(LLAMA_FACTORY.replace("STAGE", "sft"))
     assert values(done)["data"]["train"] == [{"path": "mine.jsonl"}]
     assert done.first == ("alignkit data convert data/dataset_info.json --name mine -o mine.jsonl",)
+    assert "turns of who and says, where me is user, bot is assistant" in said(done, "dataset")
     rows = "    type: chat_template\n    message_field_role: who\n"
     text = AXOLOTL.replace("    type: TYPE\n", rows).replace("path: org/rows", "path: t.jsonl")
     done = imported(text)
@@ -336,6 +337,7 @@ def test_rows_whose_turns_have_other_names_are_converted_first() -> None:
     assert done.first == (
         "alignkit data convert t.jsonl --from axolotl:chat_template -o t-converted.jsonl",
     )
+    assert done.not_found == ("t.jsonl",)
 
 
 def test_a_dataset_info_that_is_not_here_is_said() -> None:
