@@ -220,7 +220,7 @@ def test_any_keys_give_a_recipe_or_an_error(
     toolkit, rng = TOOLKITS[name], random.Random(name)
     stages = {stage for row in toolkit.table for stage in row.stages}
     loaded = 0
-    for _ in range(60):
+    for _ in range(40):
         stage = rng.choice(sorted(stages))
         values = base(toolkit, stage)
         for row in rng.sample(toolkit.table, rng.randint(1, 12)):
@@ -241,7 +241,7 @@ ODD = [None, -1, 0.5, 1e300, "", "1e400", [], ["a"], {"a": 1}, [[1]], [{"path": 
 def test_odd_values_are_errors_of_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     rng = random.Random(0)
-    for _ in range(80):
+    for _ in range(40):
         toolkit = rng.choice(list(TOOLKITS.values()))
         values = base(toolkit, "dpo")
         rows = [row for row in toolkit.table if row.rule and row.stages in ((), ("dpo",))]
