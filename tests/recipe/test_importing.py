@@ -422,6 +422,11 @@ def test_what_cannot_be_read_is_an_error(text: str, message: str, hint: str) -> 
     assert hint in error.problems[0].hint
 
 
+def test_a_command_in_a_text_is_found() -> None:
+    text = "It's run so:\n\n    trl sft --model_name_or_path a/b \\\n        --dataset_name c/d\n"
+    assert values(imported(text, "note.txt"))["model"]["base"] == "a/b"
+
+
 def test_wrong_command_lines_are_errors() -> None:
     unset = refused("trl sft --model_name_or_path $MODEL\n", "run.sh")
     assert "run.sh:1: --model_name_or_path holds $MODEL, which the file does not set" in str(unset)
