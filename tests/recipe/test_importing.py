@@ -146,6 +146,12 @@ def test_llama_factory_other_stages() -> None:
     assert ppo["objective"] == {"kl_coef": 0.2, "kl_target": 6}
 
 
+def test_alpha_of_llama_factory_is_twice_the_rank() -> None:
+    write_info({"mine": {"file_name": "m.json"}})
+    done = imported(LLAMA_FACTORY.replace("STAGE", "sft") + "lora_rank: 64\n")
+    assert values(done)["adapter"] == {"rank": 64, "alpha": 128}
+
+
 def test_llama_factory_reads_json_with_tabs() -> None:
     write_info({"mine": {"file_name": "m.json"}})
     text = '{\n\t"model_name_or_path": "org/base",\n\t"cutoff_len": 99,\n\t"dataset": "mine"\n}'
@@ -323,6 +329,7 @@ def test_rows_whose_turns_have_other_names_are_converted_first() -> None:
     done = imported(LLAMA_FACTORY.replace("STAGE", "sft"))
     assert values(done)["data"]["train"] == [{"path": "mine.jsonl"}]
     assert done.first == ("alignkit data convert data/dataset_info.json --name mine -o mine.jsonl",)
+    assert "turns of who and says, where me is user, bot is assistant" in said(done, "dataset")
     rows = "    type: chat_template\n    message_field_role: who\n"
     text = AXOLOTL.replace("    type: TYPE\n", rows).replace("path: org/rows", "path: t.jsonl")
     done = imported(text)
@@ -330,6 +337,7 @@ def test_rows_whose_turns_have_other_names_are_converted_first() -> None:
     assert done.first == (
         "alignkit data convert t.jsonl --from axolotl:chat_template -o t-converted.jsonl",
     )
+    assert done.not_found == ("t.jsonl",)
 
 
 def test_a_dataset_info_that_is_not_here_is_said() -> None:
@@ -412,6 +420,11 @@ def test_what_cannot_be_read_is_an_error(text: str, message: str, hint: str) -> 
     error = refused(text)
     assert message in str(error)
     assert hint in error.problems[0].hint
+
+
+def test_a_command_in_a_text_is_found() -> None:
+    text = "It's run so:\n\n    trl sft --model_name_or_path a/b \\\n        --dataset_name c/d\n"
+    assert values(imported(text, "note.txt"))["model"]["base"] == "a/b"
 
 
 def test_wrong_command_lines_are_errors() -> None:

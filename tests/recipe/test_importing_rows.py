@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from running import write_rows
 
 from alignkit.data.formats import Conversation, parse_answers
 from alignkit.data.pairs import PAIR_PARSERS
@@ -84,7 +84,8 @@ ANSWERS: dict[str, tuple[ForeignRows, dict[str, Any]]] = {
 def test_rows_of_answers_are_read_in_place(case: str, tmp_path: Path) -> None:
     rows, row = ANSWERS[case]
     assert rows.in_place
-    path = write_rows(tmp_path / "x.jsonl", [row])
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(row), encoding="utf-8")
     spec = SourceSpec.model_validate(rows.source() | {"path": str(path)})
     (read,) = parse_answers(load_source(spec).rows, spec.format)
     assert isinstance(read, Conversation)
@@ -144,7 +145,8 @@ PAIRS: dict[str, tuple[ForeignRows, dict[str, Any]]] = {
 def test_rows_of_pairs_are_read_in_place(case: str, tmp_path: Path) -> None:
     rows, row = PAIRS[case]
     assert rows.in_place
-    path = write_rows(tmp_path / "x.jsonl", [row])
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(row), encoding="utf-8")
     spec = SourceSpec.model_validate(rows.source() | {"path": str(path)})
     (read,) = load_source(spec).rows
     found = PAIR_PARSERS[spec.format](read)

@@ -16,7 +16,7 @@ import pytest
 from alignkit.errors import AlignkitError, DataError, RecipeError
 from alignkit.recipe.importing.datasets import llama_factory_rows
 from alignkit.recipe.importing.entries import axolotl_rows, trl_rows
-from alignkit.recipe.importing.fields import Field, Toolkit
+from alignkit.recipe.importing.fields import Field, Foreign, Toolkit
 from alignkit.recipe.importing.read import TOOLKITS
 from alignkit.recipe.importing.translate import default_of
 from alignkit.recipe.importing.write import Imported, import_file
@@ -164,13 +164,13 @@ def test_a_key_stands_once_for_each_stage() -> None:
                 seen.add((row.key, stage))
 
 
-def arguments(package: str, *files: str) -> set[str]:
+def arguments(package: str, *files: str) -> dict[str, ast.expr | None]:
     """Fields of the dataclasses in an installed package's files, which are not imported."""
     spec = importlib.util.find_spec(package)
     assert spec is not None
     folder = Path(str(spec.origin)).parent
     return {
-        line.target.id
+        line.target.id: line.value
         for file in files
         for node in ast.parse((folder / file).read_text(encoding="utf-8")).body
         if isinstance(node, ast.ClassDef) and node.decorator_list
@@ -179,13 +179,37 @@ def arguments(package: str, *files: str) -> set[str]:
     }
 
 
+def default_in(value: ast.expr | None) -> Any:
+    """What a field of a dataclass has by default; "unknown" if it is no literal."""
+    if isinstance(value, ast.Call):
+        value = next((word.value for word in value.keywords if word.arg == "default"), None)
+    try:
+        return ast.literal_eval(value) if value is not None else "unknown"
+    except ValueError:
+        return "unknown"
+
+
 def test_every_argument_of_the_installed_trl_has_a_row() -> None:
     trainers = ("sft", "dpo", "kto", "reward", "grpo", "rloo")
     found = arguments("trl", *(f"trainer/{one}_config.py" for one in (*trainers, "model")))
     found |= arguments("transformers", "training_args.py")
     assert len(found) > 200
     known = {row.key for row in TOOLKITS["trl"].table}
-    assert sorted(name for name in found - known if not name.startswith("_")) == []
+    assert sorted(name for name in found.keys() - known if not name.startswith("_")) == []
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo", "kto", "reward", "grpo", "rloo"])
+def test_defaults_are_those_of_the_installed_trl(script: str) -> None:
+    stage = {"rloo": "grpo"}.get(script, script)
+    foreign = Foreign("", (), {}, {}, script=script, stage=stage)
+    shared = arguments("transformers", "training_args.py")
+    own = arguments("trl", "scripts/utils.py", "trainer/model_config.py", "trainer/base_config.py")
+    own |= arguments("trl", f"trainer/{script}_config.py")
+    theirs = {name: default_in(value) for name, value in (shared | own).items()}
+    ours = TOOLKITS["trl"].defaults(foreign)
+    compared = {key for key in ours if theirs.get(key, "unknown") not in ("unknown", None)}
+    assert {key: ours[key] for key in compared} == {key: theirs[key] for key in compared}
+    assert len(compared) > 12
 
 
 @pytest.mark.parametrize("name", TOOLKITS)
@@ -196,7 +220,7 @@ def test_any_keys_give_a_recipe_or_an_error(
     toolkit, rng = TOOLKITS[name], random.Random(name)
     stages = {stage for row in toolkit.table for stage in row.stages}
     loaded = 0
-    for _ in range(60):
+    for _ in range(40):
         stage = rng.choice(sorted(stages))
         values = base(toolkit, stage)
         for row in rng.sample(toolkit.table, rng.randint(1, 12)):
@@ -217,7 +241,7 @@ ODD = [None, -1, 0.5, 1e300, "", "1e400", [], ["a"], {"a": 1}, [[1]], [{"path": 
 def test_odd_values_are_errors_of_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     rng = random.Random(0)
-    for _ in range(80):
+    for _ in range(40):
         toolkit = rng.choice(list(TOOLKITS.values()))
         values = base(toolkit, "dpo")
         rows = [row for row in toolkit.table if row.rule and row.stages in ((), ("dpo",))]

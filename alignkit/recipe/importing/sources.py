@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,16 @@ def place(foreign: Foreign, name: str, key: KeyPath) -> str:
         name: the path.
         key: of the recipe.
     """
-    path = find(foreign, name)
-    if path is None:
+    if find(foreign, name) is None:
         foreign.missing.append(name)
         foreign.pending.append(key)
-        return name
-    return name if (Path.cwd() / name).exists() else str(path.resolve())
+    return _from_here(foreign, name)
+
+
+def _from_here(foreign: Foreign, name: str) -> str:
+    """The path for someone in the working folder; as it is if it is not found."""
+    path = find(foreign, name)
+    return name if path is None or (Path.cwd() / name).exists() else str(path.resolve())
 
 
 def base_model(key: str) -> Rule:
@@ -51,11 +56,9 @@ def base_model(key: str) -> Rule:
         if not name:
             return {}
         path = find(foreign, name)
-        if path is not None and not (Path.cwd() / name).exists():
-            return {"model.base": str(path.resolve())}
         if path is None and name.startswith((".", "/", "~")):
             foreign.missing.append(name)
-        return {"model.base": name}
+        return {"model.base": _from_here(foreign, name)}
 
     return Rule(("model.base",), run)
 
@@ -103,14 +106,22 @@ def add_source(
         output = f"{Path(rows.name).stem}.jsonl"
         if output == rows.path:
             output = f"{Path(rows.name).stem}-converted.jsonl"
-        foreign.first.append(f"{command} -o {output}")
+        foreign.first.append(f"{command} -o {shlex.quote(output)}")
         foreign.pending.append(here)
         source = {"path": output} | ({"take": rows.take} if rows.take else {})
-        why = (
-            "rewritten first" if known else "described in a file that is not here: rewritten first"
-        )
-        foreign.differ(key, f"{rows.name}: {why}, by the command below")
+        foreign.differ(key, f"{rows.name}: {_why(rows, known)}, by the command below")
     sources.append(source)
+
+
+def _why(rows: ForeignRows, known: bool) -> str:
+    """Why rows are rewritten, in words."""
+    if not known:
+        return "described in a file that is not here; rewritten first"
+    if not rows.turn_keys:
+        return "rewritten first"
+    keys = " and ".join(rows.turn_keys.values())
+    speakers = ", ".join(f"{theirs} is {ours}" for theirs, ours in rows.speakers.items())
+    return f"turns of {keys}, where {speakers}; rewritten first"
 
 
 def llama_factory_data(key: str, side: str) -> Rule:
@@ -132,7 +143,8 @@ def llama_factory_data(key: str, side: str) -> Rule:
             if foreign.get("max_samples") is not None:
                 most = foreign.whole("max_samples")
                 rows = _taking(rows, min(most, rows.take or most))
-            command = f"alignkit data convert {folder}/dataset_info.json --name {name}"
+            file = shlex.quote(_from_here(foreign, f"{folder}/dataset_info.json"))
+            command = f"alignkit data convert {file} --name {shlex.quote(name)}"
             add_source(foreign, key, side, rows, command, known=info is not None)
         return {f"data.{side}": foreign.sources[side]}
 
@@ -205,9 +217,11 @@ def _add_entry(foreign: Foreign, key: str, side: str, item: dict[str, Any]) -> N
         raise RecipeError([problem]) from None
     kind = item.get("type")
     shown = kind if isinstance(kind, str) else "user_defined"
-    add_source(
-        foreign, key, side, rows, f"alignkit data convert {rows.name} --from axolotl:{shown}"
-    )
+    if not rows.in_place and rows.path and find(foreign, rows.path) is None:
+        foreign.missing.append(rows.path)
+    file = shlex.quote(_from_here(foreign, rows.path or rows.name))
+    command = f"alignkit data convert {file} --from axolotl:{shlex.quote(shown)}"
+    add_source(foreign, key, side, rows, command)
 
 
 def _reward(foreign: Foreign) -> str | None:

@@ -99,7 +99,7 @@ def translate(foreign: Foreign, toolkit: Toolkit) -> Draft:
             continue
         made = rule.run(foreign, (given or rows)[0].key)
         for row in given:
-            _note(foreign, draft, row, made)
+            _note(foreign, draft, row, made, alone=len(given) == 1)
         for ours, value in made.items():
             by = next((row.key for row in given if ours in row.ours), None)
             if by is None and value == default_of(recipe, ours):
@@ -142,10 +142,11 @@ def _of_adapter(ours: str) -> bool:
     return ours.startswith("adapter.") and ours != "adapter.kind"
 
 
-def _note(foreign: Foreign, draft: Draft, row: Field, made: Settings) -> None:
-    """What became of a key of the file that has a rule."""
-    off = foreign.values[row.key] is False and row.example is True
-    if made and not (off and len(made) < 2 and any(made.values())):
+def _note(foreign: Foreign, draft: Draft, row: Field, made: Settings, *, alone: bool) -> None:
+    """What became of a key of the file that has a rule; a switch that is off beside others has not
+    made what they have made."""
+    off = foreign.values[row.key] is False and row.example is True and not alone
+    if made and not off:
         lost = any(entry.key == row.key for entry in foreign.lost)
         if not lost:
             shown = show(row.key, foreign.values[row.key])
