@@ -29,7 +29,7 @@ def commands_of(document: Path) -> list[list[str]]:
         r"<!-- commands: start -->.*", "", document.read_text(encoding="utf-8"), flags=re.S
     )
     found = []
-    for block in text.split("```")[1::2]:
+    for block in text.replace("\\\n", "").split("```")[1::2]:
         for line in block.split("\n"):
             words = (
                 shlex.split(line.removeprefix("$ "), comments=True) if "alignkit" in line else []

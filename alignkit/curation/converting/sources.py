@@ -127,6 +127,12 @@ def _described(files: Sequence[str], name: str) -> list[ForeignRows]:
     return [replace(rows, path=str(path.parent / rows.path)) if rows.path else rows]
 
 
+def _beside(path: Path, file: str) -> str:
+    """A file as a configuration names it, from the working folder or one above its own."""
+    folders = [Path(), *path.resolve().parents]
+    return str(next((f / file for f in folders if (f / file).is_file()), file))
+
+
 def _of_axolotl(described: Mapping[str, Any], name: str, path: Path) -> ForeignRows:
     """The one of Axolotl's datasets that has this path."""
     lists = (described.get(key) for key in ("datasets", "test_datasets"))
@@ -137,7 +143,8 @@ def _of_axolotl(described: Mapping[str, Any], name: str, path: Path) -> ForeignR
         known = ", ".join(str(one.get("path")) for one in entries) or "no datasets"
         raise DataError(f"{path} has no dataset with the path {name}", hint=f"it has {known}")
     rl = "reward" if described.get("reward_model") else described.get("rl")
-    return axolotl_rows(chosen, rl if isinstance(rl, str) else None)
+    rows = axolotl_rows(chosen, rl if isinstance(rl, str) else None)
+    return replace(rows, path=_beside(path, rows.path)) if rows.path else rows
 
 
 def _read(path: Path) -> Mapping[str, Any]:

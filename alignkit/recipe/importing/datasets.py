@@ -20,6 +20,9 @@ from alignkit.recipe.rows import RowFormat
 READ = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".csv")
 """Ends of the files of rows that alignkit reads."""
 
+UNREAD = (".txt", ".arrow")
+"""Ends of files of rows that it does not."""
+
 _OURS = {
     "user": "user",
     "assistant": "assistant",
@@ -91,7 +94,7 @@ class ForeignRows:
     @property
     def in_place(self) -> bool:
         """Whether alignkit reads the rows as they are, given format and columns."""
-        if self.layout != "rows" or (self.path and self.path.endswith((".txt", ".arrow"))):
+        if self.layout != "rows" or (self.path and self.path.endswith(UNREAD)):
             return False
         if not self.turn_keys:
             return True

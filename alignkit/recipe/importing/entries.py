@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from alignkit.errors import DataError
-from alignkit.recipe.importing.datasets import READ, ForeignRows, mapping_in, unknown
+from alignkit.recipe.importing.datasets import READ, UNREAD, ForeignRows, mapping_in, unknown
 from alignkit.recipe.rows import RowFormat
 
 
@@ -113,7 +113,7 @@ def _place_of(entry: Mapping[str, Any]) -> ForeignRows:
         raise DataError("an entry has no path", hint="as in path: rows.jsonl")
     split, _, size = str(entry.get("split") or "train").partition("[:")
     take = int(size[:-1]) if re.fullmatch(r"\d+\]", size) else None
-    is_file = path.endswith((*READ, ".txt", ".arrow")) or path.startswith((".", "/", "~"))
+    is_file = path.endswith((*READ, *UNREAD)) or path.startswith((".", "/", "~"))
     if not is_file and not entry.get("ds_type"):
         split = split if take or not size else f"{split}[:{size}"
         return ForeignRows(path, hub=path, subset=entry.get("name"), split=split, take=take)

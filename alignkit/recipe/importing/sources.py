@@ -10,7 +10,7 @@ from typing import Any
 
 from alignkit.errors import AlignkitError, DataError, RecipeError
 from alignkit.recipe.assets import show_file
-from alignkit.recipe.importing.datasets import ForeignRows, llama_factory_rows
+from alignkit.recipe.importing.datasets import UNREAD, ForeignRows, llama_factory_rows
 from alignkit.recipe.importing.entries import axolotl_rows, trl_rows
 from alignkit.recipe.importing.fields import Foreign, Rule, Settings
 from alignkit.recipe.reading.yaml_values import LARGEST, KeyPath, read_text
@@ -106,6 +106,8 @@ def add_source(
         output = f"{Path(rows.name).stem}.jsonl"
         if output == rows.path:
             output = f"{Path(rows.name).stem}-converted.jsonl"
+        if rows.path and rows.path.endswith(UNREAD):
+            command = f"# write the rows of {rows.path} as JSON, one a line,"
         foreign.first.append(f"{command} -o {shlex.quote(output)}")
         foreign.pending.append(here)
         source = {"path": output} | ({"take": rows.take} if rows.take else {})
@@ -215,12 +217,10 @@ def _add_entry(foreign: Foreign, key: str, side: str, item: dict[str, Any]) -> N
     except DataError as error:
         problem = AlignkitError(f"{foreign.place(key)}: {error.message}", hint=error.hint)
         raise RecipeError([problem]) from None
-    kind = item.get("type")
-    shown = kind if isinstance(kind, str) else "user_defined"
     if not rows.in_place and rows.path and find(foreign, rows.path) is None:
         foreign.missing.append(rows.path)
-    file = shlex.quote(_from_here(foreign, rows.path or rows.name))
-    command = f"alignkit data convert {file} --from axolotl:{shlex.quote(shown)}"
+    name = shlex.quote(str(item.get("path")))
+    command = f"alignkit data convert {shlex.quote(foreign.file)} --name {name}"
     add_source(foreign, key, side, rows, command)
 
 
