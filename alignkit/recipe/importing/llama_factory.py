@@ -149,7 +149,7 @@ _SAMPLING = (
 )
 _OTHER = (
     *rare.LLAMA_FACTORY,
-    *none("every run has report.html", plot_loss=True),
+    *none("the numbers are in metrics.jsonl; training.trackers draws curves", plot_loss=True),
     *none("held-out rows give accuracy", compute_accuracy=True, predict_with_generate=True),
     *none("alignkit generate and chat", infer_backend="vllm", infer_dtype="auto", do_sample=True),
     *none("the last weights are kept", early_stopping_steps=3),
