@@ -23,6 +23,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# The page of a run takes as long as a tiny run; tests of it ask for it.
+os.environ.setdefault("ALIGNKIT_NO_REPORT", "1")
 # Two threads on a tiny model wait for each other, on a busy machine for seconds.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # `from tiny import ...` in any import mode

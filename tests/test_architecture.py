@@ -102,6 +102,7 @@ FORBIDDEN = {
 OPTIONAL_BACKENDS = {
     "curation/recognizers.py": {"presidio_analyzer"},
     "data/sources.py": {"datasets"},
+    "report/drawing.py": {"matplotlib"},
     "data/files/tables.py": {"pyarrow"},
     "generation/rewards/rules.py": {"vaderSentiment"},
 }

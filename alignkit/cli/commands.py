@@ -45,6 +45,10 @@ COMMANDS = {
         "alignkit.cli.doctor:doctor",
         "Show versions, device, memory and disk, and name what would stop a run.",
     ),
+    "report": (
+        "alignkit.cli.training.report:report",
+        "Write a page about runs: results, curves, what to look at; or follow them.",
+    ),
     "samples": (
         "alignkit.cli.training.samples:samples",
         "Show what a policy answered in a run, with its rewards side by side.",

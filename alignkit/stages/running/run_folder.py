@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import time
@@ -30,7 +31,13 @@ from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.reading.stored import NAME, remember_recipe, render_recipe
 from alignkit.recipe.rewards import ModelReward
 from alignkit.recipe.stages.base import Recipe
+from alignkit.report.page import NAME as PAGE
+from alignkit.report.page import write_report
 from alignkit.stages.running.record import make_record, read_record, require_same_recipe
+from alignkit.terminal import print_line
+
+NO_PAGE = "ALIGNKIT_NO_REPORT"
+"""Variable that keeps a run from writing its page."""
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 
@@ -187,6 +194,16 @@ class RunFolder:
         if self.about:
             self.about = {**self.about, **values, "status": status, "ended": _now()}
             self._write_about()
+            self._write_page()
+
+    def _write_page(self) -> None:
+        """report.html, which is about the run and no part of it: nothing there may fail it."""
+        if os.environ.get(NO_PAGE) == "1":
+            return
+        try:
+            write_report(self.path)
+        except Exception as error:
+            print_line(f"{PAGE} could not be written: {error}", "warning")
 
     def _write_about(self) -> None:
         write_text(self.path / "run.json", json.dumps(self.about, indent=2, default=str) + "\n")
