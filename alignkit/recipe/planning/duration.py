@@ -7,7 +7,7 @@ from alignkit.recipe.facts import DataFacts, HardwareFacts, ModelFacts
 from alignkit.recipe.stages.base import Recipe
 from alignkit.recipe.stages.rollouts import RolloutRecipe
 
-_SHARE = 0.6
+SHARE = 0.6
 """Share of the measured speed that is reached: 72 of 120 GFLOP/s in SFT and DPO of 135M weights."""
 
 
@@ -39,7 +39,7 @@ def estimate_seconds(
     work = step_work(recipe, model, data, steps, checkpointing, reference)
     models = 1 + (reference is not None)
     work += 2.0 * data.eval_tokens * _decoder(model) * models * evaluations
-    return work / (_SHARE * hardware.speed * hardware.processes)
+    return work / (SHARE * hardware.speed * hardware.processes)
 
 
 def step_work(
@@ -97,7 +97,7 @@ def _rollout_seconds(
     new = recipe.rollout.max_new_tokens * data.eval_rows
     read += evaluations * 2 * recipe.scored_reads * (data.eval_tokens + new) * decoder
     sampled = 2.0 * (decoder + head) * (passes * data.trained_tokens + evaluations * new)
-    speed, sampling = _SHARE * hardware.speed, _SHARE * hardware.sampling_speed
+    speed, sampling = SHARE * hardware.speed, SHARE * hardware.sampling_speed
     return (read / speed + sampled / sampling) / hardware.processes
 
 
