@@ -44,8 +44,8 @@ _PAGE = (
 {% for name, values in results %}<tr><th>{{ name }}</th>
 {% for value in values %}<td class="number">{{ value }}</td>{% endfor %}</tr>{% endfor %}
 </table></div>
-<p class="dim">In brackets the 95% interval of each alone. Runs that were measured on the same rows share
-their luck: they differ more surely than the overlap of two intervals says.</p>
+<p class="dim">In brackets the 95% interval of each alone. Runs that were measured on the same rows
+share their luck: they differ more surely than the overlap of two intervals says.</p>
 {% else %}<p>Nothing was held out.</p>{% endif %}
 <h2>What to look at</h2>
 {% for one in runs if one.findings %}<h3>{{ one.name }}</h3>

@@ -53,6 +53,7 @@ class Plan:
         dtype: compute precision.
         dtype_reason: why it was chosen.
         seconds: that all steps and evaluations will take; None if nothing is known.
+        reward_models: that are loaded in addition to the base.
     """
 
     stage: str
@@ -79,6 +80,7 @@ class Plan:
     dtype: str = ""
     dtype_reason: str = ""
     seconds: float | None = None
+    reward_models: int = 0
 
     def lines(self) -> list[str]:
         """What a person sees when the run starts."""
@@ -105,6 +107,11 @@ class Plan:
             return "less than a minute"
         most = "at most " if self.hardware.sampling_speed else ""  # a response may end early
         return f"{most}{minutes} minute{'s' * (minutes > 1)}"
+
+    @property
+    def fits(self) -> bool:
+        """Whether its memory is there, with some room left."""
+        return self.memory.peak <= ROOM * self.hardware.memory
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -181,6 +188,7 @@ def make_plan(
         dtype=recipe.model.dtype,
         dtype_reason=recipe.model.dtype_reason,
         seconds=estimate_seconds(recipe, model, data, hardware, steps, checkpointing, reference),
+        reward_models=reward_models,
     )
 
 
