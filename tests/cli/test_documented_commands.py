@@ -62,7 +62,7 @@ def test_a_command_is_understood(
 ) -> None:
     arguments = WRITTEN[command]
     read = parse(arguments).params
-    name, overrides = read.get("recipe", ""), list(read.get("overrides") or ())
+    name, overrides = read.get("recipe") or "", list(read.get("overrides") or ())
     if "/" not in name:
         return
     assert name in shipped_recipes(), f"no shipped recipe is called {name}"
