@@ -23,7 +23,10 @@ _BATCH = 16
 
 
 def generate_answers(
-    opened: OpenModel, conversations: list[Turns], settings: SamplingSettings
+    opened: OpenModel,
+    conversations: list[Turns],
+    settings: SamplingSettings,
+    draft: OpenModel | None = None,
 ) -> list[str]:
     """One answer to each conversation.
 
@@ -31,24 +34,28 @@ def generate_answers(
         opened: model and tokenizer.
         conversations: turns that end with the user's.
         settings: decoding.
+        draft: a smaller model of the same tokens, whose guesses the model confirms or not
+            (speculative decoding, arXiv:2211.17192): at temperature 0 the same answers.
 
     Returns:
         Answers in order, without special tokens.
 
     Raises:
-        AlignkitError: a prompt does not fit the model's context.
+        AlignkitError: a prompt does not fit the model's context, or the draft has other tokens.
     """
     answers: list[str] = []
+    options = {} if draft is None else _assisted(opened, draft, settings)
     torch.manual_seed(settings.seed)
     model = opened.model
-    together = 1 if prefix_length(model) and has_window(model.config) else _BATCH
+    alone = draft is not None or (prefix_length(model) and has_window(model.config))
+    together = 1 if alone else _BATCH
     for start in range(0, len(conversations), together):
         texts = [render_prompt(opened, turns) for turns in conversations[start : start + together]]
         inputs = _encode(opened, texts, settings)
-        output = _generate(opened, inputs, settings)
+        output = _generate(opened, inputs, settings, **options)
         width = inputs["input_ids"].shape[1]
         answers += [
-            text.strip()
+            settings.cut(text).strip()
             for text in opened.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         ]
     return answers
@@ -72,7 +79,19 @@ def stream_answer(
     inputs = _encode(opened, [render_prompt(opened, turns)], settings)
     streamer = _Streamer(opened.tokenizer, write)
     _generate(opened, inputs, settings, streamer=streamer)
-    return "".join(streamer.pieces).strip()
+    return settings.cut("".join(streamer.pieces)).strip()
+
+
+def _assisted(opened: OpenModel, draft: OpenModel, settings: SamplingSettings) -> dict[str, Any]:
+    """Options of transformers' `generate` for a draft."""
+    if settings.beams > 1:
+        raise AlignkitError("beams and a draft exclude each other", hint="leave one of them out")
+    if opened.tokenizer.get_vocab() != draft.tokenizer.get_vocab():
+        raise AlignkitError(
+            f"{draft.name} has other tokens than {opened.name}",
+            hint="a draft is a smaller model of the same family",
+        )
+    return {"assistant_model": draft.model}
 
 
 def render_prompt(opened: OpenModel, turns: Turns) -> str:
@@ -133,6 +152,8 @@ def _encode(opened: OpenModel, texts: list[str], settings: SamplingSettings) -> 
 def _generate(
     opened: OpenModel, inputs: Any, settings: SamplingSettings, **options: Any
 ) -> torch.Tensor:
+    if settings.stop:
+        options |= {"stop_strings": list(settings.stop), "tokenizer": opened.tokenizer}
     with quiet_transformers():
         output: torch.Tensor = opened.model.generate(
             **inputs,

@@ -22,6 +22,12 @@ class SamplingSettings:
         top_k: sample from this many of the likeliest tokens; 0 from all.
         repetition_penalty: above 1 makes repeated tokens less likely.
         seed: of the sampling.
+        min_p: sample from tokens with at least this share of the likeliest one's probability, in
+            [0, 1) (arXiv:2407.01082); 0 from all.
+        typical_p: sample from the tokens of this probability whose information is nearest to the
+            entropy, in (0, 1] (arXiv:2202.00666); 1 from all.
+        beams: answers that are followed at once, of which the likeliest is taken; at temperature 0.
+        stop: texts at whose first occurrence an answer ends, without it.
     """
 
     max_new_tokens: int = 256
@@ -30,6 +36,10 @@ class SamplingSettings:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    beams: int = 1
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         rules = {
@@ -39,6 +49,10 @@ class SamplingSettings:
             "top_k": self.top_k >= 0,
             "repetition_penalty": 0 < self.repetition_penalty < math.inf,
             "seed": 0 <= self.seed < 2**63,
+            "min_p": 0 <= self.min_p < 1,
+            "typical_p": 0 < self.typical_p <= 1,
+            "beams": self.beams >= 1 and (self.beams == 1 or self.temperature == 0),
+            "stop": all(self.stop),
         }
         for name, holds in rules.items():
             if not holds:
@@ -57,7 +71,7 @@ class SamplingSettings:
                 f"there is no setting {name!r}", hint=f"settings: {', '.join(kinds)}"
             )
         try:
-            value = kinds[name](text)
+            value: Any = kinds[name](text) if name != "stop" else (text,) * bool(text)
         except ValueError:
             hint = _RANGES.get(name, "a whole number")
             raise AlignkitError(f"{name} cannot be {text!r}", hint=hint) from None
@@ -71,8 +85,19 @@ class SamplingSettings:
             "repetition_penalty": self.repetition_penalty,
         }
         if self.temperature > 0:
-            options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return options
+            names = ("temperature", "top_p", "top_k", "typical_p")
+            options |= {name: getattr(self, name) for name in names}
+            options |= {"min_p": self.min_p} if self.min_p else {}
+        return options | ({"num_beams": self.beams} if self.beams > 1 else {})
+
+    def cut(self, answer: str) -> str:
+        """The answer up to the first of the texts that end it.
+
+        Args:
+            answer: that may hold one.
+        """
+        ends = [place for text in self.stop if (place := answer.find(text)) >= 0]
+        return answer[: min(ends)] if ends else answer
 
 
 _RANGES = {
@@ -82,4 +107,8 @@ _RANGES = {
     "top_k": "a whole number from 0",
     "seed": "a whole number from 0, below 2^63",
     "repetition_penalty": "above 0; 1 is none",
+    "min_p": "from 0, below 1",
+    "typical_p": "above 0, at most 1",
+    "beams": "a whole number from 1; above 1 only at temperature 0",
+    "stop": "texts that are not empty",
 }

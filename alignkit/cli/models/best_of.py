@@ -9,9 +9,16 @@ from rich.text import Text
 from alignkit.cli.output import print_json, say, stdout
 from alignkit.errors import AlignkitError
 
+_WHOLE = ("top_p", "top_k", "repetition_penalty", "min_p", "typical_p", "beams", "stop", "draft")
+"""What would narrow the distribution that the answers are drawn from, or is of no use there."""
+
 
 def check_best_of(
-    best_of: int | None, reward: str | None, against: str | None, settings: Any
+    best_of: int | None,
+    reward: str | None,
+    against: str | None,
+    settings: Any,
+    draft: str | None = None,
 ) -> None:
     """Refuse what best-of-n would ignore.
 
@@ -20,6 +27,7 @@ def check_best_of(
         reward: the reward model.
         against: a second model.
         settings: decoding.
+        draft: a model that guesses ahead.
 
     Raises:
         AlignkitError: options that do not go together.
@@ -38,8 +46,10 @@ def check_best_of(
             "--best-of needs a temperature above 0: at 0 all answers are the same",
             hint="remove --temperature; its default is then 1",
         )
-    for name, plain in (("top_p", 1.0), ("top_k", 0), ("repetition_penalty", 1.0)):
-        if getattr(settings, name) != plain:
+    plain = {"draft": None, **vars(type(settings)())}
+    asked = {"draft": draft, **vars(settings)}
+    for name in _WHOLE:
+        if asked[name] != plain[name]:
             raise AlignkitError(
                 f"--{name.replace('_', '-')} is not available with --best-of: its answers are "
                 "drawn from the model's whole distribution",

@@ -51,6 +51,17 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0 is all.")] = 0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 repeats less.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Sample from tokens with this share of the likeliest's odds.")
+    ] = 0.0,
+    typical_p: Annotated[float, typer.Option(help="Locally typical sampling.")] = 1.0,
+    beams: Annotated[int, typer.Option(help="Beam search, at temperature 0.")] = 1,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends an answer; repeatable.")
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="A smaller model that guesses ahead; the same answers.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     best_of: Annotated[
         int | None, typer.Option(help="Sample this many answers; --reward picks the best.", min=2)
@@ -68,9 +79,20 @@ def generate(
 
     usual = 0.0 if best_of is None else 1.0
     warmth = usual if temperature is None else temperature
-    settings = SamplingSettings(max_new_tokens, warmth, top_p, top_k, repetition_penalty, seed)
+    settings = SamplingSettings(
+        max_new_tokens,
+        warmth,
+        top_p,
+        top_k,
+        repetition_penalty,
+        seed,
+        min_p,
+        typical_p,
+        beams,
+        tuple(stop or ()),
+    )
     if best_of is not None or reward is not None:
-        check_best_of(best_of, reward, against, settings)
+        check_best_of(best_of, reward, against, settings, draft)
         dtype = dtype_for(model, dtype, base)
     asked = _prompts(prompts or [], file)
     head = [{"role": "system", "content": system}] if system else []
@@ -82,8 +104,9 @@ def generate(
     answers = {}
     for name in [against, model] if against else [model]:
         opened = open_for_inference(name, dtype, base if name == model else None)
-        answers[name] = generate_answers(opened, turns, settings)
-        del opened
+        guessing = open_for_inference(draft, dtype) if draft and name == model else None
+        answers[name] = generate_answers(opened, turns, settings, guessing)
+        del opened, guessing
     if against:
         _print_both(asked, answers, as_json)
     else:
