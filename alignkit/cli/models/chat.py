@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from alignkit.cli.models.decoding import MaxNewTokensOption, SeedOption, TopPOption
 from alignkit.cli.models.generate import BaseOption, DtypeOption, ModelArgument, open_for_inference
 from alignkit.cli.output import print_error, say, stdout
 from alignkit.cli.versions import warn_of_versions
@@ -19,7 +20,8 @@ from alignkit.terminal import plain
 
 HELP = """\
 /system TEXT     set the system message and start over; without TEXT remove it
-/set NAME VALUE  temperature, top_p, top_k, max_new_tokens, repetition_penalty, seed
+/set NAME VALUE  temperature, top_p, top_k, min_p, typical_p, max_new_tokens, stop,
+                 repetition_penalty, beams, seed
 /retry           answer the last message again, with the next seed
 /undo            take back the last message and its answer
 /save FILE       append the conversation to a .jsonl file, ready for training
@@ -71,9 +73,9 @@ def chat(
     model: ModelArgument,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 0.95,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    top_p: TopPOption = 0.95,
+    max_new_tokens: MaxNewTokensOption = 512,
+    seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
     base: BaseOption = None,
 ) -> None:

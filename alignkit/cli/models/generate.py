@@ -11,6 +11,18 @@ from rich.table import Table
 from rich.text import Text
 
 from alignkit.cli.models.best_of import answer_best, check_best_of, print_best
+from alignkit.cli.models.decoding import (
+    BeamsOption,
+    DraftOption,
+    MaxNewTokensOption,
+    MinPOption,
+    PenaltyOption,
+    SeedOption,
+    StopOption,
+    TopKOption,
+    TopPOption,
+    TypicalPOption,
+)
 from alignkit.cli.output import print_json, stdout
 from alignkit.cli.versions import warn_of_versions
 from alignkit.errors import AlignkitError
@@ -29,6 +41,12 @@ TrustOption = Annotated[
 BaseOption = Annotated[
     str | None, typer.Option(help="Base of the adapter, in place of the one it names.")
 ]
+AgainstOption = Annotated[
+    str | None, typer.Option(help="A second model; its answers are shown alongside.")
+]
+BestOfOption = Annotated[
+    int | None, typer.Option(help="Sample this many answers; --reward picks the best.", min=2)
+]
 
 
 def generate(
@@ -39,33 +57,23 @@ def generate(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Prompts from a file, one per line.")
     ] = None,
-    against: Annotated[
-        str | None, typer.Option(help="A second model; its answers are shown alongside.")
-    ] = None,
+    against: AgainstOption = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    max_new_tokens: MaxNewTokensOption = 256,
     temperature: Annotated[
         float | None,
         typer.Option(help="0 takes the likeliest token, the default; 1 with --best-of."),
     ] = None,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0 is all.")] = 0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 repeats less.")] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(help="Sample from tokens with this share of the likeliest's odds.")
-    ] = 0.0,
-    typical_p: Annotated[float, typer.Option(help="Locally typical sampling.")] = 1.0,
-    beams: Annotated[int, typer.Option(help="Beam search, at temperature 0.")] = 1,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Text that ends an answer; repeatable.")
-    ] = None,
-    draft: Annotated[
-        str | None, typer.Option(help="A smaller model that guesses ahead; the same answers.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    best_of: Annotated[
-        int | None, typer.Option(help="Sample this many answers; --reward picks the best.", min=2)
-    ] = None,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    min_p: MinPOption = 0.0,
+    typical_p: TypicalPOption = 1.0,
+    repetition_penalty: PenaltyOption = 1.0,
+    beams: BeamsOption = 1,
+    stop: StopOption = None,
+    draft: DraftOption = None,
+    seed: SeedOption = 0,
+    best_of: BestOfOption = None,
     reward: Annotated[str | None, typer.Option(help="Reward model of --best-of.")] = None,
     dtype: DtypeOption = "auto",
     base: BaseOption = None,
@@ -79,18 +87,8 @@ def generate(
 
     usual = 0.0 if best_of is None else 1.0
     warmth = usual if temperature is None else temperature
-    settings = SamplingSettings(
-        max_new_tokens,
-        warmth,
-        top_p,
-        top_k,
-        repetition_penalty,
-        seed,
-        min_p,
-        typical_p,
-        beams,
-        tuple(stop or ()),
-    )
+    plain = max_new_tokens, warmth, top_p, top_k, repetition_penalty, seed
+    settings = SamplingSettings(*plain, min_p, typical_p, beams, tuple(stop or ()))
     if best_of is not None or reward is not None:
         check_best_of(best_of, reward, against, settings, draft)
         dtype = dtype_for(model, dtype, base)
