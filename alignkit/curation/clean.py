@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from alignkit.curation.corpus import Corpus, Texts, Track, untracked
-from alignkit.curation.duplicates import Groups, join_near, kind_of
+from alignkit.curation.duplicates import kind_of, repeated
 from alignkit.curation.findings import excerpt
 from alignkit.curation.overlap import Measured
 from alignkit.curation.patterns import Recognize, personal_data
@@ -26,6 +24,7 @@ from alignkit.curation.records import (
     as_line,
     read_all,
     read_records,
+    too_deep,
 )
 from alignkit.curation.rules import (
     FILTERS,
@@ -177,17 +176,29 @@ def clean_files(files: Sequence[str], output: Path, options: CleanOptions) -> Cl
             if reason or isinstance(row, Unread):
                 done.removed[reason] += 1
                 like = corpus[partner].place if isinstance(partner, int) else partner
-                gone.write(as_line(_fate(row, reason, like)))
+                gone.write(as_line(_fate(row, reason, like), row.place))
                 continue
             values = row.columns
             if options.mask:
-                values, kinds = mask(values, options.recognize)
+                values, kinds = _masked(row, options.recognize)
                 done.masked.update(kinds)
                 if kinds:
-                    gone.write(as_line(_fate(row, MASKED, "")))
+                    gone.write(as_line(_fate(row, MASKED, ""), row.place))
             done.kept += 1
-            rows.write(as_line(values))
+            rows.write(as_line(values, row.place))
+        if not done.kept:
+            raise DataError(
+                f"no row is left: {'; '.join(done.lines()[1:])}",
+                hint="ask for less; `data check` says what is there",
+            )
     return done
+
+
+def _masked(row: Record, recognize: Recognize) -> tuple[Any, Counter[str]]:
+    try:
+        return mask(row.columns, recognize)
+    except RecursionError:
+        raise too_deep(row.place) from None
 
 
 def side_of(output: Path) -> Path:
@@ -229,22 +240,19 @@ Reason = tuple[str, str | int]
 
 def _judged(files: Sequence[str], options: CleanOptions) -> tuple[Corpus, dict[int, Reason]]:
     """All rows, and the first reason to remove each that does not stay."""
-    corpus, reasons, labels = Corpus(), dict[int, Reason](), array("b")
+    corpus, reasons, kinds = Corpus(), dict[int, Reason](), array("b")
     alone = _alone(options)
     for row in options.track(_rows(files, options), "reading rows", None):
         number = corpus.append(row)
-        labels.append(kind_of(row.label) if isinstance(row, Record) else 0)
+        kinds.append(kind_of(row) if isinstance(row, Record) else 0)
         reason = alone(number, row)
         if reason is not None:
             reasons[number] = reason
     if NEAR in options.drop:
         left = array("q", (number for number in range(len(corpus)) if number not in reasons))
-        groups = Groups(len(left))
-        kinds = array("b", (labels[number] for number in left))
-        join_near(groups, Texts(corpus, left), options.threshold, options.track, kinds=kinds)
-        leaders = groups.leaders()
-        for place in np.flatnonzero(leaders != np.arange(len(left))):
-            reasons[left[place]] = (NEAR, left[leaders[place]])
+        of_left = array("b", (kinds[number] for number in left))
+        found = repeated(Texts(corpus, left), options.threshold, options.track, of_left)
+        reasons |= {left[later]: (NEAR, left[kept]) for later, kept in found.items()}
     return corpus, reasons
 
 
@@ -268,7 +276,7 @@ def _alone(options: CleanOptions) -> Callable[[int, Record | Unread], Reason | N
                 f"{row.place}: {row.reason}",
                 hint="mend the row, or remove such rows with --drop unreadable",
             )
-        if UNANSWERED in options.drop and not row.answers:
+        if UNANSWERED in options.drop and row.is_unanswered:
             return UNANSWERED, ""
         for name, rule in rules.items():
             if rule.hit(row) is not None:

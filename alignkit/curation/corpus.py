@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from alignkit.curation.records import Record, Unread
+from alignkit.curation.records import Record, Unread, too_deep
 from alignkit.errors import DataError
 
 T = TypeVar("T")
@@ -46,18 +46,18 @@ class Corpus:
             Its number.
 
         Raises:
-            DataError: the disk is full.
+            DataError: the disk is full, or the row nests too deeply.
         """
-        packed = pickle.dumps(row, pickle.HIGHEST_PROTOCOL)
+        try:
+            packed = pickle.dumps(row, pickle.HIGHEST_PROTOCOL)
+        except RecursionError:
+            raise too_deep(row.place) from None
         try:
             if self._file.tell() != self._end:
                 self._file.seek(self._end)
             self._file.write(packed)
         except OSError as error:
-            raise DataError(
-                f"{tempfile.gettempdir()}: rows cannot be kept there: {error.strerror}",
-                hint="free some space, or name another folder in the variable TMPDIR",
-            ) from None
+            raise no_room(error) from None
         self._begins.append(self._end)
         self._end += len(packed)
         return len(self._begins) - 1
@@ -82,6 +82,18 @@ class Corpus:
         row = self[number]
         assert isinstance(row, Record)
         return row
+
+
+def no_room(error: OSError) -> DataError:
+    """A folder for temporary files that takes no more.
+
+    Args:
+        error: what the system said.
+    """
+    return DataError(
+        f"{tempfile.gettempdir()}: rows cannot be kept there: {error.strerror}",
+        hint="free some space, or name another folder in the variable TMPDIR",
+    )
 
 
 class Texts:

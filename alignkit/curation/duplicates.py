@@ -9,6 +9,7 @@ candidates: with b bands of r values a pair becomes one with probability 1 - (1 
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from alignkit.curation.corpus import Track, untracked
-from alignkit.curation.records import normalized
+from alignkit.curation.corpus import Track, no_room, untracked
+from alignkit.curation.records import Record, normalized
 from alignkit.errors import DataError
 
 try:
@@ -36,8 +37,11 @@ BANDS, ROWS = 25, 5
 LOWEST = 0.3
 """Below it two texts are hardly alike, and candidates are missed."""
 
-NEAREST = 50
-"""A text is compared with so many before it in its bucket."""
+FIRST = 50
+"""Texts of a bucket that the later ones are compared with."""
+
+PARTNERS = 8
+"""Earlier texts that a text is known to be like: one of them will stay, or almost surely."""
 
 _BLOCK = 4096
 """Signatures that are written at once."""
@@ -116,39 +120,78 @@ def similarity(one: set[str], other: set[str]) -> float:
     return together / (len(one) + len(other) - together)
 
 
-def kind_of(label: bool | None) -> int:
-    """A number for each label: rows of other labels are no duplicates, however alike.
+def kind_of(record: Record) -> int:
+    """A number for each label, and for which of two answers is the better: rows of other numbers
+    teach other things, however alike.
 
     Args:
-        label: of a row; None without one.
+        record: a row.
     """
-    return 0 if label is None else 1 + label
+    if len(record.answers) == 2:
+        return 3 + (record.answers[0] < record.answers[1])
+    return 0 if record.label is None else 1 + record.label
 
 
-def join_near(
-    groups: Groups,
-    texts: Texts,
-    threshold: float,
-    track: Track = untracked,
-    *,
-    kinds: Sequence[int] | None = None,
-    seed: int = 0,
-) -> None:
-    """Join the groups of texts that are alike.
-
-    A text in a bucket of many is compared with the `NEAREST` before it, unless it belongs to them
-    already.
+def join_near(groups: Groups, texts: Texts, threshold: float, track: Track = untracked) -> None:
+    """Join the groups of texts that are alike, or that others between them make alike.
 
     Args:
         groups: of the texts.
-        texts: of rows; equal ones are best left out beforehand.
+        texts: of rows.
         threshold: least Jaccard similarity, in [0.3, 1].
         track: tells how much is done.
-        kinds: a number for each text; those of different numbers are not joined. None joins all.
-        seed: of the permutations.
 
     Raises:
         DataError: the threshold is out of range, or the package is not installed.
+    """
+
+    def together(earlier: int, later: int) -> bool:
+        return groups.leader(earlier) == groups.leader(later)
+
+    for earlier, later in _alike(texts, threshold, track, together):
+        groups.join(earlier, later)
+
+
+def repeated(
+    texts: Texts, threshold: float, track: Track = untracked, kinds: Sequence[int] | None = None
+) -> dict[int, int]:
+    """Text -> an earlier one that it is alike, for those that a set without near-duplicates lacks.
+
+    The earlier one is never repeated itself: of a chain whose neighbours alone are alike, every
+    other text stays.
+
+    Args:
+        texts: of rows; equal ones are best left out beforehand.
+        threshold: least Jaccard similarity, in [0.3, 1].
+        track: tells how much is done.
+        kinds: a number for each text; those of different numbers are not compared.
+
+    Raises:
+        DataError: the threshold is out of range, or the package is not installed.
+    """
+    partners: dict[int, list[int]] = {}
+
+    def known(earlier: int, later: int) -> bool:
+        found = partners.get(later, ())
+        other = kinds is not None and kinds[earlier] != kinds[later]
+        return other or len(found) >= PARTNERS or earlier in found
+
+    for earlier, later in _alike(texts, threshold, track, known):
+        partners.setdefault(later, []).append(earlier)
+    found: dict[int, int] = {}
+    for later in sorted(partners):
+        kept = next((one for one in sorted(partners[later]) if one not in found), None)
+        if kept is not None:
+            found[later] = kept
+    return found
+
+
+def _alike(
+    texts: Texts, threshold: float, track: Track, skip: Callable[[int, int], bool]
+) -> Iterator[tuple[int, int]]:
+    """Pairs of texts that are alike, the earlier one first; some of them several times.
+
+    A text in a bucket of many is compared with the first `FIRST` of it.
     """
     if not LOWEST <= threshold <= 1.0:
         raise DataError(
@@ -168,20 +211,28 @@ def join_near(
         return pieces(texts[number])
 
     with tempfile.TemporaryFile() as file:
-        keys = np.memmap(file, np.uint64, "w+", shape=(BANDS, len(texts)))
-        _write_keys(keys, texts, seed, track)
+        try:  # a disk that is full is an error here, and would end the process later
+            os.posix_fallocate(file.fileno(), 0, BANDS * len(texts) * 8)
+        except OSError as error:
+            raise no_room(error) from None
+        keys = np.memmap(file, np.uint64, "r+", shape=(BANDS, len(texts)))
+        _write_keys(keys, texts, track)
         for band in track(range(BANDS), "comparing rows that look alike: bands", BANDS):
             for bucket in _buckets(keys[band]):
-                for part in _of_one_kind(bucket, kinds):
-                    _compare(part, groups, known, threshold)
+                for place, later in enumerate(bucket):
+                    for earlier in bucket[: min(place, FIRST)]:
+                        if skip(earlier, later):
+                            continue
+                        if similarity(known(earlier), known(later)) >= threshold:
+                            yield earlier, later
 
 
-def _write_keys(keys: npt.NDArray[np.uint64], texts: Texts, seed: int, track: Track) -> None:
+def _write_keys(keys: npt.NDArray[np.uint64], texts: Texts, track: Track) -> None:
     """Band -> a number for each text: equal where all values of the band's signature are."""
     numbers = track(range(len(texts)), "signing rows", len(texts))
     sets = ([p.encode("utf-8", "replace") for p in pieces(texts[n])] for n in numbers)
     signed: Iterator[Any] = MinHash.generator(
-        sets, num_perm=BANDS * ROWS, seed=seed, hashfunc=zlib.crc32
+        sets, num_perm=BANDS * ROWS, seed=0, hashfunc=zlib.crc32
     )
     for begin in range(0, len(texts), _BLOCK):
         values = np.stack([made.hashvalues for made in islice(signed, _BLOCK)]).astype(np.uint64)
@@ -198,20 +249,3 @@ def _buckets(keys: npt.NDArray[np.uint64]) -> Iterator[list[int]]:
     bounds = np.concatenate([[0], ends, [len(order)]])
     for place in np.flatnonzero(np.diff(bounds) > 1):
         yield order[bounds[place] : bounds[place + 1]].tolist()
-
-
-def _of_one_kind(bucket: list[int], kinds: Sequence[int] | None) -> list[list[int]]:
-    if kinds is None:
-        return [bucket]
-    return [[n for n in bucket if kinds[n] == kind] for kind in {kinds[n] for n in bucket}]
-
-
-def _compare(
-    bucket: list[int], groups: Groups, known: Callable[[int], set[str]], threshold: float
-) -> None:
-    for place, later in enumerate(bucket):
-        for earlier in bucket[max(0, place - NEAREST) : place]:
-            if groups.leader(earlier) == groups.leader(later):
-                continue
-            if similarity(known(earlier), known(later)) >= threshold:
-                groups.join(earlier, later)

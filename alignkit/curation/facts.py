@@ -44,7 +44,8 @@ class Facts:
         self._kinds[_kind(record)] += 1
         self._roles[" ".join(record.roles) or "plain text"] += 1
         answers = [self._count(answer) for answer in record.answers]
-        self._lengths.append(self._count(record.prompt) + max(answers, default=0))
+        asked = self._count(record.system) + self._count(record.prompt)
+        self._lengths.append(asked + max(answers, default=0))
         if record.label is not None:
             self._labels[record.label] += 1
         if len(record.answers) == 2:

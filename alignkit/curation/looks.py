@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from alignkit.curation.corpus import Corpus, Texts, Track
-from alignkit.curation.duplicates import Groups, join_near, kind_of
+from alignkit.curation.duplicates import kind_of, repeated
 from alignkit.curation.findings import Collector
 from alignkit.curation.overlap import Measured
 from alignkit.curation.patterns import opening
@@ -83,7 +83,7 @@ class Unanswered:
     def see(self, number: int, record: Record, *, first: bool) -> None:
         """The next row."""
         self._answered = self._answered or bool(record.answers)
-        if not record.answers:
+        if record.is_unanswered:
             self._rows.add(record.place, record.prompt)
 
     def found(self, corpus: Corpus, track: Track) -> list[Collector]:
@@ -107,7 +107,8 @@ class Repeated:
         """The next row."""
         if not first or not record.prompt.strip():
             return
-        if self._prompts.setdefault(fingerprint(record.prompt), number) != number:
+        asked = fingerprint(f"{record.system}\n\n{record.prompt}")
+        if self._prompts.setdefault(asked, number) != number:
             self._asked.add(record.place, record.prompt)
 
     def found(self, corpus: Corpus, track: Track) -> list[Collector]:
@@ -138,7 +139,7 @@ class Contradictions:
             side = record.label
         else:
             return
-        key = fingerprint("\n".join([record.prompt, *sorted(answers)]))
+        key = fingerprint("\0".join([record.system, record.prompt, *sorted(answers)]))
         if self._sides.setdefault(key, side) != side:
             self._rows.add(record.place, record.text)
 
@@ -162,7 +163,7 @@ class Near:
         """The next row."""
         if first:
             self._numbers.append(number)
-            self._kinds.append(kind_of(record.label))
+            self._kinds.append(kind_of(record))
 
     def found(self, corpus: Corpus, track: Track) -> list[Collector]:
         """Rows that are like one before them."""
@@ -172,12 +173,10 @@ class Near:
             "as equal rows: they count several times and leak across a split",
             "keep one of each group (clean --drop near)",
         )
-        groups = Groups(len(self._numbers))
         texts = Texts(corpus, self._numbers)
-        join_near(groups, texts, self._threshold, track, kinds=self._kinds)
-        leaders = groups.leaders()
-        for text in np.flatnonzero(leaders != np.arange(len(leaders))):
-            one, other = (corpus.record(self._numbers[n]) for n in (text, leaders[text]))
+        found = repeated(texts, self._threshold, track, self._kinds)
+        for later in sorted(found):
+            one, other = (corpus.record(self._numbers[n]) for n in (later, found[later]))
             alike.add(one.place, other.text, one.text)
         return [alike]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from array import array
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,8 @@ def split_files(
     if not 0.0 < share < 1.0:
         raise DataError(f"--share must be between 0 and 1, got {share:g}", hint="0.1 is usual")
     corpus, groups, order = _grouped(files, threshold, seed, columns, track)
+    if len(corpus) < 2:
+        raise DataError("one row cannot be divided", hint="name a file with more")
     leaders = groups.leaders()
     sizes = np.bincount(leaders, minlength=len(corpus))
     firsts = np.flatnonzero(sizes)
@@ -93,7 +96,9 @@ def split_files(
         two.open("w", encoding="utf-8") as out,
     ):
         for number in track(range(len(corpus)), "writing rows", len(corpus)):
-            (out if chosen[number] else kept).write(as_line(corpus.record(number).columns))
+            record = corpus.record(number)
+            line = as_line(record.columns, record.place)
+            (out if chosen[number] else kept).write(line)
     return Split(len(corpus), len(corpus) - held, held, int(sizes[sizes > 1].sum()))
 
 
@@ -152,32 +157,49 @@ def compare_files(before: str, after: str) -> tuple[int, tuple[Finding, ...]]:
     gone = Collector("only before", "look", f"rows of {before} that {after} has not", "")
     added = Collector("only after", "look", f"rows of {after} that {before} has not", "")
     changed = Collector("another answer", "look", "the same prompt, and other answers", "")
-    old, old_texts, old_asked = _known(before)
-    new, new_texts, new_asked = _known(after)
-    same = 0
-    for record in map(old.record, range(len(old))):
-        if record.identity in new_texts:
-            same += 1
-        elif fingerprint(record.prompt) not in new_asked:
-            gone.add(record.place, record.text)
-    for record in map(new.record, range(len(new))):
-        if record.identity in old_texts:
-            continue
-        other = old_asked.get(fingerprint(record.prompt))
-        if other is None:
+    old, new = _corpus(before), _corpus(after)
+    same, left, right = _unmatched(old, new)
+    asked: dict[bytes, list[int]] = defaultdict(list)
+    for number in left:
+        asked[_question(old.record(number))].append(number)
+    for number in right:
+        record = new.record(number)
+        others = asked.get(_question(record)) if record.prompt.strip() else None
+        if not others:
             added.add(record.place, record.text)
-        else:
-            answers = (one.answers for one in (old.record(other), record))
-            changed.add(record.place, *("\n".join(texts) for texts in answers))
+            continue
+        answers = (one.answers for one in (old.record(others.pop(0)), record))
+        changed.add(record.place, *("\n".join(texts) for texts in answers))
+    for number in sorted(number for numbers in asked.values() for number in numbers):
+        gone.add(old.record(number).place, old.record(number).text)
     return same, ordered([one.finding() for one in (gone, added, changed)])
 
 
-def _known(file: str) -> tuple[Corpus, set[bytes], dict[bytes, int]]:
-    """Rows, their texts, and the last row that asks each prompt."""
-    corpus, texts, asked = Corpus(), set[bytes](), dict[bytes, int]()
+def _corpus(file: str) -> Corpus:
+    corpus = Corpus()
     for record in read_all([file]):
-        number = corpus.append(record)
-        texts.add(record.identity)
-        if record.prompt.strip():
-            asked[fingerprint(record.prompt)] = number
-    return corpus, texts, asked
+        corpus.append(record)
+    return corpus
+
+
+def _unmatched(old: Corpus, new: Corpus) -> tuple[int, list[int], list[int]]:
+    """How many rows both have, each counted once, and the others of each."""
+    there = Counter(new.record(number).identity for number in range(len(new)))
+    left = []
+    for number in range(len(old)):
+        identity = old.record(number).identity
+        if there[identity]:
+            there[identity] -= 1
+        else:
+            left.append(number)
+    right = []
+    for number in reversed(range(len(new))):
+        identity = new.record(number).identity
+        if there[identity]:
+            there[identity] -= 1
+            right.append(number)
+    return len(old) - len(left), left, right[::-1]
+
+
+def _question(record: Record) -> bytes:
+    return fingerprint(f"{record.system}\n\n{record.prompt}")

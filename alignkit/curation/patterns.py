@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import ipaddress
 import re
 from collections.abc import Callable, Iterable, Iterator
 
@@ -66,9 +68,11 @@ def _is_iban(text: str) -> bool:
 
 
 def _is_address(text: str) -> bool:
-    parts = [int(part) for part in text.split(".")]
-    private = parts[0] in (0, 10, 127) or parts[:2] == [192, 168] or parts[0] >= 224
-    return max(parts) < 256 and not private
+    """An address of the internet, not of a house or a machine itself."""
+    try:
+        return ipaddress.ip_address(text).is_global
+    except ValueError:
+        return False
 
 
 PII: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
@@ -108,11 +112,13 @@ def without_overlaps(hits: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str
     Args:
         hits: kind, begin and end, the surer ones first.
     """
-    taken: list[tuple[str, int, int]] = []
+    taken: list[tuple[int, int, str]] = []  # in the order of the text
     for kind, begin, end in hits:
-        if all(end <= other or stop <= begin for _, other, stop in taken):
-            taken.append((kind, begin, end))
-    return iter(sorted(taken, key=lambda hit: hit[1]))
+        place = bisect.bisect_left(taken, (begin, end, ""))
+        before = place == 0 or taken[place - 1][1] <= begin
+        if before and (place == len(taken) or end <= taken[place][0]):
+            taken.insert(place, (begin, end, kind))
+    return iter([(kind, begin, end) for begin, end, kind in taken])
 
 
 def opening(text: str) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import hashlib
 import json
 import re
 import unicodedata
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,31 +30,39 @@ class Record:
 
     Args:
         place: `file:line`.
-        prompt: everything before its last answer.
+        system: what system turns say, which many rows may have in common.
+        prompt: everything else before its last answer.
         answers: none, one, or the chosen and the rejected one.
         roles: who speaks, in order; empty for plain text.
         label: of a labelled row; None without one.
         columns: every value of the row.
-        tools: the functions that are offered, as JSON text.
+        identity: 16 bytes that are equal for rows that teach the same: turns with their speakers,
+            calls and marks, tools, label and margin; but for case, blanks and Unicode forms.
     """
 
     place: str
+    system: str
     prompt: str
     answers: tuple[str, ...]
     roles: tuple[str, ...]
     label: bool | None
     columns: dict[str, Any]
-    tools: str = ""
+    identity: bytes = b""
 
     @property
     def text(self) -> str:
-        """All that is said, and the calls."""
+        """All that is said but by the system, and the calls."""
         return "\n".join(filter(None, [self.prompt, *self.answers]))
 
     @property
-    def identity(self) -> bytes:
-        """16 bytes that are equal for rows that teach the same: speakers, tools and label, too."""
-        return fingerprint("\n".join([self.text, *self.roles, self.tools, str(self.label)]))
+    def is_unanswered(self) -> bool:
+        """Whether nobody answers, at its end or before."""
+        return not self.answers and "assistant" not in self.roles
+
+    @property
+    def whole(self) -> str:
+        """The text, and what the system says."""
+        return "\n".join(filter(None, [self.system, self.text]))
 
 
 @dataclass(frozen=True)
@@ -112,13 +123,40 @@ def read_all(files: Sequence[str], columns: Columns | None = None) -> Iterator[R
             yield record
 
 
-def as_line(values: Any) -> str:
-    """A row as a line of a .jsonl file.
+def as_line(values: Any, place: str = "the row") -> str:
+    """A row as a line of a .jsonl file. Dates and exact numbers of tables become text.
 
     Args:
         values: its columns.
+        place: of the row, for messages.
+
+    Raises:
+        DataError: JSON has no place for a value.
     """
-    return json.dumps(values, ensure_ascii=False, default=str) + "\n"
+    try:
+        return json.dumps(values, ensure_ascii=False, default=_text_of, allow_nan=False) + "\n"
+    except RecursionError:
+        raise too_deep(place) from None
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{place}: holds a value that JSON has no place for: {error}",
+            hint="leave the column out, or write text or null in its place",
+        ) from None
+
+
+def _text_of(value: Any) -> str:
+    if isinstance(value, datetime.date | datetime.time | decimal.Decimal | uuid.UUID):
+        return str(value)
+    raise TypeError(f"a {type(value).__name__}")
+
+
+def too_deep(place: str) -> DataError:
+    """A row that nests so deeply that nothing can go through it.
+
+    Args:
+        place: of the row.
+    """
+    return DataError(f"{place}: is nested too deeply", hint="remove what nests, or the row")
 
 
 def normalized(text: str) -> str:
@@ -151,53 +189,74 @@ def words(text: str) -> list[str]:
 def _record(row: Row) -> Record:
     label = row.values.get("label")
     known = label if isinstance(label, bool) else None
+    answers: tuple[str, ...]
     if is_pair(row):
         (example,) = parse_rows([row], "auto", "pairs")
         if example.unusable:
             raise DataError(f"{row.place}: {example.unusable}")
-        chosen, rejected = example.texts
-        prompt, better = _split(chosen)
-        pair = (better or "", _split(rejected)[1] or "")
-        return Record(row.place, prompt, pair, _roles(chosen), known, row.values, _tools(chosen))
-    try:
-        (example,) = parse_rows([row], "auto", "answers")
-    except DataError:
-        ((asked, _),) = parse_prompts([row], "auto")
-        said = _said(asked)
-        return Record(row.place, said, (), _roles(asked), known, row.values, _tools(asked))
-    (text,) = example.texts
-    prompt, answer = _split(text)
-    answers = () if answer is None else (answer,)
-    return Record(row.place, prompt, answers, _roles(text), known, row.values, _tools(text))
+        texts = example.texts
+        answers = tuple(_split(text)[1] or "" for text in texts)
+    else:
+        try:
+            (example,) = parse_rows([row], "auto", "answers")
+            texts = example.texts
+        except DataError:
+            texts = (parse_prompts([row], "auto")[0][0],)
+        answer = _split(texts[0])[1]
+        answers = () if answer is None else (answer,)
+    text = texts[0]
+    return Record(
+        row.place,
+        _system(text),
+        _split(text)[0],
+        answers,
+        () if isinstance(text, Completion) else tuple(m.role for m in text.messages),
+        known,
+        row.values,
+        _identity(texts, known, row.values.get("margin")),
+    )
 
 
 def _split(text: Text) -> tuple[str, str | None]:
     """What stands before the last answer, and that answer; None if the last turn is none."""
     if isinstance(text, Completion):
-        return text.prompt, text.completion
+        return text.prompt, text.completion or None
     *before, last = text.messages
-    if last.role != "assistant":
+    if last.role != "assistant" or last.is_empty:
         return _join([*before, last]), None
     return _join(before), _turn_text(last)
 
 
-def _said(text: Text) -> str:
-    return text.prompt if isinstance(text, Completion) else _join(text.messages)
+def _system(text: Text) -> str:
+    turns = () if isinstance(text, Completion) else text.messages
+    return "\n".join(turn.content for turn in turns if turn.role in _SYSTEM and turn.content)
+
+
+_SYSTEM = ("system", "developer")
 
 
 def _join(messages: Sequence[Message]) -> str:
-    return "\n".join(filter(None, map(_turn_text, messages)))
+    said = (_turn_text(turn) for turn in messages if turn.role not in _SYSTEM)
+    return "\n".join(filter(None, said))
 
 
 def _turn_text(turn: Message) -> str:
-    calls = [json.dumps(call["function"], ensure_ascii=False) for call in turn.tool_calls]
-    return "\n".join(filter(None, [turn.content, *calls]))
+    return "\n".join(filter(None, [turn.content, *_calls(turn)]))
 
 
-def _tools(text: Text) -> str:
-    tools = () if isinstance(text, Completion) else text.tools
-    return json.dumps(tools, ensure_ascii=False, sort_keys=True) if tools else ""
+def _calls(turn: Message) -> list[str]:
+    return [json.dumps(call["function"], ensure_ascii=False) for call in turn.tool_calls]
 
 
-def _roles(text: Text) -> tuple[str, ...]:
-    return () if isinstance(text, Completion) else tuple(m.role for m in text.messages)
+def _identity(texts: Sequence[Text], label: bool | None, margin: Any) -> bytes:
+    parts: list[Any] = [label, repr(margin)]
+    for text in texts:
+        if isinstance(text, Completion):
+            parts.append([normalized(text.prompt), normalized(text.completion)])
+            continue
+        parts.append([text.context, text.tools])
+        parts += [
+            [turn.role, normalized(turn.content), _calls(turn), turn.trained, turn.given]
+            for turn in text.messages
+        ]
+    return fingerprint(json.dumps(parts, ensure_ascii=False, sort_keys=True, default=str))

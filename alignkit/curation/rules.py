@@ -82,8 +82,8 @@ def personal(recognize: Recognize = personal_data) -> Rule:
     """
 
     def hit(record: Record) -> str | None:
-        found = next(recognize(record.text), None)
-        return None if found is None else f"{found[0]}: {record.text[found[1] : found[2]]}"
+        found = next(recognize(record.whole), None)
+        return None if found is None else f"{found[0]}: {record.whole[found[1] : found[2]]}"
 
     return Rule(
         "personal data",
@@ -190,7 +190,7 @@ def listed_words(unwanted: Sequence[str]) -> Rule:
     known = {word.casefold() for word in unwanted}
 
     def hit(record: Record) -> str | None:
-        return record.text if known & set(words(record.text)) else None
+        return record.whole if known & set(words(record.whole)) else None
 
     return Rule("words of the list", "look", "you asked for them", "remove the rows", hit)
 

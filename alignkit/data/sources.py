@@ -116,6 +116,12 @@ def _rename(row: Row, columns: dict[str, str]) -> Row:
                 hint=f"the row's columns: {names}",
             )
     kept = {key: value for key, value in row.values.items() if key not in columns.values()}
+    for new, old in columns.items():
+        if kept.get(new) is not None:
+            raise DataError(
+                f"{row.place}: columns calls {old!r} {new!r}, and the row has a {new!r} already",
+                hint=f"rename that one too, as in columns: {{{new}: {old}, other: {new}}}",
+            )
     return replace(row, values=kept | {new: row.values[old] for new, old in columns.items()})
 
 

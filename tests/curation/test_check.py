@@ -183,7 +183,7 @@ def test_rows_of_the_held_out_files() -> None:
     long = " ".join(f"word{i}" for i in range(20))
 
     def row(prompt: str, answer: str, place: str = "") -> Record:
-        return Record(place, prompt, (answer,), (), None, {})
+        return Record(place, "", prompt, (answer,), (), None, {})
 
     measured = Measured([row("What is it?", "That.", "eval:1"), row("", long, "eval:2")])
     assert measured.place_of(row("what  IS it?", "Other.")) == "eval:1"

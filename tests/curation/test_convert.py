@@ -123,8 +123,7 @@ def test_from_format_to_format(row: dict[str, Any], path: list[str]) -> None:
     for to in path:
         found, before, lost = moved(row, to)
         assert (before, before.others) == (told, told.others)
-        equal = len(told.answers) == 2 and told.answers[0] == told.answers[1]
-        if to != "hh" or not equal:  # whose common beginning is all of them
+        if to != "hh":  # which loses blanks at the ends, and where equal answers begin
             assert "rows are read as something else" not in lost
         if lost or len(found) == 2:
             return
@@ -232,6 +231,32 @@ def test_what_a_format_has_no_place_for() -> None:
     assert lost == []
     _, lost = said({"messages": [user("a"), answer("b")], "output": "mine"}, "alpaca")
     assert lost == ["rows lose their column 'output': alpaca has one of that name"]
+
+
+def test_further_columns_change_nothing_that_is_read() -> None:
+    row = {"prompt": "2+2?", "completion": "4", "input": "EXTRA", "note": "n"}
+    (found,), lost = said(row, "alpaca")
+    assert found == {"note": "n", "instruction": "2+2?", "output": "4"}
+    assert "rows lose their column 'input', which would be read as a part of them" in lost
+    (found,), _ = said({"messages": [user("a"), answer("b")], "text": "t"}, "prompts")
+    assert "text" not in found
+
+
+def test_a_dialogue_in_a_prompt_is_not_lost_in_silence() -> None:
+    asked = "So:\n\nHuman: hi\n\nAssistant: yo"
+    _, lost = said({"prompt": asked, "chosen": "a", "rejected": "b"}, "hh")
+    assert "rows are read as something else" in lost
+
+
+def test_ids_of_calls_are_each_ones_own() -> None:
+    def call(**more: str) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": "f", "arguments": {}}, **more}
+
+    results = [{"role": "tool", "content": text} for text in ("one", "two")]
+    turns = [user("a"), answer("", tool_calls=[call(id="call_1"), call()]), *results, answer("b")]
+    (found,), _ = said({"messages": turns}, "openai")
+    assert [one["id"] for one in found["messages"][1]["tool_calls"]] == ["call_1", "call_2"]
+    assert [turn.get("tool_call_id") for turn in found["messages"]][2:4] == ["call_1", "call_2"]
 
 
 def test_pairs_of_openai() -> None:

@@ -31,6 +31,7 @@ EntityOption = Annotated[
         help="Personal data that presidio recognizes, as in UK_NHS; repeatable.",
     ),
 ]
+TakeOption = Annotated[int | None, typer.Option(help="Read only this many rows of each.", min=1)]
 FilesArgument = Annotated[
     list[str], typer.Argument(help="Files of rows, of any format.", show_default=False)
 ]
@@ -56,7 +57,7 @@ def check(
     threshold: ThresholdOption = 0.8,
     entity: EntityOption = None,
     columns: ColumnsOption = None,
-    take: Annotated[int | None, typer.Option(help="Read only this many rows of each.")] = None,
+    take: TakeOption = None,
     html: Annotated[Path | None, typer.Option(help="Write a page, too.")] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 2 if a row has a fault.")
@@ -186,5 +187,11 @@ def renamed(columns: list[str] | None) -> dict[str, str]:
                 f"--columns {text} must be a new and an old name",
                 hint="as in --columns prompt=question --columns completion=answer",
             )
+        if new in pairs:
+            raise DataError(
+                f"--columns names {new} twice, from {pairs[new]} and {old}", hint="leave one out"
+            )
+        if old in pairs.values():
+            raise DataError(f"--columns names {old} twice", hint="leave one out")
         pairs[new] = old
     return pairs

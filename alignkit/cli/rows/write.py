@@ -13,6 +13,7 @@ from alignkit.cli.rows.look import (
     ColumnsOption,
     EntityOption,
     FilesArgument,
+    TakeOption,
     ThresholdOption,
     renamed,
 )
@@ -70,7 +71,6 @@ def clean(
 ) -> None:
     """Write rows without those that were named; the others go beside it, each with its reason."""
     from alignkit.curation.clean import clean_files, side_of
-    from alignkit.files import output_path
     from alignkit.jobs.clean_data import CleanRequest, clean_options
     from alignkit.runtime.progress import track
 
@@ -87,7 +87,7 @@ def clean(
         columns=renamed(columns),
     )
     options = clean_options(request, say, track)
-    target = output_path(output)
+    target = _target(output)
     _require_free([target, side_of(target)], overwrite)
     done = clean_files(files, target, options)
     if as_json:
@@ -104,17 +104,16 @@ def split(
         Path, typer.Option("--eval", help="The .jsonl file of the others.", show_default=False)
     ],
     share: Annotated[float, typer.Option(help="Of the rows that are held out.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Of the choice.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the choice.", min=0)] = 0,
     threshold: ThresholdOption = 0.8,
     columns: ColumnsOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Divide rows in two files, with equal prompts and near-duplicates on one side."""
     from alignkit.curation.parts import split_files
-    from alignkit.files import output_path
     from alignkit.runtime.progress import track
 
-    targets = [output_path(train), output_path(held_out)]
+    targets = [_target(train), _target(held_out)]
     _require_free(targets, overwrite)
     done = split_files(
         files,
@@ -151,7 +150,7 @@ def convert(
     columns: ColumnsOption = None,
     encoding: Annotated[str, typer.Option(help="Of the files' text, as in cp1252.")] = "utf-8",
     delimiter: Annotated[str, typer.Option(help="Between the columns of a CSV file.")] = ",",
-    take: Annotated[int | None, typer.Option(help="Read only this many rows of each.")] = None,
+    take: TakeOption = None,
     overwrite: OverwriteOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
 ) -> None:
@@ -159,10 +158,9 @@ def convert(
     from alignkit.curation.converting.convert import convert_rows
     from alignkit.curation.converting.sources import source_rows
     from alignkit.data.files.content import Dialect
-    from alignkit.files import output_path
     from alignkit.runtime.progress import track
 
-    target = output_path(output)
+    target = _target(output)
     _require_free([target], overwrite)
     dialect = Dialect(encoding, delimiter)
     (rows, read), notes = source_rows(
@@ -178,9 +176,24 @@ def convert(
         say(line)
 
 
+def _target(path: Path) -> Path:
+    """The file itself that is written, where a link leads to."""
+    from alignkit.errors import DataError
+    from alignkit.files import output_path
+
+    target = output_path(path).resolve()
+    if target.suffix != ".jsonl":
+        raise DataError(f"{path}: rows are written as .jsonl", hint=f"name {path.stem}.jsonl")
+    if target.is_dir():
+        raise DataError(f"{path} is a folder", hint="name a file in it")
+    return target
+
+
 def _require_free(paths: Sequence[Path], overwrite: bool) -> None:
     from alignkit.errors import DataError
 
+    if len(set(paths)) < len(paths):
+        raise DataError(f"{paths[0]} is named twice", hint="name a file for each part")
     for path in paths:
         if path.exists() and not overwrite:
             raise DataError(f"{path} exists", hint="name another file, or add --overwrite")

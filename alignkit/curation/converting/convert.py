@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.curation.converting.foreign import known_row
-from alignkit.curation.converting.told import Told, tell
-from alignkit.curation.converting.written import WRITERS, CannotSay
+from alignkit.curation.converting.prepared import PREPARED, CannotSay
+from alignkit.curation.converting.told import MEANT, Told, tell
+from alignkit.curation.converting.written import WRITERS
 from alignkit.curation.corpus import Track, untracked
 from alignkit.curation.findings import PLACES, excerpt
 from alignkit.curation.records import as_line
 from alignkit.data.sources import Row
 from alignkit.errors import DataError
 from alignkit.files import replace_file
+
+MOST_LOSSES = 20
+"""Kinds of loss that are told apart: some name what stands in a row."""
 
 UNANSWERED = "rows have no answer: they are prompts; `data clean --drop unanswered` removes them"
 
@@ -66,12 +70,17 @@ class Converted:
         return {"rows": self.rows, "written": self.written, "losses": losses}
 
 
+Values = dict[str, Any]
+
+
 class _Losses:
     def __init__(self) -> None:
         self._places: dict[str, list[str]] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, what: str, place: str) -> None:
+        if what not in self._counts and len(self._counts) >= MOST_LOSSES:
+            what = "rows have other losses: convert fewer of them to see which"
         self._counts[what] = self._counts.get(what, 0) + 1
         places = self._places.setdefault(what, [])
         if len(places) < PLACES:
@@ -123,7 +132,7 @@ def convert_rows(
             if not told.answers:
                 asked.add(UNANSWERED, row.place)
             for values in convert_row(row, told, to, losses.add):
-                file.write(as_line(values))
+                file.write(as_line(values, row.place))
                 written += 1
         if not written:
             hint = "choose another format with --to"
@@ -150,20 +159,38 @@ def convert_row(
     """
     notes: list[str] = []
     try:
-        found = WRITERS[to](told, notes.append)
+        said = PREPARED[to](told, notes.append)
+        prepared = len(notes)
+        found = WRITERS[to](said, notes.append)
     except CannotSay as reason:
         lose(f"rows left out: {to} has no place for {reason}", row.place)
         return []
     for what in dict.fromkeys(notes):
         lose(f"rows {what}", row.place)
-    others = told.others | ({"label": told.label} if told.label is not None else {})
-    taken = [key for values in found[:1] for key in others if key in values and key != "label"]
-    for key in taken:
+    others = dict(told.others)
+    for key in [key for key in others if any(key in values for values in found)]:
         lose(f"rows lose their column {key!r}: {to} has one of that name", row.place)
-    found = [{**{k: v for k, v in others.items() if k not in taken}, **v} for v in found]
-    if not notes and not _says(found, told, row.place):
+        del others[key]
+    if not _read_alike([{**others, **values} for values in found], found, row.place):
+        for key in [key for key in others if key in MEANT]:
+            what = f"rows lose their column {key!r}, which would be read as a part of them"
+            lose(what, row.place)
+            del others[key]
+    if said.label is not None:
+        others["label"] = said.label
+    found = [{**others, **values} for values in found]
+    if len(notes) == prepared and not _says(found, said, row.place):
         lose("rows are read as something else", row.place)
     return found
+
+
+def _read_alike(ones: Sequence[Values], others: Sequence[Values], place: str) -> bool:
+    """Whether rows tell the same with further columns as without."""
+    try:
+        with_columns = [tell(known_row(Row(one, place))) for one in ones]
+        return with_columns == [tell(known_row(Row(one, place))) for one in others]
+    except DataError:
+        return False
 
 
 def _says(found: Sequence[dict[str, Any]], told: Told, place: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -88,8 +87,8 @@ def _open(rows: ForeignRows, columns: Columns, take: int | None, dialect: Dialec
 
 def _require_dialect(dialect: Dialect) -> None:
     try:
-        codecs.lookup(dialect.encoding)
-    except LookupError:
+        b"a".decode(dialect.encoding)
+    except (LookupError, ValueError):
         raise DataError(
             f"--encoding {dialect.encoding} is not known", hint="utf-8, cp1252 and latin1 are usual"
         ) from None

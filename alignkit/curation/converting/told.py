@@ -30,6 +30,12 @@ _KEYS: dict[str, tuple[str, ...]] = {
 }
 """Format -> its keys, where they are more than those of prompt and completion."""
 
+MEANT = {
+    *("messages", "conversations", "instruction", "input", "output", "history", "prompt"),
+    *("completion", "text", "chosen", "rejected", "system", "tools", "label"),
+}
+"""Columns that mean something in some format: a further column must not be called so."""
+
 BESIDE = ("system", "tools", "label", "margin")
 """Keys that any format may have."""
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from alignkit.curation.converting.prepared import (
+    CannotSay,
+    Note,
+    is_special,
+    system_text,
+    turns_of,
+)
 from alignkit.curation.converting.told import Told
 from alignkit.data.turns import Message
 
 Values = dict[str, Any]
 
-
-class CannotSay(Exception):
-    """The format has no place for the row: `str` says for what of it."""
-
-
-Note = Callable[[str], None]
-"""Takes down what the written row does not say, as in `lose their margins`."""
 
 _SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system", "tool": "observation"}
 
@@ -30,18 +31,15 @@ def messages(told: Told, note: Note) -> list[Values]:
 
 def sharegpt(told: Told, note: Note) -> list[Values]:
     """`{"conversations": [...]}`, with `system` and `tools`."""
-    system, turns = _system_text(_whole(told, note))
+    system, turns = system_text(_whole(told, note))
     spoken = [_spoken(turn, note) for turn in turns]
     return [{"conversations": spoken, **_system(system), **_tools(told)}]
 
 
 def alpaca(told: Told, note: Note) -> list[Values]:
     """`{"instruction", "output"}`, with `system` and `history`."""
-    system, turns = _system_text(_whole(told, note))
-    if told.tools or any(turn.role not in ("user", "assistant") for turn in turns):
-        raise CannotSay("tools and further speakers")
-    if any(_is_special(turn) for turn in turns):
-        raise CannotSay("turns with calls, marks or keys of their own")
+    system, turns = system_text(_whole(told, note))
+    _require_dialogue(told, turns)
     *before, asked, answer = turns if told.answers else (*turns, Message("assistant", ""))
     pairs = [] if not before or before[0].role == "user" else [Message("user", ""), before.pop(0)]
     before = [*pairs, *before]
@@ -56,13 +54,12 @@ def alpaca(told: Told, note: Note) -> list[Values]:
 
 def prompt_completion(told: Told, note: Note) -> list[Values]:
     """`{"prompt", "completion"}`, both as text or both as turns."""
-    prompt, (answer,) = _sides(_one_answer(told, note))
+    prompt, (answer,) = _sides(told)
     return [{"prompt": prompt, "completion": answer, **_tools(told), **_system(told.system)}]
 
 
 def text(told: Told, note: Note) -> list[Values]:
     """`{"text"}` of plain text."""
-    told = _one_answer(told, note)
     prompt, (answer,) = told.prompt, told.answers
     if not isinstance(prompt, str) or not isinstance(answer, str):
         raise CannotSay("turns: only a model's template makes text of a chat")
@@ -73,16 +70,7 @@ def text(told: Told, note: Note) -> list[Values]:
 
 def prompts(told: Told, note: Note) -> list[Values]:
     """`{"prompt"}` alone: what stands before the last answer."""
-    if isinstance(told.prompt, tuple) and len(told.answers) == 1:
-        *before, last = (*told.prompt, *_turns(told.answers[0]))
-        if last.role != "assistant":
-            told = replace(told, prompt=(*before, last), answers=())
-        else:
-            begun = replace(last, content=last.content[: last.given], tool_calls=(), given=0)
-            told = replace(told, prompt=(*before, *([begun] if last.given else [])))
-    if told.answers:
-        note("lose their answers")
-    prompt, _ = _sides(replace(told, answers=()))
+    prompt, _ = _sides(told)
     if not prompt:
         raise CannotSay("an answer without a prompt")
     return [{"prompt": prompt, **_tools(told), **_system(told.system)}]
@@ -90,38 +78,30 @@ def prompts(told: Told, note: Note) -> list[Values]:
 
 def preference(told: Told, note: Note) -> list[Values]:
     """`{"prompt", "chosen", "rejected"}`, and `margin`."""
-    prompt, answers = _sides(_pair(told))
+    prompt, answers = _sides(told)
     pair = dict(zip(("chosen", "rejected"), answers, strict=True))
     return [{"prompt": prompt, **pair, **_margin(told), **_tools(told), **_system(told.system)}]
 
 
 def sharegpt_preference(told: Told, note: Note) -> list[Values]:
     """`{"conversations", "chosen", "rejected"}`, and `margin`."""
-    told = _as_chat(_pair(told), note)
-    system, turns = _system_text(_turns(told.prompt))
-    sides = [[_spoken(turn, note) for turn in _turns(side)] for side in told.answers]
-    pair = dict(
-        zip(("chosen", "rejected"), (s[0] if len(s) == 1 else s for s in sides), strict=True)
-    )
+    system, turns = system_text(turns_of(told.prompt))
+    sides = [[_spoken(turn, note) for turn in turns_of(side)] for side in told.answers]
+    chosen, rejected = (side[0] if len(side) == 1 else side for side in sides)
     spoken = [_spoken(turn, note) for turn in turns]
-    return [{"conversations": spoken, **pair, **_margin(told), **_system(system), **_tools(told)}]
+    pair = {"conversations": spoken, "chosen": chosen, "rejected": rejected}
+    return [{**pair, **_margin(told), **_system(system), **_tools(told)}]
 
 
 def hh(told: Told, note: Note) -> list[Values]:
     """`{"chosen", "rejected"}` as dialogues of Human and Assistant."""
-    told = _as_chat(_pair(told), note)
-    system, turns = _system_text(_turns(told.prompt))
-    if system:
-        note("lose their system texts")
-    if told.tools or any(turn.role not in ("user", "assistant") for turn in turns):
-        raise CannotSay("tools and further speakers")
-    if any(
-        _is_special(turn) for turn in (*turns, *_turns(told.answers[0]), *_turns(told.answers[1]))
-    ):
-        raise CannotSay("turns with calls, marks or keys of their own")
+    _require_dialogue(told, [*turns_of(told.prompt), *map(_last, told.answers)])
     names = {"user": "Human", "assistant": "Assistant"}
     sides = [
-        "".join(f"\n\n{names[turn.role]}: {turn.content}" for turn in (*turns, *_turns(side)))
+        "".join(
+            f"\n\n{names[turn.role]}: {turn.content}"
+            for turn in (*turns_of(told.prompt), *turns_of(side))
+        )
         for side in told.answers
     ]
     return [{"chosen": sides[0], "rejected": sides[1], **_margin(told)}]
@@ -130,8 +110,6 @@ def hh(told: Told, note: Note) -> list[Values]:
 def labelled(told: Told, note: Note) -> list[Values]:
     """`{"prompt", "completion", "label"}`; of a pair two rows."""
     if len(told.answers) == 2:
-        if told.margin is not None:
-            note("lose their margins")
         sides = [replace(told, answers=(side,)) for side in told.answers]
         labels = [True, False]
     elif told.answers and told.label is not None:
@@ -147,11 +125,8 @@ def labelled(told: Told, note: Note) -> list[Values]:
 def openai(told: Told, note: Note) -> list[Values]:
     """As OpenAI's fine-tuning reads it: messages, or a pair of outputs; arguments are JSON text."""
     if len(told.answers) == 2:
-        told = _as_chat(told, note)
-        if told.margin is not None:
-            note("lose their margins")
-        sides = [_openai_turns(_turns(side), note) for side in told.answers]
-        given = {"messages": _openai_turns(_turns(told.prompt), note), **_tools(told)}
+        sides = [_openai_turns(turns_of(side), note) for side in told.answers]
+        given = {"messages": _openai_turns(turns_of(told.prompt), note), **_tools(told)}
         return [{"input": given, "preferred_output": sides[0], "non_preferred_output": sides[1]}]
     return [{"messages": _openai_turns(_whole(told, note), note), **_tools(told)}]
 
@@ -169,57 +144,34 @@ WRITERS: dict[str, Callable[[Told, Note], list[Values]]] = {
     "labelled": labelled,
     "openai": openai,
 }
-"""Name of a format -> what a row is in it, some of them two rows."""
+"""Name of a format -> what a prepared row is in it, some of them two rows."""
 
 
-def _one_answer(told: Told, note: Note) -> Told:
-    if not told.answers:
-        raise CannotSay("a prompt without an answer")
-    if len(told.answers) == 1:
-        return told
-    note("lose their rejected answers")
-    if told.margin is not None:
-        note("lose their margins")
-    return replace(told, answers=told.answers[:1], margin=None)
+def _require_dialogue(told: Told, turns: Sequence[Message]) -> None:
+    if told.tools or any(turn.role not in ("user", "assistant") for turn in turns):
+        raise CannotSay("tools and further speakers")
+    if any(is_special(turn) for turn in turns):
+        raise CannotSay("turns with calls, marks or keys of their own")
 
 
-def _pair(told: Told) -> Told:
-    if len(told.answers) != 2:
-        raise CannotSay("a single answer, which is no pair")
-    return told
+def _last(said: Any) -> Message:
+    return turns_of(said)[-1]
 
 
 def _whole(told: Told, note: Note) -> tuple[Message, ...]:
     """All turns of a chat with one answer or none."""
-    told = _as_chat(_one_answer(told, note) if told.answers else told, note)
-    answers = (turn for side in told.answers for turn in _turns(side))
-    turns = (*_turns(told.prompt), *answers)
+    answers = (turn for side in told.answers for turn in turns_of(side))
+    turns = (*turns_of(told.prompt), *answers)
     if any(turn.given for turn in turns if not turn.is_empty):
         note("lose how much of an answer their prompt begins: all of it is trained")
     return tuple(replace(turn, given=0) for turn in turns)
-
-
-def _as_chat(told: Told, note: Note) -> Told:
-    """The row as turns: a prompt of plain text is what the user says."""
-    if not isinstance(told.prompt, str):
-        return told
-    if not told.prompt.strip():
-        raise CannotSay("plain text without a prompt, which is no chat")
-    note("were plain text: as a chat they go through the model's template")
-    system = (Message("system", told.system),) if told.system else ()
-    return replace(
-        told,
-        prompt=(*system, Message("user", told.prompt)),
-        answers=tuple((Message("assistant", str(side)),) for side in told.answers),
-        system="",
-    )
 
 
 def _sides(told: Told) -> tuple[Any, list[Any]]:
     """Prompt and answers as values; what the prompt begins of an answer stands at its end."""
     if isinstance(told.prompt, str):
         return told.prompt, list(told.answers)
-    prompt, answers = _turns(told.prompt), [_turns(side) for side in told.answers]
+    prompt, answers = turns_of(told.prompt), [turns_of(side) for side in told.answers]
     begun = {side[0].content[: side[0].given] for side in answers if side and side[0].given}
     if begun:
         (start,) = begun
@@ -229,11 +181,6 @@ def _sides(told: Told) -> tuple[Any, list[Any]]:
     return [_turn(turn) for turn in plain], [[_turn(turn) for turn in side] for side in answers]
 
 
-def _turns(said: Any) -> tuple[Message, ...]:
-    assert isinstance(said, tuple)
-    return said
-
-
 def _turn(turn: Message) -> Values:
     calls = {"tool_calls": list(turn.tool_calls)} if turn.tool_calls else {}
     return {"role": turn.role, "content": turn.content, **turn.more, **calls, **_mark(turn)}
@@ -241,21 +188,26 @@ def _turn(turn: Message) -> Values:
 
 def _openai_turns(turns: Sequence[Message], note: Note) -> list[Values]:
     """Turns whose calls have ids, and arguments as JSON text; results name the call's id."""
+    used = {call.get("id") for turn in turns for call in turn.tool_calls}
+    free = (name for n in itertools.count(1) if (name := f"call_{n}") not in used)
     written: list[Values] = []
-    count, waiting = 0, list[str]()
+    waiting: list[str] = []
     for turn in turns:
         values, calls = _turn(turn), []
         for call in turn.tool_calls:
-            count += 1
-            arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-            calls.append({"id": f"call_{count}", **call})
-            calls[-1]["function"] = {**call["function"], "arguments": arguments}
             if "id" not in call:
-                waiting.append(calls[-1]["id"])
-        if waiting and calls:
-            note("get ids for their calls")
+                note("get ids for their calls")
+            arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+            function = {**call["function"], "arguments": arguments}
+            calls.append({"id": call["id"] if "id" in call else next(free), **call})
+            calls[-1]["function"] = function
+            waiting.append(calls[-1]["id"])
         if turn.role == "tool" and waiting:
-            values.setdefault("tool_call_id", waiting.pop(0))
+            named = values.get("tool_call_id", waiting[0])
+            if "tool_call_id" not in values:
+                note("get ids for their calls")
+                values["tool_call_id"] = named
+            waiting = [name for name in waiting if name != named]
         written.append(values | ({"tool_calls": calls} if calls else {}))
     return written
 
@@ -285,18 +237,6 @@ def _mark(turn: Message) -> Values:
     if not turn.trained and turn.role == "assistant":
         return {"weight": 0}
     return {} if turn.marked is None else {"weight": int(turn.marked)}
-
-
-def _is_special(turn: Message) -> bool:
-    marked = turn.role == "assistant" and (not turn.trained or turn.marked is not None)
-    return bool(turn.tool_calls or turn.more or marked)
-
-
-def _system_text(turns: Sequence[Message]) -> tuple[str, Sequence[Message]]:
-    """The text of a system turn that opens, and the others; a turn with keys of its own stays."""
-    if turns and turns[0].role == "system" and not _is_special(turns[0]) and turns[0].content:
-        return turns[0].content, turns[1:]
-    return "", turns
 
 
 def _system(system: str) -> Values:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from alignkit.data.files.json_rows import Found
 from alignkit.errors import DataError
 
+_BREAK = re.compile(r"\r\n|\r|\n")
 _BATCH = 1000
 """Rows of a parquet file that are in memory at once."""
 
@@ -43,7 +45,7 @@ def read_csv(lines: Iterable[str], shown: str, delimiter: str = ",") -> Iterator
         if twice:
             message = f"{shown}:1: the header has {twice[0]!r} twice"
             raise DataError(message, hint="rename one of the columns")
-        first_line = reader.line_num - sum(str(value).count("\n") for value in values.values())
+        first_line = reader.line_num - sum(len(_BREAK.findall(str(v))) for v in values.values())
         if None in values or None in values.values():
             other = next((c for c in ";\t|" if len(names) == 1 and c in names[0]), None)
             raise DataError(
