@@ -93,7 +93,7 @@ class RolloutRecipe(Recipe):
         data, training = info.data.get("data"), info.data.get("training")
         best = None if training is None else training.keep_best
         if value is None and best is not None and metric_family(best) == "pass@k":
-            raise ValueError(f"is missing: training.keep_best = {best} is measured with it")
+            raise ValueError(f"training.keep_best = {best} needs a task to measure it: set task")
         if value is not None and data is not None and not (data.eval or data.eval_fraction):
             raise ValueError("needs held-out prompts: set data.eval or data.eval_fraction")
         return value
