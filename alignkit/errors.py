@@ -74,6 +74,14 @@ class RewardError(AlignkitError):
 
 
 class Interrupted(AlignkitError):
-    """The user stopped the run; a checkpoint was saved."""
+    """The user or a scheduler stopped the run; a checkpoint was saved.
 
-    exit_code = 130
+    Args:
+        message: one sentence.
+        hint: what to do about it.
+        exit_code: 128 and the number of the signal: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", exit_code: int = 130) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = exit_code

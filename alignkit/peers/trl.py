@@ -49,10 +49,12 @@ from alignkit.models.quiet import quiet_transformers
 from alignkit.models.rewards.chat import choose_padding
 from alignkit.models.rewards.head import new_head
 from alignkit.recipe.adapters import FullSpec, b_rate, continues, is_mergeable
+from alignkit.recipe.planning.plan import count_decay
 from alignkit.recipe.stages.dpo import DpoRecipe
 from alignkit.recipe.stages.kto import KtoRecipe
 from alignkit.recipe.stages.reward import RewardRecipe
 from alignkit.recipe.stages.sft import SftRecipe
+from alignkit.recipe.training import LoopSpec
 
 PeerRecipe = SftRecipe | RewardRecipe | DpoRecipe | KtoRecipe
 """Recipes of the stages that can be compared."""
@@ -201,16 +203,14 @@ def _trainer_of(recipe: PeerRecipe) -> tuple[Any, Any, dict[str, Any]]:
 
 def _arguments(recipe: PeerRecipe, folder: Path, steps: int, *, tuned: bool) -> dict[str, Any]:
     training = recipe.training
-    warmup = training.warmup * steps if training.warmup < 1 else training.warmup
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": recipe.examples_per_step,
         "max_steps": steps,
         "learning_rate": training.learning_rate,
-        "lr_scheduler_type": training.schedule,
-        "warmup_steps": round(warmup),
+        **_schedule(training, steps),
         "weight_decay": training.weight_decay,
-        **({} if training.optimizer == "adamw" else {"optim": training.optimizer}),
+        **_optimizer(training),
         "max_grad_norm": training.max_grad_norm or 0.0,
         "bf16": recipe.model.dtype == "bfloat16",
         "gradient_checkpointing": not tuned,
@@ -223,6 +223,30 @@ def _arguments(recipe: PeerRecipe, folder: Path, steps: int, *, tuned: bool) -> 
         "remove_unused_columns": False,
         "seed": recipe.seed,
     }
+
+
+def _schedule(training: LoopSpec, steps: int) -> dict[str, Any]:
+    """TRL's names of the schedule and its options; its warm-up begins at 0."""
+    warmup = round(training.warmup * (steps if training.warmup < 1 else 1))
+    decay = count_decay(training.decay, steps, warmup)
+    known: dict[str, tuple[str, dict[str, Any]]] = {
+        "wsd": ("warmup_stable_decay", {"num_decay_steps": decay, "decay_type": "linear"}),
+        "cosine_min": ("cosine_with_min_lr", {"min_lr_rate": training.min_rate}),
+    }
+    name, options = known.get(training.schedule, (training.schedule, {}))
+    return {"lr_scheduler_type": name, "lr_scheduler_kwargs": options, "warmup_steps": warmup}
+
+
+def _optimizer(training: LoopSpec) -> dict[str, Any]:
+    """TRL's name of the optimizer, and its betas."""
+    if training.optimizer == "adafactor":
+        raise AlignkitError(
+            "TRL's Adafactor is another one: its rate is not relative to the weights",
+            hint="compare with training.optimizer=adamw",
+        )
+    betas = dict(zip(("adam_beta1", "adam_beta2"), training.betas or (), strict=False))
+    names = {"adamw": "adamw_torch_fused", "lion": "lion_32bit"}
+    return {"optim": names.get(training.optimizer, training.optimizer), **betas}
 
 
 def _adapter(recipe: PeerRecipe, base: BaseModel) -> PeftConfig | None:

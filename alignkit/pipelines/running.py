@@ -83,7 +83,7 @@ class PipelineRun:
 
         Raises:
             AlignkitError: a stage failed; the later ones have not run.
-            Interrupted: the user pressed Ctrl-C.
+            Interrupted: the user pressed Ctrl-C, or a scheduler sent SIGTERM.
         """
         try:
             for number, (step, result) in enumerate(
@@ -99,7 +99,8 @@ class PipelineRun:
                     if isinstance(error, KeyboardInterrupt):
                         raise
                     hint = "run the same command again to resume"
-                    raise Interrupted(error.message, hint=hint) from None
+                    code = error.exit_code
+                    raise Interrupted(error.message, hint=hint, exit_code=code) from None
                 except BaseException:
                     result.status = "failed"
                     raise

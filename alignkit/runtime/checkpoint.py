@@ -45,6 +45,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer | Optimizers,
     state: dict[str, Any],
     keep: int,
+    held: int | None = None,
 ) -> Path:
     """Write one checkpoint and remove old ones.
 
@@ -55,6 +56,7 @@ def save_checkpoint(
         optimizer: its whole state is stored.
         state: plain values that the loop needs to continue.
         keep: number of newest checkpoints that stay.
+        held: step of a further one that stays.
 
     Returns:
         The folder of the checkpoint.
@@ -64,12 +66,13 @@ def save_checkpoint(
     """
     weights = trainable_weights(model)
     require_finite_weights(weights, f"after step {step}")
-    final = folder / f"step-{step:06d}"
+    final = step_folder(folder, step)
     try:
         with replace_folder(final) as written:
             save_file(weights, written / "trainable.safetensors")
             torch.save(optimizer.state_dict(), written / "optimizer.pt")
-            text = json.dumps({"step": step, **state})
+            kept = {} if held is None else {"held": held}
+            text = json.dumps({"step": step, **kept, **state})
             (written / "state.json").write_text(text, encoding="utf-8")
             manifest = {path.name: _hash(path) for path in sorted(written.iterdir())}
             (written / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
@@ -84,12 +87,13 @@ def save_checkpoint(
     stored = _by_step(folder)
     current = stored.index(final)
     for old in [*stored[: current + 1][:-keep], *stored[current + 1 :]]:
-        remove(old)
+        if held is None or old != step_folder(folder, held):
+            remove(old)
     return final
 
 
 def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint.
+    """The newest whole checkpoint. One that holds another is whole only with it.
 
     Args:
         folder: `checkpoints/` of a run; may be missing.
@@ -100,11 +104,26 @@ def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     skipped: list[str] = []
     for candidate in reversed(_by_step(folder)):
         fault = _fault(candidate)
+        state = {} if fault else read_json(candidate / "state.json")
+        held = state.get("held")
+        if held is not None and held != state["step"]:
+            best = step_folder(folder, held)
+            fault = _fault(best)
+            fault = fault and f"of {best.name}, its best one, {fault}"
         if fault is None:
-            state = read_json(candidate / "state.json")
             return Checkpoint(candidate, int(state["step"]), state), skipped
         skipped.append(f"{candidate.name} is damaged ({fault}); using the one before")
     return None, skipped
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Folder of the checkpoint after a step.
+
+    Args:
+        folder: `checkpoints/` of a run.
+        step: optimizer steps done.
+    """
+    return folder / f"step-{step:06d}"
 
 
 def stored_state(folder: Path) -> dict[str, Any]:
@@ -125,6 +144,32 @@ def stored_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
         return {name: tuple(stored.get_slice(name).get_shape()) for name in list(stored.keys())}
 
 
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Restore the stored weights.
+
+    Args:
+        folder: of one checkpoint.
+        model: gets them.
+
+    Raises:
+        RunError: they are not those of the model, or cannot be read.
+    """
+    try:
+        stored = load_file(folder / "trainable.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"checkpoint {folder} cannot be read: {error}") from error
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if stored.keys() != named.keys():
+        odd = sorted(stored.keys() ^ named.keys())
+        raise RunError(
+            f"{folder} holds other weights than the recipe trains, first {odd[0]}",
+            hint="resume with the recipe that started the run",
+        )
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(stored[name])
+
+
 def load_checkpoint(
     checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers
 ) -> None:
@@ -134,21 +179,11 @@ def load_checkpoint(
         RunError: the weights in the checkpoint are not those of the model, or its files hold
             something else than was saved.
     """
-    stored = load_file(checkpoint.folder / "trainable.safetensors")
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if stored.keys() != named.keys():
-        odd = sorted(stored.keys() ^ named.keys())
-        raise RunError(
-            f"{checkpoint.folder} holds other weights than the recipe trains, first {odd[0]}",
-            hint="resume with the recipe that started the run",
-        )
     try:
-        with torch.no_grad():
-            for name, parameter in named.items():
-                parameter.copy_(stored[name])
+        load_weights(checkpoint.folder, model)
         path = checkpoint.folder / "optimizer.pt"
         optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except MemoryError:
+    except (MemoryError, RunError):
         raise
     except Exception as error:  # what is no state of this optimizer may end in any error
         kind, line = type(error).__name__, str(error).strip().split("\n")[0][:200]

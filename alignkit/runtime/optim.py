@@ -12,19 +12,23 @@ from torch import nn
 
 from alignkit.errors import NotFiniteError, TrainingError
 from alignkit.runtime.loss_scale import LossScale
+from alignkit.runtime.schedule import learning_rate_at
 
 try:
     import bitsandbytes
-except ImportError:  # an extra: only 8-bit optimizers need it
+except ImportError:  # an extra: only these optimizers need it
     bitsandbytes = None
 
 ADAM_EPSILON = 1e-8
 
-_EIGHT_BITS = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
-"""Name in a recipe -> class of bitsandbytes."""
-
-_DEVICES = {"adamw_8bit": ("cuda", "cpu"), "paged_adamw_8bit": ("cuda",)}
-"""Where bitsandbytes has kernels. Elsewhere its paged optimizer silently does not page."""
+_OF_BITSANDBYTES = {
+    "adamw_8bit": ("AdamW8bit", ("cuda", "cpu")),
+    "paged_adamw_8bit": ("PagedAdamW8bit", ("cuda",)),
+    "lion": ("Lion", ("cuda", "cpu")),
+    "lion_8bit": ("Lion8bit", ("cuda", "cpu")),
+}
+"""Name in a recipe -> its class, and where that has kernels. Elsewhere the paged optimizer silently
+does not page."""
 
 RATE_FACTOR = "rate_factor"
 """Key of a parameter group: its learning rate as a multiple of the schedule's."""
@@ -40,18 +44,19 @@ def require_optimizer(kind: str, device: str) -> None:
     Raises:
         TrainingError: bitsandbytes is missing, or has no kernels for the device.
     """
-    if kind not in _EIGHT_BITS:
+    if kind not in _OF_BITSANDBYTES:
         return
+    devices = _OF_BITSANDBYTES[kind][1]
     if bitsandbytes is None:
         raise TrainingError(
             f"training.optimizer = {kind} needs bitsandbytes, which is not installed",
             hint="pip install 'alignkit[quantization]'",
         )
-    if device not in _DEVICES[kind]:
-        others = [name for name, devices in _DEVICES.items() if device in devices]
+    if device not in devices:
+        narrow = "adamw_8bit or " * (device in _OF_BITSANDBYTES["adamw_8bit"][1])
         raise TrainingError(
-            f"training.optimizer = {kind} runs on {' and '.join(_DEVICES[kind])}, not on {device}",
-            hint=f"set training.optimizer={' or '.join([*others, 'adamw'])}",
+            f"training.optimizer = {kind} runs on {' and '.join(devices)}, not on {device}",
+            hint=f"set training.optimizer={narrow}adamw",
         )
 
 
@@ -61,10 +66,21 @@ def build_optimizer(
     weight_decay: float,
     *,
     kind: str = "adamw",
+    betas: tuple[float, float] | None = None,
     epsilon: float = ADAM_EPSILON,
     b_rate: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """AdamW over the trainable weights.
+    """An optimizer over the trainable weights.
+
+    At step t, with gradient g, rate η and decay λ, each first multiplies the weight w by 1 - ηλ;
+    then, with moments m and v from 0:
+
+    - AdamW: m ← β₁m + (1-β₁)g, v ← β₂v + (1-β₂)g², w ← w - η m̂ / (√v̂ + ε), where
+      m̂ = m / (1-β₁ᵗ), v̂ = v / (1-β₂ᵗ)
+    - Lion: w ← w - η sign(β₁m + (1-β₁)g), m ← β₂m + (1-β₂)g
+    - Adafactor, over matrices: r and c are means of g² over columns and rows that decay by
+      1 - t⁻⁰·⁸; u = g / √(r cᵀ / mean r), w ← w - min(η, 1/√t) max(10⁻³, rms w) u / max(1, rms u).
+      Vectors keep v whole instead of r and c
 
     In 8 bits a moment is rounded to one of 256 values, scaled by the largest of 256 neighbours.
     Weights with fewer than 4,096 elements keep theirs in float32: bitsandbytes' default.
@@ -74,8 +90,9 @@ def build_optimizer(
         learning_rate: peak; the schedule scales it.
         weight_decay: decoupled; not applied to vectors (biases and norms) nor to IA3's scales,
             whose neutral value is 1, nor to weights with an attribute `no_decay`.
-        kind: `adamw`, `adamw_8bit` or `paged_adamw_8bit`, accepted by `require_optimizer`.
-        epsilon: added to the root of the second moment.
+        kind: as in a recipe, accepted by `require_optimizer`.
+        betas: of the moments; None for Adafactor, and for AdamW's own 0.9 and 0.999.
+        epsilon: of AdamW, added to the root of the second moment.
         b_rate: learning rate of LoRA's B matrices as a multiple of the others' (LoRA+,
             https://arxiv.org/abs/2402.12354).
     """
@@ -94,12 +111,16 @@ def build_optimizer(
         }
         for (plain, faster), weights in sorted(kinds.items(), key=lambda item: item[0])
     ]
-    options: dict[str, Any] = {"lr": learning_rate, "betas": (0.9, 0.999), "eps": epsilon}
-    if kind in _EIGHT_BITS:
-        narrow: torch.optim.Optimizer = getattr(bitsandbytes.optim, _EIGHT_BITS[kind])(
+    options: dict[str, Any] = {"lr": learning_rate, "betas": betas or (0.9, 0.999)}
+    if kind == "adafactor":
+        return torch.optim.Adafactor(groups, lr=learning_rate)
+    if "lion" not in kind:
+        options["eps"] = epsilon
+    if kind in _OF_BITSANDBYTES:
+        made: torch.optim.Optimizer = getattr(bitsandbytes.optim, _OF_BITSANDBYTES[kind][0])(
             groups, **options
         )
-        return narrow
+        return made
     fused = all(p.device.type in ("cuda", "cpu") for _, p in named)
     return torch.optim.AdamW(groups, fused=fused, **options)
 
@@ -124,34 +145,6 @@ class Optimizers:
             part.load_state_dict(state[name])
 
 
-def learning_rate_at(
-    step: int, *, peak: float, steps: int, warmup_steps: int, schedule: str
-) -> float:
-    """Learning rate of one step.
-
-    Args:
-        step: from 0.
-        peak: reached right after warm-up.
-        steps: of the whole run.
-        warmup_steps: linear rise over this many steps; the first step already moves.
-        schedule: `cosine`, `linear` or `constant`.
-
-    Returns:
-        A rate above 0 and at most `peak`.
-
-    Example:
-        Cosine over 4 steps without warm-up: 1, 0.854, 0.5, 0.146 times the peak.
-    """
-    if step < warmup_steps:
-        return peak * (step + 1) / (warmup_steps + 1)
-    share = (step - warmup_steps) / max(1, steps - warmup_steps)
-    if schedule == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * share))
-    if schedule == "linear":
-        return peak * (1 - share)
-    return peak
-
-
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the rate of every parameter group, times the group's factor if it has one."""
     for group in optimizer.param_groups:
@@ -174,32 +167,22 @@ class TrainedPart:
 
 
 def set_rates(
-    parts: Sequence[TrainedPart],
-    step: int,
-    *,
-    peaks: Mapping[str, float],
-    steps: int,
-    warmup_steps: int,
-    schedule: str,
+    parts: Sequence[TrainedPart], step: int, *, peaks: Mapping[str, float], **shape: Any
 ) -> dict[str, float]:
-    """Set the learning rates of one step; see `learning_rate_at`.
+    """Set the learning rates of one step.
 
     Args:
         parts: each has its peak.
         step: from 0.
         peaks: name of a part -> its peak.
-        steps: of the whole run.
-        warmup_steps: linear rise over this many steps.
-        schedule: of all parts.
+        **shape: of all parts' schedules; see `learning_rate_at`.
 
     Returns:
         `learning_rate` of the first part, and `<name>_learning_rate` of each other one.
     """
     rates = {}
     for number, part in enumerate(parts):
-        rate = learning_rate_at(
-            step, peak=peaks[part.name], steps=steps, warmup_steps=warmup_steps, schedule=schedule
-        )
+        rate = learning_rate_at(step, peak=peaks[part.name], **shape)
         set_learning_rate(part.optimizer, rate)
         rates[_metric(part, number, "learning_rate")] = rate
     return rates

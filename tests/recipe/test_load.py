@@ -33,9 +33,10 @@ RATE_HINT = (
 )
 SOURCES_HINT = "\nhint: a list of sources, as in [{path: data.jsonl}]"
 TRAINING_KEYS = (
-    "\nhint: keys here: epochs, max_steps, microbatch_tokens, learning_rate, schedule, warmup, "
-    "weight_decay, max_grad_norm, on_bad_step, optimizer, gradient_checkpointing, deterministic, "
-    "log_every, eval_every, save_every, keep, trackers, batch_size"
+    "\nhint: keys here: epochs, max_steps, microbatch_tokens, learning_rate, schedule, decay, "
+    "min_rate, warmup, weight_decay, max_grad_norm, on_bad_step, optimizer, betas, "
+    "gradient_checkpointing, deterministic, log_every, eval_every, save_every, keep, keep_best, "
+    "early_stop, trackers, batch_size"
 )
 TEMPLATES = ", ".join(
     sorted(path.stem for path in (assets_root() / "data_templates" / "chat").glob("*.jinja"))

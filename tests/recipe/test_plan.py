@@ -202,6 +202,10 @@ def test_what_the_optimizer_keeps() -> None:
     assert state("adamw") == MODEL.trainable * (4 + 2 * 4)
     assert state("adamw_8bit") == MODEL.trainable * (4 + 2 * (1 + 4 / 256))
     assert state("paged_adamw_8bit") == state("adamw_8bit")
+    # One moment; a row and a column of a matrix, the longer of which is a rank-th of it.
+    assert state("lion") == MODEL.trainable * (4 + 4)
+    assert state("lion_8bit") == MODEL.trainable * (4 + 1 + 4 / 256)
+    assert state("adafactor") == MODEL.trainable * (4 + 4 / 16)
     # The value adapter's weights are counted with its state.
     assert state("adamw", "ppo") == 2 * state("adamw") + 4 * MODEL.trainable
     assert state("adamw_8bit", "ppo") == 2 * state("adamw_8bit") + 4 * MODEL.trainable

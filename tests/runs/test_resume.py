@@ -118,14 +118,21 @@ def test_killed_twice_and_with_a_torn_line(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
-def test_a_signal_saves_and_exits_130(
-    number: signal.Signals, alignkit: CommandLine, whole: Any, tiny_base: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminate"]
+)
+def test_a_signal_saves_and_exits(
+    number: signal.Signals,
+    code: int,
+    alignkit: CommandLine,
+    whole: Any,
+    tiny_base: Path,
+    tmp_path: Path,
 ) -> None:
     recipe = recipe_for("lora", tmp_path, tiny_base)
     stop = KILL_AFTER.replace("STEP", "2").replace("SIGKILL", number.name)
     done = alignkit("sft", recipe, cwd=tmp_path, before=stop)
-    assert done.code == 130
+    assert done.code == code
     run = tmp_path / "run"
     assert read_metrics(run / "metrics.jsonl")[-1]["step"] == 2
     text = done.stderr.replace("\n", " ")
@@ -136,7 +143,7 @@ def test_a_signal_saves_and_exits_130(
     assert json.loads((run / "run.json").read_text(encoding="utf-8"))["status"] == "interrupted"
     with (run / ".lock").open("a") as lock:  # released, so the run can be resumed
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if number == signal.SIGINT:  # the two leave the same
+    if number == signal.SIGTERM:  # the two leave the same
         resumed = alignkit("sft", recipe, "--resume", cwd=tmp_path)
         assert "resuming after step 2" in resumed.stderr
         assert_same(run, whole("lora"))

@@ -198,3 +198,27 @@ def test_a_file_that_cannot_grow(limit: int, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     save_checkpoint(tmp_path, 2, model, optimizer, {}, keep=2)
     assert names(tmp_path) == ["step-000001", "step-000002"]
+
+
+def test_the_best_one_stays(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    for step in range(1, 7):
+        save_checkpoint(tmp_path, step, model, optimizer, {}, keep=2, held=2 if step > 1 else 1)
+    assert names(tmp_path) == ["step-000002", "step-000005", "step-000006"]
+    save_checkpoint(tmp_path, 7, model, optimizer, {}, keep=2, held=7)  # a better one
+    assert names(tmp_path) == ["step-000006", "step-000007"]
+
+
+def test_a_checkpoint_without_its_best_one_is_not_whole(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    for step, held in ((1, None), (2, 2), (3, 3), (4, 3)):
+        save_checkpoint(tmp_path, step, model, optimizer, {}, keep=9, held=held)
+    (tmp_path / "step-000003" / "optimizer.pt").unlink()
+    found, skipped = find_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 2
+    assert skipped == [
+        "step-000004 is damaged (of step-000003, its best one, optimizer.pt is missing); "
+        "using the one before",
+        "step-000003 is damaged (optimizer.pt is missing); using the one before",
+    ]

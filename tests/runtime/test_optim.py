@@ -12,15 +12,16 @@ from running import make_recipe
 from torch import nn
 
 from alignkit.errors import TrainingError
+from alignkit.recipe.planning.plan import count_decay
 from alignkit.recipe.training import TrainingSpec
 from alignkit.runtime import optim
 from alignkit.runtime.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from alignkit.runtime.optim import (
     build_optimizer,
-    learning_rate_at,
     require_optimizer,
     set_learning_rate,
 )
+from alignkit.runtime.schedule import learning_rate_at
 
 optimizers = pytest.mark.parametrize(
     "kind",
@@ -33,10 +34,9 @@ needs_bitsandbytes = pytest.mark.skipif(not optim.bitsandbytes, reason="needs bi
 
 
 def rates(steps: int, warmup: int, schedule: str, peak: float = 1.0) -> list[float]:
-    return [
-        learning_rate_at(step, peak=peak, steps=steps, warmup_steps=warmup, schedule=schedule)
-        for step in range(steps)
-    ]
+    shape: dict[str, Any] = {"steps": steps, "warmup_steps": warmup, "schedule": schedule}
+    shape |= {"decay_steps": count_decay(0.5, steps, warmup), "min_rate": 0.1}
+    return [learning_rate_at(step, peak=peak, **shape) for step in range(steps)]
 
 
 @pytest.mark.parametrize(
@@ -50,13 +50,19 @@ def rates(steps: int, warmup: int, schedule: str, peak: float = 1.0) -> list[flo
         ("constant", 3, [0.25, 0.5, 0.75, 1]),
         ("linear", 2, [1 / 3, 2 / 3, 1, 0.5]),
         ("cosine", 2, [1 / 3, 2 / 3, 1, 0.5]),
+        # (4 - s) / 2 from step 2 on: the peak, then half of it
+        ("wsd", 0, [1, 1, 1, 0.5]),
+        ("wsd", 2, [1 / 3, 2 / 3, 1, 0.5]),
+        # 0.1 + 0.9 (1 + cos(π s / 4)) / 2
+        ("cosine_min", 0, [1, 0.55 + 0.45 * math.sqrt(0.5), 0.55, 0.55 - 0.45 * math.sqrt(0.5)]),
+        ("cosine_min", 2, [1 / 3, 2 / 3, 1, 0.55]),
     ],
 )
 def test_closed_form(schedule: str, warmup: int, expected: list[float]) -> None:
     assert rates(4, warmup, schedule) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd", "cosine_min"])
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (2, 1), (100, 0), (100, 7), (100, 99)])
 def test_every_step_moves_and_none_beyond_the_peak(schedule: str, steps: int, warmup: int) -> None:
     found = rates(steps, warmup, schedule, peak=3e-4)
@@ -64,6 +70,91 @@ def test_every_step_moves_and_none_beyond_the_peak(schedule: str, steps: int, wa
     assert found[warmup] == 3e-4
     assert found[: warmup + 1] == sorted(found[: warmup + 1])
     assert found[warmup:] == sorted(found[warmup:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "warmup", "expected"),
+    # a fifth of 100; rounded; at least one step; none of the warm-up; all of them; another schedule
+    [(0.2, 100, 5, 20), (0.2, 8, 0, 2), (0.2, 2, 0, 1), (0.5, 10, 8, 2), (1.0, 10, 3, 7)],
+)
+def test_steps_of_decay(share: float, steps: int, warmup: int, expected: int) -> None:
+    assert count_decay(share, steps, warmup) == expected
+    assert count_decay(None, steps, warmup) == 0
+
+
+def reference(kind: str, betas: tuple[float, float], rate: float, decay: float) -> Any:
+    """One weight's update rule in float64, as its paper or torch's documentation has it."""
+    state: dict[str, Any] = {"m": 0.0, "v": 0.0, "r": 0.0, "c": 0.0}
+    first, second = betas
+
+    def adamw(w: Any, g: Any, t: int) -> Any:
+        state["m"] = first * state["m"] + (1 - first) * g
+        state["v"] = second * state["v"] + (1 - second) * g * g
+        m, v = state["m"] / (1 - first**t), state["v"] / (1 - second**t)
+        return w - rate * m / (v.sqrt() + 1e-8)
+
+    def lion(w: Any, g: Any, t: int) -> Any:
+        step = (first * state["m"] + (1 - first) * g).sign()
+        state["m"] = second * state["m"] + (1 - second) * g
+        return w - rate * step
+
+    def adafactor(w: Any, g: Any, t: int) -> Any:
+        new, size = t**-0.8, max(1e-3, float(w_before.square().mean().sqrt()))
+        if g.ndim == 2:
+            state["r"] = (1 - new) * state["r"] + new * g.square().mean(1, keepdim=True)
+            state["c"] = (1 - new) * state["c"] + new * g.square().mean(0, keepdim=True)
+            v = state["r"] @ state["c"] / state["r"].mean()
+        else:
+            v = state["v"] = (1 - new) * state["v"] + new * g.square()
+        u = g / v.sqrt()
+        clipped = u / max(1.0, float(u.square().mean().sqrt()))
+        return w - min(rate, t**-0.5) * size * clipped
+
+    w_before: Any = None
+
+    def update(w: Any, g: Any, t: int) -> Any:
+        nonlocal w_before
+        w_before = w
+        shrunk = w * (1 - rate * decay) if w.ndim == 2 else w
+        return {"adamw": adamw, "lion": lion, "adafactor": adafactor}[kind](shrunk, g, t)
+
+    return update
+
+
+@pytest.mark.parametrize(
+    ("kind", "betas"), [("adamw", (0.8, 0.95)), ("lion", (0.9, 0.99)), ("adafactor", None)]
+)
+@needs_bitsandbytes
+def test_update_rules(kind: str, betas: tuple[float, float] | None) -> None:
+    torch.manual_seed(0)
+    weights = {"matrix": nn.Parameter(torch.randn(6, 4)), "vector": nn.Parameter(torch.randn(5))}
+    expected = {name: weight.detach().double() for name, weight in weights.items()}
+    rules = {name: reference(kind, betas or (0.0, 0.0), 0.01, 0.5) for name in weights}
+    optimizer = build_optimizer(weights.items(), 0.01, 0.5, kind=kind, betas=betas)
+    for step in range(1, 9):
+        for name, weight in weights.items():
+            weight.grad = torch.randn_like(weight) * step
+            expected[name] = rules[name](expected[name], weight.grad.double(), step)
+        optimizer.step()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight.detach().double(), expected[name], rtol=2e-5, atol=2e-6)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", ["lion", "lion_8bit", "adafactor"])
+def test_groups_of_every_kind(kind: str) -> None:
+    # Zero gradients: only decay moves a weight, and only a matrix that is not held.
+    weights = {name: nn.Parameter(torch.ones(80, 80)) for name in ("x.lora_A.w", "x.lora_B.w")}
+    weights |= {"norm": nn.Parameter(torch.ones(80)), "x.ia3_l.w": nn.Parameter(torch.ones(80, 1))}
+    optimizer = build_optimizer(weights.items(), 1.0, 0.5, kind=kind, b_rate=4.0)
+    set_learning_rate(optimizer, 0.1)
+    for weight in weights.values():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    found = [float(weight.detach().mean()) for weight in weights.values()]
+    assert found == pytest.approx([0.95, 0.8, 1.0, 1.0])
+    sizes = [v.dtype for v in optimizer.state[weights["x.lora_A.w"]].values() if torch.is_tensor(v)]
+    assert (torch.uint8 in sizes) == (kind == "lion_8bit")
 
 
 @optimizers
@@ -173,6 +264,7 @@ def test_8_bits_follow_32() -> None:
         ("paged_adamw_8bit", "cpu", "paged_adamw_8bit runs on cuda, not on cpu"),
         ("paged_adamw_8bit", "mps", "paged_adamw_8bit runs on cuda, not on mps"),
         ("adamw_8bit", "mps", "adamw_8bit runs on cuda and cpu, not on mps"),
+        ("lion", "mps", "lion runs on cuda and cpu, not on mps"),
     ],
 )
 @needs_bitsandbytes
@@ -193,7 +285,7 @@ def test_only_these_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             except TrainingError:
                 refused.add((kind, device))
     paged = {("paged_adamw_8bit", device) for device in ("cpu", "mps")}
-    assert refused == paged | {("adamw_8bit", "mps")}
+    assert refused == paged | {(kind, "mps") for kind in ("adamw_8bit", "lion", "lion_8bit")}
 
 
 def test_bitsandbytes_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:

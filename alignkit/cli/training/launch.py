@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import time
+from functools import partial
+from typing import Any
 
 from alignkit.recipe.addresses import hide_secrets
 
@@ -45,16 +48,26 @@ def launch_processes(count: int) -> int:
         )
         for rank in range(count)
     ]
+    signal.signal(signal.SIGTERM, partial(_forward, workers))
     try:
         return _wait(workers)
-    except KeyboardInterrupt:  # the terminal signals the workers too; they save and exit with 130
-        return max(worker.wait() for worker in workers)
+    except KeyboardInterrupt:  # the workers are signalled too; they save, and exit with 130 or 143
+        codes = [worker.wait() for worker in workers]  # negative: killed before they could save
+        return max(128 - code if code < 0 else code for code in codes)
     finally:
         for worker in workers:
             if worker.poll() is None:
                 worker.terminate()
         for worker in workers:
             worker.wait()
+
+
+def _forward(workers: list[subprocess.Popen[bytes]], number: int, frame: Any) -> None:
+    """What a scheduler asks of the launcher is asked of its processes."""
+    signal.signal(number, signal.SIG_IGN)
+    for worker in workers:
+        worker.terminate()
+    raise KeyboardInterrupt
 
 
 def _wait(workers: list[subprocess.Popen[bytes]]) -> int:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from alignkit.recipe.importing import axolotl_rules, losses, rare, rules, sampling, sources
+from alignkit.recipe.importing import (
+    axolotl_rules,
+    losses,
+    optimizing,
+    rare,
+    rules,
+    sampling,
+    sources,
+)
 from alignkit.recipe.importing.fields import Field, Foreign, Settings, Toolkit
-from alignkit.recipe.importing.trainer import ADAM, FOUND, SUPERVISED, none
+from alignkit.recipe.importing.trainer import FOUND, SUPERVISED, none
 
 
 def _defaults(foreign: Foreign) -> Settings:
@@ -43,7 +51,10 @@ _warmup, _quantized = rules.warmup("lr_scheduler"), axolotl_rules.quantization()
 _where, _cut = axolotl_rules.targets(), axolotl_rules.lengths()
 _eval = rules.every("training.eval_every", "eval_steps", "eval_strategy")
 _save = rules.every("training.save_every", "save_steps", "save_strategy")
-_dtype = rules.precision()
+_dtype, _best = rules.precision(), optimizing.best("early_stopping_patience")
+_schedule = optimizing.schedule("lr_scheduler", "cosine_min_lr_ratio")
+_optimizer, _OPTIONS = optimizing.optimizer("optimizer"), optimizing.OF_SCHEDULE
+_FLOOR, _HELD = {"lr_scheduler": "cosine_with_min_lr"}, {"val_set_size": 0.1, "eval_steps": 30}
 _loss = sampling.group_loss("trl.loss_type", "trl.scale_rewards", "trl.epsilon", "trl.epsilon_high")
 _rewards = sampling.rewards("trl.reward_funcs", "trl.reward_weights")
 _responses = sampling.responses("trl.max_completion_length", "max_prompt_len")
@@ -211,12 +222,16 @@ _TRAINING = (
     Field("learning_rate", rules.number("training.learning_rate"), "", 3e-4),
     Field("num_epochs", rules.number("training.epochs"), "", 5),
     Field("max_steps", rules.positive("training.max_steps"), "", 60),
-    Field("lr_scheduler", rules.schedule("lr_scheduler"), "", "linear"),
+    Field("lr_scheduler", _schedule, "", "linear", gives=("training.schedule",)),
+    Field("cosine_min_lr_ratio", _schedule, "", 0.2),
+    Field("lr_scheduler_kwargs", _schedule, "", {"min_lr_rate": 0.2}, _FLOOR, gives=_OPTIONS),
     Field("warmup_steps", _warmup, "", 20),
     Field("warmup_ratio", _warmup, "", 0.2),
     Field("weight_decay", rules.number("training.weight_decay"), "", 0.1),
     Field("max_grad_norm", rules.clipping("max_grad_norm"), "", 0.3),
-    Field("optimizer", rules.optimizer("optimizer"), "", "adamw_bnb_8bit"),
+    Field("optimizer", _optimizer, "", "adamw_bnb_8bit"),
+    *(Field(beta, _optimizer, "", 0.5, gives=("training.betas",)) for beta in optimizing.BETAS),
+    optimizing.ADAM,
     Field("gradient_checkpointing", rules.checkpointing("gradient_checkpointing")),
     Field("logging_steps", rules.positive("training.log_every"), "", 20),
     Field("eval_steps", _eval, "", 20),
@@ -228,16 +243,16 @@ _TRAINING = (
     Field("wandb_project", _tracked, "the project is the tracker's own setting", "mine"),
     *none("counted in steps: set training.eval_every", evals_per_epoch=2),
     *none("counted in steps: set training.save_every", saves_per_epoch=2),
-    *ADAM,
     *none("no option of an optimizer", optim_args="a=1", optim_target_modules=["x"], lr_groups=[1]),
-    *none("no option of a schedule", lr_scheduler_kwargs={"a": 1}, cosine_min_lr_ratio=0.1),
     *none("no option of a schedule", cosine_constant_lr_ratio=0.1, lr_quadratic_warmup=True),
     *none("all trained weights have one rate", embedding_lr=1e-5, embedding_lr_scale=0.5),
     *none("no noise is added to embeddings", neftune_noise_alpha=5),
     *none("a loss that is not finite stops the run", loss_watchdog_threshold=5.0),
     *none("a loss that is not finite stops the run", loss_watchdog_patience=3),
-    *none("the last weights are kept", load_best_model_at_end=True, early_stopping_patience=3),
-    *none("the last weights are kept", metric_for_best_model="loss", greater_is_better=True),
+    Field("load_best_model_at_end", _best, "", True, _HELD),
+    Field("metric_for_best_model", _best, "", "accuracy", _HELD | {"load_best_model_at_end": True}),
+    Field("early_stopping_patience", _best, "", 3, _HELD),
+    *none("known of each metric", greater_is_better=True),
     *none("alignkit does not use DeepSpeed; see docs/gpu.md", deepspeed="ds.json"),
     *none(_MANY, fsdp=["full_shard"], fsdp_config={"a": 1}, ddp_timeout=9, ddp=True),
     *none(_MANY, ddp_find_unused_parameters=True, sequence_parallel_degree=2, use_ray=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from alignkit.recipe.importing import llama_factory_rules as own
 from alignkit.recipe.importing import losses, rare, rules, sampling, sources
 from alignkit.recipe.importing.fields import Field, Foreign, Settings, Toolkit
-from alignkit.recipe.importing.trainer import FOUND, TRAINER, none
+from alignkit.recipe.importing.trainer import BEST, EVALUATED, FOUND, TRAINER, none
 
 _MICRO, _TIMES = "per_device_train_batch_size", "gradient_accumulation_steps"
 
@@ -152,7 +152,7 @@ _OTHER = (
     *none("the numbers are in metrics.jsonl; training.trackers draws curves", plot_loss=True),
     *none("held-out rows give accuracy", compute_accuracy=True, predict_with_generate=True),
     *none("alignkit generate and chat", infer_backend="vllm", infer_dtype="auto", do_sample=True),
-    *none("the last weights are kept", early_stopping_steps=3),
+    Field("early_stopping_steps", BEST, "", 3, EVALUATED),
     *none("trackers are tensorboard, wandb, mlflow and trackio", use_swanlab=True),
     *none("trackers are tensorboard, wandb, mlflow and trackio", swanlab_project="mine"),
     *none("secrets are neither read nor written", swanlab_api_key="sk-secret"),

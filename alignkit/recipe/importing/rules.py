@@ -1,4 +1,4 @@
-"""Rules that the tables of several toolkits share: values, batches, schedules, precision."""
+"""Rules that the tables of several toolkits share: values, batches, warm-up, precision."""
 
 from __future__ import annotations
 
@@ -7,24 +7,11 @@ from typing import Any
 
 from alignkit.recipe.importing.fields import Foreign, Rule, Settings
 
-_SCHEDULES = {
-    "linear": "linear",
-    "cosine": "cosine",
-    "constant": "constant",
-    "constant_with_warmup": "constant",
-}
-_OPTIMIZERS = {
-    **dict.fromkeys(("adamw", "adamw_hf", "adamw_torch", "adamw_torch_fused"), "adamw"),
-    **dict.fromkeys(("adamw_apex_fused", "adamw_anyprecision", "adamw_torch_xla"), "adamw"),
-    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit"), "adamw_8bit"),
-    "paged_adamw_8bit": "paged_adamw_8bit",
-}
 _DTYPES = (
     *(("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("fp16", "float16")),
     *(("float16", "float16"), ("float32", "float32")),
 )
 """Their keys of a precision -> the dtype."""
-_PAGED = ("paged_adamw", "paged_adamw_32bit")
 _TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -99,19 +86,6 @@ def batch(micro: str, accumulate: str, total: str = "") -> Rule:
     return Rule(("training.batch_size",), run)
 
 
-def schedule(key_of_schedule: str) -> Rule:
-    """Shape of the learning rate."""
-
-    def run(foreign: Foreign, key: str) -> Settings:
-        name = foreign.text(key_of_schedule)
-        if name not in _SCHEDULES:
-            foreign.lose(key_of_schedule, "schedules are cosine, linear and constant: cosine")
-            return {"training.schedule": "cosine"}
-        return {"training.schedule": _SCHEDULES[name]}
-
-    return Rule(("training.schedule",), run)
-
-
 def warmup(key_of_schedule: str) -> Rule:
     """Warm-up in steps, else as a share of the steps."""
 
@@ -127,22 +101,6 @@ def warmup(key_of_schedule: str) -> Rule:
         return {"training.warmup": steps or share}
 
     return Rule(("training.warmup",), run)
-
-
-def optimizer(key: str) -> Rule:
-    """AdamW and its 8-bit forms."""
-
-    def run(foreign: Foreign, _: str) -> Settings:
-        name = foreign.text(key)
-        if name in _PAGED:
-            foreign.differ(key, "moments in 32 bits stay where the weights are: not paged")
-            return {"training.optimizer": "adamw"}
-        if name not in _OPTIMIZERS:
-            foreign.lose(key, "optimizers are adamw, adamw_8bit and paged_adamw_8bit: adamw")
-            return {}
-        return {"training.optimizer": _OPTIMIZERS[name]}
-
-    return Rule(("training.optimizer",), run)
 
 
 def precision(*dtypes: str) -> Rule:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alignkit.recipe.importing import rare, rules
+from alignkit.recipe.importing import optimizing, rare, rules
 from alignkit.recipe.importing.fields import Field
 
 SUPERVISED = ("sft", "reward", "dpo", "kto")
@@ -30,11 +30,16 @@ def none(reason: str, **examples: object) -> tuple[Field, ...]:
     return tuple(Field(key, None, reason, example=value) for key, value in examples.items())
 
 
-ADAM = tuple(
-    Field(key, None, "AdamW has betas 0.9 and 0.999 and epsilon 1e-8", 0.5, fine=(usual,))
-    for key, usual in (("adam_beta1", 0.9), ("adam_beta2", 0.999), ("adam_epsilon", 1e-8))
-)
-"""Parameters of AdamW."""
+BEST = optimizing.best("early_stopping_steps")
+"""Shared by keys of which not every toolkit has all."""
+
+_schedule, _optimizer = optimizing.schedule("lr_scheduler_type"), optimizing.optimizer("optim")
+_STABLE = {"lr_scheduler_type": "warmup_stable_decay", "max_steps": 60}
+EVALUATED = {"eval_steps": 30, "dataset_name": "org/more", "val_size": 0.1, **_STEPS}
+"""Keys of a file with evaluations, of each toolkit."""
+
+_KEPT = EVALUATED | {"load_best_model_at_end": True}
+_BETAS = ("training.betas",)
 
 TRAINER = (
     Field("output_dir", rules.text("output"), example="runs/other"),
@@ -51,12 +56,23 @@ TRAINER = (
     Field("learning_rate", rules.number("training.learning_rate"), example=3e-4),
     Field("num_train_epochs", rules.number("training.epochs"), example=5),
     Field("max_steps", rules.positive("training.max_steps"), example=60),
-    Field("lr_scheduler_type", rules.schedule("lr_scheduler_type"), example="cosine"),
+    Field("lr_scheduler_type", _schedule, example="cosine", gives=("training.schedule",)),
+    Field(
+        "lr_scheduler_kwargs",
+        _schedule,
+        "of the two schedules that have options",
+        {"num_decay_steps": 6, "decay_type": "linear"},
+        _STABLE,
+        gives=optimizing.OF_SCHEDULE,
+        quiet=True,
+    ),
     Field("warmup_steps", _warmup, example=20),
     Field("warmup_ratio", _warmup, example=0.2),
     Field("weight_decay", rules.number("training.weight_decay"), example=0.1),
     Field("max_grad_norm", rules.clipping("max_grad_norm"), example=0.3),
-    Field("optim", rules.optimizer("optim"), example="adamw_8bit"),
+    Field("optim", _optimizer, example="adamw_8bit"),
+    *(Field(beta, _optimizer, "", 0.5, gives=_BETAS) for beta in optimizing.BETAS),
+    optimizing.ADAM,
     Field(
         "gradient_checkpointing",
         rules.checkpointing("gradient_checkpointing"),
@@ -71,9 +87,7 @@ TRAINER = (
     Field("save_total_limit", rules.positive("training.keep"), example=5),
     Field("report_to", rules.trackers(), example="wandb"),
     Field("full_determinism", rules.flag("training.deterministic")),
-    *ADAM,
     *none("no noise is added to embeddings", neftune_noise_alpha=5),
-    *none("no option of a schedule", lr_scheduler_kwargs={"num_cycles": 1}),
     *none("no option of an optimizer", optim_args="a=1", optim_target_modules=["x"]),
     *none("no label smoothing but in losses of pairs", label_smoothing_factor=0.1),
     *none("alignkit does not use DeepSpeed; see docs/gpu.md", deepspeed="ds.json"),
@@ -95,8 +109,9 @@ TRAINER = (
     *none("secrets are neither read nor written", hub_token="hf_secret"),
     *none(_RESUME, resume_from_checkpoint="last", ignore_data_skip=True),
     *none(_SAME, save_only_model=True, save_safetensors=True),
-    *none("the last weights are kept", load_best_model_at_end=True, greater_is_better=True),
-    *none("the last weights are kept", metric_for_best_model="loss"),
+    Field("load_best_model_at_end", BEST, beside=EVALUATED),
+    Field("metric_for_best_model", BEST, example="accuracy", beside=_KEPT),
+    *none("known of each metric", greater_is_better=True),
     *none(_ALL, logging_first_step=True, logging_strategy="epoch", logging_dir="logs"),
     *none(_ALL, include_num_input_tokens_seen=True, include_tokens_per_second=True),
     *none("the run folder's name", run_name="mine", project="mine", trackio_space_id="mine"),

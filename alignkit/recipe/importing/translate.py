@@ -19,6 +19,7 @@ from alignkit.recipe.importing.fields import (
     Translated,
     show,
 )
+from alignkit.recipe.importing.optimizing import ENDS
 from alignkit.recipe.reading.yaml_values import KeyPath
 from alignkit.recipe.stages.base import Recipe
 from alignkit.recipe.stages.registry import find_stage
@@ -111,6 +112,7 @@ def translate(foreign: Foreign, toolkit: Toolkit) -> Draft:
             draft.places[tuple(ours.split("."))] = where
     if foreign.stage == "reward":
         _center(foreign, settings)
+    _ending(foreign, draft, settings)
     _rest(foreign, draft, toolkit, rules)
     _require(foreign, toolkit, recipe, settings)
     for says in toolkit.always:
@@ -163,6 +165,19 @@ def _center(foreign: Foreign, settings: Settings) -> None:
     if "objective.center" not in settings:
         settings["objective.center"] = 0.0
         foreign.differ("", "objective.center: 0, their default")
+
+
+def _ending(foreign: Foreign, draft: Draft, settings: Settings) -> None:
+    """What ends a run early, or keeps its best weights, needs evaluations."""
+    held_out = "data.eval" in settings or "data.eval_fraction" in settings
+    if held_out and "training.eval_every" in settings:
+        return
+    for ours in ENDS:
+        if settings.pop(ours, None) is None:
+            continue
+        for row in [one for one in draft.translated if ours in one.settings]:
+            draft.translated.remove(row)
+            foreign.lose(row.key, "needs held-out rows and eval_steps")
 
 
 def _rest(foreign: Foreign, draft: Draft, toolkit: Toolkit, rules: dict[Rule, list[Field]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from alignkit.recipe.adapters import LoraSpec, rate_key
 from alignkit.recipe.facts import DataFacts, HardwareFacts
 from alignkit.recipe.planning.memory import ROOM, MemoryEstimate
-from alignkit.recipe.stages.base import Recipe
+from alignkit.recipe.stages.base import Recipe, metric_family
 
 _KINDS = {
     "lora": "LoRA",
@@ -15,6 +15,30 @@ _KINDS = {
     "full": "full weights",
 }
 """Rate key of an adapter -> its name in sentences."""
+
+
+def describe_training(recipe: Recipe, decay_steps: int) -> tuple[str, ...]:
+    """What is worth knowing of the schedule and of the end of a run, one line each.
+
+    Args:
+        recipe: with its defaults filled in.
+        decay_steps: of wsd, counted.
+    """
+    training, lines = recipe.training, []
+    if training.schedule == "wsd":
+        lines.append(f"schedule: at the peak until the last {decay_steps} steps, then to zero")
+    if training.min_rate is not None:
+        lines.append(f"schedule: cosine, to {training.min_rate:g} of the peak")
+    metric = training.keep_best or next(iter(recipe.better))
+    better = f"{metric}, {recipe.better.get(metric_family(metric))} is better"
+    if training.keep_best:
+        lines.append(f"best: adapter/ and merged/ are of the evaluation with the best {better}")
+    if training.early_stop:
+        lines.append(
+            f"the run may end early: after {training.early_stop} evaluations in a row without a "
+            f"better value ({better})"
+        )
+    return tuple(lines)
 
 
 def find_warnings(
@@ -31,12 +55,13 @@ def find_warnings(
     """
     training, warnings = recipe.training, []
     kind = rate_key(recipe.adapter)
-    usual, rate = recipe.rates[kind], training.learning_rate or 0.0
+    usual, rate = recipe.usual_rate, training.learning_rate or 0.0
     if not usual.low <= rate <= usual.high:
         side = "above" if rate > usual.high else "below"
+        other = "" if "adamw" in training.optimizer else f" and {training.optimizer}"
         warnings.append(
             f"training.learning_rate = {rate:g} is {side} the usual {usual.low:g} to "
-            f"{usual.high:g} for {recipe.stage} with {_KINDS[kind]}"
+            f"{usual.high:g} for {recipe.stage} with {_KINDS[kind]}{other}"
         )
     if isinstance(recipe.adapter, LoraSpec):
         spec = recipe.adapter

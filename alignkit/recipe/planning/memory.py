@@ -25,9 +25,15 @@ _QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.01}
 """Bytes of a quantized weight with its share of a scale: nf4 has 8 bits for every 64 weights, int8
 float32 for every row of about 500 weights or more."""
 
-_MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256}
-"""Bytes of optimizer state per trained weight: two moments, in float32, or in 8 bits with a float32
-scale for every 256. Paged ones may leave the device but are counted anyway."""
+_MOMENT_BYTES = {
+    "adamw": 8.0,
+    "adamw_8bit": 2 + 8 / 256,
+    "paged_adamw_8bit": 2 + 8 / 256,
+    "lion": 4.0,
+    "lion_8bit": 1 + 4 / 256,
+}
+"""Bytes of optimizer state per trained weight: two moments, of Lion one, in float32, or in 8 bits
+with a float32 scale for every 256. Paged ones may leave the device but are counted anyway."""
 
 _KERNELS = 500_000_000
 """Bytes of kernels that a CPU compiles for 16 bits and rows of many lengths. Fitted to SFT runs."""
@@ -104,7 +110,7 @@ def estimate_memory(
     else:
         # Trained weights are float32; autocast keeps narrow copies of them as well.
         weights = model.parameters * (4 if wide == 4 else 4 + wide)
-    per_weight = 4 + _MOMENT_BYTES[recipe.training.optimizer]  # gradient and moments
+    per_weight = 4 + _moment_bytes(recipe, model)  # gradient and moments
     state = round(trained * per_weight)
     layer = tokens * _layer_bytes(recipe, model, wide, on_cpu=on_cpu)
     layer += _prefix_bytes(model, wide, tokens, documents)
@@ -166,6 +172,14 @@ def fits(recipe: Recipe, model: ModelFacts, hardware: HardwareFacts) -> bool:
 def _kept_as_trained(recipe: Recipe, model: ModelFacts) -> int:
     """Weights with gradient and moments, including the frozen half of a start from the base."""
     return model.trainable * (2 if takes_from_base(recipe.adapter) else 1)
+
+
+def _moment_bytes(recipe: Recipe, model: ModelFacts) -> float:
+    """Bytes of optimizer state per trained weight. Adafactor keeps a row and a column of float32:
+    of an adapter's matrix with `rank` rows a `rank`-th of its size, of a layer next to nothing."""
+    if recipe.training.optimizer != "adafactor":
+        return _MOMENT_BYTES[recipe.training.optimizer]
+    return 4 / getattr(recipe.adapter, "rank", model.hidden / 2)
 
 
 def _merging_bytes(model: ModelFacts, wide: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from alignkit.errors import AlignkitError
 from alignkit.recipe.adapters import has_adapter
 from alignkit.recipe.facts import DataFacts, HardwareFacts, ModelFacts
-from alignkit.recipe.planning.advice import find_warnings
+from alignkit.recipe.planning.advice import describe_training, find_warnings
 from alignkit.recipe.planning.duration import estimate_seconds
 from alignkit.recipe.planning.memory import ROOM, MemoryEstimate, estimate_memory
 from alignkit.recipe.stages.base import Recipe
@@ -52,6 +52,9 @@ class Plan:
         peak_rates: trained part -> its peak learning rate; `learning_rate` is the first.
         dtype: compute precision.
         dtype_reason: why it was chosen.
+        decay_steps: of wsd, the last ones, over which the rate falls to zero.
+        min_rate: of cosine_min, the share of the peak at which it ends.
+        training: what is worth knowing of the schedule and of the run's end, one line each.
         seconds: that all steps and evaluations will take; None if nothing is known.
         reward_models: that are loaded in addition to the base.
     """
@@ -81,6 +84,9 @@ class Plan:
     dtype_reason: str = ""
     seconds: float | None = None
     reward_models: int = 0
+    decay_steps: int = 0
+    min_rate: float = 0.0
+    training: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """What a person sees when the run starts."""
@@ -95,7 +101,7 @@ class Plan:
         ]
         if self.reference is not None:
             lines.append(f"reference: {self.reference.replace('_', ' ')}, {self.reference_reason}")
-        return [*lines, *self.roles]
+        return [*lines, *self.training, *self.roles]
 
     @property
     def time(self) -> str:
@@ -156,6 +162,8 @@ def make_plan(
     steps_per_epoch = -(-data.rows // batch_size)
     steps = training.max_steps or max(1, math.ceil(training.epochs * steps_per_epoch))
     warmup = training.warmup * steps if training.warmup < 1 else training.warmup
+    warmup_steps = min(round(warmup), steps - 1)
+    decay = count_decay(training.decay, steps, warmup_steps)
     reference, reason = _choose_reference(recipe, steps / steps_per_epoch)
     budget, checkpointing, memory = _fit_memory(
         recipe, model, data, hardware, reference, reward_models
@@ -167,7 +175,7 @@ def make_plan(
         stage=recipe.stage,
         steps=steps,
         steps_per_epoch=steps_per_epoch,
-        warmup_steps=min(round(warmup), steps - 1),
+        warmup_steps=warmup_steps,
         batch_size=batch_size,
         microbatch_tokens=budget,
         microbatches=max(hardware.processes, math.ceil(step_tokens / budget)),
@@ -185,11 +193,28 @@ def make_plan(
         warnings=tuple(find_warnings(recipe, data, hardware, steps, memory)),
         roles=roles,
         schedule=training.schedule,
+        decay_steps=decay,
+        min_rate=training.min_rate or 0.0,
+        training=describe_training(recipe, decay),
         dtype=recipe.model.dtype,
         dtype_reason=recipe.model.dtype_reason,
         seconds=estimate_seconds(recipe, model, data, hardware, steps, checkpointing, reference),
         reward_models=reward_models,
     )
+
+
+def count_decay(share: float | None, steps: int, warmup_steps: int) -> int:
+    """Steps over which wsd decays: a share of all, none of them of the warm-up, but at least one.
+
+    Args:
+        share: of the recipe; None for another schedule.
+        steps: of the whole run.
+        warmup_steps: of these.
+
+    Returns:
+        Their number; 0 for another schedule.
+    """
+    return 0 if share is None else max(1, min(round(share * steps), steps - warmup_steps))
 
 
 def require_examples(recipe: Recipe, processes: int) -> None:

@@ -23,6 +23,9 @@ HINTS = {
     "weights; about a tenth of that for dpo and kto",
     "training.batch_size": "examples per optimizer step over all processes; 8 to 64 is usual",
     "training.microbatch_tokens": "`auto` fits it to the memory; the result does not depend on it",
+    "training.decay": "0.1 to 0.2 is usual",
+    "training.min_rate": "0.1 is usual",
+    "training.betas": "[0.9, 0.999] is usual, with lion [0.9, 0.99]",
     "training.warmup": "below 1 a share of the steps (0.03), from 1 a number of steps",
     "data.max_length": "in tokens; 1024 to 4096 is usual",
     "data.train": "a list of sources, as in [{path: data.jsonl}]",
@@ -227,7 +230,7 @@ def _nearest_key(
         return f"it belongs to another {other}; keys here: {', '.join(siblings)}"
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
-    near = difflib.get_close_matches(key, [path[-1] for path in known], n=1, cutoff=0.75)
+    near = difflib.get_close_matches(key, [path[-1] for path in known], n=1, cutoff=0.9)
     if near:
         full = next(path for path in known if path[-1] == near[0])
         return f"did you mean {show_path(full)}?"

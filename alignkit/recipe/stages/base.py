@@ -6,6 +6,7 @@ know about it. None of them knows a stage by name.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -52,6 +53,27 @@ class Rate:
     low: float
     high: float
 
+    def under(self, optimizer: str) -> Rate:
+        """The rates with another optimizer than AdamW; none is above a half."""
+        factors = _ON_ADAMW.get(optimizer, (1.0, 1.0, 1.0))
+        rates = zip((self.default, self.low, self.high), factors, strict=True)
+        return Rate(*(min(0.5, float(f"{rate * factor:.3g}")) for rate, factor in rates))
+
+
+_LION, _ADAFACTOR = (0.2, 0.1, 1 / 3), (50.0, 10.0, 100.0)
+_ON_ADAMW = {"lion": _LION, "lion_8bit": _LION, "adafactor": _ADAFACTOR}
+"""Optimizer -> default, lowest and highest usual rate as multiples of AdamW's. Lion steps by signs,
+and its paper takes a third to a tenth. A step of Adafactor is the rate times the root of the mean
+square of the weight, about 0.02 in most layers of language models, but at least 0.001."""
+
+
+PAIRS_BETTER = {
+    "loss": "lower",
+    "rewards/accuracies": "higher",
+    "rewards/margins": "higher",
+    "calibration_error": "lower",
+}
+"""Held-out metrics of pairs -> which is better."""
 
 Rates = dict[str, Rate]
 """Kind of adapter -> its rates; a prefix with projection has the kind `projection`."""
@@ -89,6 +111,11 @@ class MemoryTerms:
     weights: int
     per_weight: float
     reward_models: int
+
+
+def metric_family(metric: str) -> str:
+    """A held-out metric as `Recipe.better` names it: pass@1 and task/pass@8 are pass@k."""
+    return re.sub(r"^(task/)?pass@\d+$", "pass@k", metric)
 
 
 class Recipe(Section):
@@ -136,6 +163,9 @@ class Recipe(Section):
     """Largest token budget on a CPU. Beyond it, DPO was no faster and needed 3 GB more."""
     hints: ClassVar[dict[str, str]] = {}
     """Key -> hint for a value that breaks a rule; takes precedence over the hints of all stages."""
+    better: ClassVar[dict[str, str]] = {"loss": "lower"}
+    """Held-out metric that `training.keep_best` may name -> whether lower or higher is better. The
+    first is what `training.early_stop` watches if `keep_best` names none."""
     counterparts: ClassVar[dict[str, str]] = {}
     """Key that only other stages have -> hint that names its equivalent here."""
 
@@ -160,6 +190,11 @@ class Recipe(Section):
         return None
 
     @property
+    def usual_rate(self) -> Rate:
+        """Usual learning rates of the kind of adapter and the optimizer."""
+        return self.rates[rate_key(self.adapter)].under(self.training.optimizer)
+
+    @property
     def peak_rates(self) -> dict[str, float]:
         """Trained part -> its peak learning rate; the first is the model's own."""
         assert self.training.learning_rate is not None  # with_defaults
@@ -180,8 +215,8 @@ class Recipe(Section):
         """
         changes: dict[str, Any] = {"adapter": spelled_out(self.adapter)}
         if self.training.learning_rate is None:
-            rate = self.rates[rate_key(self.adapter)].default
-            changes["training"] = self.training.model_copy(update={"learning_rate": rate})
+            rate = {"learning_rate": self.usual_rate.default}
+            changes["training"] = self.training.model_copy(update=rate)
         if not is_mergeable(self.adapter):
             changes["merge"] = False
         return self.model_copy(update=changes)
@@ -189,6 +224,22 @@ class Recipe(Section):
     def as_dict(self) -> dict[str, Any]:
         """The recipe as plain values, ready for YAML or JSON."""
         return self.model_dump(mode="json")
+
+    @field_validator("training")
+    @classmethod
+    def _knows_the_best(cls, value: LoopSpec, info: ValidationInfo) -> LoopSpec:
+        name, data = value.keep_best, info.data.get("data")
+        watched = "keep_best" if name is not None else "early_stop"
+        if name is not None and metric_family(name) not in cls.better:
+            raise ValueError(
+                f"has keep_best = {name}, no held-out metric of this stage that has a best: use "
+                + " or ".join(cls.better)
+            )
+        if getattr(value, watched) and data and not (data.eval or data.eval_fraction):
+            raise ValueError(
+                f"has {watched}, which needs held-out rows: set data.eval or data.eval_fraction"
+            )
+        return value
 
     @field_validator("merge")
     @classmethod

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from alignkit.recipe.objectives import DpoSpec, PreferenceSpec
 from alignkit.recipe.stages.base import (
+    PAIRS_BETTER,
     Rate,
     Rates,
     ReferenceSpec,
@@ -63,6 +64,7 @@ class DpoRecipe(SupervisedRecipe):
         "reference": "remove the key, or choose an objective with a reference, such as dpo",
     }
     shares_prompts = True
+    better = PAIRS_BETTER
     uses_margins = False
 
     @property

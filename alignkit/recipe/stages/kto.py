@@ -43,6 +43,12 @@ class KtoRecipe(SupervisedRecipe):
     rates: ClassVar[Rates] = {**DpoRecipe.rates, "full": Rate(1.0e-6, 5e-8, 1e-5)}
     hints = DpoRecipe.hints
     shares_prompts = True
+    better: ClassVar[dict[str, str]] = {
+        "loss": "lower",
+        "rewards/accuracies": "higher",
+        "rewards/margins": "higher",
+        "auc": "higher",
+    }
 
     @property
     def needs_reference(self) -> bool:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from alignkit.recipe.objectives import BradleyTerrySpec, RewardSpec
-from alignkit.recipe.stages.base import Rate, Rates, SupervisedRecipe
+from alignkit.recipe.stages.base import PAIRS_BETTER, Rate, Rates, SupervisedRecipe
 
 
 class RewardRecipe(SupervisedRecipe):
@@ -26,4 +26,5 @@ class RewardRecipe(SupervisedRecipe):
         "full": Rate(1.0e-5, 1e-6, 1e-4),
     }
     scalar_head = True
+    better = PAIRS_BETTER
     shares_prompts = True

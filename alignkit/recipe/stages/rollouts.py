@@ -11,7 +11,7 @@ from alignkit.recipe.model import ModelSpec
 from alignkit.recipe.rewards import ModelReward, RewardSource, RewardSources
 from alignkit.recipe.rollouts import ROLLOUT_HINTS, RolloutSpec
 from alignkit.recipe.section import Section
-from alignkit.recipe.stages.base import Recipe
+from alignkit.recipe.stages.base import Recipe, metric_family
 from alignkit.recipe.training import LoopSpec
 
 SAMPLING_TOKENS = 16384
@@ -37,7 +37,7 @@ class RolloutRecipe(Recipe):
     reward: RewardSources
     """Source of rewards: a reward model, a Python function, a server, a rule, or a list of these
     whose weighted scores are added up."""
-    task: RewardSource | None = None
+    task: RewardSource | None = Field(None, validate_default=True)
     """What verifies the responses to held-out prompts, apart from their reward: a source as in
     `reward`, but no model. A response is right from a score of 1; pass@1 and pass@k are measured
     before step 1, every eval_every and at the end."""
@@ -90,7 +90,10 @@ class RolloutRecipe(Recipe):
             )
         if value is not None and (value.weight != 1.0 or value.name is not None):
             raise ValueError("has a weight or a name, which mean nothing here: remove them")
-        data = info.data.get("data")
+        data, training = info.data.get("data"), info.data.get("training")
+        best = None if training is None else training.keep_best
+        if value is None and best is not None and metric_family(best) == "pass@k":
+            raise ValueError(f"training.keep_best = {best} needs a task to measure it: set task")
         if value is not None and data is not None and not (data.eval or data.eval_fraction):
             raise ValueError("needs held-out prompts: set data.eval or data.eval_fraction")
         return value
@@ -110,6 +113,7 @@ class RolloutRecipe(Recipe):
     examples_key = "rollout.prompts_per_step"
     repeats_rows = True
     held_out_shows = "the reward before and after"
+    better: ClassVar[dict[str, str]] = {"reward": "higher", "pass@k": "higher"}
     counterparts: ClassVar[dict[str, str]] = {
         "batch_size": "did you mean rollout.prompts_per_step?",
         "training.batch_size": "did you mean rollout.prompts_per_step?",

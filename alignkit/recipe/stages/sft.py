@@ -29,3 +29,8 @@ class SftRecipe(SupervisedRecipe):
         "projection": Rate(5.0e-4, 1e-5, 3e-3),
         "full": Rate(2.0e-5, 5e-7, 1e-4),
     }
+    better: ClassVar[dict[str, str]] = {
+        "loss": "lower",
+        "perplexity": "lower",
+        "accuracy": "higher",
+    }

@@ -43,7 +43,8 @@ from alignkit.stages.rollouts.roles import (
 from alignkit.stages.rollouts.run import RolloutRun
 from alignkit.stages.rollouts.samples import SamplesFile
 from alignkit.stages.running.finish import RunSummary, finish_run
-from alignkit.stages.running.loop import Loop, StageHooks, run_loop, save_state
+from alignkit.stages.running.hooks import StageHooks
+from alignkit.stages.running.loop import Loop, load_best, run_loop, save_state
 from alignkit.stages.running.session import RunOptions, Session
 
 EPSILON = 1e-5
@@ -156,6 +157,7 @@ class RolloutStage:
                 halt=lambda: run.guard.verdict(run.kl),
             )
             run_loop(run, hooks, first_step)
+            load_best(run, run.roles.trained)
             if run.last:
                 session.say(f"health: {run.health.summary(run.last)}")
             _save_value(session, run)
@@ -233,6 +235,7 @@ def _optimizers(recipe: RolloutRecipe, plan: Plan, roles: Roles) -> Optimizers:
                 peak,
                 training.weight_decay,
                 kind=training.optimizer,
+                betas=training.betas,
                 epsilon=EPSILON,
                 b_rate=b_rate(recipe.adapter),
             )

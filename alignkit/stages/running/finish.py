@@ -28,6 +28,7 @@ from alignkit.recipe.planning.plan import Plan
 from alignkit.runtime.metrics import MetricsFile, read_metrics
 from alignkit.runtime.progress import StepProgress
 from alignkit.stages.inputs.rows import AnyRows
+from alignkit.stages.running.best import Best
 from alignkit.stages.running.card import write_card
 from alignkit.stages.running.session import Session
 
@@ -38,6 +39,7 @@ class FinishedRun(Protocol):
     plan: Plan
     metrics: MetricsFile | None
     progress: StepProgress
+    best: Best
     scorer: Any
 
     @property
@@ -61,10 +63,13 @@ class RunSummary:
         steps: done in total.
         loss: of the last step.
         before: held-out values before training; empty without held-out rows.
-        after: held-out values at the end.
+        after: held-out values of the written model.
         merge: of the merged model; None for a language model's full weights or `merge: false`.
         held_out: before and after in one line; empty without held-out rows.
         skipped_steps: steps without a finite loss or gradient, of which no weight has moved.
+        best: metric, step and value of the evaluation whose weights were written, and the last
+            value; None if those of the last step were.
+        ended_early: why the run ended before its last step; empty if it did not.
     """
 
     output: str
@@ -75,6 +80,8 @@ class RunSummary:
     merge: MergeReport | ClassifierReport | None
     held_out: str = ""
     skipped_steps: int = 0
+    best: dict[str, Any] | None = None
+    ended_early: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The summary as plain values."""
@@ -226,16 +233,20 @@ def _summarise(
     def values(line: dict[str, Any]) -> dict[str, float]:
         return {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")}
 
+    best, say = run.best, run.say
+    written = [m for m in evaluations if m["step"] == best.held] or evaluations
     before = values(evaluations[0]) if evaluations else {}
-    after = values(evaluations[-1]) if evaluations else {}
-    say = run.say
+    after = values(written[-1]) if written else {}
+    early = best.ending(run.plan.steps)
     return RunSummary(
         output=str(output),
-        steps=run.plan.steps,
+        steps=best.seen if early else run.plan.steps,
         loss=steps[-1]["loss"] if steps else float("nan"),
         before=before,
         after=after,
         merge=merge,
         skipped_steps=max((m.get("skipped_steps", 0) for m in metrics), default=0),
         held_out=f"before: {say(before)}\nafter:  {say(after)}" if evaluations else "",
+        best=best.to_json(),
+        ended_early=early,
     )

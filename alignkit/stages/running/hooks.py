@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from alignkit.data.documents import Document
+from alignkit.errors import TrainingError
 from alignkit.runtime.processes import ProcessGroup
 
 StepSums = dict[str, float]
@@ -64,3 +65,26 @@ class RowHooks:
     say: Callable[[dict[str, float]], str]
     measure: Callable[[nn.Module, Sequence[Document], bool], Measured] | None = None
     finish: Callable[[dict[str, float], StepSums], dict[str, float]] | None = None
+
+
+@dataclass(frozen=True)
+class StageHooks:
+    """What a stage does at each place of the loop.
+
+    Args:
+        dry_run: before the first step of this process: finds what would fail later.
+        train: one step, from 0, with its random numbers seeded and its learning rates set; returns
+            the metrics `loss`, `tokens` and others.
+        evaluate: held-out values after this many steps, and one line about them; None without
+            held-out rows.
+        save: a checkpoint after this many steps.
+        rows: `file:line` of the first rows of a step, from 0.
+        halt: an error that ends the run after this step, or None.
+    """
+
+    dry_run: Callable[[], None]
+    train: Callable[[int], dict[str, float]]
+    evaluate: Callable[[int], tuple[dict[str, float], str] | None]
+    save: Callable[[int], None]
+    rows: Callable[[int], Sequence[str]]
+    halt: Callable[[], TrainingError | None] = lambda: None

@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import nn
 
-from alignkit.errors import Interrupted, NotFiniteError, RewardError, TrainingError
+from alignkit.errors import NotFiniteError, RewardError
 from alignkit.recipe.planning.plan import Plan
 from alignkit.recipe.training import LoopSpec
 from alignkit.runtime.checkpoint import save_checkpoint
@@ -26,9 +28,11 @@ from alignkit.runtime.metrics import MetricsFile, read_metrics
 from alignkit.runtime.optim import TrainedPart, set_rates
 from alignkit.runtime.progress import StepProgress
 from alignkit.stages.running.bad_steps import BadSteps, Spikes
+from alignkit.stages.running.best import Best
+from alignkit.stages.running.hooks import StageHooks
 from alignkit.stages.running.memory import within_memory
 from alignkit.stages.running.run_folder import RunFolder
-from alignkit.stages.running.stopping import stop_on_signal
+from alignkit.stages.running.stopping import interrupted, stop_on_signal
 
 METRICS = {
     "loss": "what the step lowers, a mean over all its items",
@@ -65,6 +69,7 @@ class Loop:
         parts: what is trained, each part with its optimizer.
         bad: counts the steps that cannot be taken.
         scale: factor on the losses.
+        best: watches the held-out metric that decides.
         spikes: finds losses that stand out.
     """
 
@@ -78,30 +83,8 @@ class Loop:
     parts: Sequence[TrainedPart]
     bad: BadSteps
     scale: LossScale
+    best: Best
     spikes: Spikes = field(default_factory=Spikes)
-
-
-@dataclass(frozen=True)
-class StageHooks:
-    """What a stage does at each place of the loop.
-
-    Args:
-        dry_run: before the first step of this process: finds what would fail later.
-        train: one step, from 0, with its random numbers seeded and its learning rates set; returns
-            the metrics `loss`, `tokens` and others.
-        evaluate: held-out values after this many steps, and one line about them; None without
-            held-out rows.
-        save: a checkpoint after this many steps.
-        rows: `file:line` of the first rows of a step, from 0.
-        halt: an error that ends the run after this step, or None.
-    """
-
-    dry_run: Callable[[], None]
-    train: Callable[[int], dict[str, float]]
-    evaluate: Callable[[int], tuple[dict[str, float], str] | None]
-    save: Callable[[int], None]
-    rows: Callable[[int], Sequence[str]]
-    halt: Callable[[], TrainingError | None] = lambda: None
 
 
 def run_loop(loop: Loop, hooks: StageHooks, first_step: int) -> None:
@@ -113,19 +96,21 @@ def run_loop(loop: Loop, hooks: StageHooks, first_step: int) -> None:
         first_step: steps already done.
 
     Raises:
-        Interrupted: the user pressed Ctrl-C; a checkpoint was saved.
+        Interrupted: the user pressed Ctrl-C, or SIGTERM came; a checkpoint was saved.
         RewardError: responses could not be scored; the steps done until then were saved.
         TrainingError: the loss is not finite, memory ran out, a checkpoint could not be written,
             or the stage halted the run.
     """
-    training, steps = loop.training, loop.plan.steps
+    training, steps, best = loop.training, loop.plan.steps, loop.best
     with stop_on_signal() as stop:
-        if first_step < steps:
+        if first_step < steps and not best.ended:
             hooks.dry_run()
         if first_step == 0 or (first_step == steps and _any_process(loop, _lacks_evaluation(loop))):
             _evaluate(loop, hooks, first_step)
+            if best.is_new(first_step):
+                hooks.save(first_step)
         saved = first_step
-        for step in range(first_step, steps):
+        for step in range(first_step, first_step if best.ended else steps):
             try:
                 with within_memory(f"step {step + 1}"):
                     metrics = _train_step(loop, hooks, step)
@@ -145,16 +130,18 @@ def run_loop(loop: Loop, hooks: StageHooks, first_step: int) -> None:
                 except RewardError:
                     hooks.save(done)
                     raise
-            if done % training.save_every == 0 or done == steps or stopped or halted:
+            over = done == steps or best.ended
+            if done % training.save_every == 0 or over or stopped or halted or best.is_new(done):
                 hooks.save(done)
                 saved = done
-            if halted and done < steps:
+            if over:
+                break
+            if halted:
                 raise halted
-            if stopped and done < steps:
-                raise Interrupted(
-                    f"stopped after step {done} of {steps}; a checkpoint was saved",
-                    hint="continue with --resume",
-                )
+            if stopped:
+                raise interrupted(done, steps, stop)
+    if best.ending(steps):
+        loop.progress.say(best.ending(steps))
 
 
 def _train_step(loop: Loop, hooks: StageHooks, step: int) -> dict[str, float]:
@@ -169,6 +156,8 @@ def _train_step(loop: Loop, hooks: StageHooks, step: int) -> dict[str, float]:
         steps=plan.steps,
         warmup_steps=plan.warmup_steps,
         schedule=plan.schedule,
+        decay_steps=plan.decay_steps,
+        min_rate=plan.min_rate,
     )
     overflows = loop.scale.overflows
     try:
@@ -270,6 +259,7 @@ def _evaluate(loop: Loop, hooks: StageHooks, step: int) -> None:
     if result is None:
         return
     values, line = result
+    loop.best.look(step, values)
     named = {f"eval/{name}": value for name, value in values.items()}
     if loop.metrics is not None:
         loop.metrics.write(step, named)
@@ -301,10 +291,23 @@ def save_state(loop: Loop, step: int, model: Any, optimizer: Any, state: dict[st
             "run": loop.folder.record,
             "bad_steps": loop.bad.state,
             "loss_scale": loop.scale.state,
+            "best": loop.best.state,
             **state,
         },
         loop.training.keep,
+        loop.best.held,
     )
+
+
+def load_best(loop: Loop, model: nn.Module) -> None:
+    """Leave the weights of the best evaluation, where the recipe asks for them.
+
+    Args:
+        loop: knows which they are.
+        model: after the last step.
+    """
+    loop.accelerator.wait_for_everyone()
+    loop.best.load(Path(loop.accelerator.project_dir) / "checkpoints", model, loop.progress.say)
 
 
 def _any_process(loop: Loop, flag: bool) -> bool:

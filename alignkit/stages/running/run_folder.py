@@ -14,8 +14,10 @@ from os.path import exists
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import alignkit
-from alignkit.errors import FileError, ModelError, RunError
+from alignkit.errors import AlignkitError, FileError, ModelError, RunError
 from alignkit.files import (
     list_folder,
     make_folder,
@@ -33,6 +35,7 @@ from alignkit.recipe.rewards import ModelReward
 from alignkit.recipe.stages.base import Recipe
 from alignkit.report.page import NAME as PAGE
 from alignkit.report.page import write_report
+from alignkit.runtime.processes import ProcessGroup
 from alignkit.stages.running.record import make_record, read_record, require_same_recipe
 from alignkit.terminal import print_line
 
@@ -220,6 +223,30 @@ class RunFolder:
                 for folder in self.created:
                     folder.rmdir()
         self.lock.close()
+
+
+def own_folder(path: Path, leads: bool, processes: ProcessGroup) -> RunFolder | None:
+    """The run folder, for the first process; if it cannot have it, no process goes on.
+
+    Args:
+        path: of the folder.
+        leads: whether this is the first process.
+        processes: all of them.
+
+    Raises:
+        RunError: another run owns it.
+    """
+    folder: RunFolder | None = None
+    refused: AlignkitError | None = None
+    try:
+        folder = RunFolder(path) if leads else None
+    except AlignkitError as error:
+        refused = error
+    if processes.reduce(torch.tensor([float(refused is not None)])).item():
+        raise refused or RunError(
+            f"the first process cannot use {path}", hint="see the error that it printed"
+        )
+    return folder
 
 
 def provenance() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from alignkit.data.report import describe_rows
-from alignkit.errors import AlignkitError, FileError, Interrupted, RunError
+from alignkit.errors import FileError, Interrupted
 from alignkit.models.adapters.attach import attach_adapter, trainable_report
 from alignkit.models.adapters.continued import adapter_folder
 from alignkit.models.adapters.files import has_head, put_weights
@@ -37,11 +37,12 @@ from alignkit.stages.inputs.rows import AnyRows, Rows, keep_plan, plan_run
 from alignkit.stages.running.adapter_start import find_adapter_start
 from alignkit.stages.running.bad_steps import BadSteps
 from alignkit.stages.running.batches import Batches
+from alignkit.stages.running.best import Best
 from alignkit.stages.running.hooks import RowHooks
 from alignkit.stages.running.loop import Loop
 from alignkit.stages.running.memory import SMALLER, within_memory
 from alignkit.stages.running.record import describe_inputs, read_record, require_same_inputs
-from alignkit.stages.running.run_folder import RunFolder, check_output
+from alignkit.stages.running.run_folder import RunFolder, check_output, own_folder
 from alignkit.stages.running.steps import Run
 from alignkit.terminal import print_line
 
@@ -178,7 +179,7 @@ class Session:
             RunError: another process owns the folder.
         """
         try:
-            self._own_folder()
+            self.folder = own_folder(self.output, self.leads, process_group(self.accelerator))
             yield start_model(self.recipe.model)
         except BaseException as error:
             if self.folder is not None:
@@ -192,19 +193,6 @@ class Session:
             self.accelerator.end_training()
             if self.folder is not None:
                 self.folder.close()
-
-    def _own_folder(self) -> None:
-        """The first process takes the folder; if it cannot, no process goes on."""
-        refused: AlignkitError | None = None
-        try:
-            self.folder = RunFolder(self.output) if self.leads else None
-        except AlignkitError as error:
-            refused = error
-        verdict = torch.tensor([float(refused is not None)])
-        if process_group(self.accelerator).reduce(verdict).item():
-            raise refused or RunError(
-                f"the first process cannot use {self.output}", hint="see the error that it printed"
-            )
 
     def begin(self, rows: AnyRows, plan: Plan) -> None:
         """Write the run's files into the folder, now that its weights could be loaded.
@@ -231,11 +219,13 @@ class Session:
         Returns:
             The run and the number of steps already done.
         """
+        training = self.recipe.training
         optimizer = build_optimizer(
             scorer.named_parameters(),
             plan.learning_rate,
-            self.recipe.training.weight_decay,
-            kind=self.recipe.training.optimizer,
+            training.weight_decay,
+            kind=training.optimizer,
+            betas=training.betas,
             b_rate=b_rate(self.recipe.adapter),
         )
         first_step, state = self.restore(scorer, optimizer)
@@ -316,4 +306,5 @@ class Session:
             parts=parts,
             bad=BadSteps(training.on_bad_step, plan.steps, **state.get("bad_steps", {})),
             scale=LossScale.of(self.recipe.model.dtype, state.get("loss_scale", {})),
+            best=Best.of(self.recipe, state.get("best", {})),
         )

@@ -24,11 +24,11 @@ from alignkit.models.kernels.precision import sum_dtype
 from alignkit.runtime.optim import step_parts
 from alignkit.runtime.processes import process_group
 from alignkit.stages.running.batches import Batches, MicroBatch, StepBatches
-from alignkit.stages.running.hooks import LossSums, RowHooks, StepSums
+from alignkit.stages.running.hooks import LossSums, RowHooks, StageHooks, StepSums
 from alignkit.stages.running.loop import (
     NAMED,
     Loop,
-    StageHooks,
+    load_best,
     require_finite,
     run_loop,
     save_state,
@@ -72,7 +72,8 @@ class Run(Loop):
 
 
 def run_steps(run: Run, first_step: int) -> None:
-    """Train from `first_step` to the end of the plan; see `run_loop`.
+    """Train from `first_step` to the end of the plan; see `run_loop`. The best weights are left, if
+    the recipe asks for them.
 
     Args:
         run: what to work with.
@@ -86,6 +87,7 @@ def run_steps(run: Run, first_step: int) -> None:
         lambda step: run.batches.places(run.batches.step(step).items[:NAMED]),
     )
     run_loop(run, hooks, first_step)
+    load_best(run, run.accelerator.unwrap_model(run.scorer))
 
 
 def _dry_run(run: Run) -> None:

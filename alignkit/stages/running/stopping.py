@@ -8,24 +8,30 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-_STOPPING = (
-    b"\nstopping after this step, with a checkpoint; press Ctrl-C once more to stop at once\n"
-)
+from alignkit.errors import Interrupted
+
+_STOPPING: dict[int, bytes] = {
+    signal.SIGINT: b"\nstopping after this step, with a checkpoint; press Ctrl-C once more to stop "
+    b"at once\n",
+    signal.SIGTERM: b"\nSIGTERM: stopping after this step, with a checkpoint\n",
+}
 
 
 @contextlib.contextmanager
-def stop_on_signal() -> Iterator[list[bool]]:
-    """A list that becomes non-empty at the first Ctrl-C; the second one interrupts at once."""
-    stop: list[bool] = []
+def stop_on_signal() -> Iterator[list[int]]:
+    """The signals so far. A Ctrl-C after the first signal interrupts at once; SIGTERM never does: a
+    scheduler sends it to the launcher and to its processes, and follows with SIGKILL."""
+    stop: list[int] = []
     before = {}
 
     def handle(number: int, frame: Any) -> None:
-        if stop:
+        if stop and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.append(True)
-        os.write(2, _STOPPING)  # not through a stream that this signal may have interrupted
+        if not stop:
+            os.write(2, _STOPPING[number])  # not through a stream that this signal may interrupt
+        stop.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _STOPPING:
         with contextlib.suppress(ValueError):  # not in the main thread
             before[number] = signal.signal(number, handle)
     try:
@@ -33,3 +39,18 @@ def stop_on_signal() -> Iterator[list[bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def interrupted(done: int, steps: int, signals: list[int]) -> Interrupted:
+    """The error of a run that was stopped.
+
+    Args:
+        done: steps, all saved.
+        steps: of the plan.
+        signals: that this process has got; none if another one has.
+    """
+    return Interrupted(
+        f"stopped after step {done} of {steps}; a checkpoint was saved",
+        hint="continue with --resume",
+        exit_code=128 + (signals or [signal.SIGINT])[0],
+    )
