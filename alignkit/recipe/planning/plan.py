@@ -168,8 +168,7 @@ def make_plan(
     budget, checkpointing, memory = _fit_memory(
         recipe, model, data, hardware, reference, reward_models
     )
-    share = steps / steps_per_epoch
-    step_tokens = data.tokens / steps_per_epoch
+    share, step_tokens = steps / steps_per_epoch, data.tokens / steps_per_epoch
     rates = recipe.peak_rates
     return Plan(
         stage=recipe.stage,
