@@ -21,7 +21,7 @@ COMMANDS = {
     ),
     "plan": (
         "alignkit.cli.training.plan:plan",
-        "Show steps, tokens, trained weights, memory and warnings of a recipe.",
+        "Show steps, tokens, trained weights, memory, time and warnings of a recipe.",
     ),
     "inspect": (
         "alignkit.cli.training.inspect:inspect",
@@ -47,7 +47,7 @@ COMMANDS = {
     ),
     "report": (
         "alignkit.cli.training.report:report",
-        "Write a page about runs: results, curves, what to look at; or follow them.",
+        "Write a page about runs: results, curves, what to look at, answers, recipe, provenance.",
     ),
     "samples": (
         "alignkit.cli.training.samples:samples",

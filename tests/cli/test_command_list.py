@@ -41,6 +41,6 @@ def test_the_shell_completes_what_is_imported_later(alignkit: CommandLine, tmp_p
         shell = {"COMP_WORDS": words, "COMP_CWORD": str(count)}
         return alignkit(cwd=tmp_path, _ALIGNKIT_COMPLETE="complete_bash", **shell).stdout
 
-    assert complete("alignkit re", 1).split() == ["reward", "recipes"]
+    assert complete("alignkit re", 1).split() == ["reward", "report", "recipes"]
     assert complete("alignkit data la", 2).split() == ["label"]
     assert complete("alignkit sft --res", 2).split() == ["--resume"]

@@ -72,7 +72,8 @@ def plan(
     else:
         rows, facts = _elsewhere(recipe, overrides or [], loaded.recipe, gpu, memory, processes)
     if as_json:
-        print_json({**facts.to_json(), "fits": facts.fits, "foreign": foreign})
+        elsewhere = {} if gpu is None and memory is None else {"fits": facts.fits}
+        print_json({**facts.to_json(), **elsewhere, "foreign": foreign})
         return
     _show(loaded.recipe, rows, facts)
 

@@ -144,6 +144,8 @@ def _asked(told: Told, note: Note) -> Told:
         told = replace(told, prompt=(*said, *([begun] if last.given else [])))
     if not told.answers:
         return told
+    if isinstance(told.prompt, tuple) and len(told.answers) == 2:
+        told = replace(told, prompt=_untrained(told.prompt))
     note("lose their answers")
     return _without_margin(replace(told, answers=(), label=None), note)
 
