@@ -52,7 +52,9 @@ def read_foreign(path: Path, processes: int | None = None) -> Foreign:
     count = processes if processes is not None else started
     foreign = Foreign(name, folders, values | command.values, places, count, command.script)
     for other in command.others:
-        foreign.differ("", f"not read: {other}. The first command is read: write each to a file of its own")
+        foreign.differ(
+            "", f"not read: {other}. The first command is read: write each to a file of its own"
+        )
     return foreign
 
 
