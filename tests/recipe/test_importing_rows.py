@@ -216,3 +216,91 @@ def test_entries_that_cannot_be_read(entry: dict[str, Any], message: str) -> Non
 def test_images_are_said_to_be_left_out() -> None:
     rows = llama_factory_rows("x", {"file_name": "a.json", "columns": {"images": "images"}})
     assert rows.notes == ("images are left out: alignkit trains on text",)
+
+
+@pytest.mark.parametrize(
+    ("more", "note"),
+    [
+        ({"shards": 10, "shards_idx": 0}, "all rows are taken, not one part of them"),
+        ({"revision": "v1"}, "the newest revision is read"),
+        ({"input_transform": "x"}, "input_transform is not read"),
+        ({"conversation": "chatml"}, "conversation is not read"),
+        ({"field_human": "q"}, "field_human is not read"),
+        ({"split": "train[:10%]"}, "split train[:10%] is not read of a file"),
+        ({"split": "train[10:20]"}, "all its rows are taken"),
+    ],
+)
+def test_keys_that_choose_rows_are_not_silent(more: dict[str, Any], note: str) -> None:
+    rows = axolotl_rows({"path": "x.json", "type": "alpaca"} | more)
+    assert note in "; ".join(rows.notes)
+    assert len(rows.notes) == 2  # and the prompt text
+    usual = axolotl_rows({"path": "x.json", "type": "alpaca", "split": "train[:10]"})
+    assert (usual.take, len(usual.notes)) == (10, 1)
+
+
+def test_a_revision_of_trl_is_named() -> None:
+    rows = trl_rows({"path": "org/x", "revision": "v1"})
+    assert rows.notes == ("revision is not a key that alignkit knows of",)
+
+
+def test_data_files_may_be_named_by_split() -> None:
+    files = {"train": "s.json", "test": ["t.json"]}
+    assert trl_rows({"path": "json", "data_files": files}).source() == {"path": "s.json"}
+    test = trl_rows({"path": "json", "data_files": files, "split": "test[:5]"})
+    assert test.source() == {"path": "t.json", "take": 5}
+    with pytest.raises(DataError, match="no file for the split held") as caught:
+        trl_rows({"path": "json", "data_files": files, "split": "held"})
+    assert caught.value.hint == "it has train, test"
+    for odd in (3, True, [4], {"train": {"a": 1}}):
+        with pytest.raises(DataError, match="data_files must name a file"):
+            trl_rows({"path": "json", "data_files": odd})
+
+
+def test_rows_drawn_at_random_there_are_said() -> None:
+    rows = llama_factory_rows("x", {"file_name": "a.json", "num_samples": 10})
+    assert rows.take == 10
+    assert "drawn at random, and repeated if there are too few" in rows.notes[0]
+    joined = {"prompt": "q", "query": "context", "response": "a"}
+    notes = llama_factory_rows("x", {"file_name": "a.json", "columns": joined}).notes
+    assert notes == ("instruction and input are joined by an empty line, there by a line break",)
+    other = {"prompt": "input", "response": "a"}
+    assert llama_factory_rows("x", {"file_name": "a.json", "columns": other}).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"num_samples": "10"}, "num_samples must be a whole number of 1 or more, got '10'"),
+        ({"num_samples": -1}, "num_samples must be a whole number"),
+        ({"num_samples": True}, "num_samples must be a whole number"),
+        ({"ranking": "false"}, "ranking must be true or false, got 'false'"),
+        ({"columns": {1: "a"}}, "columns: a key must be text, got 1"),
+        ({"columns": {"prompt": ["a"]}}, "prompt must be text"),
+        ({"tags": {"role_tag": 3}}, "role_tag must be text, got 3"),
+        ({"split": 3}, "split must be text, got 3"),
+        ({5: "a"}, "x: a key must be text, got 5"),
+    ],
+)
+def test_wrong_types_of_llama_factory(entry: dict[Any, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        llama_factory_rows("x", {"file_name": "a.json"} | entry)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"type": {1: "a"}}, "x.json: type: a key must be text, got 1"),
+        ({"type": {"field_output": 2}}, "field_output must be text, got 2"),
+        ({"field_messages": ["a"]}, "field_messages must be text"),
+        ({"type": "completion", "field": 3}, "field must be text, got 3"),
+        ({"path": 3}, "path must be text, got 3"),
+        ({"split": ["train"]}, "split must be text"),
+        ({"path": "org/x", "name": 2024}, "name must be text, got 2024"),
+        ({7: "a"}, "an entry: a key must be text, got 7"),
+    ],
+)
+def test_wrong_types_of_axolotl(entry: dict[Any, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        axolotl_rows({"path": "x.json"} | entry)
+    assert caught.value.hint

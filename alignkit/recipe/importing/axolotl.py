@@ -163,7 +163,7 @@ _DATA = (
     *none("secrets are neither read nor written", hf_use_auth_token=True),
 )
 _LOSS = (
-    *losses.pair_fields("rl", _BETAS, "dpo_label_smoothing", "simpo_gamma"),
+    *losses.pair_fields("rl", _BETAS, "dpo_label_smoothing", "simpo_gamma", "", "cpo_alpha"),
     Field("rl", _stage, "", "kto", stages=("kto", "grpo")),
     Field("reward_model", _stage, stages=("reward",)),
     Field("rl_beta", _pull, "", 0.5, {}, _KTO),

@@ -108,9 +108,24 @@ def lengths() -> Rule:
         if how not in ours:
             foreign.wrong("excess_length_strategy", f"must be one of {', '.join(ours)}")
         settings: Settings = {"data.max_length": foreign.whole("sequence_len")}
+        if foreign.stage == "sft" and how != "raise" and _has_texts(foreign):
+            foreign.differ(
+                "sequence_len",
+                "a longer text of type completion is cut into pieces there; here the rest of it "
+                "is not trained: split such texts before",
+            )
+            how = "truncate"
         return settings | {"data.too_long": ours[how]}
 
     return Rule(("data.max_length", "data.too_long"), run)
+
+
+def _has_texts(foreign: Foreign) -> bool:
+    """Whether one of the datasets is plain text."""
+    entries = foreign.get("datasets")
+    entries = entries if isinstance(entries, list) else []
+    kinds = [one.get("type") for one in entries if isinstance(one, dict)]
+    return any(str(kind).partition(":")[0] in ("completion", "pretrain") for kind in kinds)
 
 
 def train_on() -> Rule:

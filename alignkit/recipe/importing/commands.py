@@ -13,7 +13,8 @@ from alignkit.recipe.reading.yaml_values import read_values
 
 _ASSIGNED = re.compile(r"^(?:export\s+)?([A-Za-z_]\w*)=(\S*|\"[^\"]*\"|'[^']*')\s*$")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
-_PROCESSES = ("--num_processes", "--nproc_per_node", "--nproc-per-node", "--num-processes")
+_PROCESSES = ("--num_processes", "--nproc_per_node")
+_JOINTS = ("&&", "||", ";", "|", "&")
 SCRIPTS = ("sft", "dpo", "kto", "reward", "reward_modeling", "grpo", "rloo", "cpo", "orpo")
 """Commands of `trl`, and names of its scripts."""
 
@@ -27,12 +28,14 @@ class CommandLine:
         values: argument -> value.
         lines: argument -> line number.
         processes: that its launcher starts; None if it does not say.
+        others: further commands of TRL in the same text, which are not read, as `file:line: words`.
     """
 
     script: str
     values: dict[str, Any] = field(default_factory=dict)
     lines: dict[str, int] = field(default_factory=dict)
     processes: int | None = None
+    others: list[str] = field(default_factory=list)
 
 
 def find_command(text: str, name: str) -> CommandLine | None:
@@ -48,11 +51,28 @@ def find_command(text: str, name: str) -> CommandLine | None:
     Raises:
         RecipeError: a quote is not closed, or a shell variable has no value in the file.
     """
-    for words in _commands(text, name):
-        at = next((n for n in range(len(words)) if _script(words, n)), None)
-        if at is not None:
-            return _arguments(words, at, name)
-    return None
+    found = [
+        (words, at)
+        for line in _commands(text, name)
+        for words in _parts(line)
+        if (at := next((n for n in range(len(words)) if _script(words, n)), None)) is not None
+    ]
+    if not found:
+        return None
+    command = _arguments(*found[0], name)
+    command.others = [f"{name}:{words[at][1]}: {words[at][0]}" for words, at in found[1:]]
+    return command
+
+
+def _parts(words: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
+    """The commands that a line of a shell joins."""
+    parts: list[list[tuple[str, int]]] = [[]]
+    for word, line in words:
+        if word in _JOINTS:
+            parts.append([])
+        else:
+            parts[-1].append((word, line))
+    return parts
 
 
 def _commands(text: str, name: str) -> list[list[tuple[str, int]]]:
@@ -64,7 +84,9 @@ def _commands(text: str, name: str) -> list[list[tuple[str, int]]]:
         stripped = line.strip().rstrip("\\").strip()
         assigned = _ASSIGNED.match(stripped)
         if assigned and not goes_on:
-            variables[assigned[1]] = assigned[2].strip("\"'")
+            value = assigned[2].strip("\"'")
+            literal = assigned[2].startswith("'")
+            variables[assigned[1]] = value if literal else _filled(value, variables)
             continue
         try:
             words = [(word, number) for word in shlex.split(stripped, comments=True)]
@@ -108,7 +130,7 @@ def _arguments(words: list[tuple[str, int]], at: int, name: str) -> CommandLine:
     key = ""
     given: dict[str, list[str]] = {}
     for word, line in words[at + 1 :]:
-        if word in ("&&", "||", ";", "|", ">", ">>", "2>&1", "&"):
+        if word in (">", ">>", "2>&1"):
             break
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
@@ -143,14 +165,18 @@ def _plain(value: str) -> Any:
         read = read_values(value, "command line").values
     except RecipeError:
         return value
-    return value if read is None or isinstance(read, list) else read
+    unread = read is None and value != "null"  # null is a value; an empty text is one too
+    return value if unread or isinstance(read, list) else read
 
 
 def _processes(launcher: list[str]) -> int | None:
-    """How many processes a launcher starts, by its own arguments."""
+    """How many processes a launcher starts, by its own arguments: those of all its nodes."""
+    given: dict[str, str] = {}
     for at, word in enumerate(launcher):
         option, equals, value = word.partition("=")
-        if option in _PROCESSES:
-            value = value if equals else "".join(launcher[at + 1 : at + 2])
-            return int(value) if value.isdigit() else None
-    return None
+        value = value if equals else "".join(launcher[at + 1 : at + 2])
+        given[option.replace("-", "_").replace("__", "--", 1)] = value
+    count = next((given[option] for option in _PROCESSES if option in given), "")
+    nodes = given.get("--nnodes", "1") if "--nproc_per_node" in given else "1"
+    whole = all(re.fullmatch("[0-9]+", value) for value in (count, nodes))
+    return int(count) * int(nodes) if whole else None

@@ -47,6 +47,13 @@ _KEYS = (
     *("formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags"),
     "revision",
 )
+_CHOICES = {
+    "num_samples": "its first num_samples rows are taken; there they are drawn at random, and "
+    "repeated if there are too few",
+    "revision": "the newest revision is read",
+    "folder": "the folder inside the dataset is not looked at",
+}
+"""Keys that choose rows, which are read differently."""
 _COLUMNS = (
     *("prompt", "query", "response", "history", "messages", "system", "tools", "images"),
     *("videos", "audios", "chosen", "rejected", "kto_tag"),
@@ -130,12 +137,13 @@ def llama_factory_rows(name: str, entry: Mapping[str, Any]) -> ForeignRows:
     Raises:
         DataError: an unknown formatting, or rows that lie where alignkit does not look.
     """
-    shape = str(entry.get("formatting") or "alpaca")
+    with_text_keys(entry, name)
+    shape = text_in(entry, "formatting") or "alpaca"
     if shape not in ("alpaca", "sharegpt", "openai"):
         raise DataError(
             f"{name}: formatting is {shape!r}", hint="known: alpaca, sharegpt and openai"
         )
-    hub, path = entry.get("hf_hub_url"), entry.get("file_name")
+    hub, path = text_in(entry, "hf_hub_url"), text_in(entry, "file_name")
     if not hub and not path:
         raise DataError(
             f"{name}: has neither file_name nor hf_hub_url",
@@ -143,8 +151,11 @@ def llama_factory_rows(name: str, entry: Mapping[str, Any]) -> ForeignRows:
             "file as file_name",
         )
     given, tags = mapping_in(entry, "columns"), mapping_in(entry, "tags")
+    for named in (given or {}, tags or {}):
+        for key in named:
+            text_in(named, key)
     columns = _alpaca_columns(given) if shape == "alpaca" else _turn_columns(given)
-    ranking = bool(entry.get("ranking"))
+    ranking, take = _flag_in(entry, "ranking"), _count_in(entry, "num_samples")
     turns = shape != "alpaca"
     role, content, speakers = _tags(tags) if turns else ("", "", {})
     notes = [
@@ -153,19 +164,20 @@ def llama_factory_rows(name: str, entry: Mapping[str, Any]) -> ForeignRows:
         if (given or {}).get(kind)
     ]
     notes += unknown(entry, _KEYS) + unknown(given, _COLUMNS) + unknown(tags, _TAGS)
-    if shape == "alpaca" and "input" in columns.values():
+    notes += [says for key, says in _CHOICES.items() if entry.get(key)]
+    if shape == "alpaca" and "query" in columns:
         notes.append("instruction and input are joined by an empty line, there by a line break")
     return ForeignRows(
         name,
-        path=None if hub else str(path),
-        hub=str(hub) if hub else None,
-        subset=entry.get("subset"),
-        split=str(entry.get("split") or "train"),
+        path=None if hub else path,
+        hub=hub or None,
+        subset=text_in(entry, "subset"),
+        split=text_in(entry, "split") or "train",
         format=_llama_factory_format(columns, turns=turns, ranking=ranking, role=role),
         columns=_renames(columns, turns=turns, ranking=ranking, role=role),
         turn_keys={"role": role, "content": content} if turns else {},
         speakers=speakers,
-        take=entry.get("num_samples"),
+        take=take,
         notes=tuple(notes),
     )
 
@@ -179,7 +191,49 @@ def mapping_in(entry: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
     value = entry.get(key)
     if value is not None and not isinstance(value, Mapping):
         raise DataError(f"{key} must be a mapping, got {value!r}", hint="as in {key: name}")
+    return None if value is None else with_text_keys(value, key)
+
+
+def with_text_keys(given: Mapping[Any, Any], where: str) -> Mapping[str, Any]:
+    """A mapping whose keys are text.
+
+    Raises:
+        DataError: one is not.
+    """
+    for key in given:
+        if not isinstance(key, str):
+            raise DataError(
+                f"{where}: a key must be text, got {key!r}", hint="put it in quotes, or remove it"
+            )
+    return given
+
+
+def text_in(entry: Mapping[str, Any], key: str) -> str | None:
+    """The text under a key; None if there is none.
+
+    Raises:
+        DataError: there is something else.
+    """
+    value = entry.get(key)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{key} must be text, got {value!r}", hint="a number goes in quotes")
     return value
+
+
+def _count_in(entry: Mapping[str, Any], key: str) -> int | None:
+    value = entry.get(key)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise DataError(
+        f"{key} must be a whole number of 1 or more, got {value!r}", hint=f"as in {key}: 1000"
+    )
+
+
+def _flag_in(entry: Mapping[str, Any], key: str) -> bool:
+    value = entry.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise DataError(f"{key} must be true or false, got {value!r}", hint="without quotes")
+    return bool(value)
 
 
 def unknown(given: Mapping[str, Any] | None, known: Iterable[str]) -> list[str]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 from typing import Any
 
 from alignkit.errors import DataError
-from alignkit.recipe.importing.datasets import READ, UNREAD, ForeignRows, mapping_in, unknown
+from alignkit.recipe.importing.datasets import (
+    ForeignRows,
+    mapping_in,
+    text_in,
+    unknown,
+    with_text_keys,
+)
+from alignkit.recipe.importing.locating.places import LOADERS, place_of
 from alignkit.recipe.rows import RowFormat
 
 
@@ -23,12 +28,13 @@ def axolotl_rows(entry: Mapping[str, Any], rl: str | None = None) -> ForeignRows
     Raises:
         DataError: no path, or a type that alignkit has no format for.
     """
-    place = _place_of(entry)
-    for note in unknown(entry, _KEYS):
+    place = place_of(entry)
+    notes = [says for key, says in _IGNORED.items() if entry.get(key) not in (None, False)]
+    for note in (*unknown(entry, _KEYS), *dict.fromkeys(notes)):
         place = _with(place, note=note)
     kind = entry.get("type")
     if isinstance(kind, Mapping):
-        return _user_defined(place, kind, rl)
+        return _user_defined(place, with_text_keys(kind, f"{place.name}: type"), rl)
     name = str(kind or "").partition(":")[0]
     base, _, function = name.partition(".")
     if base.startswith("chat_template") or base in ("sharegpt", "bradley_terry") or not name:
@@ -46,7 +52,7 @@ def axolotl_rows(entry: Mapping[str, Any], rl: str | None = None) -> ForeignRows
         )
     row_format, columns, note = found
     if name == "completion" and entry.get("field"):
-        columns = {"text": str(entry["field"])}
+        columns = {"text": text_in(entry, "field") or "text"}
     layout: Any = "segments" if name.startswith("input_output") else "rows"
     return _with(place, format=row_format, columns=columns, layout=layout, note=note)
 
@@ -61,6 +67,26 @@ _KEYS = (
     *("drop_system_message", "split_thinking", "conversation", "shards", "shards_idx"),
     *("preprocess_shards", "input_format", "input_transform", "logprobs_field", "temperature"),
 )
+_SHARD = "shards are not read: all rows are taken, not one part of them"
+_NAMED = "{} is not read: name the column in data.train, under columns"
+_IGNORED = {
+    "shards": _SHARD,
+    "shards_idx": _SHARD,
+    "revision": "the newest revision is read",
+    "trust_remote_code": "no code of a dataset is run",
+    "input_transform": "input_transform is not read: rows are taken as they are",
+    "input_format": "input_format is not read: rows are taken as they are",
+    "conversation": "conversation is not read: the model's chat template writes the turns",
+    "train_on_eot": "the token that ends a trained turn is trained, no other",
+    "split_thinking": "reasoning is read from the turn's reasoning_content",
+    "template_thinking_key": "reasoning is read from the turn's reasoning_content",
+    "logprobs_field": "log-probabilities in rows are not read",
+    "temperature": "log-probabilities in rows are not read",
+} | {
+    f"field_{name}": _NAMED.format(f"field_{name}")
+    for name in ("human", "model", "prompt", "completion", "label")
+}
+"""Keys of an entry that are not read, and what happens instead."""
 _TEXT = "the model's chat template takes the place of Axolotl's own prompt text"
 _ALPACA: tuple[RowFormat, dict[str, str], str] = ("alpaca", {}, _TEXT)
 _AXOLOTL: dict[str, tuple[RowFormat, dict[str, str], str]] = {
@@ -97,45 +123,6 @@ _AXOLOTL_KTO: dict[str, tuple[RowFormat, dict[str, str], str]] = {
 """Type -> format, columns, and what is different; `llama3.x` and so on are read like `chatml.x`."""
 
 
-def _place_of(entry: Mapping[str, Any]) -> ForeignRows:
-    """Where the rows of an entry are."""
-    files = entry.get("data_files")
-    files = files[0] if isinstance(files, list) and len(files) == 1 else files
-    if isinstance(files, list):
-        raise DataError(
-            f"{entry.get('path')} has {len(files)} data_files",
-            hint="write an entry for each of them",
-        )
-    path = str(entry.get("path") or "")
-    if files:
-        path = _file_in(path, str(files), local="ds_type" in entry)
-    if not path:
-        raise DataError("an entry has no path", hint="as in path: rows.jsonl")
-    split, _, size = str(entry.get("split") or "train").partition("[:")
-    take = int(size[:-1]) if re.fullmatch(r"\d+\]", size) else None
-    is_file = path.endswith((*READ, *UNREAD)) or path.startswith((".", "/", "~"))
-    if not is_file and not entry.get("ds_type"):
-        split = split if take or not size else f"{split}[:{size}"
-        return ForeignRows(path, hub=path, subset=entry.get("name"), split=split, take=take)
-    return ForeignRows(path, path=path, take=take)
-
-
-def _file_in(path: str, file: str, *, local: bool) -> str:
-    """One of `data_files`: `path` is a loader, the file itself, or the folder that holds it."""
-    if path in _LOADERS or path.endswith(READ):
-        return file
-    if local or path.startswith((".", "/", "~")):
-        return str(PurePosixPath(path) / file)
-    raise DataError(
-        f"{path} is a hub dataset of which one file is read",
-        hint="download the file, and name it as path",
-    )
-
-
-_LOADERS = ("", "json", "csv", "parquet", "text")
-"""What TRL and Axolotl call a reader of files instead of a dataset."""
-
-
 def _with(place: ForeignRows, *, note: str = "", **changes: Any) -> ForeignRows:
     values = {**place.__dict__, **changes, "notes": (*place.notes, *([note] if note else []))}
     values["columns"] = {k: v for k, v in values["columns"].items() if k != v}
@@ -148,7 +135,8 @@ def _user_defined(place: ForeignRows, kind: Mapping[str, Any], rl: str | None) -
     note = f"{_TEXT} ({', '.join(formats)})" if formats else _TEXT
     if kind.get("system_prompt"):
         note += "; system_prompt is not added: write it in the rows, as `system`"
-    names = {key.removeprefix("field_"): str(v) for key, v in kind.items() if v and key in _FIELDS}
+    given = {key: text_in(kind, key) for key in kind if key in _FIELDS}
+    names = {key.removeprefix("field_"): column for key, column in given.items() if column}
     if rl in ("dpo", "ipo", "orpo", "simpo", "reward"):
         ours = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
         names = {"prompt": "prompt"} | names
@@ -182,17 +170,18 @@ def _axolotl_turns(
     old = base == "sharegpt"
     keys = {"role": "from", "content": "value"} if old else {"role": "role", "content": "content"}
     for ours, theirs in (("role", "message_field_role"), ("content", "message_field_content")):
-        keys[ours] = str(entry.get(theirs) or keys[ours])
+        keys[ours] = text_in(entry, theirs) or keys[ours]
     given = mapping_in(entry, "message_property_mappings") or {}
-    keys |= {ours: str(given[ours]) for ours in ("role", "content") if ours in given}
-    if entry.get("message_field_training"):
-        keys["train"] = str(entry["message_field_training"])
+    keys |= {ours: text_in(given, ours) or keys[ours] for ours in ("role", "content")}
+    trained, tools = text_in(entry, "message_field_training"), text_in(entry, "field_tools")
+    if trained:
+        keys["train"] = trained
     speakers = _speakers(mapping_in(entry, "roles"), keys["role"])
     notes = [says for key, says in _TURN_NOTES.items() if entry.get(key)]
-    messages = str(entry.get("field_messages") or ("conversations" if old else "messages"))
+    messages = text_in(entry, "field_messages") or ("conversations" if old else "messages")
     columns, row_format = _turn_format(entry, messages, keys["role"], base, function, rl)
-    if entry.get("field_tools"):
-        columns["tools"] = str(entry["field_tools"])
+    if tools:
+        columns["tools"] = tools
     return _with(
         place,
         format=row_format,
@@ -207,7 +196,7 @@ def _turn_format(
     entry: Mapping[str, Any], messages: str, role: str, base: str, function: str, rl: str | None
 ) -> tuple[dict[str, str], RowFormat]:
     """Columns and format of rows of turns."""
-    pairs = {key: str(entry.get(f"field_{key}") or key) for key in ("chosen", "rejected")}
+    pairs = {key: text_in(entry, f"field_{key}") or key for key in ("chosen", "rejected")}
     if base == "bradley_terry":
         return {"instruction": "input"} | pairs, "preference"
     if rl in ("orpo", "reward") or function in ("argilla", "argilla_chat"):
@@ -249,8 +238,9 @@ def trl_rows(entry: Mapping[str, Any]) -> ForeignRows:
     Raises:
         DataError: no path, or several data_files.
     """
-    path = str(entry.get("path") or "")
-    if path in _LOADERS and not entry.get("data_files"):
+    with_text_keys(entry, "an entry")
+    path = text_in(entry, "path") or ""
+    if path in LOADERS and not entry.get("data_files"):
         raise DataError(f"{path or 'an entry'} names no file", hint="as in path: rows.jsonl")
     notes = [
         says
@@ -261,4 +251,8 @@ def trl_rows(entry: Mapping[str, Any]) -> ForeignRows:
         )
         if entry.get(key)
     ]
-    return _with(_place_of(entry), note="; ".join(notes))
+    notes += unknown(entry, _TRL_KEYS)
+    return _with(place_of(entry), note="; ".join(notes))
+
+
+_TRL_KEYS = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")

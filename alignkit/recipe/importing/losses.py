@@ -28,7 +28,12 @@ _GAMMA, _NLL = "objective.gamma", "objective.nll_weight"
 
 
 def pair_fields(
-    loss: str, betas: tuple[str, ...], smoothing: str, gamma: str, nll: str = ""
+    loss: str,
+    betas: tuple[str, ...],
+    smoothing: str,
+    gamma: str,
+    nll: str = "",
+    beside_simpo: str = "",
 ) -> tuple[Field, ...]:
     """Rows of the loss of pairs, which share one rule.
 
@@ -38,8 +43,9 @@ def pair_fields(
         smoothing: of the share of wrong labels.
         gamma: of SimPO's margin.
         nll: of the weight of CPO's likelihood; empty if there is none.
+        beside_simpo: of the weight of the likelihood that SimPO has there; empty if it has none.
     """
-    rule = _pairs(loss, betas, smoothing, gamma, nll)
+    rule = _pairs(loss, betas, smoothing, gamma, nll, beside_simpo)
 
     def row(key: str, example: Any, *gives: str, **beside: Any) -> Field:
         return Field(key, rule, "", example, beside, ("dpo",), gives=gives)
@@ -54,7 +60,9 @@ def pair_fields(
     )
 
 
-def _pairs(loss: str, betas: tuple[str, ...], smoothing: str, gamma: str, nll: str) -> Rule:
+def _pairs(
+    loss: str, betas: tuple[str, ...], smoothing: str, gamma: str, nll: str, beside_simpo: str
+) -> Rule:
     def run(foreign: Foreign, key: str) -> Settings:
         beta = next((name for name in betas if name in foreign), "") or next(
             name for name in betas if name in foreign.defaults
@@ -72,6 +80,7 @@ def _pairs(loss: str, betas: tuple[str, ...], smoothing: str, gamma: str, nll: s
             foreign.lose(smoothing, f"{name} has no label smoothing")
         if kind == "simpo":
             settings[_GAMMA] = foreign.number(gamma)
+            _without_likelihood(foreign, loss, beside_simpo)
         else:
             foreign.lose(gamma, f"{name} has no margin")
         if kind == "cpo":
@@ -84,11 +93,36 @@ def _pairs(loss: str, betas: tuple[str, ...], smoothing: str, gamma: str, nll: s
     return Rule(ours, run)
 
 
+def _without_likelihood(foreign: Foreign, loss: str, nll: str) -> None:
+    """SimPO through a trainer of CPO: its likelihood is part of the loss, unless it is 0."""
+    if not nll:
+        return
+    weight = foreign.number(nll) if foreign.get(nll) is not None else 1
+    if weight:
+        foreign.differ(
+            loss,
+            f"there the NLL of the chosen answers is added to SimPO's loss, with {nll}: {weight}"
+            f"{'' if nll in foreign else ', the default'}; here it is not added",
+        )
+
+
 def _name_of(foreign: Foreign, loss: str) -> str:
     named = foreign.names(loss)
+    if foreign.script == "orpo":
+        foreign.lose(loss, "the trainer of ORPO has one loss, and does not read it")
+        return "orpo"
     if len(named) > 1:
         foreign.lose(loss, f"one loss a run: {named[0]}")
     name = named[0] if named else "sigmoid"
+    if foreign.script == "cpo":
+        name = "cpo" if name == "sigmoid" else name
+        if name not in ("cpo", "simpo"):
+            foreign.wrong(
+                loss,
+                "names a loss of CPO that alignkit does not have",
+                hint="without a reference, its losses are sigmoid and simpo; or write your own as "
+                "objective: {kind: custom, file: my_loss.py}, and import without this key",
+            )
     if name not in KINDS:
         foreign.wrong(
             loss,

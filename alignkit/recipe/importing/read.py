@@ -50,7 +50,12 @@ def read_foreign(path: Path, processes: int | None = None) -> Foreign:
     places |= {key: f"{name}:{line}" for key, line in command.lines.items()}
     started = command.values.pop("num_processes", command.processes)
     count = processes if processes is not None else started
-    return Foreign(name, folders, values | command.values, places, count, command.script)
+    foreign = Foreign(name, folders, values | command.values, places, count, command.script)
+    for other in command.others:
+        foreign.differ(
+            "", f"not read: {other}. The first command is read: write each to a file of its own"
+        )
+    return foreign
 
 
 def _config(name: str, folders: Sequence[Path], where: str) -> YamlValues:

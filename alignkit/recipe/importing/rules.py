@@ -98,6 +98,9 @@ def warmup(key_of_schedule: str) -> Rule:
         )
         if steps and share:
             foreign.lose("warmup_ratio", "warmup_steps wins, there as here")
+        elif share >= 1:
+            rule = "must be less than 1: it is the share of the steps that warm up"
+            foreign.wrong("warmup_ratio", rule, "write the steps as warmup_steps")
         return {"training.warmup": steps or share}
 
     return Rule(("training.warmup",), run)

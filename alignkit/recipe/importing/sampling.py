@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from alignkit.recipe.importing.fields import Foreign, Rule, Settings
@@ -21,11 +22,18 @@ _LOSSES = {
     "dr_grpo": {"loss": "constant"},
     "cispo": {"kind": "cispo"},
 }
+_TIMES = "gradient_accumulation_steps"
 _ADVANTAGES = {
     **dict.fromkeys(("group", "true"), "group_std"),
     **dict.fromkeys(("none", "false"), "centered"),
     "batch": "batch_std",
 }
+
+_COUNTED = tuple(
+    f"training.{name}"
+    for name in ("max_steps", "warmup", "decay", "eval_every", "save_every", "log_every")
+)
+"""Keys that count steps."""
 
 
 def rewards(functions: str, weights: str, model: str = "") -> Rule:
@@ -97,15 +105,17 @@ def groups(micro: str, accumulate: str, group: str) -> Rule:
     def run(foreign: Foreign, _: str) -> Settings:
         processes, size = foreign.processes or 1, foreign.whole(group)
         one_step = foreign.whole(micro) * foreign.whole(accumulate) * processes
-        sampled = one_step
+        sampled, key = one_step, ""
         if foreign.get("generation_batch_size") is not None:
-            sampled = foreign.whole("generation_batch_size")
+            key, sampled = "generation_batch_size", foreign.whole("generation_batch_size")
         elif foreign.get("steps_per_generation") is not None:
-            sampled = foreign.whole(micro) * foreign.whole("steps_per_generation") * processes
+            key = "steps_per_generation"
+            sampled = foreign.whole(micro) * foreign.whole(key) * processes
         if size < 1 or sampled < size or sampled % size:
             foreign.wrong(
                 group, f"must divide the {sampled} responses of a step", "give --processes N"
             )
+        sampled = _whole_steps(foreign, key, sampled, one_step)
         settings: Settings = {
             "rollout.prompts_per_step": sampled // size,
             "rollout.samples_per_prompt": size,
@@ -120,6 +130,38 @@ def groups(micro: str, accumulate: str, group: str) -> Rule:
     return Rule(
         ("rollout.prompts_per_step", "rollout.samples_per_prompt", "objective.minibatches"), run
     )
+
+
+def _whole_steps(foreign: Foreign, key: str, sampled: int, one_step: int) -> int:
+    """Responses that a step here samples: at least those of an optimizer step.
+
+    Args:
+        foreign: gets a note where an optimizer step there samples several times.
+        key: theirs that says how many are sampled at once; empty if none does.
+        sampled: that many.
+        one_step: responses of an optimizer step.
+    """
+    if one_step < 1 or (sampled % one_step and one_step % sampled):
+        foreign.wrong(
+            key or _TIMES,
+            f"samples {sampled} responses at once, and an optimizer step reads {one_step}: one "
+            "must be a multiple of the other",
+            "a step here samples once, and makes a whole number of updates",
+        )
+    if sampled >= one_step:
+        return sampled
+    if foreign.get("num_iterations") not in (None, 1, "1"):
+        foreign.wrong(
+            key,
+            "makes an optimizer step read the same responses several times, with num_iterations",
+            "alignkit makes a step for each reading: sample those of a whole step",
+        )
+    foreign.differ(
+        key,
+        f"a step there samples {one_step // sampled} times {sampled} responses with the same "
+        f"weights; here it samples the {one_step} at once",
+    )
+    return one_step
 
 
 def responses(most: str, prompt: str) -> Rule:
@@ -184,3 +226,32 @@ def overlong(key: str) -> Rule:
         return {"objective.overlong": "mask"} if foreign.flag(key) else {}
 
     return Rule(("objective.overlong",), run)
+
+
+def in_rollouts(foreign: Foreign, key: str, made: Settings, before: Settings) -> Settings:
+    """What a rule has made, with its steps counted in rollouts.
+
+    For GRPO the others count optimizer steps, of which a rollout here has several. LLaMA-Factory's
+    PPO counts rollouts, as alignkit does.
+
+    Args:
+        foreign: gets a note of what has been divided.
+        key: theirs, that the rule has read.
+        made: by the rule; a share of the steps stays.
+        before: what other rules have made, the updates of a rollout among them.
+    """
+    updates = before.get("objective.epochs", 1) * before.get("objective.minibatches", 1)
+    if foreign.stage != "grpo" or updates < 2:
+        return made
+    counted = dict(made)
+    for ours in made.keys() & _COUNTED:
+        steps = made[ours]
+        if steps is None or isinstance(steps, bool) or steps < 1:
+            continue
+        counted[ours] = math.ceil(steps / updates)
+        foreign.differ(
+            key,
+            f"{ours}: {steps} optimizer steps there are {counted[ours]} here, where a step is a "
+            f"rollout and its {updates} updates",
+        )
+    return counted

@@ -13,7 +13,7 @@ from alignkit.recipe.assets import show_file
 from alignkit.recipe.importing.datasets import UNREAD, ForeignRows, llama_factory_rows
 from alignkit.recipe.importing.entries import axolotl_rows, trl_rows
 from alignkit.recipe.importing.fields import Foreign, Rule, Settings
-from alignkit.recipe.reading.yaml_values import LARGEST, KeyPath, read_text
+from alignkit.recipe.reading.yaml_values import KeyPath, read_text
 
 
 def find(foreign: Foreign, name: str) -> Path | None:
@@ -276,17 +276,3 @@ def text_column(key: str) -> Rule:
         return {"data.train": foreign.sources["train"]}
 
     return Rule(("data.train",), run)
-
-
-def first_keys(foreign: Foreign) -> set[str]:
-    """Keys of the first row of the first source; none if it is not a .jsonl file that is here."""
-    source = next(iter(foreign.sources["train"]), {})
-    path = find(foreign, str(source.get("path", "")))
-    if path is None or path.suffix != ".jsonl":
-        return set()
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        try:
-            row = json.loads(lines.readline(LARGEST))
-        except (ValueError, RecursionError):
-            return set()
-    return set(row) if isinstance(row, dict) else set()

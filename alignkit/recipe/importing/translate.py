@@ -20,6 +20,7 @@ from alignkit.recipe.importing.fields import (
     show,
 )
 from alignkit.recipe.importing.optimizing import ENDS
+from alignkit.recipe.importing.sampling import in_rollouts
 from alignkit.recipe.reading.yaml_values import KeyPath
 from alignkit.recipe.stages.base import Recipe
 from alignkit.recipe.stages.registry import find_stage
@@ -98,7 +99,8 @@ def translate(foreign: Foreign, toolkit: Toolkit) -> Draft:
             for row in given:
                 foreign.lose(row.key, "all weights are trained: there is no adapter")
             continue
-        made = rule.run(foreign, (given or rows)[0].key)
+        key = (given or rows)[0].key
+        made = in_rollouts(foreign, key, rule.run(foreign, key), settings)
         for row in given:
             _note(foreign, draft, row, made, alone=len(given) == 1)
         for ours, value in made.items():

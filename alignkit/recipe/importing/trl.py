@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from alignkit.recipe.importing import losses, rare, rules, sampling, sources
 from alignkit.recipe.importing.fields import Field, Foreign, Rule, Settings, Toolkit
+from alignkit.recipe.importing.locating.columns import first_keys
 from alignkit.recipe.importing.trainer import FOUND, SUPERVISED, TRAINER, none
 
 _STAGES = {
@@ -72,8 +73,15 @@ def _train_on() -> Rule:
         completion = foreign.get("completion_only_loss")
         if foreign.flag("assistant_only_loss") or foreign.flag("completion_only_loss"):
             return {"data.train_on": "completions"}
-        if completion is None and "completion" in sources.first_keys(foreign):
+        keys = first_keys(foreign)
+        if completion is None and keys is not None and {"prompt", "completion"} <= keys:
             return {"data.train_on": "completions"}
+        if completion is None and keys is None:
+            foreign.differ(
+                "",
+                "the columns of the rows are not known here. Of rows of prompt and completion TRL "
+                "trains the completion alone: if these are such, set data.train_on: completions",
+            )
         foreign.differ(
             "",
             "TRL trains every token of messages and of text. For the answers alone, as it does "
@@ -123,7 +131,7 @@ _TARGETS = rules.targets("lora_target_modules", ("all-linear",))
 _WEIGHTS = {"reward_funcs": ["rewards.a", "rewards.b"]}
 _SFT, _PAIRS, _GROUPS = ("sft",), ("dpo",), ("grpo",)
 _SAMPLED = "sampling is from the unchanged policy"
-_PROMPTS = ("rollout.prompts_per_step",)
+_PROMPTS, _NLL = ("rollout.prompts_per_step",), "cpo_alpha"
 _CLIP, _ADVANTAGE = ("objective.clip",), ("objective.advantage",)
 _LOSS_OF_GROUPS = ("objective.kind", "objective.loss")
 _VLLM = "alignkit samples itself, in the same process"
@@ -188,7 +196,7 @@ _DATA = (
     *none("reward functions get all columns", remove_unused_columns=True),
 )
 _LOSS = (
-    *losses.pair_fields("loss_type", ("beta",), "label_smoothing", "simpo_gamma", "cpo_alpha"),
+    *losses.pair_fields("loss_type", ("beta",), "label_smoothing", "simpo_gamma", _NLL, _NLL),
     Field("loss_type", _loss, "", "dr_grpo", {}, _GROUPS, gives=_LOSS_OF_GROUPS),
     Field("loss_type", None, "the loss of the stage", "dft", fine=("nll", "kto")),
     Field("beta", rules.number("objective.beta"), "", 0.5, {}, ("kto",)),
