@@ -102,7 +102,7 @@ def interrupt(shop: Workshop, rng: random.Random, work: Work, story: Story) -> i
     done = _disturbed(shop, work, moment, story)
     story.append(f"ended with {done.code}")
     early = done.code == 1 and not done.stderr  # before the command itself had begun
-    wanted = done.code in (0, 130, -number) or early
+    wanted = done.code in (0, 130, 143, -number) or early
     assert wanted, f"exit code {done.code}: {done.stderr[-300:]}"
     return _go_on(shop, work, story)
 

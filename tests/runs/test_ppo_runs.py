@@ -648,14 +648,14 @@ def assert_same(run: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_exits_130(
+def test_a_scheduler_that_ends_a_run_saves_it(
     alignkit: CommandLine, tiny_base: Path, tmp_path: Path
 ) -> None:
     train(resumable(tmp_path / "whole", tiny_base), RARELY)
     recipe = resumable(tmp_path, tiny_base)
     stop = KILL_AFTER.replace("STEP", "2").replace("SIGKILL", "SIGTERM")
     done = alignkit("ppo", recipe, RARELY, cwd=tmp_path, before=stop)
-    assert done.code == 130, done.stderr
+    assert done.code == 143, done.stderr
     assert steps_of(tmp_path / "run")[-1]["step"] == 2
     text = done.stderr.replace("\n", " ")
     assert "stopped after step 2 of 4; a checkpoint was saved" in text
